@@ -1,0 +1,35 @@
+# make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
+# make test     lint and all tests (set up the same way)
+# Both make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := examples/demo
+DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
+
+.PHONY: install test lint demo soak clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+demo: install
+	$(BIN)/python $(DEMO)/make_data.py $(DEMO)/out/data
+	$(BIN)/python precompute_cache.py --data_config $(DEMO)/data_config.yaml
+	$(BIN)/python distill_trainer.py $(DEMO_CONFIG)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: install lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(DEMO)/out .pytest_cache .ruff_cache

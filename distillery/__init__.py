@@ -1,0 +1,1 @@
+"""What stands behind the two commands: cache images once, train a student from a teacher's features."""

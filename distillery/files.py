@@ -1,0 +1,172 @@
+"""Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
+
+import errno
+import getpass
+import hashlib
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+from distillery.process import UserError
+
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "smb3",
+    "fuse.sshfs",
+    "9p",
+    "afs",
+}
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def expand_path(text: str | os.PathLike) -> Path:
+    """A path with ~ and $VARIABLES expanded; $USER falls back to the login name (it is unset in many containers).
+
+    Raises:
+        UserError: a variable is not set.
+    """
+
+    def value_of(match: re.Match) -> str:
+        name = match.group(1) or match.group(2)
+        if name in os.environ:
+            return os.environ[name]
+        if name == "USER":
+            return getpass.getuser()
+        raise UserError(f"{text}: the environment variable ${name} is not set. Set it, or write the path out.")
+
+    expanded = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value_of, os.fspath(text))
+    return Path(expanded).expanduser()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN; what fingerprints are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 (hex) of a plain value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def fsync_dir(directory: Path) -> None:
+    """Make the directory's entries durable: without it a renamed file may be gone after a power loss."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other writer uses and that no reader takes for a finished file."""
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte: os.write may stop short on a nearly full disk without an error."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """write_all at a position of the file."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, complete.
+
+    Source: Pillai et al., All File Systems Are Not Created Equal, OSDI 2014.
+    """
+    temporary = temporary_name(path)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(fd, data)
+            # fsync before replace: after a node crash a renamed but empty file looks complete
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def publish_no_clobber(temporary: Path, final: Path) -> bool:
+    """Give a finished temporary file its final name, unless that name is taken: then the temporary file stays.
+
+    Returns:
+        True when this call published, False when another file already stands there.
+    Raises:
+        FileNotFoundError: the temporary file is gone.
+    """
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        # an NFS server may answer EEXIST to the retry of a link that succeeded
+        if not os.path.samestat(os.stat(temporary), os.stat(final)):
+            return False
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}:
+            raise
+        # no hard links on this file system; two writers of one name write the same bytes, so a rename is harmless
+        if final.exists():
+            return False
+        os.rename(temporary, final)
+    temporary.unlink(missing_ok=True)
+    fsync_dir(final.parent)
+    return True
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/mounts names it ('' where that cannot be read)."""
+    try:
+        mounts = Path("/proc/mounts").read_text()
+    except OSError:
+        return ""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        _, mount_point, file_system, *_ = line.split()
+        mount_point = mount_point.replace("\\040", " ")
+        inside = real == mount_point or real.startswith(mount_point.rstrip("/") + "/")
+        if inside and len(mount_point) >= len(best):
+            best, kind = mount_point, file_system
+    return kind
+
+
+def is_network_file_system(path: Path) -> bool:
+    """Whether `path` lies on a network or parallel file system, where small reads are slow and mmap is risky."""
+    return file_system_of(path) in NETWORK_FILE_SYSTEMS
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes a user may still write where `path` lies or will lie (quotas can be tighter: they are not visible here)."""
+    while not path.exists():
+        path = path.parent
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (powers of 1000, as disks are sold)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,256 @@
+"""The bytes of a shard: a `.pt` file for torch.load(weights_only=True), laid out so that rows can be read in place.
+
+The file is the zip archive torch.save writes (uncompressed members, 64-byte aligned), with two liberties the format
+allows: the images come first, at a fixed offset, so that decode workers can write rows before anything else of the
+file is known; and the pickle is spelled out here opcode by opcode, so that no byte depends on the version of torch.
+Nothing here imports torch, and reading never unpickles.
+
+Sources: PKWARE APPNOTE 6.3.10 (zip, zip64); torch/serialization.py (records data.pkl, byteorder, data/N, version).
+"""
+
+import errno
+import os
+import pickletools
+import stat
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from distillery.files import write_all
+from distillery.process import UserError
+
+PAYLOAD_OFFSET = 128
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
+_STORAGES = {
+    "float32": "Float",
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "uint8": "Byte",
+    "bool": "Bool",
+    "int64": "Long",
+}
+_ALIGNMENT_BYTES = 64
+_MAX_PICKLE_BYTES = 256 << 20
+_ZIP64_LIMIT = 0xFFFFFFFF
+_CHUNK_BYTES = 4 << 20
+_HAS_DATA_DESCRIPTOR = 0x0008
+
+
+@dataclass
+class _Member:
+    name: str
+    offset: int
+    size: int
+    crc: int
+
+
+def _local_header(name: str, offset: int) -> bytes:
+    """A zip local header at `offset`, padded so that the data after it is aligned; sizes and CRC follow the data."""
+    encoded = name.encode()
+    start = offset + 30 + len(encoded) + 4
+    padding = -start % _ALIGNMENT_BYTES
+    if offset == 0:
+        padding = PAYLOAD_OFFSET - start
+    # extra field "FB" is how torch.save pads
+    extra = struct.pack("<2sH", b"FB", padding) + b"\0" * padding
+    fixed = struct.pack("<4s5H3I2H", b"PK\3\4", 45, _HAS_DATA_DESCRIPTOR, 0, 0, 0x21, 0, 0, 0, len(encoded), len(extra))
+    return fixed + encoded + extra
+
+
+def _data_descriptor(member: _Member) -> bytes:
+    sizes = "QQ" if member.size >= _ZIP64_LIMIT else "II"
+    return struct.pack(f"<4sI{sizes}", b"PK\7\10", member.crc, member.size, member.size)
+
+
+def _central_header(member: _Member) -> bytes:
+    wide, extra = [], b""
+    size = member.size
+    if member.size >= _ZIP64_LIMIT:
+        wide += [member.size, member.size]
+        size = _ZIP64_LIMIT
+    offset = member.offset
+    if member.offset >= _ZIP64_LIMIT:
+        wide.append(member.offset)
+        offset = _ZIP64_LIMIT
+    if wide:
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
+    name = member.name.encode()
+    fixed = struct.pack(
+        "<4s6H3I5H2I", b"PK\1\2", 45, 45, _HAS_DATA_DESCRIPTOR, 0, 0, 0x21, member.crc, size, size, len(name), len(extra), 0, 0, 0, 0, offset
+    )  # fmt: skip
+    return fixed + name + extra
+
+
+def _end_of_archive(count: int, directory_offset: int, directory_size: int) -> bytes:
+    zip64_record = b""
+    if directory_offset >= _ZIP64_LIMIT:
+        position = directory_offset + directory_size
+        zip64_record = struct.pack(
+            "<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, directory_size, directory_offset
+        ) + struct.pack("<4sIQI", b"PK\6\7", 0, position, 1)
+    return zip64_record + struct.pack(
+        "<4s4H2IH", b"PK\5\6", 0, 0, count, count, directory_size, min(directory_offset, _ZIP64_LIMIT), 0
+    )
+
+
+def _integer(value: int) -> bytes:
+    if value < 256:
+        return b"K" + bytes([value])
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _tensor(key: int, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """One contiguous tensor, as torch pickles it: _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())."""
+    stride, step = [], 1
+    for extent in reversed(shape):
+        stride.insert(0, step)
+        step *= extent
+    storage = (
+        b"(" + _text("storage") + f"ctorch\n{_STORAGES[dtype]}Storage\n".encode() + _text(str(key)) + _text("cpu") + _integer(step) + b"tQ"
+    )  # fmt: skip
+    dims = b"".join(b"(" + b"".join(map(_integer, values)) + b"t" for values in (shape, stride))
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _integer(0) + dims + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
+
+
+def pickle_of(tensors: dict[str, tuple[str, tuple[int, ...]]], meta: str) -> bytes:
+    """Pickle (protocol 2) of {name: tensor, ..., "meta": meta} where tensor k lives in the archive member data/k."""
+    items = b"".join(_text(name) + _tensor(key, *spec) for key, (name, spec) in enumerate(tensors.items()))
+    return b"\x80\x02}(" + items + _text("meta") + _text(meta) + b"u."
+
+
+def payload_header() -> bytes:
+    """The first PAYLOAD_OFFSET bytes of every shard."""
+    return _local_header("archive/data/0", 0)
+
+
+def finish_shard(
+    fd: int, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
+) -> tuple[int, str]:
+    """Turn a file whose payload (`shape` rows of `dtype` from PAYLOAD_OFFSET) is written into a complete shard.
+
+    Reads the payload once for its CRC-32 and the file's hash, then writes what follows it. Does not fsync.
+    Returns:
+        (size of the file in bytes, its hash "xxh3_128:<hex>").
+    """  # fmt: skip
+    payload_bytes = int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
+    header = payload_header()
+    os.pwrite(fd, header, 0)
+    file_hash, crc = xxhash.xxh3_128(header), 0
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, payload_bytes)))
+    position, end = PAYLOAD_OFFSET, PAYLOAD_OFFSET + payload_bytes
+    while position < end:
+        count = os.preadv(fd, [buffer[: end - position]], position)
+        if count == 0:
+            raise OSError(f"the file ends at byte {position}, {end} were written: was it truncated by another program?")
+        crc = zlib.crc32(buffer[:count], crc)
+        file_hash.update(buffer[:count])
+        position += count
+    tail = _tail_of(_Member("archive/data/0", 0, payload_bytes, crc), end, dtype, shape, valid, labels, meta)
+    file_hash.update(tail)
+    os.lseek(fd, end, os.SEEK_SET)
+    write_all(fd, tail)
+    os.ftruncate(fd, end + len(tail))
+    return end + len(tail), f"xxh3_128:{file_hash.hexdigest()}"
+
+
+def _tail_of(
+    images: _Member,
+    end: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    valid: np.ndarray,
+    labels: np.ndarray | None,
+    meta: str,
+) -> bytes:
+    """All bytes after the payload: the small members, the central directory, the end record."""
+    tensors = {"images": (dtype, shape), "valid": ("bool", valid.shape)}
+    data = [valid.astype(np.bool_).tobytes()]
+    if labels is not None:
+        tensors["labels"] = ("int64", labels.shape)
+        data.append(labels.astype("<i8").tobytes())
+    contents = {f"archive/data/{key}": value for key, value in enumerate(data, start=1)}
+    contents["archive/data.pkl"] = pickle_of(tensors, meta)
+    contents["archive/byteorder"] = b"little"
+    contents["archive/version"] = b"3\n"
+    tail, members = _data_descriptor(images), [images]
+    for name, value in contents.items():
+        member = _Member(name, end + len(tail), len(value), zlib.crc32(value))
+        members.append(member)
+        tail += _local_header(name, member.offset) + value + _data_descriptor(member)
+    directory = b"".join(map(_central_header, members))
+    return tail + directory + _end_of_archive(len(members), end + len(tail), len(directory))
+
+
+def read_member(path: os.PathLike, name: str) -> bytes:
+    """One small member of a shard's archive, its CRC checked, without unpickling anything.
+
+    Raises:
+        UserError: not such an archive, or the member is missing, damaged or larger than any shard's would be.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            info = archive.getinfo(f"archive/{name}")
+            if info.file_size > _MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: {name} claims {info.file_size} bytes; this is no shard of this project.")
+            return archive.read(info)
+    except (zipfile.BadZipFile, KeyError, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged, or no shard of this project ({error}).") from error
+
+
+def read_meta(path: os.PathLike) -> str:
+    """The JSON text a shard carries about itself, found by walking the pickle's opcodes; nothing is executed."""
+    texts = []
+    try:
+        for opcode, argument, _ in pickletools.genops(read_member(path, "data.pkl")):
+            if opcode.name == "BINUNICODE":
+                texts.append(argument)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path}: its pickle is damaged ({error}).") from error
+    if len(texts) < 2 or texts[-2] != "meta":
+        raise UserError(f"{path}: carries no description of itself; it was not written by this project's format 3.")
+    return texts[-1]
+
+
+def find_payload(path: os.PathLike) -> tuple[int, int]:
+    """(offset, size) in bytes of the largest stored member: the images of any torch.save file of one big tensor."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            info = max(archive.infolist(), key=lambda member: member.file_size)
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: its images are compressed; rows cannot be read in place.")
+            header = os.pread(file.fileno(), 30, info.header_offset)
+    except (zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
+        raise UserError(f"{path}: damaged, or not written by torch.save ({error}).") from error
+    name_bytes, extra_bytes = struct.unpack("<2H", header[26:30])
+    return info.header_offset + 30 + name_bytes + extra_bytes, info.file_size
+
+
+def open_regular(path: os.PathLike):
+    """Open for reading, refusing symbolic links, devices and pipes: a name in a cache folder must be a plain file."""
+    try:
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(
+                f"{path} is a symbolic link; a cache folder may itself be one, its files may not."
+            ) from error
+        raise
+    file = os.fdopen(fd, "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise UserError(f"{path} is not a regular file.")
+    return file

@@ -1,0 +1,265 @@
+"""Stage 1: decode, resize and normalise every image once, into shards that training reads at memory speed.
+
+    python precompute_cache.py --data_config data_config.yaml --dry_run     # the plan: images, shards, bytes, free space
+    python precompute_cache.py --data_config data_config.yaml               # run again after any interruption: it goes on
+    python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3      # one eighth, as an array task
+    python precompute_cache.py --data_config data_config.yaml --verify      # every byte against its hash
+
+Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
+75 interrupted, run the same command again; 1 anything else.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillery.process import (
+    EXIT_DONE,
+    EXIT_TOO_MANY_FAILED,
+    Interrupted,
+    StopFlag,
+    UserError,
+    run_command,
+    usable_cpus,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; answers --help and wrong flags before anything slow is imported."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--data_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument("--train_config", type=Path, metavar="YAML", help="checked along with the data configuration")
+    parser.add_argument("--model_config", type=Path, metavar="YAML", help="whose weights --download_only fetches")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N",
+                        help="images decoded per unit of work (default 256); changes no byte of the result")  # fmt: skip
+    parser.add_argument("--num_jobs", type=int, metavar="N", help="share the work among N jobs ...")
+    parser.add_argument("--job_id", type=int, metavar="K", help="... of which this is number K, from 0")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--verify", action="store_true", help="compare every byte of the cache with its hash")
+    mode.add_argument("--rebuild_index", action="store_true", help="make index.json again from the shards; no decoding")
+    mode.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    mode.add_argument(
+        "--download_only", action="store_true", help="fetch data set and weights, for nodes without internet"
+    )
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size {arguments.batch_size}: expected 1 or more")
+    if (arguments.num_jobs is None) != (arguments.job_id is None):
+        parser.error("--num_jobs and --job_id go together: --num_jobs 8 --job_id 0 ... --job_id 7")
+    if arguments.num_jobs is not None and not 0 <= arguments.job_id < arguments.num_jobs:
+        parser.error(
+            f"--job_id {arguments.job_id}: expected 0 to {arguments.num_jobs - 1} with --num_jobs {arguments.num_jobs}"
+        )
+    return arguments
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """One cache folder to make, and this process's share of its shards."""
+
+    title: str
+    plan: object  # distillery.plan.CachePlan
+    source: object  # distillery.sources.Source
+    shards: range
+
+
+def main() -> int:
+    """Parse, plan, then make what is missing."""
+    arguments = parse_arguments()
+    from distillery.config import load_configs
+
+    configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    if arguments.verify:
+        from distillery.verify import report_verification
+
+        return report_verification(configs.data.cache_path, _command(arguments))
+    if arguments.download_only:
+        return download(configs)
+
+    with StopFlag() as stop:
+        jobs = build_jobs(configs.data, arguments.num_jobs or 1, arguments.job_id or 0)
+        # every folder is surveyed before anything is written anywhere
+        surveys = [survey_job(job) for job in jobs]
+        print_plan(jobs, surveys, configs.data)
+        if arguments.dry_run:
+            return EXIT_DONE
+        for job, survey in zip(jobs, surveys, strict=True):
+            left = make_or_rebuild(job, survey, configs.data, arguments, stop)
+            if stop.requested:
+                raise Interrupted(
+                    f"{stop.reason}: {left} shards of {job.title} are left; everything finished is saved. Run the same command again."
+                )
+    return report_outcome(jobs, configs.data)
+
+
+def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
+    """The training cache and one cache with labels for each part of each evaluation set."""
+    from distillery.sources import open_source
+
+    main_source = open_source(
+        dataset_name=data.dataset_name,
+        dataset_config=data.dataset_config,
+        dataset_revision=data.dataset_revision,
+        data_files=data.data_files,
+        data_dir=data.data_dir,
+        split=data.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+    )
+    limit = min(data.max_samples or len(main_source), (data.max_shards or len(main_source)) * data.cache_shard_size)
+    parts = [("the training images", data.cache_path, main_source, limit, data.label_column is not None)]
+    for name, entry in data.eval_datasets.items():
+        for part, split, rows in (
+            ("train", entry.train_split, entry.max_train),
+            ("test", entry.test_split, entry.max_test),
+        ):
+            source = open_source(
+                dataset_name=entry.dataset_name,
+                data_files=entry.data_files,
+                data_dir=entry.data_dir,
+                split=split,
+                image_column=entry.image_column,
+                label_column=entry.label_column,
+                labels_required=True,
+            )
+            folder = data.cache_path / "eval" / name / part
+            parts.append((f"evaluation set {name}/{part}", folder, source, rows or len(source), True))
+    return [_job_of(data, *part, num_jobs, job_id) for part in parts]
+
+
+def _job_of(data, title: str, folder: Path, source, limit: int, labels: bool, num_jobs: int, job_id: int) -> CacheJob:
+    from distillery.plan import CachePlan
+    from distillery.preprocess import PreprocessSpec
+
+    if len(source) == 0:
+        raise UserError(f"{title}: {source.describe()} holds no images.")
+    plan = CachePlan(
+        directory=folder,
+        spec=PreprocessSpec(data.image_size, data.resize_mode, data.interpolation, tuple(data.mean), tuple(data.std)),
+        dtype=data.cache_dtype,
+        shard_size=data.cache_shard_size,
+        num_rows=min(limit, len(source)),
+        source_num_samples=len(source),
+        source_identity=source.identity,
+        labels=labels,
+    )
+    share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
+    return CacheJob(title, plan, source, share)
+
+
+def survey_job(job: CacheJob):
+    """What is already there of a job's shards."""
+    from distillery.plan import survey_cache
+
+    return survey_cache(job.plan, job.shards)
+
+
+def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
+    """What will be made, how much room it takes, how much there is."""
+    from distillery.files import format_bytes, free_bytes, is_network_file_system
+    from distillery.preprocess import library_versions
+
+    total = 0
+    for job, survey in zip(jobs, surveys, strict=True):
+        plan, todo = job.plan, len(survey.missing) + len(survey.doubtful)
+        size = sum(stop - start for start, stop in map(plan.rows_of, survey.missing)) * plan.row_bytes
+        total += size
+        print(f"{job.title}: {job.source.describe()}")
+        print(f"  -> {plan.directory}")
+        print(
+            f"  {plan.num_rows} of {plan.source_num_samples} images, {plan.spec.image_size} px ({plan.spec.resize_mode}, "
+            f"{plan.spec.interpolation}), {plan.dtype}: {plan.num_shards} shards of {plan.shard_size}, "
+            f"{format_bytes(plan.num_rows * plan.row_bytes)}"
+        )
+        share = (
+            ""
+            if len(job.shards) == plan.num_shards
+            else f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; "
+        )
+        to_hash = f", {len(survey.doubtful)} to check" if survey.doubtful else ""
+        print(f"  {share}{len(survey.done)} done, {todo} to go{to_hash}; {format_bytes(size)} to write")
+    free = free_bytes(data.cache_path)
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    print(
+        f"free space: {format_bytes(free)} (a quota may be less); decoding with {data.num_workers or usable_cpus()} workers; {versions}"
+    )
+    if total > free:
+        print(f"WARNING: {format_bytes(total)} are to be written, {format_bytes(free)} are free.")
+    if is_network_file_system(data.cache_path.parent):
+        print("note: the cache is on a network file system; for training, stage it to a node's own disk where you can.")
+
+
+def make_or_rebuild(job: CacheJob, survey, data, arguments: argparse.Namespace, stop: StopFlag) -> int:
+    """Make what is missing of one cache (with --rebuild_index only its index); returns how many shards are left."""
+    from dataclasses import replace
+
+    from distillery.progress import Progress
+    from distillery.writer import make_cache
+
+    if arguments.rebuild_index:
+        survey = replace(survey, missing=[])
+    rows = sum(stop_ - start for start, stop_ in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
+    with Progress(total=rows, unit="images", desc=job.title) as progress:
+        report = make_cache(
+            job.plan,
+            job.source,
+            shards=job.shards,
+            survey=survey,
+            batch_size=arguments.batch_size,
+            num_workers=data.num_workers or usable_cpus(),
+            stop=stop,
+            on_rows=lambda count, limit, shards_done: progress.advance(count, shards=shards_done, limit=limit),
+        )
+    for message in report.messages:
+        print(f"repaired: {message}")
+    if report.shards_made or report.shards_adopted:
+        print(f"{job.title}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    return report.shards_left
+
+
+def report_outcome(jobs: list[CacheJob], data) -> int:
+    """Say what the folders hold now; exit status 3 when too many images failed."""
+    from distillery.records import FAILURES_NAME, RecordScan, index_of
+
+    status = EXIT_DONE
+    for job in jobs:
+        records = RecordScan(job.plan.directory).records() if job.plan.directory.exists() else []
+        if not records:
+            continue
+        index = index_of(records, job.plan.num_rows)
+        failed, rows = sum(record["num_failed"] for record in records), index["num_samples"]
+        state = "complete" if index["complete"] else "not complete yet: other jobs have their share to do"
+        print(f"{job.plan.directory}: {rows} images in {len(records)} shards, {failed} could not be decoded; {state}")
+        if failed:
+            print(f"  the reasons are in {job.plan.directory / FAILURES_NAME}; training leaves these images out")
+        if failed > data.max_failed_fraction * rows:
+            print(
+                f"  {failed} of {rows} is more than max_failed_fraction {data.max_failed_fraction} allows: look at the reasons"
+            )
+            status = EXIT_TOO_MANY_FAILED
+    return status
+
+
+def download(configs) -> int:
+    """Fetch everything the two commands need from the network, into HF_HOME and TORCH_HOME."""
+    for job in build_jobs(configs.data, 1, 0):
+        print(f"{job.title}: {job.source.describe()}: {len(job.source)} images, all here")
+    if configs.model is not None:
+        from distillery.models import download_weights
+
+        for line in download_weights(configs.model.model_dump()):
+            print(line)
+    return EXIT_DONE
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    return f"python precompute_cache.py --data_config {arguments.data_config}"
+
+
+if __name__ == "__main__":
+    run_command(main)
