@@ -1,0 +1,179 @@
+"""How to get a pooled feature and a map or tokens out of a model that was written for something else.
+
+An adapter is one function `(model, images, use_cls_token, with_logits) -> Outputs`. It is handed the model at every
+call, so that a deep copy (an EMA) never reads another model's weights.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distillery.process import UserError
+
+
+class Outputs(NamedTuple):
+    """What came out of a raw model; B images, D and Dt channels, C classes."""
+
+    pooled: Tensor  # [B, D]
+    spatial: Tensor  # tokens [B, P, Dt] or a map [B, Dt, h, w]
+    logits: Tensor | None  # [B, C]
+
+
+Adapter = Callable[[nn.Module, Tensor, bool, bool], Outputs]
+
+
+def choose_adapter(model: nn.Module, img_size: tuple[int, int]) -> Adapter:
+    """The adapter for a model in eval mode, by the interface it offers.
+
+    Raises:
+        UserError: it offers none that we know.
+    """
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    if isinstance(model, VisionTransformer):
+        return torchvision_vit
+    if hasattr(model, "forward_features"):
+        head = getattr(model, "forward_head", None)
+        pools = head is not None and "pre_logits" in inspect.signature(head).parameters
+        return functools.partial(forward_features, own_pooling=pools)
+    if hasattr(model, "get_intermediate_layers"):
+        return last_layer
+    names = trunk_names(model)
+    _check_trunk(model, img_size, names)
+    return functools.partial(trunk, names=names)
+
+
+INTERFACES = (
+    "it needs forward_features(images) -> [B, C, h, w], [B, N, D] or DINOv2's dictionary (and forward_head for "
+    "logits), or layers that run in the order they were defined"
+)
+
+
+def forward_features(
+    model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool, *, own_pooling: bool
+) -> Outputs:
+    """timm's interface, which many hub models share; DINOv2's dictionary too."""
+    raw = model.forward_features(images)
+    logits = model.forward_head(raw) if with_logits and hasattr(model, "forward_head") else None
+    if isinstance(raw, dict) and "x_norm_patchtokens" in raw:
+        patches = raw["x_norm_patchtokens"]
+        return Outputs(raw["x_norm_clstoken"] if use_cls_token else patches.mean(1), patches, logits)
+    if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
+        found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+        raise UserError(f"{type(model).__name__}.forward_features returned {found}: {INTERFACES}")
+    if raw.ndim == 4:
+        spatial = channels_first(model, raw)
+    else:
+        tokens = _last_norm(model)(raw)
+        spatial = tokens[:, prefix_tokens(model) :]
+        if has_class_token(model):
+            return Outputs(tokens[:, 0] if use_cls_token else spatial.mean(1), spatial, logits)
+    # the model's own: the mean, behind a norm or a layer of its own, or the attention pooling it was pretrained with
+    pooled = model.forward_head(raw, pre_logits=True) if own_pooling else _mean_over_places(spatial)
+    return Outputs(pooled, spatial, logits)
+
+
+def torchvision_vit(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
+    """torchvision's VisionTransformer.forward up to its heads."""
+    patches = model._process_input(images)
+    tokens = model.encoder(torch.cat([model.class_token.expand(len(images), -1, -1), patches], dim=1))
+    pooled = tokens[:, 0] if use_cls_token else tokens[:, 1:].mean(1)
+    return Outputs(pooled, tokens[:, 1:], model.heads(tokens[:, 0]) if with_logits else None)
+
+
+def last_layer(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
+    """DINO's first hub models: the normalised tokens of the last layer, class token first."""
+    tokens = model.get_intermediate_layers(images, 1)[0]
+    return Outputs(tokens[:, 0] if use_cls_token else tokens[:, 1:].mean(1), tokens[:, 1:], None)
+
+
+def trunk(
+    model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool, *, names: tuple[str, ...]
+) -> Outputs:
+    """ResNet-like: the layers up to the global pooling one by one, then the model's own pooling and classifier."""
+    spatial = images
+    for layer in _layers(model, names):
+        spatial = layer(spatial)
+    if type(model).__name__ == "DenseNet":  # torchvision's forward has this one outside its layers
+        spatial = spatial.relu()
+    return Outputs(spatial.mean((2, 3)), spatial, trunk_output(model, spatial) if with_logits else None)
+
+
+TAIL_NAMES = ("avgpool", "flatten", "dropout", "fc", "classifier", "head", "heads", "linear")
+
+
+def trunk_names(model: nn.Module) -> tuple[str, ...]:
+    """The children up to the global pooling or classifier; auxiliary classifiers are not part of the way."""
+    names = []
+    for name, _ in model.named_children():
+        if name in TAIL_NAMES:
+            break
+        if not name.lower().startswith("aux"):
+            names.append(name)
+    return tuple(names)
+
+
+def trunk_output(model: nn.Module, spatial: Tensor) -> Tensor:
+    """What the model's forward makes of its last map: logits, or the pooled feature where it has no classifier."""
+    avgpool = getattr(model, "avgpool", None)
+    x = avgpool(spatial) if avgpool is not None else spatial
+    classifier = next((getattr(model, name) for name in TAIL_NAMES[3:] if hasattr(model, name)), nn.Identity())
+    if not any(isinstance(layer, nn.Flatten | nn.Conv2d) for layer in classifier.modules()):
+        x = x.flatten(1) if avgpool is not None else x.mean((2, 3))
+    return classifier(x).flatten(1)
+
+
+@torch.no_grad()
+def _check_trunk(model: nn.Module, img_size: tuple[int, int], names: tuple[str, ...]) -> None:
+    """Refuse a model whose forward is anything but its layers one by one: the features would be wrong in silence."""
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        return
+    images = torch.rand((2, 3, *img_size), generator=torch.Generator().manual_seed(0)).to(parameter)
+    try:
+        ours = trunk_output(model, trunk(model, images, False, False, names=names).spatial)
+        theirs = model(images)
+    except Exception as error:
+        raise UserError(f"its layers do not run one by one ({type(error).__name__}: {error}): {INTERFACES}") from error
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+        raise UserError(f"running its layers one by one gives another result than its forward: {INTERFACES}")
+
+
+def _layers(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
+    for name in names:
+        child = getattr(model, name)
+        yield from child if isinstance(child, nn.ModuleList) else [child]
+
+
+def channels_first(model: nn.Module, spatial: Tensor) -> Tensor:
+    """A map as [B, C, h, w], whichever way the model (Swin and its kin) keeps it."""
+    width = getattr(model, "num_features", None)
+    by_width = spatial.shape[-1] == width and spatial.shape[1] != width
+    channels_last = getattr(model, "output_fmt", None) == "NHWC" or by_width
+    return spatial.permute(0, 3, 1, 2) if channels_last else spatial
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """How many class and register tokens stand before the patch tokens."""
+    class_tokens = getattr(model, "cls_token", None)
+    return getattr(model, "num_prefix_tokens", 0 if class_tokens is None else class_tokens.shape[1])
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token is a class token (registers alone are none)."""
+    return getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+
+
+def _last_norm(model: nn.Module) -> nn.Module:
+    # models that average their tokens keep the last norm in the head: without it the tokens are the raw residuals
+    after_pooling = getattr(model, "fc_norm", None)
+    in_head = isinstance(getattr(model, "norm", None), nn.Identity) and after_pooling is not None
+    return after_pooling if in_head else nn.Identity()
+
+
+def _mean_over_places(spatial: Tensor) -> Tensor:
+    return spatial.mean(1) if spatial.ndim == 3 else spatial.mean((2, 3))

@@ -1,0 +1,324 @@
+"""Raw models from timm, torchvision and torch.hub, at the input size that the images ask for, with local weights.
+
+A new kind of source is one builder, ModelRequest -> BuiltModel, and one line in BUILDERS.
+"""
+
+import ast
+import difflib
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillery.files import expand_path
+from distillery.process import MissingFileError, UserError
+
+SIZE_KEYS = "teacher_img_size or student_img_size"
+WEIGHTS_REMEDY = (
+    "Without internet here, run precompute_cache.py --download_only on a login node first, "
+    "or name a local file with teacher_checkpoint or student_checkpoint"
+)
+# what checkpoints of other tools, DistributedDataParallel and torch.compile put around a state dict
+WRAPPER_KEYS = ("state_dict", "model", "student", "teacher")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the configuration says about one model; sizes in px."""
+
+    name: str
+    repo: str | None = None
+    pretrained: bool = False
+    img_size: int | None = None  # None: image_size, rounded to the model's patch
+    image_size: int = 224
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    drop_path_rate: float | None = None  # only timm models take it
+    with_logits: bool = False  # whether the classifier must be there
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A raw model, the input it gets (height, width in px) and its own normalisation where it states one."""
+
+    model: nn.Module
+    img_size: tuple[int, int]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def build_timm(want: ModelRequest) -> BuiltModel:
+    """A timm model, its position embedding resampled to the input size, without classifier unless logits are wanted."""
+    import timm
+
+    label = f"timm model {want.name!r}"
+    if ":" not in want.name and not timm.is_model(want.name):
+        raise _unknown(label, want.name.split(".")[0], timm.list_models())
+    explicit = want.kwargs.get("img_size", want.img_size)
+    kwargs = ({} if want.with_logits else {"num_classes": 0}) | want.kwargs
+    optional = {"img_size": explicit or want.image_size, "drop_path_rate": want.drop_path_rate}
+    model, takes_size = _create_timm(label, want, optional, kwargs)
+    patch = patch_size_of(model)
+    size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch or (1, 1))
+    if takes_size and not explicit and size != _pair(want.image_size):
+        model, _ = _create_timm(label, want, optional | {"img_size": size}, kwargs)
+    config = model.pretrained_cfg
+    native = tuple(config["input_size"][1:])
+    if not takes_size and config.get("fixed_input_size") and size != native:
+        raise UserError(f"{label} takes {native[0]}x{native[1]} px only, not {size}: set {SIZE_KEYS} to {native[0]}")
+    _check_divisible(label, size, patch)
+    return BuiltModel(model, size, config.get("mean"), config.get("std"))
+
+
+def _create_timm(
+    label: str, want: ModelRequest, optional: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """The model, and whether it took an img_size: optional arguments that its class does not know are left out."""
+    import timm
+
+    optional = {key: value for key, value in optional.items() if value is not None}
+    while True:
+        try:
+            model = timm.create_model(want.name, pretrained=want.pretrained, **(optional | kwargs))
+            return model, "img_size" in optional | kwargs
+        except TypeError as error:
+            rejected = [key for key in optional if key not in kwargs and f"'{key}'" in str(error)]
+            if not rejected:
+                raise _refused_arguments(label, error, kwargs) from error
+            optional = {key: value for key, value in optional.items() if key not in rejected}
+        except Exception as error:
+            raise _load_error(label, want.pretrained, error) from error
+
+
+def build_torchvision(want: ModelRequest) -> BuiltModel:
+    """A torchvision classification model; kwargs may choose `weights`, e.g. IMAGENET1K_V1."""
+    from torchvision import models as tv
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    label = f"torchvision model {want.name!r}"
+    if want.name not in tv.list_models(module=tv):
+        raise _unknown(label, want.name, tv.list_models(module=tv))
+    kwargs = dict(want.kwargs)
+    choices = tv.get_model_weights(want.name)
+    chosen = kwargs.pop("weights", "DEFAULT")
+    if chosen not in choices.__members__:
+        raise _unknown(f"weights {chosen!r} of {label}", str(chosen), choices.__members__)
+    weights = choices[chosen]
+    size, patch = _pair(want.img_size or want.image_size), None
+    if want.name.startswith("vit_"):
+        patch = _pair(int(want.name.rsplit("_", 1)[1]))
+        explicit = kwargs.get("image_size", want.img_size)
+        size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch)
+        _check_divisible(label, size, patch)
+        kwargs["image_size"] = size[0]
+    try:
+        # a ViT refuses weights of another input size: these are loaded after resampling their position embedding
+        model = tv.get_model(want.name, weights=weights if want.pretrained and not patch else None, **kwargs)
+        if want.pretrained and patch:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+            model.load_state_dict(interpolate_embeddings(size[0], patch[0], state))
+    except TypeError as error:
+        raise _refused_arguments(label, error, kwargs) from error
+    except Exception as error:
+        raise _load_error(label, want.pretrained, error) from error
+    transforms = weights.transforms()
+    return BuiltModel(model, size, tuple(transforms.mean), tuple(transforms.std))
+
+
+def build_torch_hub(want: ModelRequest) -> BuiltModel:
+    """A model from a hub repository "owner/name[:ref]" or a local folder with hubconf.py (an existing folder wins).
+
+    That hubconf.py runs with this user's rights, as torch.hub's always does.
+    """
+    if not want.repo:
+        raise UserError(f"torch_hub model {want.name!r}: set teacher_repo or student_repo to owner/name or a folder")
+    label = f"torch_hub model {want.name!r} of {want.repo}"
+    folder = expand_path(want.repo)
+    if folder.is_dir():
+        if not (folder / "hubconf.py").is_file():
+            raise MissingFileError(f"{label}: there is no hubconf.py in {folder}")
+        load = functools.partial(torch.hub.load, str(folder), want.name, source="local")
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?", want.repo):
+        label = f"{label} on GitHub (no folder of that name is here)"
+        load = functools.partial(torch.hub.load, want.repo, want.name, source="github", verbose=False)
+    else:
+        raise MissingFileError(f"{label}: {folder} is no folder, and {want.repo!r} no owner/name[:ref] of GitHub")
+    try:
+        model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
+    except TypeError as error:
+        raise _refused_arguments(label, error, want.kwargs) from error
+    except Exception as error:
+        if "Cannot find callable" in str(error):
+            raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
+        raise _load_error(label, want.pretrained or not folder.is_dir(), error) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{label}: the entry point returned a {type(model).__name__}, not a torch.nn.Module")
+    patch = patch_size_of(model)
+    explicit = want.kwargs.get("img_size", want.img_size)
+    size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch or (1, 1))
+    _check_divisible(label, size, patch)
+    return BuiltModel(model, size)
+
+
+def _call_hub_entry(load: Callable[..., nn.Module], pretrained: bool) -> nn.Module:
+    try:
+        return load(pretrained=pretrained)
+    except TypeError as error:
+        if "'pretrained'" not in str(error):
+            raise
+        return load()
+
+
+def _hub_names(repo: str, folder: Path) -> list[str]:
+    """The entry points of a hub repository; a local folder's are read without running it again."""
+    if not folder.is_dir():
+        return torch.hub.list(repo, trust_repo=True, verbose=False)
+    names = []
+    for node in ast.parse((folder / "hubconf.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.extend(alias.asname or alias.name for alias in node.names)
+    return [name for name in names if not name.startswith("_")]
+
+
+BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
+    "timm": build_timm,
+    "torchvision": build_torchvision,
+    "torch_hub": build_torch_hub,
+}
+
+
+def round_to_patch(image_size: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """The multiples of the patch's height and width nearest to image_size, at least one patch each; px."""
+    height, width = (max(1, int(image_size / side + 0.5)) * side for side in patch)
+    return height, width
+
+
+def patch_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width in px of the patches a model cuts its input into; None for other stems."""
+    embed = getattr(model, "patch_embed", None)
+    found = getattr(embed, "patch_size", None) or getattr(model, "patch_size", None)
+    if not found or getattr(getattr(embed, "proj", None), "stride", _pair(found)) != _pair(found):
+        return None
+    return _pair(found)
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _check_divisible(label: str, size: tuple[int, int], patch: tuple[int, int] | None) -> None:
+    for length, side in zip(size, patch or (), strict=False):
+        if length % side:
+            below = max(length // side, 1) * side
+            raise UserError(
+                f"{label}: {length} px is no multiple of its patch of {side} px, the rest would be cut off: "
+                f"set {SIZE_KEYS} to {below} or {below + side}, or to null (image_size, rounded)"
+            )
+
+
+def _unknown(label: str, name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    return UserError(f"unknown {label}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"))
+
+
+def _refused_arguments(label: str, error: Exception, kwargs: dict[str, Any]) -> UserError:
+    return UserError(f"{label} does not take teacher_kwargs or student_kwargs {kwargs}: {error}")
+
+
+def _load_error(label: str, pretrained: bool, error: Exception) -> UserError:
+    if pretrained and not isinstance(error, AssertionError):
+        return UserError(f"{label}: no pretrained weights: {type(error).__name__}: {error}. {WEIGHTS_REMEDY}")
+    # mostly the model's own assertions on its input size
+    return UserError(f"{label} could not be built: {type(error).__name__}: {error}. Check its kwargs, and {SIZE_KEYS}")
+
+
+def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = False) -> None:
+    """Load a local .pt, .pth or .safetensors file into a raw model, strictly.
+
+    Wrappers of other tools, DDP and torch.compile are taken off; position embeddings are resampled to the model's
+    input size. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is no weights file, or its tensors are not this model's.
+    """
+    path = expand_path(path)
+    state = _convert(model, _unwrap(_read_state(path), model.state_dict().keys()), path)
+    own = model.state_dict()
+    if not with_logits:
+        heads = _classifier_prefixes(model)
+        state = {k: v for k, v in state.items() if not k.startswith(heads) or _shape(own.get(k)) == _shape(v)}
+        state = {k: v for k, v in own.items() if k.startswith(heads)} | state
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = sorted(k for k in own.keys() & state.keys() if _shape(own[k]) != _shape(state[k]))
+    if missing or unexpected or reshaped:
+        raise UserError(
+            f"{path} does not fit the model: {len(missing)} of its {len(own)} tensors missing{_some(missing)}, "
+            f"{len(unexpected)} unexpected{_some(unexpected)}, {len(reshaped)} of another shape"
+            f"{_some([f'{k} {_shape(state[k])} for {_shape(own[k])}' for k in reshaped])}. Check name and kwargs"
+        )
+    model.load_state_dict(state)
+
+
+def _read_state(path: Path) -> Any:
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint at {path}: check teacher_checkpoint or student_checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as weights: {error}. It must be .safetensors, or a state dict that "
+            "torch.load(weights_only=True) takes"
+        ) from error
+
+
+def _unwrap(state: Any, own_keys: Iterable[str]) -> dict[str, Tensor]:
+    while isinstance(state, dict) and (key := next((k for k in WRAPPER_KEYS if isinstance(state.get(k), dict)), None)):
+        state = state[key]
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    while not state.keys() & set(own_keys):
+        prefix = next((p for p in WRAPPER_PREFIXES if state and all(k.startswith(p) for k in state)), None)
+        if prefix is None:
+            break
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def _convert(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Bring another layout or input size to the model's: timm's own filter, torchvision's for its ViT."""
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+    convert = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    try:
+        if isinstance(model, VisionTransformer) and "encoder.pos_embedding" in state:
+            return dict(interpolate_embeddings(model.image_size, model.patch_size, state))
+        return convert(state, model) if convert and hasattr(model, "pretrained_cfg") else state
+    except Exception as error:
+        raise UserError(f"{path} does not fit the model: {type(error).__name__}: {error}") from error
+
+
+def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or CLASSIFIER_NAMES
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)
+
+
+def _some(items: list[str]) -> str:
+    return f" ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})" if items else ""

@@ -1,0 +1,235 @@
+"""From configuration to objects: device, models, optimiser, schedule, and the task that the engine trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distillery import distributed
+from distillery.augment import Augmentation
+from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
+from distillery.engine import Ema, Schedule, Task, default_learning_rate
+from distillery.files import expand_path
+from distillery.losses import check_loss_names, fields_needed
+from distillery.models import Backbone, FrozenTeacher, StudentWithHeads, build_backbone
+from distillery.process import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for --device auto|cuda|cpu; this process's own GPU when several run on a node.
+
+    Raises:
+        UserError: CUDA was asked for and is not usable.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device cuda: torch {torch.__version__} finds no usable GPU (CUDA build: {torch.version.cuda or 'no'}). "
+            "Check nvidia-smi and the job's --gres, install a CUDA build of torch, or use --device cpu."
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = distributed.world_from_environment()[2]
+    # srun may show each task its own GPU only: then that one is number 0
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """bf16, fp16 or fp32 for `precision`; auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def build_student_backbone(model: ModelConfig, data: DataConfig) -> Backbone:
+    """The student's backbone, its weights drawn from torch's present seed unless pretrained."""
+    return build_backbone(
+        source=model.student_source,
+        name=model.student_name,
+        repo=model.student_repo,
+        pretrained=model.student_pretrained,
+        checkpoint=model.student_checkpoint,
+        img_size=model.student_img_size,
+        kwargs=model.student_kwargs,
+        mean=model.student_mean,
+        std=model.student_std,
+        drop_path_rate=model.drop_path_rate,
+        data_mean=data.mean,
+        data_std=data.std,
+        image_size=data.image_size,
+        use_cls_token=model.use_cls_token,
+    )
+
+
+def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits: bool = False) -> Backbone:
+    """The teacher's backbone with its published weights or checkpoint."""
+    return build_backbone(
+        source=model.teacher_source,
+        name=model.teacher_name,
+        repo=model.teacher_repo,
+        pretrained=model.teacher_pretrained,
+        checkpoint=model.teacher_checkpoint,
+        img_size=model.teacher_img_size,
+        kwargs=model.teacher_kwargs,
+        mean=model.teacher_mean,
+        std=model.teacher_std,
+        data_mean=data.mean,
+        data_std=data.std,
+        image_size=data.image_size,
+        use_cls_token=model.use_cls_token,
+        with_logits=with_logits,
+    )
+
+
+def build_models(configs: Configs, device: torch.device) -> tuple[FrozenTeacher, StudentWithHeads]:
+    """Teacher and student with its heads, on the device; the student's initial weights depend on the seed alone."""
+    train = configs.train
+    check_loss_names(train.distill_loss_weights, train.loss_options)
+    fields = fields_needed(train.distill_loss_weights)
+    teacher = FrozenTeacher(
+        build_teacher_backbone(configs.model, configs.data, with_logits="logits" in fields),
+        standardise=train.standardise_targets,
+    )
+    torch.manual_seed(train.seed)
+    student = StudentWithHeads(
+        build_student_backbone(configs.model, configs.data),
+        teacher.widths,
+        fields,
+        configs.model.projector.model_dump(),
+    )
+    return teacher.to(device), student.to(device)
+
+
+def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; norms, biases, tokens and position embeddings are not decayed."""
+    decayed, plain = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed", "reg_token"))
+            (plain if is_plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # lr is set by the schedule before every step
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=train.use_fused_adamw and device.type == "cuda")
+
+
+def build_schedule(train: TrainConfig, steps_in_epoch: int) -> Schedule:
+    """The schedule of the whole run; a warm-up longer than the run is clipped."""
+    total = steps_in_epoch * train.num_epochs
+    warmup = 0.05 * total if train.warmup_epochs is None else train.warmup_epochs * steps_in_epoch
+    global_batch = global_batch_size(train)
+    learning_rate = train.learning_rate or default_learning_rate(global_batch)
+    return Schedule(learning_rate, min(train.min_lr, learning_rate), min(total, round(warmup)), total)
+
+
+def global_batch_size(train: TrainConfig) -> int:
+    """Images per optimiser step over all processes."""
+    return train.batch_size * distributed.world_size() * train.grad_accumulation_steps
+
+
+def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_epoch: int | None) -> int:
+    """Optimiser steps of every epoch: what the smallest possible choice of shards gives, so that no epoch is shorter.
+
+    Raises:
+        UserError: not even one step.
+    """
+    rows = sum(sorted(valid_rows)[: shards_per_epoch or len(valid_rows)])
+    steps = rows // global_batch_size(train)
+    if steps == 0:
+        raise UserError(
+            f"one step takes {global_batch_size(train)} images (batch_size {train.batch_size} x "
+            f"{distributed.world_size()} processes x grad_accumulation_steps {train.grad_accumulation_steps}), an epoch "
+            f"has {rows}. Use a smaller batch_size or more shards_per_epoch."
+        )
+    return min(steps, train.max_steps_per_epoch or steps)
+
+
+def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int, num_images: int) -> list[str]:
+    """What the run will do, in lines for the console: steps, images seen, warm-up, learning rate."""
+    train = configs.train
+    seen = steps_in_epoch * global_batch_size(train)
+    rule = "" if train.learning_rate else " (learning_rate: null: 1e-3 x sqrt(global batch / 64), at most 4e-3)"
+    lines = [
+        f"schedule: {train.num_epochs} epochs x {steps_in_epoch} steps = {schedule.total_steps} steps of "
+        f"{global_batch_size(train)} images (batch_size {train.batch_size} x {distributed.world_size()} processes x "
+        f"accumulation {train.grad_accumulation_steps})",
+        f"  an epoch sees {seen} of {num_images} images ({100 * seen / num_images:.3g} %), the run "
+        f"{seen * train.num_epochs} ({seen * train.num_epochs / num_images:.3g} times the data)",
+        f"  learning rate {schedule.learning_rate:.3g}{rule}, warm-up {schedule.warmup_steps} steps, cosine to "
+        f"{schedule.min_lr:.3g}; weight decay {train.weight_decay:g}",
+    ]
+    if train.warmup_epochs is not None and train.warmup_epochs > train.num_epochs:
+        lines.append(
+            f"  warmup_epochs {train.warmup_epochs:g} is longer than the run: clipped to {schedule.warmup_steps} steps"
+        )
+    return lines
+
+
+def build_task(
+    configs: Configs,
+    teacher: FrozenTeacher,
+    student: StudentWithHeads,
+    schedule: Schedule,
+    normalized: bool,
+    device: torch.device,
+) -> Task:
+    """Everything a training step touches. normalized: whether the loader's float batches are normalised already."""
+    data, train = configs.data, configs.train
+    augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (data.mean, data.std))
+
+    def to_float(images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            return (images.float() / 255 - mean) / std
+        return images.float() if normalized else (images.float() - mean) / std
+
+    return Task(
+        student=student,
+        student_call=_wrap_student(student, train, device),
+        teacher=torch.compile(teacher) if train.compile_teacher else teacher,
+        teacher_module=teacher,
+        optimizer=build_optimizer(student, train, device),
+        schedule=schedule,
+        loss_weights=train.distill_loss_weights,
+        loss_options=train.loss_options,
+        augment=lambda images, global_idx, epoch: augmentation(images, global_idx, seed=train.seed, epoch=epoch),
+        to_float=to_float,
+        device=device,
+        precision=choose_precision(train.precision, device),
+        max_grad_norm=train.max_grad_norm,
+        accumulation_steps=train.grad_accumulation_steps,
+        seed=train.seed,
+        ema=Ema(student.student.model, train.ema_decay) if train.ema_decay else None,
+        max_bad_steps=train.max_bad_steps,
+    )
+
+
+def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.device) -> nn.Module:
+    """What the engine calls: compiled and in DDP as asked for; the bare module keeps its names for checkpoints."""
+    call: nn.Module = torch.compile(student) if train.compile_student else student
+    if distributed.world_size() > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        call = nn.parallel.DistributedDataParallel(call, device_ids=device_ids)
+    return call
+
+
+def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """name -> (train, test) cache folders of the evaluation sets.
+
+    Raises:
+        UserError: one of them has not been cached.
+    """
+    folders = {}
+    for name in data.eval_datasets:
+        parts = tuple(expand_path(data.cache_dir) / "eval" / name / part for part in ("train", "test"))
+        for part in parts:
+            if not (part / "index.json").exists():
+                raise UserError(
+                    f"eval_datasets.{name}: {part} is not there. Run: python precompute_cache.py --data_config "
+                    "data_config.yaml (it caches evaluation sets too), or remove it from eval_datasets."
+                )
+        folders[name] = parts
+    return folders

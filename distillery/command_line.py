@@ -1,0 +1,48 @@
+"""The command line of stage 2, checked together with the three YAML files before torch is imported."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillery.config import Configs, load_configs
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """What the user asked for: the flags and the configuration, overrides applied."""
+
+    arguments: argparse.Namespace
+    configs: Configs
+
+
+def parse_training_command(documentation: str) -> TrainingCommand:
+    """The flags of distill_trainer.py, whose docstring is `documentation`, and the files they name.
+
+    Raises:
+        UserError: a file is missing or wrong; wrong flags leave with status 2 by themselves.
+    """
+    parser = argparse.ArgumentParser(
+        description=documentation.split("\n\n")[0],
+        epilog=documentation.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument("--train_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument("--model_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: CUDA where there is one"
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume_from", type=Path, metavar="PATH", help="go on from this checkpoint file")
+    start.add_argument("--no_resume", action="store_true", help="start afresh; what the run folder holds is set aside")
+    parser.add_argument("--max_steps_per_epoch", type=int, metavar="N", help="overrides the key of the same name")
+    parser.add_argument("--max_minutes", type=float, metavar="M", help="save and leave with status 75 after M minutes")
+    parser.add_argument("--dry_run", action="store_true", help="print the schedule and stop; nothing is written")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.max_steps_per_epoch is not None:
+        arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
+    configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    return TrainingCommand(arguments, configs)

@@ -1,0 +1,253 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distillery.engine import (
+    Ema,
+    Progress,
+    Schedule,
+    Task,
+    batches_by_step,
+    check_first_step,
+    check_weights,
+    default_learning_rate,
+    train_one_epoch,
+    train_step,
+)
+from distillery.losses import Features
+from distillery.models import FrozenTeacher, StudentWithHeads, build_backbone
+from distillery.process import StopFlag, UserError
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def backbone(name: str, **kwargs):
+    return build_backbone(source="timm", name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=32, **kwargs)
+
+
+def build_task(*, student_name: str = "test_vit", weights=None, accumulation_steps: int = 1, **changes) -> Task:
+    torch.manual_seed(0)
+    teacher = FrozenTeacher(backbone("test_resnet"))
+    student = StudentWithHeads(backbone(student_name, kwargs={"img_size": 32} if "vit" in student_name else None),
+                               teacher.widths, {"pooled", "tokens"})  # fmt: skip
+    teacher.gather_statistics([images_of(range(16))])
+    settings = {
+        "student": student,
+        "student_call": student,
+        "teacher": teacher,
+        "teacher_module": teacher,
+        "optimizer": torch.optim.AdamW(student.parameters(), lr=0.0),
+        "schedule": Schedule(1e-3, 1e-6, 2, 20),
+        "loss_weights": weights or {"cls": 1.0, "patch": 0.5},
+        "loss_options": {},
+        "augment": lambda images, global_idx, epoch: images,
+        "to_float": lambda images: images,
+        "device": torch.device("cpu"),
+        "precision": "fp32",
+        "max_grad_norm": 1.0,
+        "accumulation_steps": accumulation_steps,
+        "seed": 0,
+    }
+    return Task(**(settings | changes))
+
+
+def images_of(rows) -> torch.Tensor:
+    rows = list(rows)
+    return torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(row)) for row in rows])
+
+
+def batches(num: int, size: int = 8):
+    return [(images_of(range(k * size, (k + 1) * size)), torch.arange(k * size, (k + 1) * size)) for k in range(num)]
+
+
+def run_epoch(task: Task, progress: Progress, data, steps: int, log_every: int = 1, after=None) -> list[dict]:
+    rows = []
+
+    def after_step(progress, row):
+        rows.append(row)
+        if after:
+            after(progress)
+
+    with StopFlag() as stop:
+        task_stop = after.stop if after and hasattr(after, "stop") else stop
+        train_one_epoch(task, data, progress, task_stop, steps_in_epoch=steps, log_every=log_every, after_step=after_step)
+    return rows
+
+
+# ---- schedule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup, total", list(itertools.product([0, 1, 5], [1, 2, 50])))
+def test_schedule_warms_up_to_the_peak_and_ends_at_min_lr(warmup, total):
+    schedule = Schedule(1e-3, 1e-6, min(warmup, total), total)
+    rates = [schedule.at(step) for step in range(total)]
+    assert max(rates) <= 1e-3 * (1 + 1e-12)
+    assert all(a <= b for a, b in itertools.pairwise(rates[: schedule.warmup_steps]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[schedule.warmup_steps :]))
+    if total > warmup + 1:
+        assert rates[-1] == pytest.approx(1e-6)
+        assert rates[schedule.warmup_steps] == pytest.approx(1e-3)
+
+
+def test_schedule_equals_the_formula():
+    schedule = Schedule(0.1, 0.01, 10, 110)
+    assert schedule.at(4) == pytest.approx(0.1 * 5 / 10)
+    assert schedule.at(60) == pytest.approx(0.01 + 0.09 * 0.5 * (1 + math.cos(math.pi * 50 / 99)))
+
+
+def test_the_learning_rate_rule_grows_with_the_root_of_the_batch_and_is_capped():
+    assert default_learning_rate(256) == pytest.approx(2 * default_learning_rate(64))
+    assert default_learning_rate(1 << 20) == default_learning_rate(4096)
+
+
+# ---- step -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_steps_bring_the_loss_down():
+    task = build_task()
+    losses = [train_step(task, batches(1), step, 0)["loss"].item() for step in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_accumulated_halves_equal_the_whole_batch():
+    images, rows = batches(1, size=8)[0]
+    whole, halves = build_task(), build_task(accumulation_steps=2)
+    train_step(whole, [(images, rows)], 0, 0)
+    train_step(halves, [(images[:4], rows[:4]), (images[4:], rows[4:])], 0, 0)
+    for a, b in zip(whole.student.parameters(), halves.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_does_not_change():
+    task = build_task()
+    before = {name: value.clone() for name, value in task.teacher_module.state_dict().items()}
+    for step in range(3):
+        train_step(task, batches(1), step, 0)
+    assert all(torch.equal(value, before[name]) for name, value in task.teacher_module.state_dict().items())
+
+
+def test_gradients_are_clipped_before_the_step():
+    task = build_task(max_grad_norm=1e-9)
+    before = [value.clone() for value in task.student.parameters()]
+    task.optimizer = torch.optim.SGD(task.student.parameters(), lr=0.0)
+    norm = train_step(task, batches(1), 0, 0)["grad_norm"]
+    assert norm > 1e-3
+    moved = sum((a - b).norm().item() for a, b in zip(before, task.student.parameters(), strict=True))
+    assert moved < 1e-8
+
+
+def test_ema_follows_the_weights_and_copies_counters():
+    model = nn.BatchNorm1d(2)
+    ema = Ema(model, decay=0.9)
+    model(torch.randn(8, 2))
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    ema.update(model)
+    torch.testing.assert_close(ema.state["weight"], torch.full((2,), 1.1))
+    assert ema.state["num_batches_tracked"] == 1
+
+
+def test_bf16_trains_in_float32_weights():
+    task = build_task(precision="bf16")
+    losses = train_step(task, batches(1), 0, 0)
+    assert losses["loss"].dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in task.student.parameters())
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def test_first_step_check_passes_for_a_working_task_and_leaves_no_trace():
+    task = build_task(student_name="test_resnet")
+    before = {name: value.clone() for name, value in task.student.state_dict().items()}
+    check_first_step(task, *batches(1)[0])
+    assert all(torch.equal(value, before[name]) for name, value in task.student.state_dict().items())
+    assert all(value.grad is None for value in task.student.parameters())
+    assert task.student.training
+
+
+def test_first_step_check_names_a_term_that_cannot_teach():
+    task = build_task()
+    for parameter in task.student.heads["tokens"].parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(UserError, match="loss/patch"):
+        check_first_step(task, *batches(1)[0])
+
+
+def bad_teacher(task: Task, at_image: float):
+    """The task's teacher, but NaN for the batch whose first pixel is `at_image`."""
+
+    def call(images):
+        features = task.teacher_module(images)
+        factor = float("nan") if images[0, 0, 0, 0].item() == at_image else 1.0
+        return Features(features.pooled * factor, features.tokens, features.grid)
+
+    return call
+
+
+def test_nan_stops_with_the_step_the_rate_and_the_images():
+    task, data = build_task(), batches(3)
+    task.teacher = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
+    with pytest.raises(FloatingPointError, match=r"step 1 .*loss=nan.*lr=.*global_idx\): \[8, 9"):
+        run_epoch(task, Progress(), data, steps=3)
+
+
+def test_nan_never_reaches_the_weights_and_max_bad_steps_skips_it():
+    task, data = build_task(max_bad_steps=1), batches(3)
+    task.teacher = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
+    progress = Progress()
+    run_epoch(task, progress, data, steps=3)
+    assert progress.step == 3
+    check_weights(task.student)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="weight; not saved"):
+        check_weights(model)
+
+
+# ---- epoch ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_counts_steps_and_samples_and_logs_every_so_often():
+    task, progress = build_task(), Progress()
+    rows = run_epoch(task, progress, batches(4), steps=4, log_every=2)
+    assert (progress.step, progress.samples) == (4, 32)
+    assert [row is not None for row in rows] == [False, True, False, True]
+    assert {"loss", "loss/cls", "loss/patch", "lr", "grad_norm", "images_per_second", "step_seconds",
+            "data_wait_fraction"} <= rows[1].keys()  # fmt: skip
+
+
+def test_a_capped_epoch_ends_at_its_cap():
+    progress = Progress()
+    run_epoch(build_task(), progress, batches(4), steps=2)
+    assert progress.step == 2
+
+
+def test_groups_that_the_end_cuts_short_are_left_out():
+    assert [group for group, _ in batches_by_step(range(7), 3)] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_stop_request_ends_the_epoch_after_the_step_and_resuming_equals_the_straight_run():
+    straight = build_task()
+    run_epoch(straight, Progress(), batches(4), steps=4)
+
+    class StopAt:
+        stop = StopFlag()
+
+        def __call__(self, progress):
+            if progress.step == 2:
+                self.stop.reason = "SIGTERM"
+
+    task, progress = build_task(), Progress()
+    run_epoch(task, progress, batches(4), steps=4, after=StopAt())
+    assert progress.step == 2
+    run_epoch(task, progress, batches(4)[progress.samples // 8 :], steps=4)
+    for a, b in zip(straight.student.state_dict().values(), task.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,114 @@
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+
+import distillery.progress as progress_module
+from distillery.progress import Progress, format_field, format_seconds
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_file_gets_one_line_per_interval_and_one_at_the_end(clock):
+    stream = io.StringIO()
+    with Progress(1000, "images", "stage 1", every_s=10, stream=stream) as progress:
+        for _ in range(100):
+            clock[0] += 0.5
+            progress.advance(10)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 5  # 50 s of work: at 10, 20, 30, 40 and 50 s; the last one is the end and is not repeated
+    assert "\r" not in stream.getvalue()
+    assert lines[0] == "stage 1:  20 % | 200/1,000 images | 20 images/s | ETA 0:40"
+    assert lines[-1] == "stage 1: 100 % | 1,000/1,000 images | 20 images/s | took 0:50"
+
+
+def test_the_last_state_is_shown_even_when_no_interval_has_passed(clock):
+    stream = io.StringIO()
+    with Progress(10, "steps", "train", every_s=60, stream=stream) as progress:
+        clock[0] += 2
+        progress.advance(10, loss=0.123456, lr=3e-4)
+    assert stream.getvalue() == "train: 100 % | 10/10 steps | 5 steps/s | took 0:02 | loss 0.1235 | lr 0.0003\n"
+
+
+def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
+    progress = Progress(1000, "images", "stage 1", initial=600, stream=io.StringIO())
+    clock[0] += 4
+    progress.advance(40)
+    assert progress.done == 640
+    assert progress.rate == pytest.approx(10)
+
+
+def test_a_stalled_start_says_that_the_end_is_not_known(clock):
+    stream = io.StringIO()
+    with Progress(5, "images", "stage 1", stream=stream):
+        clock[0] += 1
+    assert "ETA ?" in stream.getvalue()
+
+
+def test_without_a_total_neither_a_percentage_nor_an_end_is_invented(clock):
+    stream = io.StringIO()
+    with Progress(None, "images", "features", stream=stream) as progress:
+        clock[0] += 1
+        progress.advance(3)
+    assert stream.getvalue() == "features: 3 images | 3 images/s | took 0:01\n"
+
+
+def test_a_terminal_gets_a_bar_with_the_fields():
+    stream = Terminal()
+    with Progress(4, "steps", "train", stream=stream) as progress:
+        progress.message("checkpoint saved")
+        for _ in range(4):
+            progress.advance(1, loss=0.5)
+    text = stream.getvalue()
+    assert "\r" in text
+    assert re.search(r"train: 100%.*4/4", text)
+    assert "loss 0.5" in text
+    assert "checkpoint saved\n" in text
+
+
+def test_a_disabled_rank_writes_nothing_and_still_counts(clock):
+    stream = io.StringIO()
+    with Progress(4, "steps", "train", enabled=False, stream=stream) as progress:
+        clock[0] += 100
+        progress.advance(4)
+        progress.message("hello")
+    assert stream.getvalue() == ""
+    assert progress.done == 4
+
+
+def test_a_message_is_a_line_of_its_own_in_a_log_file():
+    stream = io.StringIO()
+    Progress(4, "steps", "train", stream=stream).message("epoch 1 done")
+    assert stream.getvalue() == "epoch 1 done\n"
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40"), (90000, "1 d 1:00:00"), (float("inf"), "?"), (float("nan"), "?")],
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_numbers_are_short_and_words_stay():
+    assert format_field(0.000123456) == "0.0001235"
+    assert format_field(7) == "7"
+    assert format_field("cached") == "cached"
+
+
+def test_importing_it_loads_neither_torch_nor_tqdm():
+    code = "import sys, distillery.progress; print([m for m in ('torch', 'tqdm', 'tensorboard') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
