@@ -59,8 +59,13 @@ def build_timm(want: ModelRequest) -> BuiltModel:
     import timm
 
     label = f"timm model {want.name!r}"
-    if ":" not in want.name and not timm.is_model(want.name):
-        raise _unknown(label, want.name.split(".")[0], timm.list_models())
+    if ":" not in want.name:  # not of a repository (hf-hub:) or folder (local-dir:)
+        architecture, _, tag = want.name.partition(".")
+        if not timm.is_model(want.name):
+            raise _unknown(label, architecture, timm.list_models())
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        if tag and tagged and want.name not in tagged:
+            raise _unknown(label, want.name, tagged)
     explicit = want.kwargs.get("img_size", want.img_size)
     kwargs = ({} if want.with_logits else {"num_classes": 0}) | want.kwargs
     optional = {"img_size": explicit or want.image_size, "drop_path_rate": want.drop_path_rate}
@@ -70,9 +75,6 @@ def build_timm(want: ModelRequest) -> BuiltModel:
     if takes_size and not explicit and size != _pair(want.image_size):
         model, _ = _create_timm(label, want, optional | {"img_size": size}, kwargs)
     config = model.pretrained_cfg
-    native = tuple(config["input_size"][1:])
-    if not takes_size and config.get("fixed_input_size") and size != native:
-        raise UserError(f"{label} takes {native[0]}x{native[1]} px only, not {size}: set {SIZE_KEYS} to {native[0]}")
     _check_divisible(label, size, patch)
     return BuiltModel(model, size, config.get("mean"), config.get("std"))
 
@@ -180,13 +182,10 @@ def _hub_names(repo: str, folder: Path) -> list[str]:
     """The entry points of a hub repository; a local folder's are read without running it again."""
     if not folder.is_dir():
         return torch.hub.list(repo, trust_repo=True, verbose=False)
-    names = []
-    for node in ast.parse((folder / "hubconf.py").read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            names.append(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            names.extend(alias.asname or alias.name for alias in node.names)
-    return [name for name in names if not name.startswith("_")]
+    nodes = ast.parse((folder / "hubconf.py").read_text()).body
+    defined = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    imported = [a.asname or a.name for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
+    return [name for name in defined + imported if not name.startswith("_")]
 
 
 BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
@@ -237,7 +236,8 @@ def _refused_arguments(label: str, error: Exception, kwargs: dict[str, Any]) -> 
 
 def _load_error(label: str, pretrained: bool, error: Exception) -> UserError:
     if pretrained and not isinstance(error, AssertionError):
-        return UserError(f"{label}: no pretrained weights: {type(error).__name__}: {error}. {WEIGHTS_REMEDY}")
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        return UserError(f"{label}: no pretrained weights: {reason}. {WEIGHTS_REMEDY}")
     # mostly the model's own assertions on its input size
     return UserError(f"{label} could not be built: {type(error).__name__}: {error}. Check its kwargs, and {SIZE_KEYS}")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distillery import distributed
 from distillery.augment import Augmentation
 from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
+from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
 from distillery.losses import check_loss_names, fields_needed
@@ -33,6 +34,7 @@ def choose_device(name: str) -> torch.device:
     # srun may show each task its own GPU only: then that one is number 0
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth the search
     return device
 
 
@@ -101,6 +103,8 @@ def build_models(configs: Configs, device: torch.device) -> tuple[FrozenTeacher,
         fields,
         configs.model.projector.model_dump(),
     )
+    if device.type == "cuda":
+        teacher, student = (model.to(memory_format=torch.channels_last) for model in (teacher, student))
     return teacher.to(device), student.to(device)
 
 
@@ -116,9 +120,12 @@ def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=train.use_fused_adamw and device.type == "cuda")
 
 
-def build_schedule(train: TrainConfig, steps_in_epoch: int) -> Schedule:
-    """The schedule of the whole run; a warm-up longer than the run is clipped."""
-    total = steps_in_epoch * train.num_epochs
+def build_schedule(train: TrainConfig, steps_in_epoch: int, steps_before: int = 0, epochs_before: int = 0) -> Schedule:
+    """The schedule of the whole run; a warm-up longer than the run is clipped.
+
+    steps_before, epochs_before: what the finished epochs took, where they may have been of another length.
+    """
+    total = steps_before + steps_in_epoch * max(0, train.num_epochs - epochs_before)
     warmup = 0.05 * total if train.warmup_epochs is None else train.warmup_epochs * steps_in_epoch
     global_batch = global_batch_size(train)
     learning_rate = train.learning_rate or default_learning_rate(global_batch)
@@ -141,8 +148,8 @@ def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_ep
     if steps == 0:
         raise UserError(
             f"one step takes {global_batch_size(train)} images (batch_size {train.batch_size} x "
-            f"{distributed.world_size()} processes x grad_accumulation_steps {train.grad_accumulation_steps}), an epoch "
-            f"has {rows}. Use a smaller batch_size or more shards_per_epoch."
+            f"{distributed.world_size()} processes x grad_accumulation_steps {train.grad_accumulation_steps}), "
+            f"an epoch has {rows}. Use a smaller batch_size or more shards_per_epoch."
         )
     return min(steps, train.max_steps_per_epoch or steps)
 
@@ -186,6 +193,7 @@ def build_task(
             return (images.float() / 255 - mean) / std
         return images.float() if normalized else (images.float() - mean) / std
 
+    depth = StochasticDepth(student)
     return Task(
         student=student,
         student_call=_wrap_student(student, train, device),
@@ -203,7 +211,10 @@ def build_task(
         accumulation_steps=train.grad_accumulation_steps,
         seed=train.seed,
         ema=Ema(student.student.model, train.ema_decay) if train.ema_decay else None,
+        depth=depth,
         max_bad_steps=train.max_bad_steps,
+        # the order in which tensor cores take convolutions; a ViT, with one convolution in all, does not mind
+        memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format,
     )
 
 
@@ -212,7 +223,7 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
     call: nn.Module = torch.compile(student) if train.compile_student else student
     if distributed.world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        call = nn.parallel.DistributedDataParallel(call, device_ids=device_ids)
+        call = nn.parallel.DistributedDataParallel(call, device_ids=device_ids, gradient_as_bucket_view=True)
     return call
 
 

@@ -4,6 +4,7 @@ checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads,
 checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint without a matching record does not count
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
-from distillery.files import fsync_dir, temporary_name, write_atomic
+from distillery.files import fsync_dir, make_directory, temporary_name, write_atomic
 from distillery.process import MissingFileError, RunError, UserError
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -25,27 +26,41 @@ def checkpoint_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """The file of the checkpoint of a step."""
+    return checkpoint_dir(run_dir) / f"step_{step:08d}.pt"
+
+
 def save_checkpoint(
     run_dir: Path, state: dict[str, Any], step: int, *, keep: int, protect: tuple[int, ...] = ()
 ) -> Path:
     """Write a checkpoint, then its record, then remove all but the newest `keep` and the protected steps.
 
+    A complete checkpoint of this step is left as it is: a run's state is a function of the step, and writing it again
+    would leave moments in which its file and its record do not belong together.
+
     Raises:
         RunError: the disk is full or fails; the checkpoints before this one are untouched.
     """
-    folder = checkpoint_dir(run_dir)
-    path = folder / f"step_{step:08d}.pt"
+    folder, path = checkpoint_dir(run_dir), checkpoint_path(run_dir, step)
+    if not is_complete(path):
+        _write(folder, path, state, step)
+    _prune(folder, keep, {step, *protect})
+    return path
+
+
+def _write(folder: Path, path: Path, state: dict[str, Any], step: int) -> None:
     temporary = temporary_name(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         _remove_leftovers(folder)
         # torch reports a full disk without errno when it opens the file itself; through ours the OSError is kept
         with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        record = {"step": step, "bytes": temporary.stat().st_size, "hash": _hash_of(temporary)}
-        path.with_suffix(".json").unlink(missing_ok=True)  # of an older file of this name, if any
+        record = {"step": step, "bytes": temporary.stat().st_size, "hash": hash_of(temporary)}
+        path.with_suffix(".json").unlink(missing_ok=True)  # of a damaged file of this name, if any
         os.replace(temporary, path)
         fsync_dir(folder)
         write_atomic(path.with_suffix(".json"), json.dumps(record).encode() + b"\n")
@@ -55,9 +70,8 @@ def save_checkpoint(
             "Make room and run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    _prune(folder, keep, {step, *protect})
-    return path
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _prune(folder: Path, keep: int, protect: set[int]) -> None:
@@ -78,7 +92,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
-def _hash_of(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """XXH3-128 of a file's bytes, as records have it."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(8 << 20):
@@ -90,18 +105,51 @@ def is_complete(path: Path) -> bool:
     """Whether a checkpoint's record is there and agrees with every byte of the file."""
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
-        return record["bytes"] == path.stat().st_size and record["hash"] == _hash_of(path)
+        return record["bytes"] == path.stat().st_size and record["hash"] == hash_of(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; a damaged newer one is passed over, and that is said."""
-    for _, path in reversed(_numbered(checkpoint_dir(run_dir))):
+    """The newest complete checkpoint of a run; damaged newer ones are passed over, and that is said.
+
+    Where none is complete, the newest file that has no record but can be read stands in: records may have been left
+    behind when a folder was copied.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used; beginning anew without a word would lose the run.
+    """
+    found = [path for _, path in reversed(_numbered(checkpoint_dir(run_dir)))]
+    for number, path in enumerate(found):
         if is_complete(path):
+            if number:
+                print(f"going back to {path}: the newer ones are incomplete or damaged: "
+                      f"{', '.join(map(str, found[:number]))}", file=sys.stderr)  # fmt: skip
             return path
-        print(f"{path}: incomplete or damaged; going back to the checkpoint before it", file=sys.stderr)
+    for path in found:
+        if not path.with_suffix(".json").exists() and _is_readable(path):
+            print(f"{path} has no record, but can be read: taking it", file=sys.stderr)
+            return path
+    if any(path.with_suffix(".json").exists() for path in found):
+        raise UserError(
+            f"{checkpoint_dir(run_dir)}: none of the {len(found)} checkpoints is complete and undamaged. "
+            "Restore one from a backup, or start afresh with --no_resume (the folder's content is set aside)."
+        )
     return None
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:
+    """The files of the checkpoints after `step` in the order to take them away: newest first, records before files."""
+    later = [path for number, path in reversed(_numbered(checkpoint_dir(run_dir))) if number > step]
+    return [file for path in later for file in (path.with_suffix(".json"), path) if file.exists()]
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,17 +1,30 @@
-"""One process or many: rank and world size, and how ranks agree. Without a launcher: rank 0 of 1."""
+"""One process or many: rank and world size, and how ranks agree. Without a launcher: rank 0 of 1.
 
+Tensors are averaged by NCCL on CUDA and by gloo on the CPU. What is said between hosts (who stops, what is on
+disk, that rank 0 has finished evaluating) goes through a gloo group of its own: it makes no host wait for its GPU, it
+notices within moments that a process has died, and rank 0 may take hours for an evaluation.
+"""
+
+import contextlib
+import ctypes
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distillery.process import Interrupted, RunError, exit_status_of, report_error
 
-def is_launched() -> bool:
-    """Whether torchrun or `srun` started this process as one of several."""
-    return world_from_environment()[1] > 1
+# how long the others wait for rank 0: an evaluation of a large set at 224 px outlasts torch's 10 and 30 minutes
+_PATIENCE = timedelta(hours=24)
+# what gloo and NCCL say when the process at the other end is gone
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+_hosts: dist.ProcessGroup | None = None
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -25,20 +38,48 @@ def world_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def start(device_type: str) -> tuple[int, int, int]:
-    """Join the process group when launched as several processes: NCCL on CUDA, gloo on the CPU.
+def is_restarted_by_launcher() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
-    Returns:
-        (rank, world size, local rank).
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Inside, the processes of a launcher are one group: NCCL on CUDA, gloo on the CPU.
+
+    An error ends this process at once with its exit status: leaving a group in order would wait for the others, who
+    wait for this one. They notice, and torchrun or `srun --kill-on-bad-exit` ends those that cannot.
     """
-    rank, world_size, local_rank = world_from_environment()
-    if world_size > 1 and not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"] = _first_slurm_node()
-            # one port per job, the same for all its tasks
-            os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=world_size)
-    return rank, world_size, local_rank
+    _start(device)
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1 or isinstance(error, Interrupted):
+            raise
+        if _is_lost_peer(error):
+            error = RunError("another process of this run has ended; its own message says why.")
+        os._exit(report_error(error, prefix=f"[process {rank()} of {world_size()}] "))
+    finally:
+        _stop()
+
+
+def _start(device: torch.device) -> None:
+    global _hosts
+    rank_, world_size_, _ = world_from_environment()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun's workers have sessions of their own: when it dies of a signal it does not pass on (USR1, KILL), they
+        # would train on unseen. The kernel sends them a SIGTERM then, and they save
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if world_size_ == 1 or dist.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_node()
+        # one port per job, the same for all its tasks, below those that the system hands out
+        os.environ["MASTER_PORT"] = str(15000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 15000)
+    backend, options = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
+    dist.init_process_group(backend, rank=rank_, world_size=world_size_, **options)
+    _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _first_slurm_node() -> str:
@@ -50,10 +91,15 @@ def _first_slurm_node() -> str:
     return nodes.split(",")[0]
 
 
-def stop() -> None:
-    """Leave the process group."""
+def _stop() -> None:
+    global _hosts
     if dist.is_initialized():
         dist.destroy_process_group()
+    _hosts = None
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)
 
 
 def rank() -> int:
@@ -74,33 +120,43 @@ def is_main() -> bool:
 def decided_by_main(decide: Callable[[], Any]) -> Any:
     """Rank 0's answer, on every rank: what exists on disk must not be looked up by each for itself.
 
-    An exception of rank 0 is raised on every rank, so that none waits for the others.
+    The others wait for as long as it takes. An error of rank 0 is raised there; the others end quietly with it, so that
+    it is told once.
     """
     if world_size() == 1:
         return decide()
     box: list[Any] = [None, None]
+    problem: Exception | None = None
     if is_main():
         try:
             box[0] = decide()
         except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
+            problem, box[1] = error, exit_status_of(error)
+    dist.broadcast_object_list(box, src=0, group=_hosts)
+    if problem is not None:
+        raise problem
     if box[1] is not None:
-        raise box[1]
+        raise SystemExit(box[1])
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
+def any_rank(*flags: bool) -> list[bool]:
+    """Which of the flags are set on any rank; no device is waited for."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_hosts)
+    return values.bool().tolist()
+
+
+def wait_for_all() -> None:
+    """Come back when every rank is here."""
+    if world_size() > 1:
+        dist.barrier(group=_hosts)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise mean of a tensor that every rank has."""
+    """Element-wise mean of a tensor that every rank has, on its device."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)

@@ -1,6 +1,8 @@
 """Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
 
+import contextlib
 import errno
+import fcntl
 import getpass
 import hashlib
 import json
@@ -24,8 +26,14 @@ NETWORK_FILE_SYSTEMS = {
     "fuse.sshfs",
     "9p",
     "afs",
+    "wekafs",
+    "panfs",
+    "orangefs",
+    "fuse.glusterfs",
+    "fuse.juicefs",
 }
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ATTEMPTS = 5
 
 
 def expand_path(text: str | os.PathLike) -> Path:
@@ -40,11 +48,15 @@ def expand_path(text: str | os.PathLike) -> Path:
         if name in os.environ:
             return os.environ[name]
         if name == "USER":
-            return getpass.getuser()
+            with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+                return getpass.getuser()
         raise UserError(f"{text}: the environment variable ${name} is not set. Set it, or write the path out.")
 
     expanded = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value_of, os.fspath(text))
-    return Path(expanded).expanduser()
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: the home folder that ~ stands for is not known. Write the path out.") from error
 
 
 def canonical_json(value: Any) -> bytes:
@@ -62,13 +74,61 @@ def fsync_dir(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # SMB and some FUSE file systems have no such call
+            raise
     finally:
         os.close(fd)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a folder with its parents, durably: what is published in it must not vanish with it after a power loss."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):
+        # also when it is there already: whoever made it may have died before this
+        fsync_dir(directory.parent)
 
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other writer uses and that no reader takes for a finished file."""
     return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+
+
+def create_temporary(path: Path) -> int:
+    """Create a temporary file and lock it, for as long as the descriptor returned is open.
+
+    The lock only tells other processes that the writer lives; nothing depends on it, and some file systems have none.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a living process holds `path` as create_temporary does; None where that cannot be known.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+    """
+    try:
+        # for writing: NFS turns flock into a byte-range lock, which it grants for writing only
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return False
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -91,19 +151,27 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Source: Pillai et al., All File Systems Are Not Created Equal, OSDI 2014.
     """
-    temporary = temporary_name(path)
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    for attempt in range(1, _ATTEMPTS + 1):
+        temporary = temporary_name(path)
         try:
-            write_all(fd, data)
-            # fsync before replace: after a node crash a renamed but empty file looks complete
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            fd = create_temporary(temporary)
+            try:
+                write_all(fd, data)
+                # fsync before replace: after a node crash a renamed but empty file looks complete
+                os.fsync(fd)
+                os.replace(temporary, path)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            # another process took the temporary file for a dead writer's leftover
+            if attempt == _ATTEMPTS or not path.parent.is_dir():
+                raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        else:
+            break
     fsync_dir(path.parent)
 
 
@@ -119,13 +187,13 @@ def publish_no_clobber(temporary: Path, final: Path) -> bool:
         os.link(temporary, final)
     except FileExistsError:
         # an NFS server may answer EEXIST to the retry of a link that succeeded
-        if not os.path.samestat(os.stat(temporary), os.stat(final)):
+        if not os.path.samestat(os.lstat(temporary), os.lstat(final)):
             return False
     except OSError as error:
         if error.errno not in {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}:
             raise
         # no hard links on this file system; two writers of one name write the same bytes, so a rename is harmless
-        if final.exists():
+        if os.path.lexists(final):
             return False
         os.rename(temporary, final)
     temporary.unlink(missing_ok=True)

@@ -84,6 +84,30 @@ def build_backbone(
     )
 
 
+def download_weights(model: Mapping[str, Any]) -> list[str]:
+    """Fetch the weights and hub code of a model configuration into HF_HOME and TORCH_HOME, for nodes without internet.
+
+    Args:
+        model: the keys of model_config_kd.yaml.
+    Returns:
+        A line about each model, for people.
+    Raises:
+        UserError: as build_backbone.
+    """
+    lines = []
+    for role in ("teacher", "student"):
+        of = {key.removeprefix(f"{role}_"): value for key, value in model.items() if key.startswith(f"{role}_")}
+        pretrained = of["pretrained"] and of["checkpoint"] is None
+        if pretrained or of["source"] == "torch_hub":
+            want = ModelRequest(of["name"], of["repo"], pretrained, of["img_size"], kwargs=dict(of["kwargs"] or {}))
+            BUILDERS[of["source"]](want)
+        what = (
+            "weights are here" if pretrained else f"checkpoint {of['checkpoint']}" if of["checkpoint"] else "untrained"
+        )
+        lines.append(f"{role}: {of['source']} {of['name']}: {what}")
+    return lines
+
+
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while; afterwards every submodule is in the mode that it was in."""
@@ -148,7 +172,8 @@ class Backbone(nn.Module):
             ) from error
         if pooled.ndim != 2:
             raise UserError(f"{label}: its pooled feature has shape {list(pooled.shape)}, not [B, D]")
-        if self.with_logits and (logits is None or logits.shape == pooled.shape and logits.equal(pooled)):
+        stated = getattr(self.model, "num_classes", None)
+        if self.with_logits and (logits is None or stated == 0 or _is_same(logits, pooled)):
             raise UserError(
                 f"{label} has no classifier, and a loss on logits needs one: leave kl_logits out of "
                 "distill_loss_weights, or take a teacher with classes"
@@ -179,6 +204,11 @@ class Backbone(nn.Module):
         pooled, spatial, logits = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
         tokens = spatial.flatten(2).transpose(1, 2) if spatial.ndim == 4 else spatial
         return Features(pooled, tokens, self.grid, logits)
+
+
+def _is_same(logits: Tensor, pooled: Tensor) -> bool:
+    """Whether what came out of the classifier's place went through unchanged: there is no classifier then."""
+    return logits.shape == pooled.shape and torch.allclose(logits, pooled)
 
 
 class FrozenTeacher(nn.Module):

@@ -1,33 +1,30 @@
 """What a cache shall be, and what a folder already holds of it: found by reading, before anything is written."""
 
-import contextlib
-import fcntl
-import json
+import math
 import os
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from distillery.files import sha256_of, write_atomic
-from distillery.preprocess import PreprocessSpec
+from distillery.files import sha256_of
+from distillery.preprocess import PreprocessSpec, library_versions
 from distillery.process import UserError
 from distillery.records import (
-    FORMAT_VERSION,
+    FAILURES_NAME,
     INDEX_NAME,
     SHARD_PATTERN,
+    FutureFormatError,
+    RecordScan,
+    check_version,
+    is_predecessors,
     parse_json,
-    read_record,
-    record_of_shard,
     record_path,
     shard_name,
 )
-from distillery.shard_format import DTYPES, read_meta
-
-_FOREIGN_TEMPORARY_S = 3600
+from distillery.shard_format import DTYPES, ForeignShardError, read_meta, read_regular
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class CachePlan:
     @property
     def row_bytes(self) -> int:
         """Bytes of a stored image."""
-        return int(np.prod(self.image_shape)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return math.prod(self.image_shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
     @property
     def num_shards(self) -> int:
@@ -90,11 +87,15 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds of a plan's shards: finished ones, ones to hash before they count, ones to make."""
+    """What a folder holds of a plan's shards: finished ones, ones to hash before they count, ones to make.
+
+    notes: what the user should know although it stops nothing.
+    """
 
     done: list[int]
     doubtful: list[int]
     missing: list[int]
+    notes: list[str] = field(default_factory=list)
 
 
 def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
@@ -104,58 +105,112 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
     written; anything else is hashed before it counts.
 
     Raises:
-        UserError: the folder holds a cache of another configuration, with the differences field by field.
+        UserError: the folder holds a cache of another configuration, with the differences field by field; or of a later
+            or earlier format; or a link or pipe under a shard's name.
     """
-    if not plan.directory.exists():
+    if not plan.directory.is_dir():
+        if os.path.lexists(plan.directory):
+            raise UserError(f"{plan.directory} is a file, or a symbolic link to nothing. Give another cache_dir.")
         return Survey([], [], list(shards))
-    _check_index_version(plan.directory)
+    try:
+        return _survey_folder(plan, shards)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename}: may not be read by this user; the cache must be readable to go on."
+        ) from error
+
+
+def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
+    _check_folder(plan.directory)
+    records = {record["shard_path"]: record for record in RecordScan(plan.directory).records()}
+    # all of them, not only this job's share: two jobs of different configurations must not fill one folder
+    for name, record in records.items():
+        if is_predecessors(record):
+            raise _earlier_format(plan.directory)
+        _check_same_identity(plan, record["identity"], plan.directory / name)
     done, doubtful, missing = [], [], []
     for shard_idx in shards:
-        path = plan.shard_path(shard_idx)
+        path, record = plan.shard_path(shard_idx), records.get(shard_name(shard_idx))
         start, stop = plan.rows_of(shard_idx)
-        if not os.path.lexists(path):
+        if not path.exists():
             missing.append(shard_idx)
-            continue
-        try:
-            record = read_record(record_path(path))
-        except (FileNotFoundError, UserError):
-            record = None
-        if record is None:
+        elif record is None:
             _check_same_identity(plan, _identity_inside(path), path)
             doubtful.append(shard_idx)
-            continue
-        _check_same_identity(plan, record["identity"], path)
-        status, recorded = path.lstat(), record_path(path).stat()
-        if status.st_size != record["bytes"] or status.st_ctime_ns > recorded.st_ctime_ns:
+        elif not _is_untouched(path, record):
             doubtful.append(shard_idx)
         elif record["num_samples"] < stop - start:
             missing.append(shard_idx)  # the short last shard of a cache that now grows
         else:
             done.append(shard_idx)
-    return Survey(done, doubtful, missing)
+    return Survey(done, doubtful, missing, _library_notes(records.values()))
 
 
-def _check_index_version(directory: Path) -> None:
-    """Refuse a folder whose index is of a future format, or of the predecessor's."""
+def _is_untouched(path: Path, record: dict) -> bool:
+    """Whether a shard has the size its record says and was not written, renamed or replaced after it."""
+    status, recorded = path.lstat(), record_path(path).lstat()
+    return status.st_size == record["bytes"] and status.st_ctime_ns <= recorded.st_ctime_ns
+
+
+def _library_notes(records: Iterable[dict]) -> list[str]:
+    """One line for each library that could change pixels and has another version now than when a shard was made."""
+    now = library_versions()
+    then: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in record["libraries"].items():
+            if now.get(name) != version:
+                then.setdefault(name, set()).add(version)
+    return [
+        f"shards of this cache were made with {name} {', '.join(sorted(versions))}, now it is "
+        f"{now.get(name, 'not installed')}: pixels of new shards may differ in the last bits"
+        for name, versions in sorted(then.items())
+    ]
+
+
+def _check_folder(directory: Path) -> None:
+    """Refuse links and pipes in the place of a cache's files, and indexes of a future format or the predecessor's."""
+    has_shards = has_records = False
+    for entry in os.scandir(directory):
+        is_shard, is_record = (bool(SHARD_PATTERN.fullmatch(entry.name.removesuffix(end) + ".pt"))
+                               and entry.name.endswith(end) for end in (".pt", ".json"))  # fmt: skip
+        is_ours = is_shard or is_record or entry.name in {INDEX_NAME, FAILURES_NAME}
+        if is_ours and not entry.is_file(follow_symlinks=False):
+            raise UserError(
+                f"{entry.path} is a symbolic link, a pipe or a folder. A cache folder may itself be a symbolic link, "
+                "its files may not: put the file in its place, or remove it."
+            )
+        has_shards, has_records = has_shards or is_shard, has_records or is_record
     path = directory / INDEX_NAME
-    slices = list(directory.glob("index_shard_*.json"))
+    version = 3
     try:
-        version = parse_json(path, path.read_bytes()).get("format_version") if path.exists() else FORMAT_VERSION
+        if path.exists():
+            index = parse_json(path, read_regular(path))
+            check_version(index, path)
+            version = index.get("format_version")
+    except FutureFormatError:
+        raise
     except UserError:
-        return  # damaged: it is only a view, and is made again
-    if type(version) is int and version > FORMAT_VERSION:
-        raise UserError(f"{path}: format_version {version} is of a later version of this project; update the code.")
-    has_records = any(SHARD_PATTERN.fullmatch(path.stem + ".pt") for path in directory.glob("images_*.json"))
-    if not has_records and (version is None or slices) and any(directory.glob("images_*.pt")):
-        raise UserError(
-            f"{directory} holds a cache of an earlier format, without hashes. Training reads it as it is; "
-            "for a new cache give another cache_dir."
-        )
+        pass  # damaged: it is only a view, and is made again
+    if has_shards and not has_records and (version is None or any(directory.glob("index_shard_*.json"))):
+        raise _earlier_format(directory)
+
+
+def _earlier_format(directory: Path) -> UserError:
+    return UserError(
+        f"{directory} holds a cache of an earlier format. Training reads it as it is; "
+        "for a new cache give another cache_dir."
+    )
 
 
 def _identity_inside(path: Path) -> dict | None:
     try:
-        return parse_json(path, read_meta(path)).get("identity")
+        facts = parse_json(path, read_meta(path))
+        check_version(facts, path)
+        return facts.get("identity")
+    except ForeignShardError as error:
+        raise UserError(f"{error} Stage 1 does not write over it: move it away, or give another cache_dir.") from error
+    except (FutureFormatError, PermissionError):
+        raise
     except (UserError, OSError):
         return None  # damaged beyond reading: it will be made again
 
@@ -177,46 +232,3 @@ def _differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, 
             yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
     elif a != b:
         yield prefix, a, b
-
-
-def adopt_shard(plan: CachePlan, shard_idx: int) -> str | None:
-    """Hash a doubtful shard and write its record when it is whole; otherwise drop the record and say why."""
-    path = plan.shard_path(shard_idx)
-    start, stop = plan.rows_of(shard_idx)
-    try:
-        record = record_of_shard(path)
-        if (
-            record["identity"] != plan.identity
-            or record["global_start"] != start
-            or record["num_samples"] < stop - start
-        ):
-            raise UserError(f"{path}: holds other rows than this shard should.")
-    except (UserError, OSError) as error:
-        record_path(path).unlink(missing_ok=True)
-        return f"{error} It is made again."
-    write_atomic(record_path(path), record_text(record))
-    return None
-
-
-def record_text(record: dict) -> bytes:
-    """A record as it stands on disk."""
-    return json.dumps(record, sort_keys=True).encode() + b"\n"
-
-
-def remove_leftovers(directory: Path, *, all_done: bool) -> None:
-    """Remove temporary files of writers that are gone; of any writer once nothing is left to make.
-
-    A writer holds a lock on its temporary file, which ends with it. Where locks do not work across nodes this may take
-    away a living writer's file: it then finds the shard published by the other, or makes it again.
-    """
-    for path in directory.glob(".*.tmp-*"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_dead = True
-            except BlockingIOError:
-                is_dead = False
-            except OSError:  # no locks on this file system
-                is_dead = time.time() - os.fstat(file.fileno()).st_mtime > _FOREIGN_TEMPORARY_S
-            if is_dead or all_done:
-                path.unlink(missing_ok=True)

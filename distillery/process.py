@@ -17,6 +17,8 @@ EXIT_TOO_MANY_FAILED = 3
 EXIT_INTERRUPTED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_ECHO_S = 1.0
+_BEFORE_SLURM_END_S = 120.0
 
 
 class UserError(ValueError):
@@ -50,22 +52,45 @@ def usable_cpus() -> int:
     return max(1, cpus)
 
 
+def slurm_seconds_left() -> float:
+    """Seconds until Slurm ends this job by its time limit; infinite where that is not known.
+
+    SLURM_JOB_END_TIME is set by Slurm from 23.02 on, and by the scripts under slurm/ where it is older.
+    """
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    left = int(end) - time.time() if end.isdigit() else math.inf
+    return left if left > 0 else math.inf  # a time gone by is left over from another job
+
+
 class StopFlag:
     """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 and by a time limit; the work looks at it between two steps.
 
-    A second signal leaves at once with status 75: everything published stays, the work in hand is dropped.
+    The same signal again, or Ctrl-C, leaves at once with status 75: everything published stays, the work in hand is
+    dropped. SIGTERM after SIGUSR1 does not: Slurm warns with the one and ends with the other. Nor does an echo within a
+    second: torchrun passes on to its workers what Slurm has sent them already.
+
+    Args:
+        max_minutes: time limit, counted from now; Slurm's own end of the job is one as well, two minutes (for short
+            jobs a tenth of the time) early.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.reason: str | None = None
-        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
+        now, left = time.monotonic(), slurm_seconds_left()
+        limits = {
+            "the time limit": math.inf if max_minutes is None else 60 * max_minutes,
+            "the end of the Slurm job": left - min(_BEFORE_SLURM_END_S, left / 10) if left < math.inf else left,
+        }
+        self._limit, seconds = min(limits.items(), key=lambda limit: limit[1])
+        self._deadline = now + seconds
+        self._received: dict[int, float] = {}
         self._previous: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
         """Whether the work should save and stop now."""
         if self.reason is None and time.monotonic() >= self._deadline:
-            self.reason = "the time limit"
+            self.reason = self._limit
         return self.reason is not None
 
     def __enter__(self) -> "StopFlag":
@@ -78,11 +103,15 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.reason is not None and self.reason != "the time limit":
+        now = time.monotonic()
+        is_again = number in self._received and now - self._received[number] >= _ECHO_S
+        if is_again or (self._received and number == signal.SIGINT):
             os._exit(EXIT_INTERRUPTED)
-        self.reason = signal.Signals(number).name
-        # os.write: print is not reentrant, and the signal may have come in the middle of one
-        os.write(2, f"\n{self.reason}: finishing the work in hand; a second signal leaves at once\n".encode())
+        if not self._received:
+            self.reason = signal.Signals(number).name
+            # os.write: print is not reentrant, and the signal may have come in the middle of one
+            os.write(2, f"\n{self.reason}: finishing the work in hand; a second one leaves at once\n".encode())
+        self._received.setdefault(number, now)
 
 
 def ignore_stop_signals() -> None:
@@ -99,23 +128,29 @@ def run_command(main: Callable[[], Any]) -> Any:
     """
     try:
         result = main()
-    except UserError as error:
-        result = _complain(f"error: {error}", EXIT_USAGE)
-    except Interrupted as stop:
-        result = _complain(str(stop), EXIT_INTERRUPTED)
-    except RunError as error:
-        result = _complain(f"error: {error}", EXIT_ERROR)
-    except KeyboardInterrupt:
-        result = EXIT_INTERRUPTED
-    except Exception:
-        result = _complain(traceback.format_exc().rstrip(), EXIT_ERROR)
+    except (Exception, KeyboardInterrupt) as error:
+        result = report_error(error)
     if isinstance(result, int):
         sys.stdout.flush()
         sys.exit(result)
     return result
 
 
-def _complain(message: str, status: int) -> int:
+def exit_status_of(error: BaseException) -> int:
+    """The exit status that an error ends a command with."""
+    if isinstance(error, UserError):
+        return EXIT_USAGE
+    return EXIT_INTERRUPTED if isinstance(error, Interrupted | KeyboardInterrupt) else EXIT_ERROR
+
+
+def report_error(error: BaseException, prefix: str = "") -> int:
+    """Say what ended a command, on standard error; returns its exit status."""
+    if isinstance(error, UserError | RunError):
+        message = f"error: {error}"
+    elif isinstance(error, Interrupted | KeyboardInterrupt):
+        message = str(error) or "interrupted"
+    else:
+        message = "".join(traceback.format_exception(error)).rstrip()
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    return status
+    print(prefix + message, file=sys.stderr, flush=True)
+    return exit_status_of(error)

@@ -3,7 +3,11 @@
 import math
 import sys
 import time
+from collections import deque
 from typing import TextIO
+
+# plain lines over which a rate is taken: a pause (an evaluation, a slow first step) is forgotten after so many
+RATE_LINES = 6
 
 
 def format_seconds(seconds: float) -> str:
@@ -55,6 +59,7 @@ class Progress:
         self._enabled = enabled
         self._stream = stream if stream is not None else sys.stderr
         self._start = self._last_line = time.monotonic()
+        self._marks = deque([(self._start, initial)], maxlen=RATE_LINES)
         self._shown_at: int | None = None
         self._bar = self._build_bar() if enabled and self._stream.isatty() else None
 
@@ -122,13 +127,16 @@ class Progress:
             parts.append(f"{100 * self.done / self.total:3.0f} %")
         counted = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         parts.append(f"{counted} {self.unit}")
-        rate = self.rate
+        now, is_done = time.monotonic(), self.total is None or self.done >= self.total
+        since, done_then = self._marks[0]
+        rate = self.rate if is_done else (self.done - done_then) / max(now - since, 1e-9)
         parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
-        if self.total is not None and self.done < self.total:
-            parts.append(f"ETA {format_seconds((self.total - self.done) / rate if rate else math.inf)}")
+        if is_done:
+            parts.append(f"took {format_seconds(now - self._start)}")
         else:
-            parts.append(f"took {format_seconds(time.monotonic() - self._start)}")
+            parts.append(f"ETA {format_seconds((self.total - self.done) / rate if rate else math.inf)}")
         if self.fields:
             parts.append(self._fields_text(" | "))
         print(f"{self.desc}: {' | '.join(parts)}", file=self._stream, flush=True)
-        self._last_line, self._shown_at = time.monotonic(), self.done
+        self._last_line, self._shown_at = now, self.done
+        self._marks.append((now, self.done))

@@ -6,8 +6,10 @@ stage 1. Nothing here trusts a file: every field is checked before use, no pickl
 
 import base64
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,13 +18,20 @@ import xxhash
 
 from distillery.files import canonical_json, sha256_of, write_atomic
 from distillery.process import UserError
-from distillery.shard_format import DTYPES, open_regular, read_meta
+from distillery.shard_format import DTYPES, read_regular
 
 FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 FAILURES_NAME = "failures.jsonl"
 SHARD_PATTERN = re.compile(r"images_(?:shard|s\d{3,})_\d{5,}\.pt")
-_CHUNK_BYTES = 8 << 20
+# source kind of an upgraded cache of this project's predecessor, whose shards carry no description of themselves
+PREDECESSOR = "predecessor"
+_MAX_RECORD_BYTES = 256 << 20
+_MAX_ROWS = 1 << 53  # the largest count that JSON readers of other languages keep exact
+
+
+class FutureFormatError(UserError):
+    """Written by a later version of this project: never taken for damage, never written over."""
 
 
 def shard_name(shard_idx: int) -> str:
@@ -46,66 +55,104 @@ def decode_checksums(entry: dict) -> np.ndarray:
 
 
 def read_record(path: Path) -> dict:
-    """A shard's record, checked key by key.
+    """A shard's record, every byte checked with the hash it carries, then key by key.
 
     Raises:
         FileNotFoundError: there is none.
-        UserError: it is damaged, or of a future format.
+        UserError: it is damaged, or of a future format (FutureFormatError).
     """
-    with open_regular(path) as file:
-        text = file.read()
-    return check_record(parse_json(path, text), path)
+    text = read_regular(path, _MAX_RECORD_BYTES)
+    record = parse_json(path, text)
+    check_version(record, path)
+    record.pop("record_hash", None)
+    try:
+        is_intact = record_text(record) == text
+    except (ValueError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise UserError(f"{path}: damaged: its text is not the one its record_hash was taken of.")
+    return check_record(record, path)
 
 
-def record_of_shard(path: Path) -> dict:
-    """The record of a shard made again from the shard alone, every row's checksum compared.
+def record_text(record: dict) -> bytes:
+    """A record as it stands on disk, with the hash that guards it."""
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    guarded = record | {"record_hash": f"xxh3_64:{xxhash.xxh3_64_hexdigest(text.encode())}"}
+    return json.dumps(guarded, sort_keys=True).encode() + b"\n"
 
-    Raises:
-        UserError: the shard is damaged or not of this format.
-    """
-    record = parse_json(path, read_meta(path))
-    size, digest, row_digests = _hash_file(path, record)
-    record |= {"bytes": size, "hash": digest}
-    check_record(record, path)
-    wrong = np.flatnonzero(row_digests != decode_checksums(record["row_checksums"]))
-    if len(wrong):
-        raise UserError(f"{path}: damaged: {len(wrong)} rows differ from their checksums, the first is row {wrong[0]}.")
+
+def valid_rows(record: dict) -> np.ndarray:
+    """bool [N]: the rows that hold an image."""
+    valid = np.ones(record["num_samples"], dtype=bool)
+    valid[[entry["global_idx"] - record["global_start"] for entry in record["failures"]]] = False
+    return valid
+
+
+def is_predecessors(record: dict) -> bool:
+    """Whether a record is of an upgraded cache of the predecessor, whose shards do not describe themselves."""
+    return record["identity"]["source"].get("kind") == PREDECESSOR
+
+
+def check_version(record: dict, path: Path) -> None:
+    """Raise FutureFormatError when a record, an index or a shard's description is of a later version."""
+    version = record.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FutureFormatError(
+            f"{path}: format_version {version} is of a later version of this project; update the code. "
+            f"(If none ever wrote here, {path.name} is damaged: remove it.)"
+        )
+
+
+def check_meta(record: dict, path: Path) -> dict:
+    """check_record for what a shard says about itself, which leaves its own size and hash open."""
+    check_version(record, path)
+    check_record(record | {"bytes": path.lstat().st_size, "hash": "xxh3_128:" + "0" * 32}, path)
     return record
 
 
 def check_record(record: dict, path: Path) -> dict:
     """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
     try:
-        version = record["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UserError(f"{path}: format_version {version} is of a later version of this project; update the code.")
-        rows, failures = record["num_samples"], record["failures"]
-        shape = record["image_shape"]
-        sizes = [record[key] for key in ("global_start", "bytes", "shard_idx", "payload_offset", "source_num_samples")]
-        ok = (
-            version == FORMAT_VERSION
-            and record["shard_path"] == path.with_suffix(".pt").name
-            and all(type(value) is int and value >= 0 for value in sizes)
-            and type(rows) is int
-            and 0 < rows <= record["identity"]["shard_size"]
-            and len(shape) == 3
-            and all(type(extent) is int and extent > 0 for extent in shape)
-            and record["dtype"] in DTYPES
-            and len(failures) == record["num_failed"]
-            and all(0 <= entry["global_idx"] - record["global_start"] < rows for entry in failures)
-            and len(decode_checksums(record["row_checksums"])) == rows
-            and record["payload_offset"] + rows * int(np.prod(shape)) * np.dtype(DTYPES[record["dtype"]]).itemsize
-            <= record["bytes"]
-            and record["fingerprint"] == sha256_of(record["identity"])
-            and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+        is_consistent = _is_consistent(record, path.with_suffix(".pt").name)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a shard's record ({type(error).__name__}: {error}).") from error
-    if not ok:
+    if not is_consistent:
         raise UserError(f"{path}: its fields contradict each other or the file's name.")
     return record
+
+
+def _is_consistent(record: dict, name: str) -> bool:
+    identity, failures, shape = record["identity"], record["failures"], record["image_shape"]
+    counts = [record[key] for key in ("format_version", "num_samples", "global_start", "bytes", "shard_idx",
+                                      "payload_offset", "source_num_samples", "num_failed")]  # fmt: skip
+    if not all(type(value) is int and 0 <= value < _MAX_ROWS for value in [*counts, *shape, identity["shard_size"]]):
+        return False
+    start, rows = record["global_start"], record["num_samples"]
+    row_bytes = math.prod(shape) * np.dtype(DTYPES[record["dtype"]]).itemsize
+    failed = [entry["global_idx"] - start for entry in failures]
+    follows_its_number = (name, start) == (
+        shard_name(record["shard_idx"]),
+        record["shard_idx"] * identity["shard_size"],
+    )
+    return bool(
+        record["format_version"] == FORMAT_VERSION
+        and record["shard_path"] == name
+        and (is_predecessors(record) or follows_its_number)
+        and 0 < rows <= identity["shard_size"]
+        and start + rows <= record["source_num_samples"]
+        and len(shape) == 3
+        and row_bytes > 0
+        and (identity["dtype"], identity["image_shape"]) == (record["dtype"], shape)
+        and type(identity["labels"]) is bool
+        and all(type(version) is str for version in record["libraries"].values())
+        and len(failures) == record["num_failed"]
+        and all(type(row) is int and 0 <= row < rows for row in failed)
+        and sorted(set(failed)) == failed
+        and len(decode_checksums(record["row_checksums"])) == rows
+        and record["payload_offset"] + rows * row_bytes <= record["bytes"]
+        and record["fingerprint"] == sha256_of(identity)
+        and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
+    )
 
 
 def parse_json(path: Path, text: str | bytes) -> dict:
@@ -123,70 +170,43 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _hash_file(path: Path, record: dict) -> tuple[int, str, np.ndarray]:
-    """(size, file hash, XXH3-64 of every row) of a shard in one sequential read."""
-    try:
-        row_bytes = int(np.prod(record["image_shape"])) * np.dtype(DTYPES[record["dtype"]]).itemsize
-        rows, position = int(record["num_samples"]), int(record["payload_offset"])
-        digests = np.zeros(rows if rows * row_bytes <= path.stat().st_size else 0, dtype=np.uint64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its description of itself is damaged ({error}).") from error
-    file_hash = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        file_hash.update(file.read(position))
-        per_read = max(1, _CHUNK_BYTES // row_bytes)
-        for start in range(0, len(digests), per_read):
-            stop = min(len(digests), start + per_read)
-            block = memoryview(_read_exactly(file, (stop - start) * row_bytes))
-            file_hash.update(block)
-            for row in range(start, stop):
-                digests[row] = xxhash.xxh3_64_intdigest(
-                    block[(row - start) * row_bytes : (row - start + 1) * row_bytes]
-                )
-        while chunk := file.read(_CHUNK_BYTES):
-            file_hash.update(chunk)
-        return os.fstat(file.fileno()).st_size, f"xxh3_128:{file_hash.hexdigest()}", digests
-
-
-def _read_exactly(file, count: int) -> bytes:
-    chunks = []
-    while count:
-        chunk = file.read(count)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        count -= len(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
 class RecordScan:
-    """All readable records of a folder; a second look reads only the files that changed."""
+    """All readable records of a folder whose shards are there; a second look reads only the files that changed."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._seen: dict[str, tuple[tuple, dict | None]] = {}
 
     def records(self) -> list[dict]:
-        """The records by global_start, unreadable ones left out (their shards are hashed and adopted by stage 1)."""
-        found = {}
-        for entry in os.scandir(self.directory):
-            if entry.name.endswith(".json") and SHARD_PATTERN.fullmatch(entry.name[:-5] + ".pt"):
+        """The records by global_start, unreadable ones left out (their shards are hashed and adopted by stage 1).
+
+        Raises:
+            FutureFormatError: one is of a later version.
+        """
+        entries = {entry.name: entry for entry in os.scandir(self.directory)}
+        found = []
+        for name, entry in entries.items():
+            shard = name.removesuffix(".json") + ".pt"
+            if not name.endswith(".json") or shard not in entries or not SHARD_PATTERN.fullmatch(shard):
+                continue
+            try:
                 status = entry.stat(follow_symlinks=False)
-                stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-                if self._seen.get(entry.name, (None,))[0] != stamp:
-                    self._seen[entry.name] = (stamp, self._read(Path(entry.path)))
-                found[entry.name] = self._seen[entry.name][1]
-        return sorted((record for record in found.values() if record), key=lambda record: record["global_start"])
+            except FileNotFoundError:  # another writer dropped it just now
+                continue
+            stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+            if self._seen.get(name, (None,))[0] != stamp:
+                self._seen[name] = (stamp, self._read(Path(entry.path)))
+            if record := self._seen[name][1]:
+                found.append(record)
+        return sorted(found, key=lambda record: record["global_start"])
 
     @staticmethod
     def _read(path: Path) -> dict | None:
         try:
             record = read_record(path)
-        except FileNotFoundError:
-            return None
-        except UserError as error:
-            if "later version" in str(error):
-                raise
+        except (FutureFormatError, PermissionError):
+            raise
+        except (UserError, OSError):
             return None
         del record["row_checksums"]  # the bulk of a record, needed only by whoever reads the rows
         return record
@@ -196,12 +216,15 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
     """index.json's content: a pure function of the records and of how many rows the cache shall have (None: all)."""
     identity, first = records[0]["identity"], records[0]
     num_target = first["source_num_samples"] if num_target is None else num_target
-    rows = sum(record["num_samples"] for record in records)
+    wanted_rows = sum(
+        max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
+        for record in records
+    )
     return {
         "format_version": FORMAT_VERSION,
-        "num_samples": rows,
+        "num_samples": sum(record["num_samples"] for record in records),
         "source_num_samples": first["source_num_samples"],
-        "complete": rows >= num_target,
+        "complete": wanted_rows >= num_target,
         "fingerprint": first["fingerprint"],
         "source": identity["source"],
         "preprocess": identity["preprocess"],
@@ -218,24 +241,47 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
     }
 
 
+def index_text(index: dict) -> bytes:
+    """index.json as it stands on disk."""
+    return json.dumps(index, indent=1).encode() + b"\n"
+
+
 def failures_of(records: Iterable[dict]) -> bytes:
     """failures.jsonl's content."""
     return b"".join(canonical_json(entry) + b"\n" for record in records for entry in record["failures"])
 
 
 def write_views(directory: Path, scan: RecordScan, num_target: int | None = None) -> dict | None:
-    """Write index.json and failures.jsonl from the records, again until no other writer published meanwhile."""
+    """Write index.json and failures.jsonl from the records, again until no other writer published meanwhile.
+
+    Raises:
+        UserError: the records are of two configurations: two jobs wrote here at the same time.
+    """
     while True:
         records = scan.records()
         if not records:
             return None
+        for record in records[1:]:
+            if record["fingerprint"] != records[0]["fingerprint"]:
+                raise UserError(
+                    f"{directory}: {records[0]['shard_path']} and {record['shard_path']} were made with different "
+                    "configurations, by two jobs at the same time. Remove the ones you do not want."
+                )
         index = index_of(records, num_target)
-        text = json.dumps(index, indent=1).encode() + b"\n"
-        failures = failures_of(records)
-        for path, content in ((directory / FAILURES_NAME, failures), (directory / INDEX_NAME, text)):
+        for path, content in (
+            (directory / FAILURES_NAME, failures_of(records)),
+            (directory / INDEX_NAME, index_text(index)),
+        ):
             if not content:
                 path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_bytes() != content:
+            elif not _holds(path, content):
                 write_atomic(path, content)
         if scan.records() == records:
             return index
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode) and read_regular(path, len(content)) == content
+    except (OSError, UserError):
+        return False

@@ -1,33 +1,57 @@
 """A run folder: the configuration it belongs to, the shards it trains on, and what may change between two starts."""
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from distillery.files import write_atomic
+from distillery.files import sha256_of, write_atomic
 from distillery.process import UserError
 
 CONFIG_NAME = "config.yaml"
 SHARDS_NAME = "shards.json"
-# written on a signal under torchrun, whose own exit status is 1 whatever its workers say; slurm/train.sbatch reads it
+# written when a run stops early with everything saved; slurm/train.sbatch reads it under torchrun, whose own exit
+# status is 1 whatever its workers say
 PREEMPTED_NAME = "PREEMPTED"
+_LOCK_NAME = ".lock"
+_LOCK_PATIENCE_S = 60.0
 
 # keys that change neither what is learnt nor its order: a resumed run may have other values
 FREE_KEYS = {
+    # which images there are stands in shards.json, with the fingerprint that they must have
     "data": {"num_workers", "prefetch_batches", "pin_memory", "eval_datasets", "cache_dir", "use_cached", "data_files",
-             "data_dir", "max_failed_fraction"},
+             "data_dir", "max_failed_fraction", "max_samples", "max_shards"},
     "train": {"num_epochs", "log_every", "save_every", "keep_checkpoints", "eval_every_epochs", "knn_k", "tensorboard",
-              "wandb_project", "compile_student", "max_bad_steps", "compile_teacher", "use_fused_adamw", "refresh_shards", "checkpoint_dir"},
+              "wandb_project", "compile_student", "compile_teacher", "use_fused_adamw", "max_bad_steps",
+              "refresh_shards", "checkpoint_dir"},
+    # a path may change; the teacher's weights may not, a checkpoint has their hash
     "model": {"teacher_repo", "teacher_checkpoint", "student_repo", "student_checkpoint"},
 }  # fmt: skip
 # these may change together, as long as their product with the number of processes stays the same
 BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
 
 
-def compare_configs(run_dir: Path, before: dict, now: dict) -> list[str]:
+def identity_of(config: dict[str, dict]) -> str:
+    """A hash of all in a configuration {"data": {...}, "train": {...}, "model": {...}} that a run is bound to."""
+    bound = {
+        section: {key: value for key, value in config.get(section, {}).items() if key not in free | {*BATCH_KEYS}}
+        for section, free in FREE_KEYS.items()
+    }
+    return sha256_of(bound)
+
+
+def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """The harmless differences between a run's configuration and the present one, a line each.
 
+    A key that the run does not know came with a later version; its default leaves things as they were.
+
     Args:
-        run_dir: for the message.
+        where: run folder or checkpoint, for the message.
         before: {"data": {...}, "train": {...}, "model": {...}} of the run.
         now: the same of this start.
 
@@ -37,17 +61,26 @@ def compare_configs(run_dir: Path, before: dict, now: dict) -> list[str]:
     harmless, refused = [], []
     for section, free in FREE_KEYS.items():
         old, new = before.get(section, {}), now.get(section, {})
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-                (harmless if key in free or key in BATCH_KEYS else refused).append(line)
+        for key in sorted(old.keys() & new.keys()):
+            lines = _differences(key, old[key], new[key])
+            (harmless if key in free or key in BATCH_KEYS else refused).extend(lines)
     if refused:
         raise UserError(
-            f"{run_dir} holds a run of another configuration:\n  " + "\n  ".join(refused) + "\n"
+            f"{where} holds a run of another configuration:\n  " + "\n  ".join(refused) + "\n"
             "Nothing was written. Put the values back to go on with it, give another checkpoint_dir for a new run, "
             "or --no_resume to start afresh in this one."
         )
     return harmless
+
+
+def _differences(key: str, old: Any, new: Any) -> list[str]:
+    """'key: old -> new' where they differ; of two mappings, a line for each key that does."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [line for name in names for line in _differences(f"{key}.{name}", old.get(name), new.get(name))]
+    return [f"{key}: {old!r} -> {new!r}"]
 
 
 def check_global_batch(before: dict, now_global: int, now_text: str) -> None:
@@ -60,32 +93,103 @@ def check_global_batch(before: dict, now_global: int, now_text: str) -> None:
         )
 
 
-def freeze_shards(run_dir: Path, fingerprint: str, shard_names: list[str]) -> None:
-    """Record the shards a run trains on."""
-    content = {"fingerprint": fingerprint, "shards": shard_names}
+def freeze_shards(run_dir: Path, content: dict[str, Any]) -> None:
+    """Record what a run trains on: {"fingerprint", "shards": names, "rows": usable rows of each}.
+
+    A run on raw images has no shards, and one entry in rows.
+    """
     write_atomic(run_dir / SHARDS_NAME, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def frozen_shards(run_dir: Path) -> dict | None:
-    """{"fingerprint", "shards"} of a run that was started before, else None."""
+def frozen_shards(run_dir: Path) -> dict[str, Any] | None:
+    """What freeze_shards recorded, or None."""
     path = run_dir / SHARDS_NAME
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_bytes())
-        return {"fingerprint": content["fingerprint"], "shards": list(content["shards"])}
+        return {"fingerprint": content["fingerprint"], "shards": [*content["shards"]], "rows": [*content["rows"]]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}). Delete it to train on the cache's present shards.") from error
+        raise UserError(f"{path}: damaged ({error}). Delete it to go by what the newest checkpoint says.") from error
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Move what an earlier run left in the folder to previous_1, previous_2, ...; nothing is deleted."""
-    content = [path for path in run_dir.glob("*") if not path.name.startswith("previous_")]
-    if not content:
+def check_shards(frozen: dict[str, Any], found: dict[str, Any], where: Path) -> None:
+    """Raise UserError when what a run was started on is no longer what is there.
+
+    frozen, found: as freeze_shards takes them; where: the cache folder, for the message.
+    """
+    was, is_now = (content["fingerprint"][:16] or "none" for content in (frozen, found))
+    if frozen["fingerprint"] != found["fingerprint"]:
+        raise UserError(
+            f"{where} holds other images than this run was started on (fingerprint {is_now}, {SHARDS_NAME} has {was}). "
+            "Give the cache it was started on as cache_dir, or another checkpoint_dir for a new run."
+        )
+    for name, before, now in zip(frozen["shards"] or ["all images"], frozen["rows"], found["rows"], strict=True):
+        if before != now:
+            raise UserError(f"{where}: {name} has {now} usable rows, this run was started with {before}.")
+
+
+def is_preempted(run_dir: Path) -> bool:
+    """Whether the run stopped early, with status 75, and has not been started again since."""
+    return (run_dir / PREEMPTED_NAME).exists()
+
+
+def mark_preempted(run_dir: Path, reason: str, step: int) -> None:
+    """Leave word that the run stopped early; the second line says which start of which job it was."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", "none"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    write_atomic(run_dir / PREEMPTED_NAME, f"{reason} at step {step}\njob {job} restart {restarts}\n".encode())
+
+
+def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None:
+    """Move what an earlier run left to previous_1, previous_2, ...; nothing is deleted.
+
+    paths: of files under run_dir, in the order in which they are to go; None: everything.
+    """
+    if paths is None:
+        paths = [path for path in run_dir.glob("*") if not path.name.startswith(("previous_", _LOCK_NAME))]
+    if not (paths := list(paths)):
         return None
-    number = 1 + sum(1 for _ in run_dir.glob("previous_*"))
-    target = run_dir / f"previous_{number}"
-    target.mkdir()
-    for path in content:
-        path.rename(target / path.name)
+    target = run_dir / f"previous_{1 + sum(1 for _ in run_dir.glob('previous_*'))}"
+    for path in paths:
+        destination = target / path.relative_to(run_dir)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(destination)
     return target
+
+
+class RunLock:
+    """Keeps a second process out of a run folder, where the file system has locks; it ends with the process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / _LOCK_NAME
+        self._fd: int | None = None
+
+    def take(self, *, create: bool) -> None:
+        """Take the lock, unless it is held already; without `create` only where the file is there.
+
+        Raises:
+            UserError: another process has it, and keeps it for a minute.
+        """
+        if self._fd is not None or not (create or self._path.exists()):
+            return
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                    os.close(fd)
+                    raise UserError(
+                        f"{self._path.parent}: another process is training in this folder ({holder}). Wait for it, or "
+                        f"give another checkpoint_dir. If it is certain that it is gone, delete {self._path}."
+                    ) from None
+                time.sleep(0.5)
+            except OSError:
+                break  # no locks on this file system
+        self._fd = fd
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)

@@ -8,13 +8,17 @@ Nothing here imports torch, and reading never unpickles.
 Sources: PKWARE APPNOTE 6.3.10 (zip, zip64); torch/serialization.py (records data.pkl, byteorder, data/N, version).
 """
 
+import contextlib
 import errno
+import math
 import os
 import pickletools
+import re
 import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +38,14 @@ _STORAGES = {
     "int64": "Long",
 }
 _ALIGNMENT_BYTES = 64
-_MAX_PICKLE_BYTES = 256 << 20
+MAX_MEMBER_BYTES = 512 << 20
 _ZIP64_LIMIT = 0xFFFFFFFF
 _CHUNK_BYTES = 4 << 20
 _HAS_DATA_DESCRIPTOR = 0x0008
+
+
+class ForeignShardError(UserError):
+    """A healthy file of torch.save that this project's stage 1 did not write."""
 
 
 @dataclass
@@ -79,9 +87,8 @@ def _central_header(member: _Member) -> bytes:
     if wide:
         extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
     name = member.name.encode()
-    fixed = struct.pack(
-        "<4s6H3I5H2I", b"PK\1\2", 45, 45, _HAS_DATA_DESCRIPTOR, 0, 0, 0x21, member.crc, size, size, len(name), len(extra), 0, 0, 0, 0, offset
-    )  # fmt: skip
+    fixed = struct.pack("<4s6H", b"PK\1\2", 45, 45, _HAS_DATA_DESCRIPTOR, 0, 0, 0x21)
+    fixed += struct.pack("<3I5H2I", member.crc, size, size, len(name), len(extra), 0, 0, 0, 0, offset)
     return fixed + name + extra
 
 
@@ -111,14 +118,13 @@ def _text(value: str) -> bytes:
 
 
 def _tensor(key: int, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """One contiguous tensor, as torch pickles it: _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())."""
+    """One contiguous tensor, as torch does: _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())."""
     stride, step = [], 1
     for extent in reversed(shape):
         stride.insert(0, step)
         step *= extent
-    storage = (
-        b"(" + _text("storage") + f"ctorch\n{_STORAGES[dtype]}Storage\n".encode() + _text(str(key)) + _text("cpu") + _integer(step) + b"tQ"
-    )  # fmt: skip
+    storage_type = f"ctorch\n{_STORAGES[dtype]}Storage\n".encode()
+    storage = b"(" + _text("storage") + storage_type + _text(str(key)) + _text("cpu") + _integer(step) + b"tQ"
     dims = b"".join(b"(" + b"".join(map(_integer, values)) + b"t" for values in (shape, stride))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _integer(0) + dims + b"\x89ccollections\nOrderedDict\n)RtR"
@@ -145,7 +151,7 @@ def finish_shard(
     Returns:
         (size of the file in bytes, its hash "xxh3_128:<hex>").
     """  # fmt: skip
-    payload_bytes = int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
+    payload_bytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     header = payload_header()
     os.pwrite(fd, header, 0)
     file_hash, crc = xxhash.xxh3_128(header), 0
@@ -154,11 +160,11 @@ def finish_shard(
     while position < end:
         count = os.preadv(fd, [buffer[: end - position]], position)
         if count == 0:
-            raise OSError(f"the file ends at byte {position}, {end} were written: was it truncated by another program?")
+            raise OSError(errno.EIO, f"the file ends at byte {position} of {end}: another program truncated it")
         crc = zlib.crc32(buffer[:count], crc)
         file_hash.update(buffer[:count])
         position += count
-    tail = _tail_of(_Member("archive/data/0", 0, payload_bytes, crc), end, dtype, shape, valid, labels, meta)
+    tail = shard_tail(crc, dtype, shape, valid, labels, meta)
     file_hash.update(tail)
     os.lseek(fd, end, os.SEEK_SET)
     write_all(fd, tail)
@@ -166,16 +172,12 @@ def finish_shard(
     return end + len(tail), f"xxh3_128:{file_hash.hexdigest()}"
 
 
-def _tail_of(
-    images: _Member,
-    end: int,
-    dtype: str,
-    shape: tuple[int, ...],
-    valid: np.ndarray,
-    labels: np.ndarray | None,
-    meta: str,
+def shard_tail(
+    payload_crc: int, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
 ) -> bytes:
     """All bytes after the payload: the small members, the central directory, the end record."""
+    images = _Member("archive/data/0", 0, math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize, payload_crc)
+    end = PAYLOAD_OFFSET + images.size
     tensors = {"images": (dtype, shape), "valid": ("bool", valid.shape)}
     data = [valid.astype(np.bool_).tobytes()]
     if labels is not None:
@@ -194,63 +196,129 @@ def _tail_of(
     return tail + directory + _end_of_archive(len(members), end + len(tail), len(directory))
 
 
+@contextlib.contextmanager
+def _open_archive(path: os.PathLike) -> Iterator[tuple[zipfile.ZipFile, int]]:
+    """(the zip archive, its file descriptor); whatever hostile bytes make zipfile raise is a UserError."""
+    with open_regular(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield archive, file.fileno()
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, KeyError, EOFError, struct.error, zlib.error, NotImplementedError, RuntimeError,
+                ValueError, OverflowError, MemoryError) as error:  # fmt: skip
+            raise UserError(f"{path}: damaged, or no shard of this project ({error}).") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a seek to where the archive's directory claims something is
+                raise
+            raise UserError(f"{path}: damaged: its directory points outside the file.") from error
+
+
 def read_member(path: os.PathLike, name: str) -> bytes:
     """One small member of a shard's archive, its CRC checked, without unpickling anything.
 
     Raises:
         UserError: not such an archive, or the member is missing, damaged or larger than any shard's would be.
     """
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            info = archive.getinfo(f"archive/{name}")
-            if info.file_size > _MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path}: {name} claims {info.file_size} bytes; this is no shard of this project.")
-            return archive.read(info)
-    except (zipfile.BadZipFile, KeyError, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path}: damaged, or no shard of this project ({error}).") from error
+    with _open_archive(path) as (archive, _):
+        info = archive.getinfo(f"archive/{name}")
+        if info.file_size > MAX_MEMBER_BYTES or info.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: its {name} is compressed or claims {info.file_size} bytes; no shard's is.")
+        return archive.read(info)
 
 
 def read_meta(path: os.PathLike) -> str:
-    """The JSON text a shard carries about itself, found by walking the pickle's opcodes; nothing is executed."""
+    """The JSON text a shard carries about itself, found by walking the pickle's opcodes; nothing is executed.
+
+    Raises:
+        ForeignShardError: a healthy file of torch.save, but none of ours. UserError: damaged.
+    """
     texts = []
     try:
         for opcode, argument, _ in pickletools.genops(read_member(path, "data.pkl")):
             if opcode.name == "BINUNICODE":
                 texts.append(argument)
-    except (ValueError, IndexError) as error:
+        if len(texts) < 2 or texts[-2] != "meta":
+            raise ValueError("it carries no description of itself")
+    except (ValueError, IndexError, OverflowError, MemoryError, struct.error) as error:
+        if _is_foreign(path):
+            raise ForeignShardError(f"{path}: this project's stage 1 did not write it.") from error
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: its pickle is damaged ({error}).") from error
-    if len(texts) < 2 or texts[-2] != "meta":
-        raise UserError(f"{path}: carries no description of itself; it was not written by this project's format 3.")
     return texts[-1]
 
 
-def find_payload(path: os.PathLike) -> tuple[int, int]:
-    """(offset, size) in bytes of the largest stored member: the images of any torch.save file of one big tensor."""
+def _is_foreign(path: os.PathLike) -> bool:
+    """Whether a file has what torch.save writes, and does not begin as our shards do."""
+    header = payload_header()
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            info = max(archive.infolist(), key=lambda member: member.file_size)
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path}: its images are compressed; rows cannot be read in place.")
-            header = os.pread(file.fileno(), 30, info.header_offset)
-    except (zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{path}: damaged, or not written by torch.save ({error}).") from error
-    name_bytes, extra_bytes = struct.unpack("<2H", header[26:30])
-    return info.header_offset + 30 + name_bytes + extra_bytes, info.file_size
+        with _open_archive(path) as (archive, fd):
+            has_pickle = any(name.endswith("/data.pkl") for name in archive.namelist())
+            return has_pickle and os.pread(fd, len(header), 0) != header
+    except UserError:
+        return False
+
+
+def find_payload(path: os.PathLike) -> tuple[int, int, int]:
+    """(offset, size, CRC-32) of the images in any torch.save file of one big tensor: its largest storage.
+
+    Raises:
+        UserError: the file is damaged, or no such file.
+    """
+    with _open_archive(path) as (archive, fd):
+        storages = [info for info in archive.infolist() if re.fullmatch(r".*/data/\d+", info.filename)]
+        if not storages:
+            raise UserError(f"{path}: damaged, or not written by torch.save: it holds no tensor.")
+        info = max(storages, key=lambda member: member.file_size)
+        name_bytes, extra_bytes = struct.unpack("<2H", os.pread(fd, 30, info.header_offset)[26:])
+        offset = info.header_offset + 30 + name_bytes + extra_bytes
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: its images are compressed; rows cannot be read in place.")
+        if offset + info.file_size > os.fstat(fd).st_size:
+            raise UserError(f"{path}: damaged: its images end after the file does.")
+        return offset, info.file_size, info.CRC
+
+
+def read_blocks(file, count: int) -> Iterator[memoryview]:
+    """The next `count` bytes of an unbuffered file, in blocks of one buffer that is used again; fewer at its end."""
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(1, count))))
+    while count > 0 and (size := file.readinto(buffer[:count])):
+        yield buffer[:size]
+        count -= size
+
+
+def read_regular(path: os.PathLike, max_bytes: int = MAX_MEMBER_BYTES) -> bytes:
+    """A whole small file, opened by open_regular.
+
+    Raises:
+        UserError: it is larger than max_bytes.
+    """
+    with open_regular(path) as file:
+        data = b"".join(map(bytes, read_blocks(file, max_bytes + 1)))
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: larger than {max_bytes} bytes; no file of this kind is.")
+    return data
 
 
 def open_regular(path: os.PathLike):
-    """Open for reading, refusing symbolic links, devices and pipes: a name in a cache folder must be a plain file."""
+    """Open for reading, refusing symbolic links, devices and pipes: a name in a cache folder must be a plain file.
+
+    Raises:
+        UserError: it is something else. OSError: it is not there, or may not be read.
+    """
+    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer
     try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(
-                f"{path} is a symbolic link; a cache folder may itself be one, its files may not."
-            ) from error
-        raise
-    file = os.fdopen(fd, "rb", buffering=0)
+            reason = "is a symbolic link; a cache folder may itself be one, its files may not"
+        elif error.errno == errno.ENXIO:
+            reason = "is not a regular file"
+        else:
+            raise
+        raise UserError(f"{path} {reason}.") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        file.close()
+        os.close(fd)
         raise UserError(f"{path} is not a regular file.")
-    return file
+    return os.fdopen(fd, "rb", buffering=0)

@@ -1,46 +1,71 @@
 """Every byte of a cache against its hashes, every view against the records. Reads only."""
 
 import os
+import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.cache import CacheIndex, load_index, load_shard_layout
-from distillery.process import EXIT_DONE, EXIT_ERROR, UserError, usable_cpus
+from distillery.process import EXIT_DONE, EXIT_ERROR, MissingFileError, UserError, usable_cpus
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
     SHARD_PATTERN,
+    FutureFormatError,
     RecordScan,
     failures_of,
     index_of,
+    index_text,
+    is_predecessors,
     parse_json,
     read_record,
-    record_of_shard,
     record_path,
 )
+from distillery.records_hash import record_of_shard, rehash_record
+from distillery.shard_format import read_regular
+
+_OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
 
 
-def verify_cache(directory: Path, progress=None) -> list[str]:
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a cache folder.
+
+    remove: the file to take away before stage 1 runs again, or None where running stage 1 is enough. A disk that gives
+        back other bytes than it was given leaves no trace in the file's times, by which stage 1 chooses what to hash.
+    """
+
+    text: str
+    remove: Path | None = None
+
+
+def verify_cache(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
     """Every problem of a cache folder, each naming its file; an empty list when all is well. Writes nothing.
 
     progress: called with a number of bytes as they are read.
     """
+    return [problem.text for problem in find_problems(directory, progress)]
+
+
+def find_problems(directory: Path, progress: Callable[[int], None] | None = None) -> list[Problem]:
+    """verify_cache, with what to remove before stage 1 can repair it.
+
+    Raises:
+        MissingFileError: no cache there.
+        FutureFormatError: the index or a record is of a later version.
+    """
     directory = Path(directory)
-    if (directory / INDEX_NAME).exists() or not list(directory.glob("images_*.json")):
-        index = load_index(directory)
-        if not index.verified:
-            return _verify_seed(index)
-        listed = dict(zip(index.shard_names, range(len(index.shard_names)), strict=True))
-        problems = []
-    else:
-        index, listed = None, {}
-        problems = [f"{directory / INDEX_NAME}: missing"]
+    index, problems = _load_views(directory)
+    if index is not None and not index.verified:
+        return _verify_seed(index)
+    listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
     on_disk = {entry.name for entry in os.scandir(directory) if SHARD_PATTERN.fullmatch(entry.name)}
     lock = threading.Lock()
 
-    def check(name: str) -> list[str]:
+    def check(name: str) -> list[Problem]:
         found = list(_verify_shard(directory / name, index, listed.get(name)))
         if progress and (directory / name).exists():
             with lock:
@@ -53,27 +78,42 @@ def verify_cache(directory: Path, progress=None) -> list[str]:
     return problems + list(_verify_views(directory, index))
 
 
-def _verify_shard(path: Path, index: CacheIndex | None, s: int | None) -> Iterator[str]:
+def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
+    """(the index, or None where it is missing or damaged beside records that say what there is, the problem then)."""
     try:
-        record = read_record(record_path(path))
+        return load_index(directory), []
+    except FutureFormatError:
+        raise
+    except UserError as error:
+        if not any(SHARD_PATTERN.fullmatch(path.stem + ".pt") for path in directory.glob("images_*.json")):
+            raise
+        missing = isinstance(error, MissingFileError)
+        return None, [Problem(f"{directory / INDEX_NAME}: missing" if missing else str(error))]
+
+
+def _verify_shard(path: Path, index: CacheIndex | None, s: int | None) -> Iterator[Problem]:
+    record, recorded = None, record_path(path)
+    try:
+        record = read_record(recorded)
     except FileNotFoundError:
-        yield f"{record_path(path)}: missing"
-        record = None
+        yield Problem(f"{recorded}: missing")
+    except FutureFormatError:
+        raise
     except (UserError, OSError) as error:
-        yield f"{record_path(path)}: {error}"
-        record = None
+        yield Problem(_naming(recorded, error), recorded)
     try:
-        remade = record_of_shard(path)
+        is_ours = record is None or not is_predecessors(record)
+        remade = record_of_shard(path) if is_ours else rehash_record(path, record)
     except FileNotFoundError:
-        yield f"{path}: missing"
+        yield Problem(f"{path}: missing")
         return
     except (UserError, OSError) as error:
-        yield str(error) if str(path) in str(error) else f"{path}: {error}"
+        yield Problem(_naming(path, error), path)
         return
     if record is not None and remade != record:
-        yield f"{path}: differs from its record in {_differing_keys(remade, record)}"
+        yield Problem(f"{path}: differs from its record in {_differing_keys(remade, record)}", path)
     if index is not None and s is None:
-        yield f"{path}: not listed in index.json"
+        yield Problem(f"{path}: not listed in index.json", path if remade["fingerprint"] != index.fingerprint else None)
     if index is not None and s is not None:
         expected = {
             "fingerprint": index.fingerprint,
@@ -83,58 +123,91 @@ def _verify_shard(path: Path, index: CacheIndex | None, s: int | None) -> Iterat
             "bytes": int(index.shard_bytes[s]),
         }
         if wrong := [key for key, value in expected.items() if remade[key] != value]:
-            yield f"{path}: differs from index.json in {', '.join(wrong)}"
+            is_foreign = remade["fingerprint"] != index.fingerprint
+            yield Problem(f"{path}: differs from index.json in {', '.join(wrong)}", path if is_foreign else None)
+
+
+def _naming(path: Path, error: Exception) -> str:
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def _differing_keys(a: dict, b: dict) -> str:
-    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)))
+    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))) or "their spelling"
 
 
-def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[str]:
+def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
     """index.json and failures.jsonl against the records, and files that belong to no cache."""
     records = RecordScan(directory).records()
     if index is not None and records:
-        text = parse_json(directory / INDEX_NAME, (directory / INDEX_NAME).read_bytes())
+        text = read_regular(directory / INDEX_NAME)
+        found = parse_json(directory / INDEX_NAME, text)
         # whether the cache is complete depends on max_samples, which only the configuration knows
-        expected = index_of(records) | {"complete": text.get("complete")}
-        if text != expected:
-            yield f"{directory / INDEX_NAME}: differs from the records in {_differing_keys(text, expected)}"
+        expected = index_of(records) | {"complete": found.get("complete")}
+        if text != index_text(expected):
+            yield Problem(f"{directory / INDEX_NAME}: differs from the records in {_differing_keys(found, expected)}")
     failures = directory / FAILURES_NAME
-    if (failures.read_bytes() if failures.exists() else b"") != failures_of(records):
-        yield f"{failures}: differs from the records"
+    try:
+        text = read_regular(failures)
+    except FileNotFoundError:
+        text = b""
+    except (UserError, OSError) as error:
+        yield Problem(_naming(failures, error), failures)
+        text = failures_of(records)
+    if text != failures_of(records):
+        yield Problem(f"{failures}: differs from the records")
+    is_upgraded = any(map(is_predecessors, records))
     for entry in os.scandir(directory):
-        known = entry.name in {INDEX_NAME, FAILURES_NAME} or SHARD_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
-        if not known and entry.name not in {"eval", "teacher"}:
-            yield f"{entry.path}: not part of a cache (a leftover of a killed run? stage 1 removes those)"
+        is_known = entry.name in _OTHER_NAMES or SHARD_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
+        is_old_index = is_upgraded and entry.name.startswith("index_shard_")
+        if not is_known and not is_old_index and not entry.name.startswith(".nfs"):
+            reason = "left by a killed run; stage 1 removes it"
+            if ".tmp-" not in entry.name:
+                reason = "not part of a cache; move it elsewhere"
+            yield Problem(f"{entry.path}: {reason}")
 
 
-def _verify_seed(index: CacheIndex) -> list[str]:
+def _verify_seed(index: CacheIndex) -> list[Problem]:
     problems = []
     for s in range(len(index.shard_names)):
         try:
             load_shard_layout(index, s)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(Problem(str(error)))
     return problems
 
 
 def folders_of(directory: Path) -> list[Path]:
     """A cache folder and the evaluation caches below it."""
-    return [directory, *sorted(path.parent for path in directory.glob(f"eval/*/*/{INDEX_NAME}"))]
+    below = {path.parent for pattern in (INDEX_NAME, "images_*.pt") for path in directory.glob(f"eval/*/*/{pattern}")}
+    return [directory, *sorted(below)]
+
+
+def repair_command(problems: list[Problem], stage1: str) -> str:
+    """What to type: the bad files are removed first where stage 1 might not see by itself that they are bad."""
+    remove = sorted({str(problem.remove) for problem in problems if problem.remove is not None})
+    return f"rm -f -- {shlex.join(remove)} && {stage1}" if remove else stage1
 
 
 def report_verification(directory: Path, repair: str) -> int:
     """Verify a folder with its evaluation caches and print the outcome; returns the exit status."""
-    problems, shards, size = [], 0, 0
+    problems, shards, size, verified, upgraded = [], 0, 0, True, False
     for folder in folders_of(directory):
-        problems += verify_cache(folder)
+        found = find_problems(folder)
+        problems += found
         shards += len(list(folder.glob("images_*.pt")))
         size += sum(path.stat().st_size for path in folder.glob("images_*.pt"))
+        verified = verified and (bool(found) or load_index(folder).verified)
+        upgraded = upgraded or any(map(is_predecessors, RecordScan(folder).records()))
     for problem in problems:
-        print(f"BAD  {problem}")
+        print(f"BAD  {problem.text}")
+    command = repair_command(problems, repair)
+    if problems and upgraded:
+        print(f"{len(problems)} problems. Shards of an earlier format's program cannot be made again:")
+        print(f"bring the bad files back from a copy, or leave them out: {command} --rebuild_index")
+    elif problems:
+        print(f"{len(problems)} problems. Repair (makes again exactly what is bad): {command}")
     if problems:
-        print(f"{len(problems)} problems. Repair (makes again exactly what is bad): {repair}")
         return EXIT_ERROR
-    hashes = "every byte as its hash says" if load_index(directory).verified else "no hashes to compare: unverified"
+    hashes = "every byte as its hash says" if verified else "no hashes to compare: unverified"
     print(f"OK   {directory}: {shards} shards, {size} bytes, {hashes}")
     return EXIT_DONE

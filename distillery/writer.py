@@ -10,51 +10,31 @@ identity and its number: any two writers of one shard write the same bytes, so n
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-
-from distillery.decode import Unit, UnitResult, decode_pool, signals_blocked, write_unit
-from distillery.files import (
-    NO_SPACE_ERRNOS,
-    format_bytes,
-    free_bytes,
-    fsync_dir,
-    publish_no_clobber,
-    temporary_name,
-    write_atomic,
-)
-from distillery.plan import CachePlan, Survey, adopt_shard, record_text, remove_leftovers
-from distillery.preprocess import (
-    library_versions,
-)
+from distillery.decode import Unit, decode_pool, signals_blocked, write_unit
+from distillery.files import NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory
+from distillery.plan import CachePlan, Survey
 from distillery.process import RunError, StopFlag, UserError
-from distillery.records import (
-    FORMAT_VERSION,
-    RecordScan,
-    encode_checksums,
-    record_of_shard,
-    record_path,
-    write_views,
-)
-from distillery.shard_format import PAYLOAD_OFFSET, finish_shard
+from distillery.records import RecordScan, record_path, write_views
+from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
 
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
+# how often shards are made once more, in new files, after such an error
+_ATTEMPTS = {errno.EIO: 2, errno.ENOENT: 5, errno.ESTALE: 5}
+_DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a call of make_cache did. shards_left: of the range it was given."""
+    """What a call of make_cache did. shards_left: of the range it was given; messages: what was found bad."""
 
     shards_made: int
     shards_adopted: int
@@ -62,117 +42,51 @@ class CacheReport:
     messages: list[str]
 
 
-@dataclass
-class _OpenShard:
-    """A shard in the making: its temporary file and what the decode workers reported of its rows."""
-
-    plan: CachePlan
-    shard_idx: int
-    labels: np.ndarray | None
-    temporary: Path = field(init=False)
-    fd: int = field(init=False)
-    units_left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start, self.stop = self.plan.rows_of(self.shard_idx)
-        self.num_rows = self.stop - self.start
-        self.path = self.plan.shard_path(self.shard_idx)
-        self.temporary = temporary_name(self.path)
-        self.fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # the lock only marks the writer as alive; some file systems have none
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.checksums = np.zeros(self.num_rows, np.uint64)
-        self.failures: list[tuple[int, str]] = []
-
-    def note(self, result: UnitResult) -> None:
-        self.checksums[result.first_row : result.first_row + len(result.checksums)] = result.checksums
-        self.failures += result.failures
-        self.units_left -= 1
-
-    def meta(self) -> dict:
-        """All the record says except the file's own size and hash."""
-        failures = [
-            {"global_idx": self.start + row, "shard_idx": self.shard_idx, "reason": reason}
-            for row, reason in sorted(self.failures)
-        ]
-        return {
-            "format_version": FORMAT_VERSION,
-            "shard_path": self.path.name,
-            "shard_idx": self.shard_idx,
-            "global_start": self.start,
-            "num_samples": self.num_rows,
-            "num_failed": len(failures),
-            "failures": failures,
-            "source_num_samples": self.plan.source_num_samples,
-            "identity": self.plan.identity,
-            "fingerprint": self.plan.fingerprint,
-            "dtype": self.plan.dtype,
-            "image_shape": list(self.plan.image_shape),
-            "payload_offset": PAYLOAD_OFFSET,
-            "row_checksums": encode_checksums(self.checksums),
-            "libraries": library_versions(),
-        }
-
-    def publish(self) -> None:
-        """Complete the file, make it durable, give it its name, then write its record."""
-        meta = self.meta()
-        valid = np.ones(self.num_rows, dtype=bool)
-        valid[[row for row, _ in self.failures]] = False
-        shape = (self.num_rows, *self.plan.image_shape)
-        text = json.dumps(meta, sort_keys=True)
-        size, digest = finish_shard(self.fd, self.plan.dtype, shape, valid, self.labels, text)
-        os.fsync(self.fd)
-        record = meta | {"bytes": size, "hash": digest}
-        if not publish_no_clobber(self.temporary, self.path):
-            record = self._settle_with_other_writer(record)
-        write_atomic(record_path(self.path), record_text(record))
-        self.close()
-
-    def _settle_with_other_writer(self, record: dict) -> dict:
-        """Another file has the name: keep it when it is a whole shard of the same rows, else put ours in its place."""
-        try:
-            other = record_of_shard(self.path)
-            is_same_shard = (other["fingerprint"], other["num_samples"]) == (record["fingerprint"], self.num_rows)
-        except (UserError, FileNotFoundError):
-            is_same_shard = False
-        if is_same_shard:
-            return other
-        os.replace(self.temporary, self.path)
-        fsync_dir(self.path.parent)
-        return record
-
-    def close(self) -> None:
-        """Let go of the file; a temporary file that was not published is removed."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        self.temporary.unlink(missing_ok=True)
-
-
 class _Pipeline:
     """Units in flight, shards being finished, and the time spent waiting for each."""
 
-    def __init__(self, plan: CachePlan, source, batch_size: int, num_workers: int, on_rows: Callable, stop: StopFlag):
+    def __init__(
+        self,
+        plan: CachePlan,
+        source,
+        *,
+        repairs: set[int],
+        batch_size: int,
+        num_workers: int,
+        on_rows: Callable,
+        stop: StopFlag,
+        scan: RecordScan,
+    ) -> None:
         self.plan, self.source, self.batch_size, self.stop = plan, source, batch_size, stop
-        self.on_rows = on_rows
-        self.scan = RecordScan(plan.directory)
-        self.pool = decode_pool(num_workers)
+        self.on_rows, self.scan, self.repairs = on_rows, scan, repairs
+        with signals_blocked():  # multiprocessing's own helper process starts here
+            self.pool = decode_pool(num_workers)
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-shard")
         self.max_units = num_workers + 2
-        self.units: deque[tuple[Future, _OpenShard, int]] = deque()
-        self.finishing: deque[tuple[Future, _OpenShard]] = deque()
-        self.open_shards: list[_OpenShard] = []
+        self.units: deque[tuple[Future, OpenShard, int]] = deque()
+        self.finishing: deque[tuple[Future, OpenShard]] = deque()
+        self.open_shards: list[OpenShard] = []
         self.seconds = {"source": 0.0, "decode": 0.0, "disk": 0.0}
         self.made: set[int] = set()
+        self.found: set[int] = set()
         self._stop_seen: float | None = None
         self._views_cost_s = self._views_written = 0.0
 
     def run(self, shards: Iterable[int]) -> None:
-        """Make the shards in order until done or told to stop."""
-        for shard_idx in shards:
-            if self.stop.requested:
-                break
-            if not self._feed(shard_idx):
+        """Make the shards in order until done or told to stop.
+
+        One that another process is seen to be making is left for the end, and made if it still is not there by then:
+        two jobs over one range share it, and neither waits for the other.
+        """
+        later, deferred = deque(shards), set()
+        while later and not self.stop.requested:
+            shard_idx = later.popleft()
+            if is_published(self.plan, shard_idx):
+                self.found.add(shard_idx)
+            elif shard_idx not in deferred and is_being_made(self.plan, shard_idx):
+                deferred.add(shard_idx)
+                later.append(shard_idx)
+            elif not self._feed(shard_idx):
                 break
         while self.units and not self._grace_is_over():
             self._collect_unit()
@@ -182,29 +96,45 @@ class _Pipeline:
     def close(self) -> None:
         """End the workers and drop what is not published."""
         self.pool.shutdown(wait=True, cancel_futures=True)
-        self.finisher.shutdown(wait=True)
+        self.finisher.shutdown(wait=True, cancel_futures=True)
         for shard in self.open_shards:
-            shard.close()
+            with contextlib.suppress(OSError):  # an error of this file is reported by what wrote it
+                shard.close()
 
     def _feed(self, shard_idx: int) -> bool:
         """Submit a shard's units; False when the grace after a stop request ran out on the way."""
         start, stop = self.plan.rows_of(shard_idx)
-        shard = _OpenShard(self.plan, shard_idx, self.source.labels(start, stop) if self.plan.labels else None)
+        labels = self._read_labels(start, stop) if self.plan.labels else None
+        shard = OpenShard(self.plan, shard_idx, labels, is_repair=shard_idx in self.repairs)
         self.open_shards.append(shard)
         firsts = range(0, stop - start, self.batch_size)
         shard.units_left = len(firsts)
         for first in firsts:
             if self._grace_is_over():
                 return False
-            began = time.monotonic()
-            images = self.source.read(start + first, min(stop, start + first + self.batch_size))
-            self.seconds["source"] += time.monotonic() - began
+            images = self._read_images(start + first, min(stop, start + first + self.batch_size))
             unit = Unit(str(shard.temporary), first, images, self.plan.spec, self.plan.dtype)
             while len(self.units) >= self.max_units:
                 self._collect_unit()
             with signals_blocked():
                 self.units.append((self.pool.submit(write_unit, unit), shard, len(images)))
         return True
+
+    def _read_images(self, start: int, stop: int) -> list[bytes]:
+        began = time.monotonic()
+        with _source_errors(self.source):
+            images = self.source.read(start, stop)
+        if len(images) != stop - start:
+            raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
+        self.seconds["source"] += time.monotonic() - began
+        return images
+
+    def _read_labels(self, start: int, stop: int):
+        with _source_errors(self.source):
+            labels = self.source.labels(start, stop)
+        if labels is None or len(labels) != stop - start:
+            raise UserError(f"{self.source.describe()}: has no labels for the rows {start}..{stop - 1}.")
+        return labels
 
     def _grace_is_over(self) -> bool:
         if self._stop_seen is None and self.stop.requested:
@@ -242,6 +172,19 @@ class _Pipeline:
         return "cpu" if slowest == "decode" else slowest
 
 
+@contextlib.contextmanager
+def _source_errors(source):
+    """An I/O error of the source is not one of the cache folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{source.describe()}: cannot be read: {error}. Everything published stays; run the same command again."
+        ) from error
+
+
 def make_cache(
     plan: CachePlan,
     source,
@@ -257,72 +200,123 @@ def make_cache(
 
     Args:
         plan: what the cache shall be.
-        source: has read(start, stop) -> list[bytes] and labels(start, stop) -> int64 array or None.
+        source: has read(start, stop) -> list[bytes], labels(start, stop) -> int64 array or None, and describe().
         shards: the shard numbers this call is to make (all, or an array task's share).
         survey: of these shards, by survey_cache.
         batch_size: images per unit of work; changes no byte.
         num_workers: decode processes; 1 decodes in this process.
         stop: looked at between units.
-        on_rows: called with (rows decoded just now, what limits the speed, shards made so far).
+        on_rows: called with (rows decoded or hashed just now, what limits the speed, shards made so far).
 
     Raises:
-        RunError: the disk is full, or a worker died; what is published stays, the same command goes on.
+        RunError: the disk is full or fails, a worker died, the source cannot be read; what is published stays, the
+            same command goes on.
+        UserError: the folder cannot be written to, or another job makes another cache in it.
     """
-    plan.directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(plan.directory, all_done=False)
-    messages, to_make = [], list(survey.missing)
-    for shard_idx in survey.missing:
-        if not plan.shard_path(shard_idx).exists():
-            record_path(plan.shard_path(shard_idx)).unlink(missing_ok=True)
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for shard_idx, problem in zip(
-            survey.doubtful, pool.map(lambda idx: adopt_shard(plan, idx), survey.doubtful), strict=True
-        ):
-            if problem:
-                messages.append(problem)
-                to_make.append(shard_idx)
-    adopted = len(survey.doubtful) - len(messages)
-    made = _make_shards(plan, source, sorted(to_make), batch_size, num_workers, stop, on_rows)
-    index = write_views(plan.directory, RecordScan(plan.directory), plan.num_rows)
-    remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
-    return CacheReport(len(made), adopted, len(to_make) - len(made), messages)
-
-
-def _make_shards(plan, source, to_make, batch_size, num_workers, stop, on_rows) -> set[int]:
-    """Run the pipeline; after one I/O error the shards it hit are made once more, from the data, in new files."""
+    scan = RecordScan(plan.directory)
+    messages, to_make, unchecked = [], list(survey.missing), list(survey.doubtful)
     made: set[int] = set()
-    for attempt in (1, 2):
-        left = [shard_idx for shard_idx in to_make if shard_idx not in made]
+    found: set[int] = set()
+    try:
+        make_directory(plan.directory)
+        remove_leftovers(plan.directory, all_done=False)
+        for shard_idx in survey.missing:
+            if not plan.shard_path(shard_idx).exists():
+                record_path(plan.shard_path(shard_idx)).unlink(missing_ok=True)
+        repairs = _adopt_shards(plan, unchecked, messages, num_workers, stop, on_rows)
+        to_make = sorted({*to_make, *repairs})
+        _make_shards(
+            plan, source, to_make, made, found,
+            repairs=repairs, batch_size=batch_size, num_workers=num_workers, on_rows=on_rows, stop=stop, scan=scan,
+        )  # fmt: skip
+        index = write_views(plan.directory, scan, plan.num_rows)
+        remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
+    except UserError:
+        raise
+    except (OSError, RunError, BrokenProcessPool) as error:
+        with contextlib.suppress(OSError, UserError):  # what was published is listed, if the disk still takes that
+            write_views(plan.directory, scan, plan.num_rows)
+        if isinstance(error, RunError):
+            raise
+        raise _explain(plan, error, sorted({*to_make, *unchecked} - made - found), num_workers) from error
+    left = len(to_make) - len(made) - len(found) + len(unchecked)
+    return CacheReport(len(made), len(survey.doubtful) - len(unchecked) - len(messages), left, messages)
+
+
+def _adopt_shards(plan, unchecked: list[int], messages: list[str], num_workers, stop, on_rows) -> set[int]:
+    """Hash the doubtful shards, taking each from `unchecked` when done; returns those that are bad."""
+    bad = set()
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        running = {idx: pool.submit(lambda idx=idx: None if stop.requested else [adopt_shard(plan, idx)])
+                   for idx in list(unchecked)}  # fmt: skip
+        for shard_idx, future in running.items():
+            if (answer := future.result()) is None:
+                continue
+            unchecked.remove(shard_idx)
+            if answer[0] is not None:
+                messages.append(answer[0])
+                bad.add(shard_idx)
+            else:
+                start, end = plan.rows_of(shard_idx)
+                on_rows(end - start, "disk", 0)
+    return bad
+
+
+def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, batch_size, stop, **options) -> None:
+    """Run the pipeline; after an I/O error the shards it hit are made once more, from the data, in new files.
+
+    made, found: grow by the shards this process published, and by those another did meanwhile.
+    """
+    failures: dict[int, int] = {}
+    while True:
+        left = [shard_idx for shard_idx in to_make if shard_idx not in made | found]
         if not left or stop.requested:
-            break
-        pipeline = _Pipeline(
-            plan, source, batch_size, min(num_workers, -(-len(left) * plan.shard_size // batch_size)), on_rows, stop
-        )
+            return
+        workers = min(num_workers, -(-len(left) * plan.shard_size // batch_size))
+        pipeline = _Pipeline(plan, source, batch_size=batch_size, num_workers=workers, stop=stop, **options)
         try:
             pipeline.run(left)
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a decode worker was killed, most likely by the system for want of memory. Everything published stays; "
-                f"run the same command again with fewer workers (num_workers is {num_workers})."
-            ) from error
+            return
+        except UserError:
+            raise
         except OSError as error:
-            if error.errno in NO_SPACE_ERRNOS:
-                raise RunError(_no_space_message(plan, error, len(left) - len(pipeline.made))) from error
             # never fsync the same file again: after a failed fsync the kernel may call lost pages clean
-            if error.errno not in {errno.EIO, errno.ENOENT, errno.ESTALE} or attempt == 2:
+            failures[error.errno] = failures.get(error.errno, 0) + 1
+            if failures[error.errno] >= _ATTEMPTS.get(error.errno, 1):
                 raise
         finally:
             pipeline.close()
             made |= pipeline.made
-    return made
+            found |= pipeline.found
 
 
-def _no_space_message(plan: CachePlan, error: OSError, shards_left: int) -> str:
-    needed = shards_left * plan.shard_size * plan.row_bytes
+def _explain(plan: CachePlan, error: Exception, shards_left: list[int], num_workers: int) -> Exception:
+    """An error of the system, as what it means for the user."""
+    if isinstance(error, BrokenProcessPool):
+        return RunError(
+            "a decode worker was killed, most likely by the system for want of memory. Everything published stays; "
+            f"run the same command again with fewer workers (num_workers is {num_workers})."
+        )
+    if error.errno in NO_SPACE_ERRNOS:
+        return RunError(_no_space_message(plan, error, shards_left))
+    reason = f"{error.filename or plan.directory}: {os.strerror(error.errno) if error.errno else error}"
+    if error.errno in _DENIED_ERRNOS:
+        return UserError(
+            f"the cache folder {plan.directory} cannot be written to ({reason}). Training reads it as it is; to go on "
+            "making it, have its permissions changed, or give another cache_dir."
+        )
+    return RunError(
+        f"{reason} (error {error.errno}) while writing the cache. Nothing doubtful was published; everything published "
+        "stays. When the storage works again, run the same command again."
+    )
+
+
+def _no_space_message(plan: CachePlan, error: OSError, shards_left: list[int]) -> str:
+    needed = sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * plan.row_bytes
     what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit (ulimit -f) was reached"}
     return (
         f"{plan.directory}: {what.get(error.errno, 'the disk is full')} ({os.strerror(error.errno)}). "
-        f"{shards_left} shards are left to make: {needed} bytes ({format_bytes(needed)}) needed, "
+        f"{len(shards_left)} shards are left to make: {needed} bytes ({format_bytes(needed)}) needed, "
         f"{free_bytes(plan.directory)} bytes ({format_bytes(free_bytes(plan.directory))}) free. "
         "Everything published is intact; make room and run the same command again."
     )

@@ -50,6 +50,18 @@ def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
     assert progress.rate == pytest.approx(10)
 
 
+def test_a_pause_at_the_start_is_forgotten_after_a_few_lines(clock):
+    stream = io.StringIO()
+    progress = Progress(10_000, "steps", "train", every_s=10, stream=stream)
+    clock[0] += 600  # an evaluation before the first step
+    for _ in range(20):
+        clock[0] += 10
+        progress.advance(100)
+    lines = stream.getvalue().splitlines()
+    assert "0.16 steps/s" in lines[0]
+    assert "10 steps/s | ETA 13:20" in lines[-1]
+
+
 def test_a_stalled_start_says_that_the_end_is_not_known(clock):
     stream = io.StringIO()
     with Progress(5, "images", "stage 1", stream=stream):

@@ -25,6 +25,7 @@ def encoded_png(digit: np.ndarray) -> bytes:
 
 def main(out_dir: Path) -> None:
     """Write both parts; existing files stay."""
+    datasets.disable_progress_bars()
     out_dir.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))

@@ -1,0 +1,480 @@
+"""Images for training: from the cache that stage 1 made, or decoded on the way.
+
+    loader = build_pretraining_dataloader(data_config, train_config)     # dicts (the parsed YAML) or config objects
+    for epoch in range(num_epochs):
+        loader.set_epoch(epoch)                                          # this epoch's shards and order
+        for images in loader: ...                                        # float32 [B, 3, H, W], normalised
+
+The classes are map-style data sets that any torch DataLoader takes as well; the loader above does not need one: threads
+read rows straight into reused batches (distillery/reader.py, stream.py) in an order that is a pure function of (seed,
+epoch, shards), whatever the number of processes and threads (distillery/sampling.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distillery import distributed
+from distillery.cache import CacheIndex, load_index, load_labels, stage1_command
+from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
+from distillery.files import file_system_of, format_bytes, is_network_file_system
+from distillery.loader import DevicePrefetcher, PretrainingLoader
+from distillery.preprocess import PreprocessSpec
+from distillery.process import MissingFileError, UserError, usable_cpus
+from distillery.raw_images import RUN_ROWS, WINDOW_RUNS, ImageDecoder, RawRows
+from distillery.reader import CachedRows
+from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, ShardDraws, block_sizes
+from distillery.sources import open_source
+
+__all__ = [
+    "CachedTensorDataset",
+    "DevicePrefetcher",
+    "PretrainDataset",
+    "PretrainingLoader",
+    "RandomShardSubsetCachedDataset",
+    "build_pretraining_dataloader",
+    "load_labelled",
+]
+
+_READING_THREADS = 2
+_DEFAULT_SUBSET_SEED = 42
+
+
+class CachedTensorDataset(Dataset):
+    """The images of a cache, map-style: ds[i] is the i-th valid row, float32 [3, H, W], normalised.
+
+    Rows that could not be decoded, and gaps between the shards of a partial cache, are not counted. An object may be
+    sent to worker processes (forked or spawned); each opens the files for itself.
+
+    Args:
+        cache_dir: folder of the cache, or an index already loaded.
+        transform: applied to every image.
+        max_shards: the first so many shards only.
+        max_samples: the first so many valid rows only.
+
+    Raises:
+        MissingFileError, UserError: no cache there, or a damaged one; reading errors name the file and row.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str | Path | CacheIndex,
+        transform: Callable[[Tensor], Any] | None = None,
+        max_shards: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
+        self.index = _part_of(index, slice(0, max_shards))
+        self.transform = transform
+        valid = self.index.shard_rows - self.index.shard_failed
+        if max_samples is not None:
+            before = np.cumsum(valid) - valid
+            valid = np.clip(max_samples - before, 0, valid)
+        self.shard_rows = valid
+        self._ends = np.cumsum(valid)
+        self.rows = CachedRows(self.index)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The rows `indices`, read together; a DataLoader asks for a batch this way."""
+        rows = _checked_rows(indices, len(self))
+        shards = np.searchsorted(self._ends, rows, side="right")
+        return self.fetch(shards, rows - (self._ends - self.shard_rows)[shards])
+
+    def fetch(self, shards: np.ndarray, nth: np.ndarray) -> list[Any]:
+        """The nth valid rows of shards, int64 [n] each, transformed."""
+        images = torch.empty((len(shards), *self.index.image_shape))
+        out = images.view(len(shards), -1).numpy().view(np.uint8)
+        self.rows.fill(shards, nth, out, np.empty(len(shards), np.int64))
+        return list(images) if self.transform is None else [self.transform(image) for image in images]
+
+
+class RandomShardSubsetCachedDataset(Dataset):
+    """The rows of this epoch's shards, map-style: each epoch draws `shards_per_epoch` of them anew.
+
+    set_epoch may be called in the main process while a DataLoader's persistent workers hold copies: the epoch lives in
+    shared memory. The length may differ from epoch to epoch, by failed rows and a short last shard.
+
+    Args:
+        base_dataset: gives the rows.
+        shards_per_epoch: K; as many as there are, or more: all.
+        seed: of the draws; None: 42, the default of random_subset_seed. The same on every rank.
+        mode: cycle, independent or fixed; see sampling.ShardDraws.
+        draws: epoch -> shards, in place of the three arguments before it.
+    """
+
+    def __init__(
+        self,
+        base_dataset: CachedTensorDataset,
+        shards_per_epoch: int | None,
+        seed: int | None = None,
+        mode: str = "cycle",
+        *,
+        draws: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        self.base_dataset = base_dataset
+        seed = _DEFAULT_SUBSET_SEED if seed is None else seed
+        self._draws = draws or ShardDraws(len(base_dataset.shard_rows), shards_per_epoch, seed, mode)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._chosen: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_chosen": None}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose shards these are."""
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make this the data set of that epoch's shards, here and in worker processes."""
+        self._epoch[0] = epoch
+
+    @property
+    def shards(self) -> np.ndarray:
+        """int64 [K], positions in index.shard_names of this epoch's shards, in the order of the rows."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, where the rows of each end)."""
+        epoch = self.epoch
+        if self._chosen is None or self._chosen[0] != epoch:
+            shards = self._draws(epoch)
+            self._chosen = epoch, shards, np.cumsum(self.base_dataset.shard_rows[shards])
+        return self._chosen[1:]
+
+    def __len__(self) -> int:
+        return int(self._current()[1][-1])
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The rows `indices` of this epoch's shards, read together."""
+        shards, ends = self._current()
+        rows = _checked_rows(indices, int(ends[-1]))
+        place = np.searchsorted(ends, rows, side="right")
+        return self.base_dataset.fetch(shards[place], rows - (ends - self.base_dataset.shard_rows[shards])[place])
+
+
+class PretrainDataset(Dataset):
+    """The images of data_config's source, decoded when asked for: ds[i] is float32 [3, H, W], normalised.
+
+    An image that cannot be decoded moves no index: the next one that can stands in its place. It is reported, and more
+    of them than max_failed_fraction are an error.
+
+    Args:
+        data_config: dict (partial is fine: defaults fill in), DataConfig or path.
+        transform: applied to every image.
+    """
+
+    def __init__(self, data_config: Any, transform: Callable[[Tensor], Any] | None = None) -> None:
+        data = load_data_config(data_config, require_source=False)
+        if data.dataset_name is None:
+            raise UserError("data_config: dataset_name is required to read raw images")
+        source = open_source(
+            dataset_name=data.dataset_name,
+            dataset_config=data.dataset_config,
+            dataset_revision=data.dataset_revision,
+            data_files=data.data_files,
+            data_dir=data.data_dir,
+            split=data.split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+        )
+        limits = [len(source), data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
+        num_rows = min(limit for limit in limits if limit is not None)
+        self.transform = transform
+        self.decoder = ImageDecoder(source, preprocess_spec(data), num_rows, data.max_failed_fraction)
+        starts = np.arange(0, num_rows, data.cache_shard_size)
+        self.shard_rows = np.minimum(data.cache_shard_size, num_rows - starts)
+
+    def __len__(self) -> int:
+        return self.decoder.num_rows
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The images `indices`, in that order."""
+        rows = RawRows(self.decoder, 1, raw=False)
+        images = torch.empty((len(indices), *rows.shape))
+        wanted, none = _checked_rows(indices, len(self)), np.zeros(len(indices), np.int64)
+        rows.prepare(np.unique(wanted), none[: len(np.unique(wanted))], lambda: True)
+        rows.fill(wanted, none, images.view(len(wanted), -1).numpy().view(np.uint8), none.copy())
+        return list(images) if self.transform is None else [self.transform(image) for image in images]
+
+
+def preprocess_spec(data: DataConfig) -> PreprocessSpec:
+    """How data_config.yaml wants images to become pixels."""
+    return PreprocessSpec(data.image_size, data.resize_mode, data.interpolation, tuple(data.mean), tuple(data.std))
+
+
+def _checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
+    rows = np.asarray(indices, np.int64)
+    outside = (rows < -count) | (rows >= count)
+    if outside.any():
+        raise IndexError(f"row {rows[outside][0]} of a data set of {count} rows")
+    return rows % count
+
+
+def _part_of(index: CacheIndex, which: slice | list[int]) -> CacheIndex:
+    """The index of some of its shards."""
+    names = np.array(index.shard_names, object)[which].tolist()
+    arrays = {key: getattr(index, key)[which] for key in ("shard_starts", "shard_rows", "shard_failed", "shard_bytes")}
+    return replace(index, shard_names=names, num_samples=int(arrays["shard_rows"].sum()), **arrays)
+
+
+def build_pretraining_dataloader(
+    data_config: Any,
+    train_config: Any,
+    *,
+    with_indices: bool = False,
+    raw: bool = False,
+    shards: Sequence[str] | None = None,
+) -> PretrainingLoader:
+    """The loader that the configuration asks for; says in one line which one that is.
+
+    Args:
+        data_config: dict (the parsed YAML, partial is fine: defaults fill in) or DataConfig.
+        train_config: dict or TrainConfig; batch_size is that of one process.
+        with_indices: yield (batch, global_idx int64 [B]): each image's place in the source.
+        raw: yield the stored dtype, not normalised further (uint8 pixels for raw images).
+        shards: names of the shards to use, a run's frozen list; None: all there are.
+
+    Raises:
+        MissingFileError: no cache where one was asked for. UserError: a cache of another configuration, a batch larger
+        than an epoch, a configuration error.
+    """
+    data = load_data_config(data_config, require_source=False)
+    train = load_train_config(train_config, require_checkpoint_dir=False)
+    index = distributed.decided_by_main(lambda: _find_cache(data, _keys_given(data_config)))
+    build = _cached_loader if index is not None else _raw_loader
+    loader, lines = build(data, train, index, shards, with_indices=with_indices, raw=raw)
+    if distributed.is_main():
+        print("\n".join(lines), flush=True)
+    return loader
+
+
+def _keys_given(config: Any) -> set[str]:
+    """The keys a configuration sets itself; a default is no statement about a cache that is there already."""
+    if isinstance(config, Mapping):
+        return {ALIASES.get(key, key) for key in config}
+    return set(DataConfig.model_fields)
+
+
+def _find_cache(data: DataConfig, keys_given: set[str]) -> CacheIndex | None:
+    """The index of the cache to use; None: raw images."""
+    if data.use_cached is False:
+        return None
+    if data.cache_dir is None:
+        if data.use_cached:
+            raise UserError("use_cached is true, but cache_dir is not given")
+        return None
+    try:
+        index = load_index(data.cache_path)
+    except MissingFileError:
+        if data.use_cached or data.dataset_name is None:
+            raise
+        return None
+    _check_same_configuration(index, data, keys_given)
+    return index
+
+
+def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: set[str]) -> None:
+    """Raise UserError, field by field, when the cache was made with other values than the configuration gives."""
+    stored = {"cache_dtype": index.dtype, "cache_shard_size": index.shard_size, **index.preprocess}
+    wanted = preprocess_spec(data).identity() | {
+        "cache_dtype": data.cache_dtype,
+        "cache_shard_size": data.cache_shard_size,
+    }
+    if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
+        stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
+    differing = [
+        f"  {key}: {_plain(stored[key])} in the cache, {_plain(wanted[key])} in data_config"
+        for key in sorted(wanted.keys() & stored.keys() & keys_given)
+        if _plain(stored[key]) != _plain(wanted[key])
+    ]
+    if differing:
+        raise UserError(
+            f"{index.directory} is the cache of another configuration:\n" + "\n".join(differing) + "\n"
+            f"Give these values in data_config.yaml, or another cache_dir and run: {stage1_command()}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return [float(number) for number in value] if isinstance(value, list | tuple) else value
+
+
+def _cached_loader(
+    data: DataConfig,
+    train: TrainConfig,
+    index: CacheIndex,
+    shards: Sequence[str] | None,
+    *,
+    with_indices: bool,
+    raw: bool,
+) -> tuple[PretrainingLoader, list[str]]:
+    if shards is not None:
+        index = _chosen_shards(index, shards)
+    base = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
+    rows = CachedRows(base.index, raw=raw, files=base.rows.files)
+    run_rows, window_runs = block_sizes(
+        base.index.row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
+    )
+    sampling = _sampling(data, train, base.shard_rows, run_rows, window_runs)
+    dataset = base
+    if sampling.draws.count < len(base.shard_rows):
+        # the loader's own draws: with max_steps_per_epoch they are shorter than shards_per_epoch
+        dataset = RandomShardSubsetCachedDataset(base, data.shards_per_epoch, draws=sampling.shards)
+    loader = PretrainingLoader(
+        dataset,
+        rows,
+        sampling,
+        image_shape=base.index.image_shape,
+        index=base.index,
+        normalized=base.index.normalized if raw else True,
+        num_threads=_READING_THREADS if data.num_workers is None else max(1, data.num_workers),
+        **_loader_options(data, train, with_indices),
+    )
+    return loader, _describe_cache(base, data) + _describe_order(data, sampling)
+
+
+def _raw_loader(
+    data: DataConfig,
+    train: TrainConfig,
+    index: None,
+    shards: Sequence[str] | None,
+    *,
+    with_indices: bool,
+    raw: bool,
+) -> tuple[PretrainingLoader, list[str]]:
+    if shards is not None:
+        raise MissingFileError(
+            f"this run was started on the shards of a cache, and {data.cache_dir} holds none. Run: {stage1_command()}"
+        )
+    dataset = PretrainDataset(data)
+    sampling = _sampling(data, train, dataset.shard_rows, RUN_ROWS, WINDOW_RUNS)
+    size = data.image_size
+    num_threads = usable_cpus() if data.num_workers is None else max(1, data.num_workers)
+    loader = PretrainingLoader(
+        dataset,
+        lambda: RawRows(dataset.decoder, data.cache_shard_size, raw=raw),
+        sampling,
+        image_shape=(3, size, size),
+        index=None,
+        normalized=not raw,
+        num_threads=num_threads,
+        **_loader_options(data, train, with_indices),
+    )
+    why = "use_cached is false" if data.use_cached is False else f"there is no cache at {data.cache_dir}"
+    line = (
+        f"decoding raw images, {num_threads} at a time, from {dataset.decoder.source.describe()}: {len(dataset)} "
+        f"images of {size} x {size} px ({why}; a cache is many times faster: {stage1_command()})"
+    )
+    return loader, [line, *_describe_order(data, sampling)]
+
+
+def _sampling(
+    data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, run_rows: int, window_runs: int
+) -> Sampling:
+    return Sampling(
+        shard_rows,
+        train.batch_size * distributed.world_size(),
+        shards_per_epoch=data.shards_per_epoch,
+        mode=data.shard_subset_mode,
+        seed=data.random_subset_seed,
+        shuffle=data.shuffle,
+        steps_of=train.grad_accumulation_steps,
+        max_steps=train.max_steps_per_epoch,
+        run_rows=run_rows,
+        window_runs=window_runs,
+    )
+
+
+def _loader_options(data: DataConfig, train: TrainConfig, with_indices: bool) -> dict[str, Any]:
+    return {
+        "batch_size": train.batch_size,
+        "prefetch_batches": data.prefetch_batches,
+        "pin_memory": data.pin_memory,
+        "with_indices": with_indices,
+    }
+
+
+def _chosen_shards(index: CacheIndex, names: Sequence[str]) -> CacheIndex:
+    place = {name: number for number, name in enumerate(index.shard_names)}
+    if missing := [name for name in names if name not in place]:
+        raise MissingFileError(
+            f"{index.directory}: {len(missing)} of the {len(names)} shards that this run trains on are not in its "
+            f"index, the first is {missing[0]}. Run: {stage1_command()}"
+        )
+    return _part_of(index, [place[name] for name in names])
+
+
+def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]:
+    index = dataset.index
+    _, height, width = index.image_shape
+    lines = [
+        f"reading the cache {index.directory}: {len(dataset)} images of {height} x {width} px, {index.dtype}, in "
+        f"{len(index.shard_names)} shards, {format_bytes(index.num_samples * index.row_bytes)}"
+    ]
+    if not index.complete and index.verified:
+        lines.append(
+            f"  it is incomplete, training uses what is there: {index.num_samples} of {index.source_num_samples} rows. "
+            f"To complete it, run: {stage1_command()}"
+        )
+    if not index.verified:
+        lines.append("  it is in the predecessor's format: its bytes carry no checksums and cannot be verified")
+    if is_network_file_system(index.directory):
+        lines.append(
+            f"  it lies on a network file system ({file_system_of(index.directory)}): copy it to a local disk first "
+            f'(cp -r {index.directory} "$TMPDIR"/) and give that as cache_dir'
+        )
+    return lines
+
+
+def _describe_order(data: DataConfig, sampling: Sampling) -> list[str]:
+    count, total = sampling.draws.count, len(sampling.shard_rows)
+    which = "every shard" if count == total else f"{count} of {total} shards ({data.shard_subset_mode})"
+    if sampling.draws.mode == "cycle" and len(sampling.draws(0)) < count:
+        which += f"; max_steps_per_epoch ends it after about {len(sampling.draws(0))}, so it draws no more than that"
+    how = "in order within each shard"
+    if data.shuffle == "block":
+        how = f"runs of {sampling.run_rows} rows, mixed in windows of {sampling.run_rows * sampling.window_runs}"
+    return [f"  an epoch: {which}; {sampling.num_batches(0)} batches; {how}"]
+
+
+def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row in order; the last may be short.
+
+    Raises:
+        UserError: the cache has no labels.
+    """
+    index = load_index(cache_dir)
+    if not index.labels:
+        raise UserError(
+            f"{cache_dir} holds no labels. Name the label_column in data_config.yaml, with another cache_dir, and run: "
+            f"{stage1_command()}"
+        )
+    return _labelled_batches(index, batch_size)
+
+
+def _labelled_batches(index: CacheIndex, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    dataset = CachedTensorDataset(index)
+    layouts = (dataset.rows.files.layout(s) for s in range(len(index.shard_names)))
+    labels = np.concatenate([load_labels(index, s)[layout.valid] for s, layout in enumerate(layouts)])
+    for start in range(0, len(dataset), batch_size):
+        stop = min(len(dataset), start + batch_size)
+        images = torch.stack(dataset.__getitems__(range(start, stop)))
+        yield images, torch.from_numpy(labels[start:stop].astype(np.int64))

@@ -1,0 +1,141 @@
+"""index.json in arrays, and the checks that make it safe to act on."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distillery.process import UserError
+from distillery.records import INDEX_NAME, SHARD_PATTERN
+from distillery.shard_format import DTYPES
+
+# what a damaged or hostile index makes Python raise
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+_MAX_COUNT = 1 << 53
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What index.json says, in arrays: one entry per shard (S shards), in order of global_start."""
+
+    directory: Path
+    format_version: int
+    verified: bool
+    num_samples: int
+    source_num_samples: int
+    complete: bool
+    fingerprint: str
+    source: dict
+    preprocess: dict
+    dtype: str
+    image_shape: tuple[int, int, int]
+    shard_size: int
+    labels: bool
+    shard_names: list[str]
+    shard_starts: np.ndarray
+    shard_rows: np.ndarray
+    shard_failed: np.ndarray
+    shard_bytes: np.ndarray
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the stored values are already (x / 255 - mean) / std."""
+        return bool(self.preprocess["normalized"])
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, of pixel values in 0..1."""
+        return tuple(self.preprocess["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, of pixel values in 0..1."""
+        return tuple(self.preprocess["std"])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored image."""
+        return math.prod(self.image_shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
+    def num_valid(self) -> int:
+        """Rows that hold an image: all but those that could not be decoded."""
+        return int(self.shard_rows.sum() - self.shard_failed.sum())
+
+    def shard_path(self, s: int) -> Path:
+        """The file of the s-th shard listed."""
+        return self.directory / self.shard_names[s]
+
+
+def stage1_command(what: str = "") -> str:
+    """The command that repairs a cache, for error messages."""
+    return f"python precompute_cache.py --data_config data_config.yaml{what}"
+
+
+def whole_number(row: dict, key: str) -> int:
+    """A whole number of rows, bytes or the like out of a file that anybody may have written."""
+    value = row[key]
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise UserError(f"{row.get('shard_path', INDEX_NAME)!r} has {key} {value!r}; expected a whole number >= 0.")
+    return value
+
+
+def checked_preprocess(facts: dict) -> dict:
+    """The preprocess entry of an index, when a reader can normalise by it; ValueError or TypeError otherwise."""
+    mean, std = ([float(value) for value in facts[key]] for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std}")
+    if type(facts["normalized"]) is not bool:
+        raise TypeError(f"normalized {facts['normalized']!r}")
+    return facts
+
+
+def shard_arrays(rows: list[dict]) -> dict:
+    """CacheIndex's fields about the S shards out of index.json's rows."""
+    columns = {
+        "global_start": "shard_starts",
+        "num_samples": "shard_rows",
+        "num_failed": "shard_failed",
+        "bytes": "shard_bytes",
+    }
+    arrays = {name: np.array([whole_number(row, key) for row in rows], dtype=np.int64) for key, name in columns.items()}
+    return {"shard_names": [row["shard_path"] for row in rows], **arrays}
+
+
+def checked_index(index: CacheIndex) -> CacheIndex:
+    """Raise UserError unless names stay inside the folder and ranges are ascending, disjoint and inside the source."""
+    path = index.directory / INDEX_NAME
+    for name in index.shard_names:
+        if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
+            raise UserError(f"{path}: refused: {name!r} is no shard's name (expected images_shard_00000.pt and so on).")
+    if not index.shard_names:
+        raise UserError(f"{path}: lists no shards. Run: {stage1_command()}")
+    if len(set(index.shard_names)) < len(index.shard_names):
+        raise UserError(f"{path}: lists a shard twice. It is made again by: {stage1_command()}")
+    ends = index.shard_starts + index.shard_rows
+    overlapping = np.flatnonzero(index.shard_starts[1:] < ends[:-1])
+    if len(overlapping):
+        a, b = overlapping[0], overlapping[0] + 1
+        raise UserError(
+            f"{path}: {index.shard_names[a]} and {index.shard_names[b]} overlap or are out of order "
+            f"(rows {index.shard_starts[a]}..{ends[a] - 1} and {index.shard_starts[b]}..{ends[b] - 1})."
+        )
+    if (index.shard_rows <= 0).any() or (index.shard_failed > index.shard_rows).any():
+        raise UserError(f"{path}: a shard without rows, or with more failures than rows.")
+    if (
+        index.dtype not in DTYPES
+        or len(index.image_shape) != 3
+        or not all(type(extent) is int and 0 < extent < _MAX_COUNT for extent in index.image_shape)
+    ):
+        raise UserError(f"{path}: dtype {index.dtype!r} and image_shape {index.image_shape} are not of this format.")
+    if index.verified and int(index.shard_rows.sum()) != index.num_samples:
+        raise UserError(f"{path}: num_samples {index.num_samples}, the shards listed hold {index.shard_rows.sum()}.")
+    if ends[-1] > index.source_num_samples:
+        raise UserError(f"{path}: lists rows up to {ends[-1]} of a source of {index.source_num_samples}.")
+    for s, rows in enumerate(index.shard_rows.tolist()):
+        if rows * index.row_bytes > index.shard_bytes[s]:
+            raise UserError(
+                f"{path}: {index.shard_names[s]} cannot hold {rows} images in {index.shard_bytes[s]} bytes."
+            )
+    return index

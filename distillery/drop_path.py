@@ -1,0 +1,64 @@
+"""Stochastic depth whose draws belong to the sample, as those of the augmentation do.
+
+The layers of timm and torchvision draw from the process's generator: which samples skip a block would change with the
+number of processes that share a batch. Here it is a function of (seed, epoch, global_idx, layer).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distillery.augment import draw_uniform
+
+# another stream of numbers than the augmentation's, which has the same address
+_PURPOSE = 0x5DEECE66D
+
+
+class DropPath(nn.Module):
+    """Leaves out a residual branch for some samples; which ones, StochasticDepth says before every batch.
+
+    A layer that its block calls twice leaves out both for the same samples.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.factors: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ...] times 0 or 1 / (1 - drop_prob), sample by sample; x itself in eval mode."""
+        if not self.training:
+            return x
+        return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class StochasticDepth:
+    """Puts DropPath in the place of a student's own layers of this kind, and draws for all of them."""
+
+    def __init__(self, student: nn.Module) -> None:
+        from timm.layers import DropPath as TimmDropPath
+        from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+
+        self.layers: list[DropPath] = []
+        for module in list(student.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, TimmDropPath):
+                    self._replace(module, name, child.drop_prob)
+                elif isinstance(child, TorchvisionStochasticDepth) and child.mode == "row":
+                    self._replace(module, name, child.p)
+        device = next(student.parameters()).device
+        self._keep = torch.tensor([1 - layer.drop_prob for layer in self.layers], device=device)
+
+    def _replace(self, module: nn.Module, name: str, drop_prob: float) -> None:
+        layer = DropPath(drop_prob) if drop_prob else nn.Identity()
+        setattr(module, name, layer)
+        if drop_prob:
+            self.layers.append(layer)
+
+    def draw(self, global_idx: Tensor, *, seed: int, epoch: int) -> None:
+        """Decide for the samples of the batch that comes next, global_idx int64 [B] on the device."""
+        if not self.layers:
+            return
+        draws = draw_uniform(global_idx, seed=seed ^ _PURPOSE, epoch=epoch, count=len(self.layers))
+        factors = (draws < self._keep).float() / self._keep
+        for layer, column in zip(self.layers, factors.unbind(1), strict=True):
+            layer.factors = column

@@ -1,0 +1,233 @@
+"""An epoch's batches as the trainer sees them: in order, from any position, on the device.
+
+PretrainingLoader knows where the order stands and hands out batches that a BatchStream has filled ahead;
+DevicePrefetcher copies them to the GPU while the step before is still running.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distillery import distributed
+from distillery.cache import CacheIndex
+from distillery.process import UserError
+from distillery.raw_images import RawRows
+from distillery.reader import CachedRows
+from distillery.sampling import EpochOrder, Sampling, rank_slice
+from distillery.stream import Batch, BatchMemory, BatchStream
+
+
+class PretrainingLoader:
+    """Batches of an epoch in its order, read ahead by threads; made by build_pretraining_dataloader.
+
+    dataset: the data set the rows come from. valid_rows_per_shard, shard_names (None for raw images), fingerprint,
+    normalized (whether float batches are normalised; uint8 ones never are): facts for the trainer.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: CachedRows | Callable[[], RawRows],
+        sampling: Sampling,
+        *,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        num_threads: int,
+        prefetch_batches: int,
+        pin_memory: bool,
+        with_indices: bool,
+        index: CacheIndex | None,
+        normalized: bool,
+        stall_s: float = 60.0,
+    ) -> None:
+        self.dataset, self.sampling, self.normalized = dataset, sampling, normalized
+        self.batch_size, self.image_shape, self.with_indices = batch_size, image_shape, with_indices
+        self.num_threads, self.prefetch_batches = num_threads, prefetch_batches
+        self.pin_memory, self.stall_s = pin_memory, stall_s
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.valid_rows_per_shard: list[int] = sampling.shard_rows.tolist()
+        self.shard_names = index and list(index.shard_names)
+        self.fingerprint = index.fingerprint if index else ""
+        self.epoch = 0
+        self._rows = rows
+        self._samples = self._resume_at = 0
+        self._waited_s = 0.0
+        self._stream: BatchStream | None = None
+        self._memory: BatchMemory | None = None
+        self._order: tuple[int, EpochOrder] | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time all iterations so far have waited for data, s."""
+        return self._waited_s + (self._stream.wait_seconds if self._stream is not None else 0.0)
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches per process in epoch number `epoch`."""
+        return self.sampling.num_batches(epoch)
+
+    def __len__(self) -> int:
+        return len(self._epoch_order()) // self.sampling.global_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through; a position that was loaded for it is kept."""
+        if epoch != self.epoch:
+            self.epoch, self._samples, self._resume_at = epoch, 0, 0
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """{"epoch", "samples"}: samples of the epoch's global order that all ranks together have been given."""
+        return {"epoch": self.epoch, "samples": self._samples}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Let the next iteration begin where the state was taken; nothing before it is read.
+
+        Raises:
+            UserError: that position is not at the border of a global batch of this batch_size and number of processes.
+        """
+        samples, global_batch = state["samples"], self.sampling.global_batch
+        if samples % global_batch:
+            raise UserError(
+                f"a position of {samples} samples is not a multiple of {global_batch} (batch_size {self.batch_size} x "
+                f"{self.world_size} processes): choose a batch_size whose product with the processes divides it."
+            )
+        self.set_epoch(state["epoch"])
+        self._samples = self._resume_at = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches of this process: float32 [B, 3, H, W], or as stored; with_indices: (batch, int64 [B])."""
+        first = self._resume_at // self.sampling.global_batch
+        self._samples, self._resume_at = self._resume_at, 0
+        rows = self._rows if isinstance(self._rows, CachedRows) else self._rows()
+        if isinstance(rows, CachedRows):
+            rows.files.look_again()
+        stream = BatchStream(
+            self._plan(self._epoch_order(), first),
+            rows,
+            self._batch_memory(rows.row_bytes),
+            row_bytes=rows.row_bytes,
+            num_threads=self.num_threads,
+            ahead=self.prefetch_batches,
+            stall_s=self.stall_s,
+        )
+        self._waited_s, self._stream = self.wait_seconds, stream
+        return self._batches(stream, rows.dtype)
+
+    def _batches(self, stream: BatchStream, dtype: torch.dtype) -> Iterator[Any]:
+        try:
+            # map, not a loop: nothing here shall hold a batch that its consumer has dropped
+            yield from map(lambda batch: self._item(batch, dtype), stream)
+        finally:
+            stream.close()
+
+    def _item(self, batch: Batch, dtype: torch.dtype) -> Any:
+        self._samples += self.sampling.global_batch
+        images = batch.memory.view(dtype).view(self.batch_size, *self.image_shape)
+        return (images, torch.from_numpy(batch.global_idx)) if self.with_indices else images
+
+    def _epoch_order(self) -> EpochOrder:
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = self.epoch, self.sampling.order(self.epoch)
+        return self._order[1]
+
+    def _batch_memory(self, row_bytes: int) -> BatchMemory:
+        pinned = self.pin_memory and torch.cuda.is_available() and torch.cuda.is_initialized()
+        if self._memory is None or self._memory.pinned != pinned:
+            self._memory = BatchMemory(self.batch_size * row_bytes, pinned=pinned, keep=self.prefetch_batches + 4)
+        return self._memory
+
+    def _plan(self, order: EpochOrder, first: int) -> Iterator[tuple]:
+        """For each batch its rows of this rank, and this rank's rows of the windows to read ahead from then on."""
+        global_batch = self.sampling.global_batch
+        prepared = first * global_batch
+        for batch in range(first, len(order) // global_batch):
+            start, stop = rank_slice(batch, self.batch_size, self.rank, self.world_size)
+            windows = []
+            # up to the end of the window after the one that the batch ends in
+            end = order.window_bounds((batch + 1) * global_batch - 1)[1]
+            if end < len(order):
+                end = order.window_bounds(end)[1]
+            while prepared < end:
+                until = order.window_bounds(prepared)[1]
+                shards, nth = order.rows(prepared, until)
+                mine = np.arange(prepared, until) % global_batch // self.batch_size == self.rank
+                windows.append((shards[mine], nth[mine]))
+                prepared = until
+            yield order.rows(start, stop), windows
+
+
+class DevicePrefetcher:
+    """A loader's batches on the device, copied one ahead on a stream of their own; on the CPU it hands them through.
+
+    wait_seconds: time spent waiting for the loader, s. state_dict(): the loader's position as of the batch handed out
+    last, not of the one already fetched.
+
+    Args:
+        loader: yields tensors or tuples of tensors, in page-locked memory where copies are to overlap.
+        device: where to.
+    """
+
+    def __init__(self, loader: Any, device: torch.device | str) -> None:
+        self.loader, self.device = loader, torch.device(device)
+        self.wait_seconds = 0.0
+        self._state = self._loader_state()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the batch that was handed out last."""
+        return dict(self._state)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.device.type != "cuda":
+            for batch, state in self._fetched():
+                self._state = state
+                yield batch
+            return
+        stream, ahead = torch.cuda.Stream(self.device), None
+        for batch, state in self._fetched():
+            with torch.cuda.stream(stream):
+                moved = _map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+                arrived = torch.cuda.Event()
+                arrived.record(stream)
+            # the host's copy may be dropped: torch's page-locked memory is not reused before the copy is done
+            del batch
+            if ahead is not None:
+                yield self._hand_out(*ahead)
+            ahead = moved, arrived, state
+        if ahead is not None:
+            yield self._hand_out(*ahead)
+
+    def _fetched(self) -> Iterator[tuple[Any, dict]]:
+        batches = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            fetched = batch, self._loader_state()
+            del batch
+            yield fetched
+            del fetched
+
+    def _hand_out(self, batch: Any, arrived: "torch.cuda.Event", state: dict) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(arrived)
+        # the memory was allocated on the copy stream: it must not go back there while the current stream works on it
+        _map_tensors(batch, lambda tensor: tensor.record_stream(current))
+        self._state = state
+        return batch
+
+    def _loader_state(self) -> dict:
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    return type(batch)(map(function, batch)) if isinstance(batch, tuple | list) else function(batch)

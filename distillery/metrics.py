@@ -1,0 +1,205 @@
+"""What a run reports while it trains: rows of metrics.jsonl, and the same in TensorBoard and Weights & Biases.
+
+metrics.jsonl is the record; the other two are views of it. A row is one JSON object with its kind: "train" and "eval"
+as the trainer writes them, "resume" for every start that went on from a checkpoint.
+"""
+
+import json
+import math
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from distillery.files import write_atomic
+from distillery.process import UserError
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+WANDB_ID_NAME = "wandb_id.txt"
+# rows that a resumed run writes again; what happened to the run itself ("resume") happened only once
+REPEATED_KINDS = ("train", "eval")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in order; [] where there is none. A line that a kill left torn is no row."""
+    return [row for _, row in _lines_with_rows(path)]
+
+
+def _lines_with_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and line.endswith(b"\n"):
+            found.append((line, row))
+    return found
+
+
+def plain_value(value: Any) -> Any:
+    """A value as JSON can hold it: tensors and numpy numbers become numbers, NaN and infinities become None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): plain_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    return value
+
+
+class RunLog:
+    """Writes a run's metrics, on rank 0 only: elsewhere every method does nothing.
+
+    Args:
+        run_dir: the run folder; it must exist on rank 0.
+        tensorboard: write event files into run_dir/tensorboard as well.
+        wandb_project: Weights & Biases project, or None; the run's id is kept in the run folder, so that a resumed run
+            goes on with the same curves.
+        is_main: whether this process is rank 0.
+    Raises:
+        UserError: wandb_project is given and the package is not installed.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, wandb_project: str | None, is_main: bool) -> None:
+        self.run_dir, self.path = Path(run_dir), Path(run_dir) / METRICS_NAME
+        self._is_main = is_main
+        self._file = None
+        self._writer = None
+        self._wandb = None
+        self._tensorboard = tensorboard and is_main
+        self._purge_step: int | None = None
+        if is_main and wandb_project is not None:
+            self._wandb = self._open_wandb(wandb_project)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what a run that goes on from `step` will write again, and note that it went on.
+
+        Train and eval rows of later steps go, and a line torn by a kill; all else stays byte for byte. The file is
+        replaced atomically.
+        """
+        if not self._is_main:
+            return
+        self._close_file()
+        self._purge_step = step + 1
+        if self.path.exists():
+            kept = [
+                line
+                for line, row in _lines_with_rows(self.path)
+                if row.get("kind") not in REPEATED_KINDS or row.get("step", 0) <= step
+            ]
+            write_atomic(self.path, b"".join(kept))
+        if step > 0:
+            self.write("resume", step=step)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one row, readable by others at once, with the time (Unix, s) unless `fields` has one.
+
+        Args:
+            kind: "train", "eval", or any other name.
+            fields: the row; NaN and infinities are written as null. A row with a step goes to TensorBoard too.
+        """
+        if not self._is_main:
+            return
+        row = {"kind": kind} | {name: plain_value(value) for name, value in fields.items()}
+        row.setdefault("time", round(time.time(), 3))
+        if self._file is None:
+            self._file = self._open_file()
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        scalars = _scalars(row)
+        if "step" in row and scalars:
+            self._write_tensorboard(scalars, row["step"])
+            if self._wandb is not None:
+                self._wandb.log(scalars | {"step": row["step"]})
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an eval row of this step stands in the file: a resumed run need not evaluate again."""
+        rows = read_rows(self.path) if self._is_main else []
+        return any(row.get("kind") == "eval" and row.get("step") == step for row in rows)
+
+    def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
+        """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
+        values: dict[int, list[float]] = {}
+        for row in read_rows(self.path) if self._is_main else []:
+            if row.get("kind") == "eval" and row.get("model") == model and row.get(metric) is not None:
+                values.setdefault(row["step"], []).append(row[metric])
+        return max(values, key=lambda step: sum(values[step]) / len(values[step]), default=None)
+
+    def close(self) -> None:
+        """Flush and close everything; a later write opens it again."""
+        self._close_file()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _open_file(self) -> Any:
+        file = open(self.path, "ab+")  # noqa: SIM115 - stays open from row to row
+        # a kill may have torn the last line: the next row must not be glued to it
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        return file
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write_tensorboard(self, scalars: dict[str, float], step: int) -> None:
+        if not self._tensorboard:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # events of later steps are left over from before the resume; without this they would show as a zigzag
+            self._writer = SummaryWriter(str(self.run_dir / TENSORBOARD_NAME), purge_step=self._purge_step)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def _open_wandb(self, project: str) -> Any:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"wandb_project is {project!r}, and the package wandb is not installed. "
+                "Run: pip install wandb, or set wandb_project: null"
+            ) from error
+        id_path = self.run_dir / WANDB_ID_NAME
+        if not id_path.exists():
+            write_atomic(id_path, uuid.uuid4().hex[:12].encode() + b"\n")
+        run = wandb.init(
+            project=project,
+            id=id_path.read_text().strip(),
+            name=self.run_dir.name,
+            dir=str(self.run_dir),
+            resume="allow",
+        )
+        # its own counter only ever grows, and would drop what a resumed run repeats
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def _scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row under the names they have in TensorBoard: train/loss, eval/<dataset>/<model>/knn_top1."""
+    if row["kind"] == "eval":
+        prefix = f"eval/{row.get('dataset', 'data')}/{row.get('model', 'student')}"
+    else:
+        prefix = row["kind"]
+    return {
+        f"{prefix}/{name}": value
+        for name, value in row.items()
+        if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
+    }

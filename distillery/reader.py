@@ -1,0 +1,370 @@
+"""Rows of shards straight from their files into the caller's memory: no unpickling, no copy besides the read itself.
+
+Reads are preadv, not a mapping: a mapped file that shrinks kills the process (SIGBUS), and faults of single pages make
+a mapping many times slower than reads on Lustre and NFS. preadv releases the GIL, so threads suffice; they and the
+memory they fill are in distillery/stream.py.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from distillery.cache import CacheIndex, ShardLayout, load_shard_layout, stage1_command
+from distillery.preprocess import normalisation_table, normalise_into
+from distillery.process import MissingFileError, RunError, UserError
+from distillery.shard_format import open_regular
+
+VERIFY_MODES = ("first", "always", "never")
+_MAX_SEGMENT_ROWS = 512  # of one preadv; the system's limit is 1024 buffers
+_MAX_LAYOUT_ROWS = 8 << 20  # rows of the shard layouts kept in memory: 9 bytes each
+_ADVICE_BYTES = 128 << 10  # the kernel cuts longer advice to the device's read-ahead
+_PRESENCE_CHECK_S = 1.0
+
+
+class _OpenShard:
+    """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read."""
+
+    def __init__(self, shard: int, fd: int, layout: ShardLayout) -> None:
+        self.shard, self.fd, self.layout = shard, fd, layout
+        self.checked_at = time.monotonic()
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class ShardFiles:
+    """The rows of a cache's shards. Threads may share one; a copy in another process opens the files for itself.
+
+    Args:
+        index: the cache.
+        verify: "first": each row's checksum is compared when this process first reads it; "always"; "never". The
+            predecessor's caches have no checksums.
+        max_open: shards open at a time; None: 512, or a quarter of what the process may open.
+
+    Errors of every reading method:
+        MissingFileError: the shard is gone. UserError: it is damaged, shrank, or is not the one the index lists.
+        RunError: the system could not read it. All name the file, and the row where there is one.
+    """
+
+    def __init__(self, index: CacheIndex, *, verify: str = "first", max_open: int | None = None) -> None:
+        if verify not in VERIFY_MODES:
+            raise UserError(f"verify {verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
+        self.index, self.verify, self.max_open = index, verify, max_open
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self.row_bytes = self.index.row_bytes
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._layouts: OrderedDict[int, ShardLayout] = OrderedDict()
+        self._layout_rows = 0
+        self._first_bit = np.concatenate([[0], np.cumsum(self.index.shard_rows)])
+        self._checked = np.zeros(int(self._first_bit[-1]) // 8 + 1, np.uint8)
+        self._open_limit = self.max_open or min(512, _descriptor_limit() // 4)
+        self.reading: dict[int, tuple[str, float]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"index": self.index, "verify": self.verify, "max_open": self.max_open}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def layout(self, shard: int) -> ShardLayout:
+        """Where the shard's rows are, from memory when it was read lately."""
+        with self._lock:
+            if (layout := self._layouts.get(shard)) is not None:
+                self._layouts.move_to_end(shard)
+                return layout
+        layout = load_shard_layout(self.index, shard)
+        with self._lock:
+            if shard not in self._layouts:
+                self._layouts[shard] = layout
+                self._layout_rows += len(layout.valid)
+            while self._layout_rows > _MAX_LAYOUT_ROWS and len(self._layouts) > 1:
+                self._layout_rows -= len(self._layouts.popitem(last=False)[1].valid)
+        return layout
+
+    def local_rows(self, shards: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        """int64 [n]: the row in its shard of the nth valid one, counted from 0."""
+        gappy = self.index.shard_failed[shards] > 0
+        if not gappy.any():
+            return nth
+        local = nth.copy()
+        for shard in np.unique(shards[gappy]).tolist():
+            wanted = shards == shard
+            valid = np.flatnonzero(self.layout(shard).valid)
+            if len(valid) != self.index.shard_rows[shard] - self.index.shard_failed[shard]:
+                raise UserError(f"{self._path(shard)}: its failed rows are not those of index.json. {self._advice()}")
+            local[wanted] = valid[nth[wanted]]
+        return local
+
+    def read(self, shards: np.ndarray, local: np.ndarray, out: np.ndarray) -> None:
+        """Read n rows, in any order.
+
+        Args:
+            shards: int64 [n], positions in the index.
+            local: int64 [n], rows in the shard.
+            out: uint8 [n, row_bytes], contiguous; row i gets the bytes of (shards[i], local[i]).
+        """
+        if os.getpid() != self._pid:  # after a fork another thread of the parent may have held the lock
+            self._reset()
+        order = np.lexsort((local, shards))
+        shards, local = shards[order], local[order]
+        unchecked = self._unchecked(shards, local)
+        is_start = np.ones(len(order), bool)
+        # rows that follow each other in a file are one call
+        is_start[1:] = (shards[1:] != shards[:-1]) | (local[1:] != local[:-1] + 1)
+        is_start[::_MAX_SEGMENT_ROWS] = True
+        starts = np.flatnonzero(is_start)
+        memory, row_bytes, places = memoryview(out).cast("B"), self.row_bytes, order.tolist()
+        opened, thread = None, threading.get_ident()
+        try:
+            for start, stop, shard, first in zip(
+                starts.tolist(), [*starts[1:].tolist(), len(order)], shards[starts].tolist(), local[starts].tolist(),
+                strict=True,
+            ):  # fmt: skip
+                self.reading[thread] = (self.index.shard_names[shard], time.monotonic())
+                if opened is None or opened.shard != shard:
+                    opened = self._opened(shard)
+                buffers = [memory[place * row_bytes : (place + 1) * row_bytes] for place in places[start:stop]]
+                self._read_segment(opened, first, buffers)
+                if unchecked is not None:
+                    self._check(opened, first, buffers, unchecked[start:stop].tolist())
+        finally:
+            self.reading.pop(thread, None)
+        if unchecked is not None:
+            self._mark_checked(shards, local)
+
+    def advise(self, shards: np.ndarray, local: np.ndarray, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Have the system read these rows into its page cache, in file order; costs little if they are there.
+
+        Args:
+            shards: int64 [n], positions in the index.
+            local: int64 [n], rows in the shard.
+            go_on: asked between runs of rows; False ends it.
+        """
+        order = np.lexsort((local, shards))
+        shards, local = shards[order], local[order]
+        starts = np.flatnonzero(np.r_[True, (shards[1:] != shards[:-1]) | (local[1:] != local[:-1] + 1)][: len(order)])
+        stops = np.r_[starts[1:], len(order)]
+        probe = [bytearray(1)]
+        for shard, first, count in zip(shards[starts], local[starts], stops - starts, strict=True):
+            if not go_on():
+                return
+            opened = self._opened(int(shard))
+            offset = opened.layout.payload_offset + int(first) * self.row_bytes
+            end = offset + int(count) * self.row_bytes
+            if not (_is_resident(opened.fd, probe, offset) and _is_resident(opened.fd, probe, end - 1)):
+                for position in range(offset, end, _ADVICE_BYTES):
+                    os.posix_fadvise(opened.fd, position, min(_ADVICE_BYTES, end - position), os.POSIX_FADV_WILLNEED)
+
+    def look_again(self) -> None:
+        """Let the next read of every open shard make sure that the file is still there."""
+        with self._lock:
+            for opened in self._open.values():
+                opened.checked_at = 0.0
+
+    def _unchecked(self, shards: np.ndarray, local: np.ndarray) -> np.ndarray | None:
+        """bool [n], rows whose checksum is to be compared; None: none of them."""
+        if self.verify == "never" or not self.index.verified:
+            return None
+        if self.verify == "always":
+            return np.ones(len(shards), bool)
+        bits = self._first_bit[shards] + local
+        unchecked = (self._checked[bits >> 3] >> (bits & 7).astype(np.uint8)) & 1 == 0
+        return unchecked if unchecked.any() else None
+
+    def _check(self, opened: _OpenShard, first: int, buffers: list[memoryview], unchecked: list[bool]) -> None:
+        layout = opened.layout
+        for row, (buffer, is_unchecked) in enumerate(zip(buffers, unchecked, strict=True), start=first):
+            if is_unchecked and xxhash.xxh3_64_intdigest(buffer) != layout.row_checksums[row]:
+                raise UserError(
+                    f"{self._path(opened.shard)}: row {row} (global_idx {self.index.shard_starts[opened.shard] + row}, "
+                    f"byte {layout.payload_offset + row * self.row_bytes}) is damaged: its checksum is not the one "
+                    f"recorded when it was made. {self._advice()}"
+                )
+
+    def _mark_checked(self, shards: np.ndarray, local: np.ndarray) -> None:
+        bits = self._first_bit[shards] + local
+        with self._lock:
+            np.bitwise_or.at(self._checked, bits >> 3, np.left_shift(1, bits & 7).astype(np.uint8))
+
+    def _read_segment(self, opened: _OpenShard, first: int, buffers: list[memoryview]) -> None:
+        offset = opened.layout.payload_offset + first * self.row_bytes
+        wanted = len(buffers) * self.row_bytes
+        try:
+            count = os.preadv(opened.fd, buffers, offset)
+            while count < wanted:
+                # a read may stop short without an error (the 2 GiB limit); only a read of nothing is the file's end
+                more = os.preadv(opened.fd, _tail_of(buffers, count), offset + count)
+                if more == 0:
+                    raise UserError(
+                        f"{self._path(opened.shard)} ends at byte {offset + count}, inside row "
+                        f"{first + count // self.row_bytes}: it was shortened while in use. {self._advice()}"
+                    )
+                count += more
+        except OSError as error:
+            raise RunError(
+                f"{self._path(opened.shard)}: row {first} cannot be read: {os.strerror(error.errno or 0)}. "
+                f"{self._advice()}"
+            ) from error
+
+    def _opened(self, shard: int) -> _OpenShard:
+        """The shard, opened when it was not; its presence is looked at again when the last look is a second old."""
+        with self._lock:
+            if (opened := self._open.get(shard)) is not None:
+                self._open.move_to_end(shard)
+        if opened is None:
+            opened = self._open_shard(shard)
+            with self._lock:
+                self._open[shard] = opened
+                while len(self._open) > self._open_limit:
+                    self._open.popitem(last=False)
+        elif time.monotonic() - opened.checked_at > _PRESENCE_CHECK_S:
+            # a name that leads to another file is a shard that stage 1 replaced; the rows of the index are in ours
+            if os.fstat(opened.fd).st_nlink == 0 and not self.index.shard_path(shard).exists():
+                raise MissingFileError(f"{self._path(shard)} was removed while in use. Run: {stage1_command()}")
+            opened.checked_at = time.monotonic()
+        return opened
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        layout = self.layout(shard)
+        path = self.index.shard_path(shard)
+        try:
+            with open_regular(path) as file:
+                opened = _OpenShard(shard, os.dup(file.fileno()), layout)
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{path}: listed in the index, but not there. Run: {stage1_command()}") from error
+        except OSError as error:
+            raise RunError(f"{path}: cannot be opened: {os.strerror(error.errno or 0)}.") from error
+        size, expected = os.fstat(opened.fd).st_size, int(self.index.shard_bytes[shard])
+        if size != expected:
+            raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
+        return opened
+
+    def _path(self, shard: int) -> str:
+        return str(self.index.shard_path(shard))
+
+    def _advice(self) -> str:
+        return f"Run: python -m distillery.cache verify {self.index.directory}, then stage 1 again."
+
+
+def _descriptor_limit() -> int:
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft > 0 else 1024
+
+
+def _tail_of(buffers: list[memoryview], skip: int) -> list[memoryview]:
+    """The buffers without their first `skip` bytes."""
+    tail = []
+    for buffer in buffers:
+        if skip < len(buffer):
+            tail.append(buffer[skip:])
+        skip = max(0, skip - len(buffer))
+    return tail
+
+
+def _is_resident(fd: int, probe: list[bytearray], offset: int) -> bool:
+    try:
+        return os.preadv(fd, probe, offset, os.RWF_NOWAIT) == 1
+    except OSError:  # not in memory, or a file system that cannot tell
+        return False
+
+
+class ToFloat:
+    """Stored rows -> normalised float32. From uint8: bit for bit what a float32 cache of the same images holds.
+
+    Args:
+        index: says the dtype, the shape and whether the values are normalised.
+    """
+
+    def __init__(self, index: CacheIndex) -> None:
+        self.shape, self.dtype = index.image_shape, getattr(torch, index.dtype)
+        self.table = self.shift = None
+        if self.dtype == torch.uint8:
+            self.table = normalisation_table(index.mean, index.std, "float32")
+        elif not index.normalized:
+            self.shift, self.scale = (torch.tensor(values)[:, None, None] for values in (index.mean, index.std))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the stored bytes are the result already."""
+        return self.dtype == torch.float32 and self.shift is None
+
+    def __call__(self, rows: np.ndarray, out: Tensor) -> None:
+        """Convert rows, uint8 [n, row_bytes], into out, float32 [n, 3, H, W]."""
+        if self.table is not None:
+            images = out.numpy()
+            for row, image in zip(rows.reshape(-1, *self.shape), images, strict=True):
+                normalise_into(row, self.table, image)
+            return
+        out.copy_(torch.from_numpy(rows).view(self.dtype).view(-1, *self.shape))
+        if self.shift is not None:
+            out.sub_(self.shift).div_(self.scale)
+
+
+class CachedRows:
+    """The valid rows of a cache as a stream of batches asks for them (stream.Rows).
+
+    Args:
+        index: the cache.
+        raw: rows as stored; else normalised float32.
+        files: the cache's shards, when they are open already.
+    """
+
+    def __init__(self, index: CacheIndex, *, raw: bool = False, files: ShardFiles | None = None) -> None:
+        self.index, self.raw = index, raw
+        self.files = files or ShardFiles(index)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._to_float = ToFloat(self.index)
+        self._copies = self.raw or self._to_float.is_identity
+        self.dtype = self._to_float.dtype if self.raw else torch.float32
+        self.row_bytes = int(np.prod(self.index.image_shape)) * self.dtype.itemsize
+        self._scratch = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {"index": self.index, "raw": self.raw, "files": self.files}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @property
+    def reading(self) -> dict[int, tuple[str, float]]:
+        """What each thread is reading, since when."""
+        return self.files.reading
+
+    def fill(self, shards: np.ndarray, nth: np.ndarray, out: np.ndarray, global_idx: np.ndarray) -> None:
+        """Rows (shards[i], nth[i]), int64 [n], into out, uint8 [n, row_bytes]; global_idx, int64 [n], says which."""
+        local = self.files.local_rows(shards, nth)
+        global_idx[:] = self.index.shard_starts[shards] + local
+        if self._copies:
+            self.files.read(shards, local, out)
+            return
+        stored = self._scratch_rows(len(local))
+        self.files.read(shards, local, stored)
+        self._to_float(stored, torch.from_numpy(out).view(torch.float32).view(-1, *self.index.image_shape))
+
+    def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
+        """Have the system read these rows into its page cache."""
+        self.files.advise(shards, self.files.local_rows(shards, nth), go_on)
+
+    def _scratch_rows(self, count: int) -> np.ndarray:
+        """uint8 [count, stored row bytes], this thread's, the same memory each time."""
+        size = count * self.index.row_bytes
+        if getattr(self._scratch, "memory", np.empty(0)).nbytes < size:
+            self._scratch.memory = np.empty(size, np.uint8)
+        return self._scratch.memory[:size].reshape(count, self.index.row_bytes)

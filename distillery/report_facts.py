@@ -1,0 +1,195 @@
+"""What is known of a run from its folder, finished or not: facts for the report, and what they say in plain words."""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distillery.metrics import METRICS_NAME, read_rows
+from distillery.process import MissingFileError
+from distillery.report_plots import datasets_of, is_number, of_kind
+
+MODELS = {"untrained": "untrained student", "student": "student", "student_ema": "student (EMA)", "teacher": "teacher"}
+MEASURES = (
+    ("knn_top1", "k-NN", "{:.1%}"),
+    ("linear_top1", "linear probe", "{:.1%}"),
+    ("effective_rank", "effective rank", "{:.1f}"),
+    ("feature_std", "feature std", "{:.2f}"),
+)
+# data set names that are formats: the files say more
+FILE_FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
+PASSING_NOTE = (
+    "Here the student scores above its teacher. That happens on narrow or easy data: the teacher's features describe "
+    "far more than these images ask for, while the student was trained on these very images and kept what tells them "
+    "apart. It does not make the student the better model elsewhere."
+)
+COLLAPSE_NOTE = (
+    "The student's features have collapsed: they are nearly the same for every image. Look at the loss curve, lower "
+    "the learning rate, and check that the teacher's targets are standardised (standardise_targets: true)."
+)
+
+
+@dataclass
+class RunFacts:
+    """A run folder as read: the rows of its metrics and its configuration, whatever of them is there.
+
+    plan: what rows of kind "start" say of the whole run (total_steps, num_images, global_batch_size,
+    student_parameters, teacher_parameters), as far as there are any.
+    """
+
+    run_dir: Path
+    rows: list[dict[str, Any]]
+    config: dict[str, dict[str, Any]]
+    num_shards: int | None
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def train_rows(self) -> list[dict[str, Any]]:
+        """Rows of kind train."""
+        return of_kind(self.rows, "train")
+
+    @property
+    def step(self) -> int:
+        """The last step that a row speaks of."""
+        return max((row["step"] for row in self.rows if is_number(row.get("step"))), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the whole run, where the run has said so."""
+        return self.plan.get("total_steps")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step or the evaluation after the last epoch has been logged."""
+        if self.total_steps:
+            return self.step >= self.total_steps
+        num_epochs = self.get("train", "num_epochs")
+        return bool(num_epochs) and any(row.get("epoch") == num_epochs for row in of_kind(self.rows, "eval"))
+
+    @property
+    def resumes(self) -> list[dict[str, Any]]:
+        """Every time the run went on from a checkpoint and then trained further."""
+        last = self.train_rows[-1].get("time", 0) if self.train_rows else 0
+        return [row for row in of_kind(self.rows, "resume") if row.get("time", 0) <= last]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training: from the first row to the last one, without the pauses before resumes."""
+        rows = [row for row in self.rows if is_number(row.get("time"))]
+        steps = itertools.pairwise(rows)
+        return sum(max(0.0, now["time"] - then["time"]) for then, now in steps if now["kind"] != "resume")
+
+    def get(self, section: str, key: str) -> Any:
+        """A value of the configuration, None where it is not known."""
+        return self.config.get(section, {}).get(key)
+
+    def evaluation(self, dataset: str) -> dict[str, dict[str, Any]]:
+        """model -> its last row on a data set, in the order of MODELS."""
+        rows = [row for row in of_kind(self.rows, "eval") if row.get("dataset") == dataset]
+        return {model: found[-1] for model in MODELS if (found := [r for r in rows if r.get("model") == model])}
+
+
+def dataset_label(data: dict[str, Any]) -> str | None:
+    """The data set's name for people: the hub id, or the folder or files that a format such as parquet names."""
+    name = data.get("dataset_name")
+    if name not in FILE_FORMATS:
+        return name
+    files = data.get("data_files") or data.get("data_dir") or name
+    files = list(files.values()) if isinstance(files, dict) else files
+    files = files if isinstance(files, list) else [files]
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{Path(str(files[0])).name}{more}"
+
+
+def load_run(run_dir: Path) -> RunFacts:
+    """Read what a run folder holds; every file in it may still be missing.
+
+    Raises:
+        MissingFileError: the folder is not there, or holds neither configuration nor metrics.
+    """
+    config_path, metrics_path, shards_path = (run_dir / name for name in ("config.yaml", METRICS_NAME, "shards.json"))
+    if not config_path.exists() and not metrics_path.exists():
+        raise MissingFileError(
+            f"{run_dir} is not a run folder: neither config.yaml nor {METRICS_NAME} is in it. "
+            "Give the checkpoint_dir of a run: python -m distillery.report RUN_DIR"
+        )
+    config = yaml.safe_load(config_path.read_text()) if config_path.exists() else {}
+    num_shards = len(json.loads(shards_path.read_bytes())["shards"]) if shards_path.exists() else None
+    rows = read_rows(metrics_path)
+    plan: dict[str, Any] = {}
+    for row in of_kind(rows, "start"):
+        plan |= row
+    return RunFacts(run_dir, rows, config or {}, num_shards, plan)
+
+
+def format_measure(row: dict[str, Any], name: str, form: str) -> str:
+    """A measure of an eval row as text, - where there is none."""
+    return form.format(row[name]) if is_number(row.get(name)) else "-"
+
+
+def passes_teacher(models: dict[str, dict[str, Any]]) -> bool:
+    """Whether the student's k-NN accuracy is above its teacher's."""
+    student, teacher = (models.get(model, {}).get("knn_top1") for model in ("student", "teacher"))
+    return is_number(student) and is_number(teacher) and student > teacher
+
+
+def has_collapsed(row: dict[str, Any]) -> bool:
+    """Whether an eval row says that the features are nearly the same for every image."""
+    return row.get("collapsed") is True
+
+
+def summary_sentences(run: RunFacts) -> list[str]:
+    """What was distilled into what, on how much data, what came out: in plain words."""
+    sentences = []
+    student, teacher = run.get("model", "student_name"), run.get("model", "teacher_name")
+    if student and teacher:
+        start = "with pretrained weights" if run.get("model", "student_pretrained") else "from scratch"
+        sizes = [_parameters(run.plan.get(f"{side}_parameters")) for side in ("student", "teacher")]
+        sentences.append(
+            f"The student {student}{sizes[0]}, started {start}, is trained to produce the features that the teacher "
+            f"{teacher}{sizes[1]} gives for the same images; no labels are used."
+        )
+    sentences += _data_sentences(run)
+    for dataset in datasets_of(run.rows):
+        sentences += _result_sentences(dataset, run.evaluation(dataset))
+    return sentences or ["Nothing has been logged yet."]
+
+
+def _parameters(count: int | None) -> str:
+    return f" ({count / 1e6:.3g} M parameters)" if count else ""
+
+
+def _data_sentences(run: RunFacts) -> list[str]:
+    seen = images_seen(run)
+    source = dataset_label(run.config.get("data", {}))
+    if not seen:
+        return [f"The images come from {source}."] if source else []
+    num_images = run.plan.get("num_images")
+    text = f"It has seen {seen:,} images" + (f" from {source}" if source else "")
+    if not num_images:
+        return [text + "."]
+    text += f", {seen / num_images:.2g} times the {num_images:,} there are"
+    if seen < num_images:
+        text += f": at least {1 - seen / num_images:.0%} of them it has never seen"
+    return [text + "."]
+
+
+def images_seen(run: RunFacts) -> int:
+    """Training images up to the last step, each view counted; 0 where the batch size is not known."""
+    batch, accumulation = run.get("train", "batch_size"), run.get("train", "grad_accumulation_steps") or 1
+    per_step = run.plan.get("global_batch_size") or (batch * accumulation if batch else 0)
+    return run.step * per_step
+
+
+def _result_sentences(dataset: str, models: dict[str, dict[str, Any]]) -> list[str]:
+    accuracy = {model: row["knn_top1"] for model, row in models.items() if is_number(row.get("knn_top1"))}
+    if "student" not in accuracy:
+        return []
+    text = f"On {dataset} its features classify {accuracy['student']:.1%} of the test images by k-NN"
+    before, teacher = accuracy.get("untrained"), accuracy.get("teacher")
+    others = [f"{before:.1%} untrained"] if before is not None else []
+    others += [f"{teacher:.1%} for the teacher"] if teacher is not None else []
+    return [text + (f", against {' and '.join(others)}." if others else ".")]

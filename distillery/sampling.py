@@ -1,0 +1,362 @@
+"""Which rows an epoch reads, and in which order: pure functions of (shards, seed, epoch, rank), no global RNG.
+
+The order of an epoch is one line of rows that every rank agrees on; global batch b is order[b*G : (b+1)*G] and rank r
+of it takes [r*B : (r+1)*B]. Nothing about the number of ranks, threads or batches read ahead enters the order.
+
+shuffle "block": the valid rows of the chosen shards stand in one circle, shards in random order. The circle is cut
+into runs of a few MiB, at a place that differs from epoch to epoch; the runs come in random order; the rows of a
+window of runs (half a GiB) are mixed. Disks see runs, batches see rows of about a hundred places.
+How well that mixes, for the defaults, 224 px, batches of 64 and 1.28 M images (`python -m benchmarks.shuffle`):
+
+    chance that two neighbours on disk share a batch          float32 5.8 %    uint8 1.7 %    full shuffle 0.005 %
+    other rows of a row's batch that come from its run        float32 0.35     uint8 0.45     full shuffle 0
+    chance that batch-mates are so again in the next epoch    float32 0.029 %  uint8 0.014 %  full shuffle 0.005 %
+
+Memory: 16 bytes per chosen shard and 24 per row of a window; nothing per row of the data set. 500 M uint8 images of
+224 px in 244,000 shards: 4 MB, and two windows of 3,500 rows; a resume at any position computes one window.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from distillery.process import UserError
+
+SUBSET_MODES = ("cycle", "independent", "fixed")
+SHUFFLES = ("block", "none")
+RUN_BYTES = 4 << 20
+WINDOW_BYTES = 512 << 20
+
+_WORD = 0xFFFFFFFF
+# what a random number is for; one stream each
+_PASS, _INDEPENDENT, _FIXED, _SHARD_ORDER, _OFFSET, _RUNS, _ROWS = range(7)
+_LARGEST_HELD_ORDER = 1 << 17
+
+
+def _random_words(count: int, purpose: int, seed: int, a: int = 0, b: int = 0) -> np.ndarray:
+    """uint64 [count], a pure function of its arguments on every version of numpy (raw generator output is frozen)."""
+    key = [purpose, seed & _WORD, seed >> 32 & _WORD, a & _WORD, a >> 32 & _WORD, b & _WORD, b >> 32 & _WORD]
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+def _permutation(count: int, purpose: int, seed: int, a: int = 0, b: int = 0) -> np.ndarray:
+    # sorting random keys, not Generator.permutation: numpy may change how the latter draws
+    return np.argsort(_random_words(count, purpose, seed, a, b), kind="stable")
+
+
+class ShardDraws:
+    """The shards of each epoch, in the order they are read.
+
+    Args:
+        num_shards: S, shards there are.
+        shards_per_epoch: K; None or K >= S: all of them.
+        seed: any integer.
+        mode: cycle: every shard once before any comes again, across epochs, whether or not K divides S;
+            independent: a fresh draw each epoch; fixed: the same K, in a new order each epoch.
+        shard_rows: int64 [S], rows of each; needed for the two that follow.
+        max_rows: cycle only: what an epoch reads at most. It then draws no more shards than hold so many rows, so that
+            no shard's turn passes unread.
+        min_rows: what an epoch must hold; a draw of small shards is made longer to reach it.
+
+    Raises:
+        UserError: K < 1 or an unknown mode.
+    """
+
+    def __init__(
+        self,
+        num_shards: int,
+        shards_per_epoch: int | None,
+        seed: int,
+        mode: str,
+        *,
+        shard_rows: np.ndarray | None = None,
+        max_rows: int | None = None,
+        min_rows: int = 0,
+    ) -> None:
+        if mode not in SUBSET_MODES:
+            raise UserError(f"shard_subset_mode {mode!r}: expected one of {', '.join(SUBSET_MODES)}.")
+        if shards_per_epoch is not None and shards_per_epoch < 1:
+            raise UserError(f"shards_per_epoch is {shards_per_epoch}: expected 1 or more, or null for every shard.")
+        self.num_shards, self.seed = num_shards, seed
+        self.count = num_shards if shards_per_epoch is None else min(shards_per_epoch, num_shards)
+        self.mode = "fixed" if self.count == num_shards else mode
+        self.shard_rows, self.max_rows, self.min_rows = shard_rows, max_rows, min_rows
+        self._cycle: Iterator[np.ndarray] | None = None
+        self._next_epoch = -1
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cycle": None, "_next_epoch": -1}
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """int64 [about K], positions of the shards of `epoch`, in random order."""
+        if self.mode == "independent":
+            drawn = _permutation(self.num_shards, _INDEPENDENT, self.seed, epoch)
+            return drawn[: self._needed(drawn)]
+        if self.mode == "fixed":
+            drawn = _permutation(self.num_shards, _FIXED, self.seed)
+            drawn = np.sort(drawn[: self._needed(drawn)])
+            return drawn[_permutation(len(drawn), _SHARD_ORDER, self.seed, epoch)]
+        if epoch < self._next_epoch or self._next_epoch < 0:
+            self._cycle, self._next_epoch = self._passes(), 0
+        drawn = next(islice(self._cycle, epoch - self._next_epoch, None))
+        self._next_epoch = epoch + 1
+        return drawn
+
+    def _needed(self, candidates: np.ndarray) -> int:
+        """How many of the candidates, from the first on, make an epoch; more than there are: they do not suffice."""
+        count = self.count
+        if self.shard_rows is not None:
+            rows = np.cumsum(self.shard_rows[candidates])
+            if self.max_rows is not None and self.mode == "cycle":
+                count = min(count, int(np.searchsorted(rows, self.max_rows)) + 1)
+            count = max(count, int(np.searchsorted(rows, self.min_rows)) + 1 if self.min_rows else 0)
+        return count
+
+    def _passes(self) -> Iterator[np.ndarray]:
+        """The draws of cycle mode, epoch by epoch, cut from one random pass over all shards after another."""
+        left = _permutation(self.num_shards, _PASS, self.seed)
+        number = 0
+        while True:
+            if (count := self._needed(left)) <= len(left):
+                drawn, left = left[:count], left[count:]
+            else:
+                number += 1
+                fresh = _permutation(self.num_shards, _PASS, self.seed, number)
+                # an epoch over the border of two passes holds no shard twice: those wait for the next epoch
+                candidates = np.concatenate([left, fresh[~np.isin(fresh, left)]])
+                drawn = candidates[: self._needed(candidates)]
+                left = fresh[~np.isin(fresh, drawn[len(left) :])]
+            yield drawn
+
+
+def epoch_shards(
+    num_shards: int, shards_per_epoch: int | None, seed: int, epoch: int, mode: str = "cycle"
+) -> np.ndarray:
+    """int64 [K], positions of the shards epoch number `epoch` reads, in random order; see ShardDraws."""
+    return ShardDraws(num_shards, shards_per_epoch, seed, mode)(epoch)
+
+
+class _RandomOrder:
+    """A random permutation of range(n); a large one is computed where it is asked, never held.
+
+    Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains (Feistel network, cycle walking).
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        self.n = n
+        self.held = _permutation(n, _RUNS, seed, epoch) if n <= _LARGEST_HELD_ORDER else None
+        self.keys = _random_words(6, _RUNS, seed, epoch)
+        self.half_bits = np.uint64(-(-(n - 1).bit_length() // 2))
+        self.mask = np.uint64((1 << int(self.half_bits)) - 1)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        if self.held is not None:
+            return self.held[positions]
+        values = self._encrypt(positions.astype(np.uint64))
+        while (outside := values >= self.n).any():
+            values[outside] = self._encrypt(values[outside])
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self.half_bits, values & self.mask
+        for key in self.keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32)) & self.mask
+        return left << self.half_bits | right
+
+
+class EpochOrder:
+    """The order of one epoch's rows, computed window by window.
+
+    Args:
+        shards: int64 [K], positions of the chosen shards.
+        shard_rows: int64 [K], valid rows of each.
+        seed, epoch: decide the order.
+        shuffle: block or none.
+        run_rows: rows that are read together; window_runs: runs whose rows are mixed.
+        first, num_rows: the part [first, first + num_rows) of the order that this epoch is (an epoch with a cap).
+    """
+
+    def __init__(
+        self,
+        shards: np.ndarray,
+        shard_rows: np.ndarray,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: str = "block",
+        run_rows: int = 1,
+        window_runs: int = 1,
+        first: int = 0,
+        num_rows: int | None = None,
+    ) -> None:
+        if shuffle not in SHUFFLES:
+            raise UserError(f"shuffle {shuffle!r}: expected one of {', '.join(SHUFFLES)}.")
+        self.shards = shards
+        self.starts = np.concatenate([[0], np.cumsum(shard_rows)])
+        self.total = int(self.starts[-1])
+        self.first = first
+        self.num_rows = self.total - first if num_rows is None else min(num_rows, self.total - first)
+        self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
+        self.run_rows = max(1, min(run_rows, self.total))
+        self.num_runs = max(1, self.total // self.run_rows)
+        # windows of nearly equal length: a short last one would mix too few runs
+        self.num_windows = max(1, round(self.num_runs / max(1, window_runs)))
+        self.offset = int(_random_words(1, _OFFSET, seed, epoch)[0]) % max(1, self.total)
+        self._windows: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @cached_property
+    def _run_order(self) -> _RandomOrder:
+        return _RandomOrder(self.num_runs, self.seed, self.epoch)
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, nth) of the rows at positions [start, stop): int64 arrays; nth counts a shard's valid rows."""
+        if not 0 <= start <= stop <= self.num_rows:
+            raise IndexError(f"positions {start}..{stop} of an order of {self.num_rows} rows")
+        start, stop = start + self.first, stop + self.first
+        parts = []
+        while start < stop:
+            window = self._window_of(start)
+            low, high = self._bounds(window)
+            shard, nth = self._window(window)
+            parts.append((shard[start - low : stop - low], nth[start - low : stop - low]))
+            start = min(stop, high)
+        if len(parts) == 1:
+            return parts[0]
+        empty = np.zeros(0, np.int64)
+        return tuple(np.concatenate([empty, *(part[k] for part in parts)]) for k in (0, 1))
+
+    def window_bounds(self, position: int) -> tuple[int, int]:
+        """[start, stop) of the window that holds `position`: the rows that are read from the same runs."""
+        low, high = self._bounds(self._window_of(position + self.first))
+        return max(0, low - self.first), min(self.num_rows, high - self.first)
+
+    def _window_of(self, position: int) -> int:
+        run = min(position // self.run_rows, self.num_runs - 1)
+        return ((run + 1) * self.num_windows - 1) // self.num_runs
+
+    def _first_run(self, window: int) -> int:
+        return window * self.num_runs // self.num_windows
+
+    def _bounds(self, window: int) -> tuple[int, int]:
+        is_last = window == self.num_windows - 1
+        high = self.total if is_last else self._first_run(window + 1) * self.run_rows
+        return self._first_run(window) * self.run_rows, high
+
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        if window not in self._windows:
+            line = self._mixed_line(window) if self.shuffle == "block" else np.arange(*self._bounds(window))
+            place = np.searchsorted(self.starts, line, side="right") - 1
+            self._windows[window] = self.shards[place], line - self.starts[place]
+            while len(self._windows) > 2:
+                self._windows.popitem(last=False)
+        return self._windows[window]
+
+    def _mixed_line(self, window: int) -> np.ndarray:
+        """The window's rows as places in the line of all chosen rows, shard after shard."""
+        runs = self._run_order(np.arange(self._first_run(window), self._first_run(window + 1)))
+        line = (runs[:, None] * self.run_rows + np.arange(self.run_rows)).ravel()
+        if window == self.num_windows - 1:
+            # what is left of the circle is shorter than a run; which rows that is, the offset decides anew each epoch
+            line = np.concatenate([line, np.arange(self.num_runs * self.run_rows, self.total)])
+        line = (line + self.offset) % self.total
+        return line[_permutation(len(line), _ROWS, self.seed, self.epoch, window)]
+
+
+def block_sizes(row_bytes: int, run_bytes: int = RUN_BYTES, window_bytes: int = WINDOW_BYTES) -> tuple[int, int]:
+    """(run_rows, window_runs) for rows of so many bytes."""
+    run_rows = max(1, run_bytes // row_bytes)
+    return run_rows, max(1, window_bytes // (run_rows * row_bytes))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """All that decides which rows come when.
+
+    shard_rows: int64 [S], valid rows of every shard there is.
+    global_batch: G, rows that all ranks together take at a time.
+    steps_of: batches per optimiser step; an epoch holds whole steps only.
+    max_steps: cap of an epoch in optimiser steps, or None.
+    run_rows, window_runs: see EpochOrder.
+
+    With a cap, `cycle` draws only the shards the capped epoch can read. Where the set of shards is the same each epoch
+    (`fixed`, or every shard), an epoch goes on where the one before stopped, until all full epochs' worth is read:
+    so every row has its turn, whatever the cap.
+    """
+
+    shard_rows: np.ndarray
+    global_batch: int
+    shards_per_epoch: int | None = None
+    mode: str = "cycle"
+    seed: int = 42
+    shuffle: str = "block"
+    steps_of: int = 1
+    max_steps: int | None = None
+    run_rows: int = 1
+    window_runs: int = 1
+    draws: ShardDraws = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        draws = ShardDraws(
+            len(self.shard_rows), self.shards_per_epoch, self.seed, self.mode,
+            shard_rows=self.shard_rows, max_rows=self.max_rows, min_rows=self.step_rows,
+        )  # fmt: skip
+        object.__setattr__(self, "draws", draws)
+        largest = int(np.sort(self.shard_rows)[-draws.count :].sum())
+        if largest < self.step_rows:
+            raise UserError(
+                f"a step takes {self.step_rows} images (batch_size x processes x grad_accumulation_steps), but an "
+                f"epoch holds at most {largest} ({draws.count} of {len(self.shard_rows)} shards). Lower batch_size, or "
+                "raise shards_per_epoch or max_samples."
+            )
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimiser step over all ranks."""
+        return self.global_batch * self.steps_of
+
+    @property
+    def max_rows(self) -> int | None:
+        """The cap in rows."""
+        return None if self.max_steps is None else self.max_steps * self.step_rows
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of the rows of epoch number `epoch`, cut to whole steps."""
+        drawn_epoch, part = self._draw_and_part(epoch)
+        shards = self.draws(drawn_epoch)
+        first = part * (self.max_rows or 0)
+        left = int(self.shard_rows[shards].sum()) - first
+        num_rows = left if self.max_rows is None else min(left, self.max_rows)
+        return EpochOrder(
+            shards, self.shard_rows[shards], seed=self.seed, epoch=drawn_epoch, shuffle=self.shuffle,
+            run_rows=self.run_rows, window_runs=self.window_runs, first=first,
+            num_rows=num_rows // self.step_rows * self.step_rows,
+        )  # fmt: skip
+
+    def shards(self, epoch: int) -> np.ndarray:
+        """int64 [about K], positions of the shards that epoch number `epoch` reads from."""
+        return self.draws(self._draw_and_part(epoch)[0])
+
+    def _draw_and_part(self, epoch: int) -> tuple[int, int]:
+        if self.max_rows is None or self.draws.mode != "fixed":
+            return epoch, 0
+        parts = max(1, int(self.shard_rows[self.draws(0)].sum()) // self.max_rows)
+        return divmod(epoch, parts)
+
+    def num_batches(self, epoch: int) -> int:
+        """Global batches in epoch number `epoch`."""
+        return len(self.order(epoch)) // self.global_batch
+
+
+def rank_slice(batch: int, batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """[start, stop) in the epoch's order of the rows of global batch number `batch` that are rank's."""
+    start = (batch * world + rank) * batch_size
+    return start, start + batch_size

@@ -1,0 +1,108 @@
+"""Where encoded images come from: hub data sets, parquet, arrow, image folders, zip and tar archives.
+
+Every kind is read in place, in a fixed order, without decoding. To add one: a class with the constructor of the others
+and one line in SOURCES.
+"""
+
+from pathlib import Path
+
+from distillery.files import expand_path
+from distillery.process import MissingFileError, UserError
+from distillery.sources_base import DataFiles, Source, resolve_files
+from distillery.sources_images import ImageFolderSource
+from distillery.sources_tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
+from distillery.sources_webdataset import WebDatasetSource
+
+SOURCES = {
+    "parquet": ParquetSource,
+    "arrow": ArrowSource,
+    "imagefolder": ImageFolderSource,
+    "webdataset": WebDatasetSource,
+}
+
+
+def open_source(
+    *,
+    dataset_name: str,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    data_files: DataFiles = None,
+    data_dir: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labels_required: bool = False,
+) -> Source:
+    """Open one split of a data set; its images are read later, undecoded.
+
+    Args:
+        dataset_name: a kind of SOURCES (with data_files or data_dir), a local folder that load_dataset takes or that
+            save_to_disk wrote, or a hub id, which is downloaded into HF_HOME first.
+        dataset_config: of a hub data set, as in load_dataset.
+        dataset_revision: branch, tag or commit of a hub data set.
+        data_files: paths, globs, {a..b} patterns, folders or URLs; a dict of split -> those.
+        data_dir: a folder; relative data_files are below it.
+        split: the name of one split.
+        image_column: None: found by its type.
+        label_column: None: found by its type if labels_required, else there are no labels.
+        labels_required: whether labels must be there.
+    Raises:
+        UserError: no such data set, split or column; the message lists what there is.
+        MissingFileError: a file or folder is not there.
+        RunError: a download was given up.
+    """
+    columns = {"image_column": image_column, "label_column": label_column, "labels_required": labels_required}
+    if dataset_name in SOURCES and not _has_urls(data_files):
+        kind = SOURCES[dataset_name]
+        files = resolve_files(dataset_name, kind.suffixes, data_files, data_dir, split)
+        return _open(dataset_name, files, split, columns)
+    place = _local_folder(dataset_name)
+    if place is not None and is_saved_dataset(place):
+        return _open("arrow", saved_dataset_files(place, split), split, columns)
+    from distillery.sources_hub import resolve_dataset
+
+    found = resolve_dataset(
+        dataset_name if place is None else str(place),
+        kinds=tuple(SOURCES),
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        data_files=data_files,
+        data_dir=data_dir,
+        split=split,
+    )
+    return _open(found.kind, found.files, split, columns, features=found.features, origin=found.origin)
+
+
+def _open(kind: str, files: object, split: str, columns: dict, **known: dict | None) -> Source:
+    if not len(files):
+        suffixes = ", ".join(SOURCES[kind].suffixes)
+        raise MissingFileError(f"{files.root or 'The data set'} holds no files for {kind} ({suffixes}).")
+    return SOURCES[kind](files, split=split, **columns, **known)
+
+
+def _has_urls(data_files: DataFiles) -> bool:
+    if isinstance(data_files, dict):
+        return any(map(_has_urls, data_files.values()))
+    if data_files is None or isinstance(data_files, str | Path):
+        return "://" in str(data_files or "")
+    return any(map(_has_urls, data_files))
+
+
+def _local_folder(dataset_name: str) -> Path | None:
+    """The folder a name stands for, None for a hub id.
+
+    Raises:
+        UserError: it is a file.
+        MissingFileError: it is spelt like a path, and nothing is there.
+    """
+    path = expand_path(dataset_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        kind = next((name for name, source in SOURCES.items() if path.suffix.lower() in source.suffixes), "parquet")
+        raise UserError(
+            f"dataset_name {dataset_name} is a file. Write dataset_name: {kind} and data_files: {dataset_name}"
+        )
+    if dataset_name.startswith(("/", "./", "../", "~", "$")) or dataset_name.count("/") > 1:
+        raise MissingFileError(f"dataset_name {dataset_name}: there is no such folder ({path.absolute()}).")
+    return None

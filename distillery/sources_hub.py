@@ -1,0 +1,287 @@
+"""Data sets of the Hugging Face hub, and local folders that load_dataset takes: from their names to local files.
+
+Parquet, arrow, image folder and webdataset repositories are downloaded into HF_HOME as they are and read in place; what
+load_dataset must convert (json, csv, hdf5, ...) is read from the arrow files it makes in its cache.
+"""
+
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from distillery.files import canonical_json, sha256_of, write_atomic
+from distillery.process import RunError, UserError
+from distillery.sources_base import DataFiles, FileList, check_split
+
+T = TypeVar("T")
+_RETRIES = 6
+_LONGEST_WAIT_S = 120
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
+_NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl", "socket"}
+_FINAL_ERRORS = {"OfflineModeIsEnabled", "DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a data set's name stands for.
+
+    Args:
+        kind: the source that reads `files`.
+        features: what the data set's card says about its columns.
+        origin: what identifies the rows beside the files' names and edges.
+    """
+
+    kind: str
+    files: FileList
+    features: dict | None
+    origin: dict
+
+
+def resolve_dataset(
+    dataset_name: str,
+    *,
+    kinds: tuple[str, ...],
+    dataset_config: str | None,
+    dataset_revision: str | None,
+    data_files: DataFiles,
+    data_dir: str | None,
+    split: str,
+) -> Resolution:
+    """Find and download one split of what load_dataset(dataset_name, ...) would load.
+
+    What was found is noted under HF_HOME, so that nodes without internet find the same files again.
+
+    Args:
+        dataset_name: a hub id, an existing local folder, or the name of a kind whose data_files are URLs.
+        kinds: the kinds that are read in place.
+        dataset_config: a configuration of the data set, where it has several.
+        dataset_revision: branch, tag or commit; ignored for a local folder.
+        data_files: in the repository or folder, or URLs.
+        data_dir: a folder of the repository.
+        split: the one to find.
+    Raises:
+        UserError: no such data set, configuration or split, or it cannot be reached and was not downloaded before.
+        RunError: the download was given up after several tries.
+    """
+    import datasets
+
+    is_local = Path(dataset_name).exists()
+    request = [dataset_name, dataset_config, dataset_revision, data_files, data_dir, split]
+    note = None if is_local else _note_path(request)
+    known = _read_note(note) if note is not None else None
+    is_offline = datasets.config.HF_HUB_OFFLINE
+    if known is not None and (is_offline or re.fullmatch("[0-9a-f]{40}", dataset_revision or "")):
+        return known
+    arguments = {"data_dir": data_dir, "data_files": data_files, "revision": None if is_local else dataset_revision}
+    try:
+        builder = with_retries(
+            lambda: datasets.load_dataset_builder(dataset_name, dataset_config, **arguments),
+            f"looking up {dataset_name}",
+            # with the files at hand there is no point in waiting for a network that may not be there at all
+            tries=1 if known is not None or is_offline else _RETRIES,
+        )
+    except Exception as error:  # load_dataset_builder raises whatever its network and file libraries raise
+        if known is not None and not _is_final(error):
+            print(f"{dataset_name}: the hub cannot be reached; reading what was downloaded before", file=sys.stderr)
+            return known
+        raise _unreachable(dataset_name, error) from error
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind == "cache" and known is not None:
+        return known
+    features = builder.info.features.to_dict() if builder.info.features is not None else None
+    if kind not in kinds:
+        return _converted(builder, dataset_name, split, is_local)
+    check_split(split, builder.config.data_files, dataset_name)
+    urls = [str(url) for url in builder.config.data_files[split]]
+    files = _download(builder, urls, dataset_name)
+    origin = {} if is_local else {"dataset_name": dataset_name, "revision": _revision_of(urls)}
+    resolution = Resolution(kind, files, features, origin)
+    if note is not None:
+        _write_note(note, resolution)
+    return resolution
+
+
+def _unreachable(dataset_name: str, error: Exception) -> Exception:
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, ValueError) and "config" in text.lower():
+        return UserError(f"dataset_config of {dataset_name}: {text}")
+    if Path(dataset_name).exists():
+        return UserError(f"{dataset_name} cannot be loaded: {text}")
+    return UserError(
+        f"dataset_name {dataset_name!r} is neither a local path nor to be had from the Hugging Face hub "
+        f"({type(error).__name__}: {text}). For a node without internet: run stage 1 with --download_only where there "
+        "is some, and let HF_HOME point to the same folder on both."
+    )
+
+
+def _download(builder: object, urls: list[str], dataset_name: str) -> FileList:
+    import datasets
+
+    manager = datasets.DownloadManager(dataset_name=dataset_name, base_path=builder.base_path)
+    try:
+        paths = with_retries(lambda: manager.download(urls), f"downloading {dataset_name}")
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"Downloading {dataset_name} failed: {reason} What has arrived is kept: try again.") from error
+    paths = [os.path.abspath(path) for path in paths]
+    sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
+    names = [_name_in_repository(url, builder.base_path) for url in urls]
+    return FileList("", names, sizes, paths)
+
+
+def _name_in_repository(url: str, base_path: str | None) -> str:
+    """hf://datasets/me/x@<sha>/data/a.parquet -> data/a.parquet; for local files, the path below the folder."""
+    if url.startswith("hf://"):
+        return re.sub(r"^hf://[^@]*@[^/]+/", "", url)
+    if "://" in url or not base_path or not os.path.isabs(url):
+        return url
+    return Path(os.path.relpath(url, base_path)).as_posix()
+
+
+def _revision_of(urls: list[str]) -> str | None:
+    """The commit that hub URLs are pinned to."""
+    commits = {match.group(1) for url in urls if (match := re.match(r"hf://[^@]*@([0-9a-f]{40})/", url))}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _converted(builder: object, dataset_name: str, split: str, is_local: bool) -> Resolution:
+    """Let load_dataset convert what is not read in place, and take the arrow files of its cache."""
+    try:
+        with_retries(builder.download_and_prepare, f"preparing {dataset_name}")
+    except Exception as error:
+        raise RunError(f"load_dataset could not prepare {dataset_name}: {error}") from error
+    check_split(split, builder.info.splits, dataset_name)
+    table = builder.as_dataset(split=split)
+    paths = [entry["filename"] for entry in table.cache_files]
+    sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
+    files = FileList("", [os.path.basename(path) for path in paths], sizes, paths)
+    origin: dict = {"kind": "load_dataset"}
+    if is_local:
+        urls = [str(url) for url in (builder.config.data_files or {}).get(split, [])]
+        names = [_name_in_repository(url, builder.base_path) for url in urls]
+        sources = FileList("", names, np.array([os.stat(url).st_size for url in urls], np.int64), urls)
+        origin["files"] = sources.identity(with_ends=True)
+    else:
+        # arrow files differ with the version of the library that writes them: the commit says what is in them
+        origin |= {"dataset_name": dataset_name, "dataset_config": builder.config.name, "revision": builder.hash}
+        origin["files"] = {"count": len(files)}
+    return Resolution("arrow", files, table.features.to_dict(), origin)
+
+
+def _note_path(request: list) -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "distillery" / f"{sha256_of(request)[:32]}.json"
+
+
+def _write_note(note: Path, resolution: Resolution) -> None:
+    home, files = str(note.parent.parent), resolution.files
+    # relative where possible: HF_HOME may be mounted elsewhere on the node that reads this
+    paths = [os.path.relpath(path, home) if path.startswith(home + os.sep) else path for path in files.paths]
+    content = {
+        "kind": resolution.kind,
+        "names": files.names,
+        "sizes": files.sizes.tolist(),
+        "paths": paths,
+        "features": resolution.features,
+        "origin": resolution.origin,
+    }
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, canonical_json(content))
+    except OSError as error:  # a read-only HF_HOME serves this run all the same
+        print(f"warning: {note} cannot be written ({error}); offline nodes will not find the data set", file=sys.stderr)
+
+
+def _read_note(note: Path) -> Resolution | None:
+    """The resolution noted by an earlier run, if all its files are still there in full."""
+    home = str(note.parent.parent)
+    try:
+        content = json.loads(note.read_text())
+        paths = [os.path.join(home, path) for path in content["paths"]]
+        sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
+        if sizes.tolist() != content["sizes"]:
+            return None
+        return Resolution(
+            content["kind"],
+            FileList("", content["names"], sizes, paths),
+            content["features"],
+            content["origin"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def with_retries(
+    call: Callable[[], T], what: str, *, tries: int = _RETRIES, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """call(), again after a wait that doubles (with jitter, or as long as the server asks) while the network fails.
+
+    Raises:
+        Exception: the call's own, at once where waiting cannot help, else after the last try.
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            return call()
+        except Exception as error:
+            if attempt == tries or not _is_transient(error):
+                raise
+            # jitter, so that the tasks of a job array do not all come back at the same moment
+            wait_s = max(_retry_after_s(error), 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"{what}: {type(error).__name__}: {reason}; try {attempt + 1} of {tries} in {wait_s:.0f} s",
+                file=sys.stderr,
+            )
+            sleep(wait_s)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the hub has answered, or was not to be asked: there is nothing to wait for."""
+    names = {type(cause).__name__ for cause in _causes(error)}
+    return not names.isdisjoint(_FINAL_ERRORS - {"OfflineModeIsEnabled"})
+
+
+def _is_transient(error: Exception) -> bool:
+    for cause in _causes(error):
+        if type(cause).__name__ in _FINAL_ERRORS:
+            return False
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in _TRANSIENT_STATUS
+        if (
+            isinstance(cause, ConnectionError | TimeoutError)
+            or type(cause).__module__.split(".")[0] in _NETWORK_MODULES
+        ):
+            return True
+        # huggingface_hub reports a short body so, as a plain OSError
+        if "Consistency check failed" in str(cause):
+            return True
+    return False
+
+
+def _retry_after_s(error: Exception) -> float:
+    """Seconds the server asked to wait, within reason; 0 where it did not."""
+    for cause in _causes(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None) or {}
+        text = headers.get("Retry-After") or headers.get("retry-after") or ""
+        if text.isdecimal():
+            return min(float(text), _LONGEST_WAIT_S)
+    return 0.0

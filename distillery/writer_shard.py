@@ -1,0 +1,213 @@
+"""One shard's way to its name: a temporary file, its publication, its record; and what dead writers leave behind."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from distillery.decode import UnitResult
+from distillery.files import (
+    create_temporary,
+    fsync_dir,
+    is_locked,
+    is_network_file_system,
+    publish_no_clobber,
+    temporary_name,
+    write_atomic,
+)
+from distillery.plan import CachePlan
+from distillery.preprocess import library_versions
+from distillery.process import UserError
+from distillery.records import (
+    FORMAT_VERSION,
+    FutureFormatError,
+    encode_checksums,
+    read_record,
+    record_path,
+    record_text,
+)
+from distillery.records_hash import record_of_shard
+from distillery.shard_format import PAYLOAD_OFFSET, finish_shard
+
+_TEMPORARY = re.compile(r"\.(images_\w+\.pt|images_\w+\.json|index\.json|failures\.jsonl)\.tmp-[0-9a-f]{12}")
+_FOREIGN_TEMPORARY_S = 3600
+
+
+class OpenShard:
+    """A shard in the making: its temporary file and what the decode workers reported of its rows.
+
+    Args:
+        plan: what the cache shall be.
+        shard_idx: which of its shards.
+        labels: int64 [N] or None.
+        is_repair: whatever stands under the shard's name was found bad, and is to be replaced.
+    """
+
+    def __init__(self, plan: CachePlan, shard_idx: int, labels: np.ndarray | None, *, is_repair: bool) -> None:
+        self.plan, self.shard_idx, self.labels, self.is_repair = plan, shard_idx, labels, is_repair
+        self.start, stop = plan.rows_of(shard_idx)
+        self.num_rows = stop - self.start
+        self.units_left = 0
+        self.checksums = np.zeros(self.num_rows, np.uint64)
+        self.failures: list[tuple[int, str]] = []
+        self.path = plan.shard_path(shard_idx)
+        self.temporary = temporary_name(self.path)
+        self.fd = create_temporary(self.temporary)
+
+    def note(self, result: UnitResult) -> None:
+        """Take in what a decode worker says of the rows it wrote."""
+        self.checksums[result.first_row : result.first_row + len(result.checksums)] = result.checksums
+        self.failures += result.failures
+        self.units_left -= 1
+
+    def meta(self) -> dict:
+        """All the record says except the file's own size and hash."""
+        failures = [
+            {"global_idx": self.start + row, "shard_idx": self.shard_idx, "reason": reason}
+            for row, reason in sorted(self.failures)
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "shard_path": self.path.name,
+            "shard_idx": self.shard_idx,
+            "global_start": self.start,
+            "num_samples": self.num_rows,
+            "num_failed": len(failures),
+            "failures": failures,
+            "source_num_samples": self.plan.source_num_samples,
+            "identity": self.plan.identity,
+            "fingerprint": self.plan.fingerprint,
+            "dtype": self.plan.dtype,
+            "image_shape": list(self.plan.image_shape),
+            "payload_offset": PAYLOAD_OFFSET,
+            "row_checksums": encode_checksums(self.checksums),
+            "libraries": library_versions(),
+        }
+
+    def publish(self) -> None:
+        """Complete the file, make it durable, give it its name, then write its record."""
+        meta = self.meta()
+        valid = np.ones(self.num_rows, dtype=bool)
+        valid[[row for row, _ in self.failures]] = False
+        shape = (self.num_rows, *self.plan.image_shape)
+        text = json.dumps(meta, sort_keys=True)
+        size, digest = finish_shard(self.fd, self.plan.dtype, shape, valid, self.labels, text)
+        os.fsync(self.fd)
+        record = meta | {"bytes": size, "hash": digest}
+        if not publish_no_clobber(self.temporary, self.path):
+            record = self._settle_with_other_file(record)
+        write_atomic(record_path(self.path), record_text(record))
+        self.close()
+
+    def _settle_with_other_file(self, record: dict) -> dict:
+        """Another file has the name: keep it when it is a whole shard of at least our rows, else put ours in its place.
+
+        Raises:
+            UserError: it is a whole shard of another configuration, made since this job began.
+        """
+        try:
+            other = record_of_shard(self.path)
+        except FutureFormatError:
+            raise
+        except (UserError, FileNotFoundError):
+            other = None
+        if other is not None and other["fingerprint"] == record["fingerprint"]:
+            if other["num_samples"] >= self.num_rows:
+                return other
+        elif other is not None and not self.is_repair:
+            raise UserError(
+                f"{self.path} was made by another job with another configuration just now; one has to stop."
+            )
+        os.replace(self.temporary, self.path)
+        fsync_dir(self.path.parent)
+        return record
+
+    def close(self) -> None:
+        """Let go of the file; a temporary file that was not published is removed."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            try:
+                os.close(fd)
+            finally:
+                self.temporary.unlink(missing_ok=True)
+
+
+def is_published(plan: CachePlan, shard_idx: int) -> bool:
+    """Whether a whole shard with its record stands under the name by now.
+
+    Raises:
+        UserError: one of another configuration does.
+    """
+    path = plan.shard_path(shard_idx)
+    start, stop = plan.rows_of(shard_idx)
+    try:
+        record = read_record(record_path(path))
+        size = path.lstat().st_size
+    except FutureFormatError:
+        raise
+    except (OSError, UserError):
+        return False
+    if record["fingerprint"] != plan.fingerprint:
+        raise _mixed(path)
+    return record["num_samples"] >= stop - start and size == record["bytes"]
+
+
+def _mixed(path: Path) -> UserError:
+    return UserError(f"{path} was made by another job with another configuration just now; one of the two has to stop.")
+
+
+def is_being_made(plan: CachePlan, shard_idx: int) -> bool:
+    """Whether another living process is seen at work on a shard; where locks are not seen, nobody is."""
+    prefix = f".{plan.shard_path(shard_idx).name}.tmp-"
+    for entry in os.scandir(plan.directory):
+        if entry.name.startswith(prefix):
+            try:
+                if is_locked(Path(entry.path)):
+                    return True
+            except FileNotFoundError:
+                continue
+    return False
+
+
+def adopt_shard(plan: CachePlan, shard_idx: int) -> str | None:
+    """Hash a doubtful shard and write its record when it is whole; otherwise drop the record and say why."""
+    path = plan.shard_path(shard_idx)
+    start, stop = plan.rows_of(shard_idx)
+    try:
+        record = record_of_shard(path)
+        if record["identity"] != plan.identity:
+            raise UserError(f"{path}: is of another configuration.")
+        if record["num_samples"] < stop - start:
+            raise UserError(f"{path}: holds the first {record['num_samples']} of {stop - start} rows.")
+    except (PermissionError, FutureFormatError):
+        raise
+    except (UserError, OSError) as error:
+        record_path(path).unlink(missing_ok=True)
+        return f"{error} It is made again."
+    write_atomic(record_path(path), record_text(record))
+    return None
+
+
+def remove_leftovers(directory: Path, *, all_done: bool) -> None:
+    """Remove temporary files of writers that are gone; of any writer once nothing is left to make.
+
+    A living writer whose file is taken away all the same (all is done, or its lock could not be seen from this node)
+    finds its shard published by another, or makes it again.
+    """
+    # a lock taken on another node of a network file system may be invisible here
+    sees_all_locks = not is_network_file_system(directory)
+    for entry in os.scandir(directory):
+        if not _TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+            continue
+        path = Path(entry.path)
+        try:
+            locked = is_locked(path)
+            is_dead = locked is False and sees_all_locks
+            is_old = locked is not True and time.time() - path.lstat().st_mtime > _FOREIGN_TEMPORARY_S
+            if is_dead or is_old or all_done:
+                path.unlink()
+        except (FileNotFoundError, PermissionError):
+            continue

@@ -1,0 +1,88 @@
+"""Small caches for tests, made by the real writer from images that can be told apart."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distillery.plan import CachePlan, survey_cache
+from distillery.preprocess import PreprocessSpec
+from distillery.process import StopFlag
+from distillery.writer import make_cache
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Images:
+    """A source of PNG images; image i is noise of seed i. Those in `bad` cannot be decoded."""
+
+    def __init__(self, num_rows: int, size: int = 8, bad: tuple[int, ...] = (), labels: bool = False) -> None:
+        self.num_rows, self.size, self.bad, self.has_labels = num_rows, size, bad, labels
+        self.identity = {"kind": "test", "num_rows": num_rows}
+        self.reads: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def pixels(self, i: int) -> np.ndarray:
+        return np.random.default_rng(i).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+
+    def encoded(self, i: int) -> bytes:
+        if i in self.bad:
+            return b"no image"
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels(i)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def read(self, start: int, stop: int) -> list[bytes]:
+        self.reads.append((start, stop))
+        return [self.encoded(i) for i in range(start, stop)]
+
+    def labels(self, start: int, stop: int) -> np.ndarray | None:
+        return np.arange(start, stop) % 7 if self.has_labels else None
+
+    def describe(self) -> str:
+        return "test images"
+
+
+def make_test_cache(
+    directory: Path,
+    num_rows: int = 40,
+    *,
+    shard_size: int = 8,
+    dtype: str = "float32",
+    size: int = 8,
+    bad: tuple[int, ...] = (),
+    labels: bool = False,
+    shards: list[int] | None = None,
+) -> Images:
+    """Stage 1 of `num_rows` images; with `shards` only of these, so that the cache has gaps. Returns the source."""
+    source = Images(num_rows, size, bad, labels)
+    spec = PreprocessSpec(size, "squash", "bicubic", MEAN, STD)
+    plan = CachePlan(directory, spec, dtype, shard_size, num_rows, num_rows, source.identity, labels)
+    wanted = list(range(plan.num_shards)) if shards is None else shards
+    survey = survey_cache(plan, wanted)
+    with StopFlag() as stop:
+        make_cache(plan, source, shards=wanted, survey=survey, batch_size=shard_size, num_workers=1, stop=stop)
+    return source
+
+
+def stored_images(directory: Path) -> dict[int, torch.Tensor]:
+    """global_idx -> image as stored, of every valid row, by plain torch.load."""
+    import json
+
+    images = {}
+    for row in json.loads((directory / "index.json").read_text())["shards"]:
+        shard = torch.load(directory / row["shard_path"], weights_only=True)
+        for local, (image, valid) in enumerate(zip(shard["images"], shard["valid"], strict=True)):
+            if valid:
+                images[row["global_start"] + local] = image
+    return images
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [3, H, W] -> float32, by the definition, in float64."""
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+    return ((pixels.double() / 255 - mean) / std).float()

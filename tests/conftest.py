@@ -1,0 +1,25 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def pytest_configure(config):
+    import torch
+
+    torch.set_num_threads(1)  # test tensors are tiny: threads cost more than they bring, and change no result
+
+
+@pytest.fixture(scope="session")
+def png_images() -> list[bytes]:
+    """96 encoded colour images of 40 x 40 px, each with a pattern of its own."""
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(96):
+        pixels = rng.integers(0, 64, (40, 40, 3), dtype=np.uint8)
+        pixels[number % 8 * 5 : number % 8 * 5 + 5] += np.uint8(100 + number)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return images

@@ -1,0 +1,48 @@
+"""The calls by which stage 1 changes a disk, counted, so that something can happen at the n-th."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# what is called, and whether that one call is of interest
+CHANGES: dict[str, Callable[..., bool]] = {
+    "open": lambda path, flags, *_rest, **_options: bool(flags & os.O_CREAT),
+    "write": lambda *_args: True,
+    "pwrite": lambda *_args: True,
+    "ftruncate": lambda *_args: True,
+    "fsync": lambda *_args: True,
+    "link": lambda *_args, **_options: True,
+    "rename": lambda *_args, **_options: True,
+    "replace": lambda *_args, **_options: True,
+    "unlink": lambda *_args, **_options: True,
+    "mkdir": lambda *_args, **_options: True,
+}
+
+
+@contextmanager
+def watched(around: Callable, names: tuple[str, ...] = tuple(CHANGES)) -> Iterator[None]:
+    """Within, every such call goes through around(n, name, call, *args); n counts from 1, over all threads.
+
+    `call` does the call with the arguments given to it. Threads take turns.
+    """
+    original = {name: getattr(os, name) for name in names}
+    lock, count = threading.RLock(), [0]
+
+    def wrap(name: str) -> Callable:
+        def call(*args, **options):
+            if not CHANGES[name](*args, **options):
+                return original[name](*args, **options)
+            with lock:
+                count[0] += 1
+                return around(count[0], name, lambda *given: original[name](*given, **options), *args)
+
+        return call
+
+    for name in names:
+        setattr(os, name, wrap(name))
+    try:
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(os, name, function)

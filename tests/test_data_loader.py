@@ -1,0 +1,621 @@
+import gc
+import itertools
+import json
+import os
+import pickle
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from caches import Images, make_test_cache, normalised, stored_images
+from torch.utils.data import DataLoader
+
+import data_loader
+from data_loader import (
+    CachedTensorDataset,
+    DevicePrefetcher,
+    PretrainDataset,
+    RandomShardSubsetCachedDataset,
+    build_pretraining_dataloader,
+    load_labelled,
+)
+from distillery import distributed
+from distillery.process import MissingFileError, RunError, UserError
+
+DTYPES = ["float32", "float16", "bfloat16", "uint8"]
+
+
+def build(directory, batch_size=8, *, data=None, train=None, **options):
+    data_config = {"cache_dir": str(directory), "use_cached": True, **(data or {})}
+    train_config = {"batch_size": batch_size, "max_steps_per_epoch": None, **(train or {})}
+    return build_pretraining_dataloader(data_config, train_config, **{"with_indices": True, **options})
+
+
+def indices_of(loader) -> list[list[int]]:
+    return [global_idx.tolist() for _, global_idx in loader]
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    def become(rank, world):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(distributed, "decided_by_main", lambda decide: decide())
+
+    return become
+
+
+# ---- the images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shuffle", ["block", "none"])
+def test_batches_equal_plain_torch_load_reading(tmp_path, dtype, shuffle):
+    make_test_cache(tmp_path, 40, dtype=dtype, bad=(5, 17, 39))
+    stored = stored_images(tmp_path)
+    seen = []
+    for images, global_idx in build(tmp_path, 7, data={"shuffle": shuffle}, raw=True):
+        assert images.dtype == getattr(torch, dtype)
+        assert torch.equal(images, torch.stack([stored[i] for i in global_idx.tolist()]))
+        seen += global_idx.tolist()
+    assert len(seen) == len(set(seen)) == 35
+    for images, global_idx in build(tmp_path, 7, data={"shuffle": shuffle}):
+        expected = torch.stack([stored[i] for i in global_idx.tolist()])
+        assert images.dtype == torch.float32
+        assert torch.equal(images, normalised(expected) if dtype == "uint8" else expected.float())
+
+
+def test_without_indices_a_batch_is_the_images_alone(tmp_path):
+    make_test_cache(tmp_path, 16)
+    batches = list(build(tmp_path, 8, with_indices=False))
+    assert [tuple(batch.shape) for batch in batches] == [(8, 3, 8, 8)] * 2
+
+
+def test_an_epoch_without_its_last_short_batch_differs_from_epoch_to_epoch(tmp_path):
+    make_test_cache(tmp_path, 44)
+    loader, left_out = build(tmp_path, 16), set()
+    for epoch in range(12):
+        loader.set_epoch(epoch)
+        batches = indices_of(loader)
+        assert len(batches) == len(loader) == 2
+        left_out.add(tuple(sorted(set(range(44)) - set(itertools.chain(*batches)))))
+    assert len(left_out) > 6
+
+
+def test_map_style_rows_are_the_valid_ones_in_order(tmp_path):
+    source = make_test_cache(tmp_path, 20, bad=(0, 9), dtype="uint8")
+    dataset = CachedTensorDataset(tmp_path)
+    valid = [i for i in range(20) if i not in (0, 9)]
+    assert len(dataset) == 18
+    for row, i in enumerate(valid):
+        assert torch.equal(dataset[row], normalised(torch.from_numpy(source.pixels(i)).permute(2, 0, 1)))
+    assert torch.equal(dataset[-1], dataset[17])
+    with pytest.raises(IndexError, match="row 18 of a data set of 18 rows"):
+        dataset[18]
+
+
+def test_limits_take_the_first_shards_and_the_first_valid_rows(tmp_path):
+    make_test_cache(tmp_path, 40, bad=(2,))
+    assert len(CachedTensorDataset(tmp_path, max_shards=2)) == 15
+    assert len(CachedTensorDataset(tmp_path, max_samples=10)) == 10
+    assert torch.equal(CachedTensorDataset(tmp_path, max_samples=10)[9], CachedTensorDataset(tmp_path)[9])
+    loader = build(tmp_path, 5, data={"max_samples": 11, "max_shards": 4})
+    assert set(itertools.chain(*indices_of(loader))) <= set(range(12)) - {2}
+    assert loader.valid_rows_per_shard == [7, 4, 0, 0]
+
+
+def test_a_transform_is_applied_to_every_image(tmp_path):
+    make_test_cache(tmp_path, 8)
+    doubled = CachedTensorDataset(tmp_path, transform=lambda image: image * 2)
+    assert torch.equal(doubled[3], CachedTensorDataset(tmp_path)[3] * 2)
+
+
+def test_gaps_of_a_partial_cache_are_no_rows(tmp_path, capsys):
+    make_test_cache(tmp_path, 40, shards=[1, 3, 4])
+    loader = build(tmp_path, 4)
+    assert sorted(itertools.chain(*indices_of(loader))) == [*range(8, 16), *range(24, 40)]
+    assert "it is incomplete, training uses what is there: 24 of 40 rows" in capsys.readouterr().out
+
+
+def test_the_predecessors_cache_is_read_as_it_is(tmp_path, capsys):
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.save({"images": images}, tmp_path / "images_shard_00000.pt")
+    shard = {"shard_path": "images_shard_00000.pt", "num_samples": 6, "global_start": 0}
+    (tmp_path / "index.json").write_text(json.dumps({"num_samples": 50_000, "shards": [shard]}))
+    assert torch.equal(torch.stack([*CachedTensorDataset(tmp_path)]), images)
+    for batch, global_idx in build(tmp_path, 3):
+        assert torch.equal(batch, images[global_idx])
+    assert "carry no checksums" in capsys.readouterr().out
+
+
+def test_labelled_batches_hold_every_valid_row_in_order(tmp_path):
+    source = make_test_cache(tmp_path, 19, bad=(4,), labels=True)
+    images, labels = zip(*load_labelled(tmp_path, 8), strict=True)
+    assert [len(batch) for batch in images] == [8, 8, 2]
+    assert torch.cat(labels).tolist() == [i % 7 for i in range(19) if i != 4]
+    assert torch.equal(images[2][-1], normalised(torch.from_numpy(source.pixels(18)).permute(2, 0, 1)))
+    make_test_cache(tmp_path / "unlabelled", 8)
+    with pytest.raises(UserError, match="holds no labels. Name the label_column"):
+        load_labelled(tmp_path / "unlabelled", 8)
+
+
+# ---- the order ---------------------------------------------------------------------------------------------------
+
+
+def test_threads_and_batches_ahead_change_nothing(tmp_path):
+    make_test_cache(tmp_path, 60, bad=(7,))
+    orders = []
+    for num_workers, prefetch in itertools.product([None, 0, 1, 2, 4], [1, 4]):
+        loader = build(tmp_path, 8, data={"num_workers": num_workers, "prefetch_batches": prefetch})
+        loader.set_epoch(3)
+        orders.append(indices_of(loader))
+    assert all(order == orders[0] for order in orders)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_ranks_share_the_global_batches_of_one_process(tmp_path, as_rank, world):
+    make_test_cache(tmp_path, 60)
+    alone = build(tmp_path, 24, data={"shards_per_epoch": 6})
+    shares = []
+    for rank in range(world):
+        as_rank(rank, world)
+        shares.append(indices_of(build(tmp_path, 24 // world, data={"shards_per_epoch": 6})))
+    assert indices_of(alone) == [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)]
+
+
+def test_epochs_differ_and_repeat_exactly(tmp_path):
+    make_test_cache(tmp_path, 40)
+    loader, orders = build(tmp_path), {}
+    for epoch in [0, 1, 2, 1, 0]:
+        loader.set_epoch(epoch)
+        order = indices_of(loader)
+        assert orders.setdefault(epoch, order) == order
+    assert len({str(order) for order in orders.values()}) == 3
+
+
+@pytest.mark.parametrize("mode, distinct", [("cycle", 5), ("independent", None), ("fixed", 2)])
+def test_each_epoch_reads_its_own_shards(tmp_path, mode, distinct):
+    make_test_cache(tmp_path, 40)
+    loader = build(tmp_path, 8, data={"shards_per_epoch": 2, "shard_subset_mode": mode, "shuffle": "none"})
+    seen = set()
+    for epoch in range(3):  # ceil(5 shards / 2)
+        loader.set_epoch(epoch)
+        order = indices_of(loader)
+        shards = [batch[0] // 8 for batch in order]
+        assert len(set(shards)) == 2
+        assert order == [list(range(8 * shard, 8 * shard + 8)) for shard in shards]
+        assert sorted(loader.dataset.shards.tolist()) == sorted(shards)
+        seen |= set(shards)
+    assert distinct is None or len(seen) == distinct
+
+
+def test_a_capped_cycle_covers_the_data(tmp_path):
+    make_test_cache(tmp_path, 80)
+    data = {"shards_per_epoch": 5, "shard_subset_mode": "cycle"}
+    loader = build(tmp_path, 8, data=data, train={"max_steps_per_epoch": 2})
+    seen = Counter()
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        assert len(loader) == 2
+        assert len(loader.dataset) == 16
+        seen.update(itertools.chain(*indices_of(loader)))
+    assert seen == dict.fromkeys(range(80), 1)
+
+
+def test_accumulation_counts_steps_not_batches(tmp_path):
+    make_test_cache(tmp_path, 40)
+    assert len(build(tmp_path, 4, train={"max_steps_per_epoch": 3, "grad_accumulation_steps": 2})) == 6
+    assert len(build(tmp_path, 8, train={"grad_accumulation_steps": 2})) == 4
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap, position", [*itertools.product([None], range(6)), *itertools.product([3], range(4))])
+def test_resuming_anywhere_gives_the_rest_of_the_epoch(tmp_path, position, cap):
+    make_test_cache(tmp_path, 48)
+    train, data = {"max_steps_per_epoch": cap}, {"shards_per_epoch": 5}
+    straight = build(tmp_path, train=train, data=data)
+    straight.set_epoch(4)
+    whole, states = [], [straight.state_dict()]
+    for _, global_idx in straight:
+        whole.append(global_idx.tolist())
+        states.append(straight.state_dict())
+    assert states[position] == {"epoch": 4, "samples": 8 * position}
+    resumed = build(tmp_path, train=train, data=data)
+    resumed.load_state_dict(states[position])
+    resumed.set_epoch(4)  # as every epoch loop does; the position stays
+    assert indices_of(resumed) == whole[position:]
+    assert indices_of(resumed) == whole
+
+
+def test_resuming_with_other_processes_and_batch_sizes(tmp_path, as_rank):
+    make_test_cache(tmp_path, 64)
+    whole = list(itertools.chain(*indices_of(build(tmp_path, 8))))
+    shares = []
+    for rank in range(2):
+        as_rank(rank, 2)
+        loader = build(tmp_path, 8)
+        loader.load_state_dict({"epoch": 0, "samples": 32})
+        shares.append(indices_of(loader))
+    assert list(itertools.chain(*(a + b for a, b in zip(*shares, strict=True)))) == whole[32:]
+    with pytest.raises(UserError, match=r"24 samples is not a multiple of 16 \(batch_size 8 x 2 processes\)"):
+        loader.load_state_dict({"epoch": 0, "samples": 24})
+
+
+def test_resuming_reads_nothing_of_what_was_skipped(tmp_path):
+    make_test_cache(tmp_path, 80)
+    order = build(tmp_path, data={"shuffle": "none"})
+    shards = [batch[0] // 8 for batch in indices_of(order)]
+    for shard in shards[:8]:
+        (tmp_path / f"images_shard_{shard:05d}.pt").unlink()
+    resumed = build(tmp_path, data={"shuffle": "none"})
+    resumed.load_state_dict({"epoch": 0, "samples": 64})
+    assert [batch[0] // 8 for batch in indices_of(resumed)] == shards[8:]
+
+
+def test_another_epoch_forgets_a_position(tmp_path):
+    make_test_cache(tmp_path, 40)
+    loader = build(tmp_path)
+    loader.load_state_dict({"epoch": 0, "samples": 16})
+    loader.set_epoch(1)
+    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+    assert len(indices_of(loader)) == 5
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_batches_stay_as_they_are_while_anyone_holds_them_or_a_view(tmp_path):
+    make_test_cache(tmp_path, 64)
+    stored = stored_images(tmp_path)
+    loader, held = build(tmp_path, 4), []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for number, (images, global_idx) in enumerate(loader):
+            kept = [images, images[1:3], images.numpy()[2:], images.flatten()[: 3 * 8 * 8].view(3, 8, 8)][number % 4]
+            held.append((kept, global_idx[[slice(None), slice(1, 3), slice(2, None), 0][number % 4]]))
+        del images
+        gc.collect()
+    for kept, global_idx in held:
+        wanted = [stored[i] for i in np.atleast_1d(global_idx.numpy()).tolist()]
+        assert torch.equal(torch.as_tensor(kept).reshape(-1, 3, 8, 8), torch.stack(wanted))
+
+
+def test_dropped_batches_are_used_again(tmp_path):
+    make_test_cache(tmp_path, 64)
+    loader = build(tmp_path, 4, data={"prefetch_batches": 2})
+    for epoch in range(10):
+        loader.set_epoch(epoch)
+        for _ in loader:
+            pass
+    assert loader._memory.num_allocated <= 6
+
+
+def test_descriptors_threads_and_memory_are_flat_over_epochs(tmp_path):
+    make_test_cache(tmp_path, 200, shard_size=4, size=32)
+    loader = build(tmp_path, 8)
+
+    def resident_bytes() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def state():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    for epoch in range(30):
+        loader.set_epoch(epoch)
+        for _ in loader:
+            pass
+        if epoch == 5:
+            before, memory = state(), resident_bytes()
+    assert state() == before
+    assert resident_bytes() < 1.05 * memory
+
+
+def test_leaving_an_epoch_early_ends_its_threads(tmp_path):
+    make_test_cache(tmp_path, 64)
+    before = threading.active_count()
+    loader = build(tmp_path, 4)
+    for _ in range(5):
+        for _ in loader:
+            break
+        gc.collect()
+    assert threading.active_count() == before
+
+
+# ---- things go wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_ends_the_epoch_with_the_row(tmp_path):
+    make_test_cache(tmp_path, 64)
+    path = tmp_path / "images_shard_00003.pt"
+    with path.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(UserError, match=r"images_shard_00003\.pt: row 1 \(global_idx 25"):
+        indices_of(build(tmp_path, 4))
+
+
+@pytest.mark.parametrize("damage", ["removed", "truncated"])
+def test_a_shard_lost_during_training_is_an_error_within_seconds(tmp_path, damage):
+    make_test_cache(tmp_path, 200, shard_size=4)
+    loader, path = build(tmp_path, 4, data={"prefetch_batches": 1}), tmp_path / "images_shard_00011.pt"
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"images_shard_00011\.pt"):
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            for number, _ in enumerate(loader):
+                if epoch == 1 and number == 3:
+                    path.unlink() if damage == "removed" else os.truncate(path, 900)
+    assert time.monotonic() - began < 20
+
+
+def test_a_read_that_never_returns_is_an_error_with_the_file(tmp_path, monkeypatch):
+    make_test_cache(tmp_path, 40)
+    preadv, release = os.preadv, threading.Event()
+
+    def stuck(fd, buffers, offset, *flags):
+        if len(buffers[0]) > 1 and "00002" in os.readlink(f"/proc/self/fd/{fd}"):
+            release.wait(30)
+        return preadv(fd, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", stuck)
+    loader = build(tmp_path, 8, data={"num_workers": 1})
+    loader.stall_s = 0.3
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"images_shard_00002\.pt: a read has not come back for"):
+        indices_of(loader)
+    release.set()
+    assert time.monotonic() - began < 10
+
+
+def test_time_spent_waiting_is_measured(tmp_path, monkeypatch):
+    make_test_cache(tmp_path, 16)
+    preadv = os.preadv
+
+    def slow(fd, buffers, offset, *flags):
+        time.sleep(0.05 if len(buffers[0]) > 1 else 0)
+        return preadv(fd, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    loader = build(tmp_path, 8, data={"num_workers": 1})
+    prefetcher = DevicePrefetcher(loader, "cpu")
+    for _ in prefetcher:
+        pass
+    assert loader.wait_seconds > 0.05
+    assert prefetcher.wait_seconds > 0.05
+
+
+def test_a_read_only_cache_is_enough_and_nothing_is_written(tmp_path):
+    make_test_cache(tmp_path, 40, labels=True)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    # root may write all the same: then the comparison at the end is the test
+    for path in (*tmp_path.iterdir(), tmp_path):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        indices_of(build(tmp_path, 8))
+        list(load_labelled(tmp_path, 8))
+    finally:
+        tmp_path.chmod(0o755)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+# ---- what the configuration asks for -----------------------------------------------------------------------------
+
+
+def test_a_missing_cache_is_an_error_with_the_command(tmp_path):
+    with pytest.raises(MissingFileError, match=r"index\.json\. Run: python precompute_cache\.py --data_config"):
+        build(tmp_path / "nowhere")
+
+
+def test_a_cache_of_another_configuration_is_refused_field_by_field(tmp_path):
+    make_test_cache(tmp_path, 16)
+    other = {"image_size": 32, "cache_dtype": "uint8", "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, data=other)
+    text = str(caught.value)
+    assert "image_size: 8 in the cache, 32 in data_config" in text
+    assert "cache_dtype: 'float32' in the cache" in text or "cache_dtype: float32 in the cache, uint8" in text
+    assert "mean: [0.485" in text
+    assert "interpolation" not in text
+    same = {"image_size": 8, "cache_dtype": "float32", "cache_shard_size": 8, "resize_mode": "squash"}
+    assert len(build(tmp_path, data=same)) == 2
+
+
+def test_a_batch_larger_than_the_epoch_is_an_error_with_the_figures(tmp_path):
+    make_test_cache(tmp_path, 16)
+    with pytest.raises(UserError, match=r"a step takes 32 images .* an epoch holds at most 8 \(1 of 2 shards\)"):
+        build(tmp_path, 32, data={"shards_per_epoch": 1})
+
+
+def test_a_frozen_list_of_shards_is_kept_to(tmp_path):
+    make_test_cache(tmp_path, 40)
+    names = ["images_shard_00001.pt", "images_shard_00004.pt"]
+    loader = build(tmp_path, 4, shards=names)
+    assert loader.shard_names == names
+    assert sorted(itertools.chain(*indices_of(loader))) == [*range(8, 16), *range(32, 40)]
+    with pytest.raises(MissingFileError, match=r"1 of the 2 shards .* the first is images_shard_00009\.pt"):
+        build(tmp_path, 4, shards=["images_shard_00001.pt", "images_shard_00009.pt"])
+
+
+def test_a_network_file_system_is_noticed(tmp_path, monkeypatch, capsys):
+    make_test_cache(tmp_path, 16)
+    monkeypatch.setattr(data_loader, "is_network_file_system", lambda path: True)
+    monkeypatch.setattr(data_loader, "file_system_of", lambda path: "lustre")
+    build(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("reading the cache") == 1
+    assert "it lies on a network file system (lustre): copy it to a local disk first" in out
+
+
+# ---- raw images --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw_source(monkeypatch):
+    def use(source: Images) -> Images:
+        monkeypatch.setattr(data_loader, "open_source", lambda **_: source)
+        return source
+
+    return use
+
+
+RAW = {"dataset_name": "test", "use_cached": False, "image_size": 8, "cache_shard_size": 8, "num_workers": 2}
+
+
+def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_source):
+    make_test_cache(tmp_path, 40)
+    raw_source(Images(40))
+    data = RAW | {"shards_per_epoch": 4, "shuffle": "none"}
+    raw = build(tmp_path, 8, data=data)
+    cached = build(tmp_path, 8, data=data | {"use_cached": True})
+    for epoch in range(3):
+        raw.set_epoch(epoch)
+        cached.set_epoch(epoch)
+        for (a, i), (b, j) in zip(raw, cached, strict=True):
+            assert torch.equal(i, j)
+            assert torch.equal(a, b)
+
+
+def test_raw_pixels_are_uint8_and_said_to_be_unnormalised(tmp_path, raw_source):
+    source = raw_source(Images(16))
+    loader = build(tmp_path, 4, data=RAW, raw=True)
+    assert not loader.normalized
+    for images, global_idx in loader:
+        for image, i in zip(images, global_idx.tolist(), strict=True):
+            assert torch.equal(image, torch.from_numpy(source.pixels(i)).permute(2, 0, 1))
+
+
+def test_undecodable_raw_images_are_replaced_counted_and_shift_nothing(tmp_path, raw_source, capsys):
+    source = raw_source(Images(32, bad=(3, 4, 31)))
+    whole = indices_of(build(tmp_path, 8, data=RAW | {"num_workers": 1}))
+    raw_source(Images(32))
+    good = indices_of(build(tmp_path, 8, data=RAW))
+    stand_in = {3: 5, 4: 5, 31: 0}
+    assert whole == [[stand_in.get(i, i) for i in batch] for batch in good]
+    assert "image 3 cannot be decoded" in capsys.readouterr().err
+    raw_source(source)
+    dataset = PretrainDataset(RAW | {"cache_dir": str(tmp_path)})
+    assert len(dataset) == 32
+    assert torch.equal(dataset[3], dataset[5])
+    assert torch.equal(dataset[6], normalised(torch.from_numpy(source.pixels(6)).permute(2, 0, 1)))
+
+
+def test_too_many_undecodable_raw_images_are_an_error(tmp_path, raw_source):
+    raw_source(Images(40, bad=tuple(range(0, 30))))
+    with pytest.raises(UserError, match=r"11 of 40 images of test images cannot be decoded, more than"):
+        indices_of(build(tmp_path, 8, data=RAW))
+
+
+def test_a_failing_source_ends_the_epoch(tmp_path, raw_source):
+    source = raw_source(Images(40))
+
+    def broken(start, stop):
+        raise OSError(5, "Input/output error")
+
+    source.read = broken
+    with pytest.raises(OSError, match="Input/output error"):
+        indices_of(build(tmp_path, 8, data=RAW))
+
+
+def test_null_takes_the_cache_when_there_is_one_and_says_so(tmp_path, raw_source, capsys):
+    raw_source(Images(40))
+    data = RAW | {"use_cached": None}
+    assert build(tmp_path / "c", data=data).shard_names is None
+    assert "decoding raw images, 2 at a time, from test images: 40 images" in capsys.readouterr().out
+    make_test_cache(tmp_path / "c", 40)
+    assert len(build(tmp_path / "c", data=data).shard_names) == 5
+    assert "reading the cache" in capsys.readouterr().out
+
+
+# ---- under torch's own DataLoader --------------------------------------------------------------------------------
+
+
+class WithEpoch:
+    """The subset's rows as (epoch its worker sees, sum of the image)."""
+
+    def __init__(self, subset):
+        self.subset = subset
+
+    def __len__(self):
+        return len(self.subset)
+
+    def __getitem__(self, i):
+        return self.subset.epoch, self.subset[i].double().sum()
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_persistent_workers_see_set_epoch(tmp_path, start_method):
+    make_test_cache(tmp_path, 40)
+    subset = RandomShardSubsetCachedDataset(CachedTensorDataset(tmp_path), 2, seed=1)
+    sums = {image.double().sum().item(): i // 8 for i, image in stored_images(tmp_path).items()}
+    loader = DataLoader(
+        WithEpoch(subset), 4, num_workers=1, persistent_workers=True, multiprocessing_context=start_method
+    )
+    seen = set()
+    for epoch in range(3):
+        subset.set_epoch(epoch)
+        epochs, shards = set(), set()
+        for epoch_seen, images in loader:
+            epochs |= set(epoch_seen.tolist())
+            shards |= {sums[value] for value in images.tolist()}
+        assert epochs == {epoch}
+        assert shards == set(subset.shards.tolist())
+        seen |= shards
+    assert seen == set(range(5))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_sets_work_under_an_ordinary_loader(tmp_path, num_workers):
+    make_test_cache(tmp_path, 40, dtype="uint8", bad=(1,))
+    dataset = CachedTensorDataset(tmp_path)
+    len(dataset[3])  # files are open before the fork
+    loader = DataLoader(dataset, 13, num_workers=num_workers, multiprocessing_context="fork" if num_workers else None)
+    assert torch.equal(torch.cat(list(loader)), torch.stack([dataset[i] for i in range(39)]))
+
+
+def test_data_sets_can_be_pickled(tmp_path):
+    make_test_cache(tmp_path, 16)
+    subset = RandomShardSubsetCachedDataset(CachedTensorDataset(tmp_path), 1)
+    subset.set_epoch(1)
+    copy = pickle.loads(pickle.dumps(subset))
+    assert torch.equal(torch.stack([*copy]), torch.stack([*subset]))
+
+
+# ---- to the device -----------------------------------------------------------------------------------------------
+
+
+def test_the_prefetcher_hands_out_the_loaders_batches_and_their_positions(tmp_path):
+    make_test_cache(tmp_path, 40)
+    loader = build(tmp_path)
+    expected = indices_of(loader)
+    prefetcher = DevicePrefetcher(loader, torch.device("cpu"))
+    assert len(prefetcher) == 5
+    for number, (images, global_idx) in enumerate(prefetcher, start=1):
+        assert images.shape == (8, 3, 8, 8)
+        assert global_idx.tolist() == expected[number - 1]
+        assert prefetcher.state_dict() == {"epoch": 0, "samples": 8 * number}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_arrive_on_the_device_as_they_were(tmp_path):
+    make_test_cache(tmp_path, 64, size=32)
+    torch.zeros(1, device="cuda")
+    stored = stored_images(tmp_path)
+    loader = build(tmp_path, 4)
+    prefetcher = DevicePrefetcher(loader, "cuda")
+    held = []
+    for number, (images, global_idx) in enumerate(prefetcher, start=1):
+        assert prefetcher.state_dict()["samples"] == 4 * number
+        held.append((images * 1, global_idx))
+    assert loader._memory.pinned
+    for images, global_idx in held:
+        assert torch.equal(images.cpu(), torch.stack([stored[i] for i in global_idx.cpu().tolist()]))

@@ -1,0 +1,247 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from caches import make_test_cache
+
+from distillery import build, evaluate
+from distillery.checkpoint import save_checkpoint
+from distillery.config import Configs, dump_configs, load_configs
+from distillery.evaluate import (
+    compare_with_teacher,
+    evaluate_features,
+    evaluate_on_folders,
+    evaluate_run,
+    extract_features,
+    find_checkpoints,
+    load_candidates,
+)
+from distillery.evaluate_table import format_table
+from distillery.losses import Features
+from distillery.process import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batches(rows=10, size=4, batch_size=4):
+    images = torch.randn(rows, 3, size, size, generator=generator())
+    labels = torch.arange(rows) % 3
+    return [(images[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, rows, batch_size)], images
+
+
+def make_run(folder: Path, *, ema=False, losses=None, weights=None) -> Configs:
+    """A run folder with one checkpoint, its evaluation set, and a teacher of the student's own architecture."""
+    import timm
+
+    torch.manual_seed(7)
+    teacher = timm.create_model("test_resnet", num_classes=0)
+    torch.save(teacher.state_dict(), folder / "teacher.pt")
+    for part, rows in (("train", 30), ("test", 20)):
+        make_test_cache(folder / "cache" / "eval" / "noise" / part, rows, size=32, labels=True)
+    configs = load_configs(
+        {
+            "dataset_name": "imagefolder",
+            "data_dir": "unused",
+            "cache_dir": str(folder / "cache"),
+            "image_size": 32,
+            "eval_datasets": {"noise": {"dataset_name": "imagefolder", "data_dir": "unused"}},
+        },
+        {"checkpoint_dir": str(folder / "run"), "knn_k": 3, "distill_loss_weights": losses or {"cls": 1.0}},
+        {
+            "teacher_name": "test_resnet",
+            "teacher_checkpoint": str(folder / "teacher.pt"),
+            "student_name": "test_resnet",
+        },
+    )
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_configs(configs))
+    frozen, student = build.build_models(configs, torch.device("cpu"))
+    frozen.gather_statistics(torch.randn(3, 8, 3, 32, 32, generator=generator()))
+    state = {
+        "student": teacher.state_dict() if weights is None else weights,
+        "heads": student.heads.state_dict(),
+        "optimizer": {},
+        "ema": student.student.model.state_dict() if ema else None,
+        "rng": {},
+        "progress": {"step": 12, "epoch": 1, "samples": 0},
+        "config": configs.as_dict(),
+        "target_statistics": frozen.statistics_state(),
+    }
+    save_checkpoint(run_dir, state, 12, keep=1)
+    return configs
+
+
+# features
+
+
+def test_features_are_every_row_in_order_as_float32_on_the_cpu():
+    given, images = batches()
+    features, labels = extract_features(lambda x: x.flatten(1).half(), given, "cpu")
+    torch.testing.assert_close(features, images.flatten(1), atol=1e-2, rtol=1e-2)
+    assert features.dtype == torch.float32 and not features.requires_grad
+    assert labels.tolist() == [i % 3 for i in range(10)]
+
+
+def test_of_features_the_pooled_ones_are_taken():
+    given, images = batches()
+    features, _ = extract_features(lambda x: Features(x.mean((2, 3)), x.flatten(2), (4, 4)), given, "cpu")
+    torch.testing.assert_close(features, images.mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_is_evaluated_in_eval_mode_and_left_in_the_mode_it_was_in(training):
+    given, _ = batches()
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.Flatten()).train(training)
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = extract_features(model, given, "cpu")[0]
+    assert torch.equal(first, extract_features(model, given, "cpu")[0])
+    assert model.training is training and model[0].training is training and not model[1].training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_data_set_without_a_valid_row_is_an_error():
+    with pytest.raises(UserError, match="no valid row"):
+        extract_features(lambda x: x, [], "cpu")
+
+
+def test_a_row_has_the_fields_of_metrics_jsonl():
+    x, y = torch.randn(60, 5, generator=generator()), torch.arange(60) % 3
+    row = evaluate_features(x, y, x, y, k=1)
+    assert row["knn_top1"] == 1.0 and row["linear_top1"] is None and row["collapsed"] is False
+    assert set(row) == {"knn_top1", "linear_top1", "feature_std", "effective_rank", "collapsed"}
+    assert 0 < evaluate_features(x, y, x, y, k=1, linear=True)["linear_top1"] <= 1
+    assert all(type(value) in (float, bool, type(None)) for value in row.values())
+
+
+def test_collapsed_features_are_called_so_in_the_row():
+    x = torch.ones(60, 5) + 1e-4 * torch.randn(60, 5, generator=generator())
+    assert evaluate_features(x, torch.arange(60) % 3, x, torch.arange(60) % 3)["collapsed"] is True
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_missing_labels_and_bad_features_are_errors_that_name_the_split(part):
+    x, y = torch.randn(6, 3, generator=generator()), torch.arange(6) % 2
+    no_labels = torch.full((6,), -1)
+    given = {"train": (x, y), "test": (x, y)}
+    with pytest.raises(UserError, match=f"label -1 in the {part} split"):
+        evaluate_features(*{**given, part: (x, no_labels)}["train"], *{**given, part: (x, no_labels)}["test"])
+    bad = x.clone()
+    bad[2, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match=f"1 {part} features not finite"):
+        evaluate_features(*{**given, part: (bad, y)}["train"], *{**given, part: (bad, y)}["test"])
+
+
+def test_one_model_gives_the_features_of_both_splits(tmp_path):
+    for part, rows in (("train", 30), ("test", 20)):
+        make_test_cache(tmp_path / part, rows, size=8, labels=True)
+    seen = []
+
+    def model(images):
+        seen.append(len(images))
+        return images.flatten(1)
+
+    row = evaluate_on_folders(model, tmp_path / "train", tmp_path / "test", k=1)
+    assert seen == [30, 20]
+    # the test images are the first of the train images: the same function must find each of them
+    assert row["knn_top1"] == 1.0
+
+
+def test_the_teacher_agrees_with_itself_completely():
+    x = torch.randn(40, 6, generator=generator())
+    agreement = compare_with_teacher(x, x, 2 * x, x)
+    assert agreement == pytest.approx({"teacher_cosine": 1.0, "cka": 1.0, "neighbour_overlap": 1.0})
+    assert compare_with_teacher(x, x)["teacher_cosine"] is None
+
+
+# a run
+
+
+def test_the_table_has_untrained_student_and_teacher_and_a_perfect_copy_scores_as_its_teacher(tmp_path):
+    configs = make_run(tmp_path, ema=True)
+    checkpoints = find_checkpoints(tmp_path / "run", None)
+    rows = evaluate_run(configs, checkpoints, torch.device("cpu"), linear=True)
+    assert [row["model"] for row in rows] == ["untrained", "student", "student_ema", "teacher"]
+    untrained, student, ema, teacher = rows
+    # the checkpoint holds the teacher's weights, and as averaged weights those of the untrained student
+    for name in ("knn_top1", "linear_top1", "feature_std", "effective_rank"):
+        assert student[name] == pytest.approx(teacher[name])
+        assert ema[name] == pytest.approx(untrained[name])
+    assert student["cka"] == pytest.approx(1) and student["knn_share"] == pytest.approx(1)
+    assert untrained["cka"] < 0.999 and untrained["neighbour_overlap"] < 0.999
+    assert student["step"] == 12 and untrained["step"] is None
+    assert teacher["teacher_cosine"] is None and -1 <= student["teacher_cosine"] <= 1
+    table = format_table(rows)
+    assert table.splitlines()[0] == "noise" and "student_ema @ 12" in table and "COLLAPSED" not in table
+
+
+def test_several_checkpoints_are_each_evaluated_with_their_own_weights(tmp_path):
+    configs = make_run(tmp_path)
+    (path,) = find_checkpoints(tmp_path / "run", None)
+    state = torch.load(path, weights_only=True)
+    torch.manual_seed(3)
+    state["student"] = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in state["student"].items()}
+    state["student"] = {k: v.abs() if "running_var" in k else v for k, v in state["student"].items()}
+    state["progress"]["step"] = 20
+    torch.save(state, tmp_path / "other.pt")
+    rows = evaluate_run(configs, [path, tmp_path / "other.pt", path], torch.device("cpu"), linear=False)
+    first, other, again = (row for row in rows if row["model"] == "student")
+    for row in (first, other, again):
+        row.pop("checkpoint")
+    assert first == again and first["cka"] != other["cka"]
+    assert (first["step"], other["step"]) == (12, 20)
+
+
+def test_without_a_loss_on_pooled_features_there_is_no_cosine(tmp_path):
+    configs = make_run(tmp_path, losses={"patch": 1.0})
+    teacher, _, students = load_candidates(configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu"))
+    assert teacher.aligned is None
+    assert [candidate.aligned for candidate in students] == [None, None]
+
+
+def test_a_collapsed_student_is_pointed_out():
+    row = {"dataset": "d", "model": "student", "step": 5, "checkpoint": None, "knn_top1": 0.1, "knn_share": 0.2}
+    row |= dict.fromkeys(("linear_top1", "teacher_cosine", "cka", "neighbour_overlap"))
+    table = format_table([row | {"effective_rank": 1.01, "feature_std": 0.001, "collapsed": True}])
+    assert "COLLAPSED" in table.splitlines()[-1]
+
+
+def test_a_run_without_evaluation_sets_or_checkpoints_says_what_to_do(tmp_path):
+    configs = make_run(tmp_path)
+    without = Configs(configs.data.model_copy(update={"eval_datasets": {}}), configs.train, configs.model)
+    with pytest.raises(UserError, match="no eval_datasets. Add one"):
+        evaluate_run(without, [], torch.device("cpu"))
+    with pytest.raises(UserError, match="no complete checkpoint. Start distill_trainer.py"):
+        find_checkpoints(tmp_path, None)
+
+
+def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path)
+    out = tmp_path / "results" / "a.json"
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", "--run", str(tmp_path / "run"), "--no_linear", "--device", "cpu", "--json", str(out)]
+    )
+    assert evaluate.main() == 0
+    assert "untrained" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["knn_k"] == 3 and [row["model"] for row in content["rows"]] == ["untrained", "student", "teacher"]
+
+
+def test_help_and_a_missing_run_answer_without_importing_torch(tmp_path):
+    code = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('distillery.evaluate', run_name='__main__')\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    for arguments, status in ((["--help"], 0), (["--run", str(tmp_path / "none")], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{status} False", done.stderr
+    assert "config.yaml" in done.stderr  # the last one: it says which file is missing

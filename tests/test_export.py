@@ -1,0 +1,256 @@
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from distillery import export
+from distillery.checkpoint import save_checkpoint
+from distillery.config import load_configs
+from distillery.export import build_bare_student, compare_onnx, export_student, load_student
+from distillery.metrics import RunLog
+from distillery.models import build_backbone
+from distillery.process import UserError, run_command
+
+HUBCONF = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    num_features = 8
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.fc = nn.Linear(8, 5)
+    def forward_features(self, x):
+        return self.stem(x).relu()
+    def forward(self, x):
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+def small(pretrained=False):
+    return Small()
+"""
+# name: model_config keys; image_size is 48, which the ViT's own 160 px differ from
+STUDENTS = {
+    "cnn": {"student_name": "test_resnet"},
+    "vit": {"student_name": "test_vit"},
+    "vit, other patch": {"student_name": "test_vit", "student_kwargs": {"patch_size": 8}},
+    "vit, mean of patches": {"student_name": "test_vit", "use_cls_token": False},
+    "with classes": {"student_name": "test_vit", "student_kwargs": {"num_classes": 7}},
+    "own normalisation": {
+        "student_name": "test_resnet",
+        "student_mean": (0.1, 0.2, 0.3),
+        "student_std": (0.5, 0.6, 0.7),
+    },
+}
+
+
+def perturb(state):
+    """Other values everywhere, so that a tensor left at its initial value shows."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        k: v + 0.05 * torch.rand(v.shape, generator=generator) if v.is_floating_point() else v + 1
+        for k, v in state.items()
+    }
+
+
+def make_run(run_dir, model, *, ema=False):
+    """A run folder with the checkpoint of a student; returns that student as it was trained."""
+    run_dir.mkdir()
+    configs = load_configs(
+        {"dataset_name": "pets", "cache_dir": str(run_dir / "cache"), "image_size": 48, "mean": [0.4, 0.4, 0.4]},
+        {"checkpoint_dir": str(run_dir)},
+        {"teacher_name": "test_resnet", "teacher_pretrained": False} | model,
+    )
+    data, student = configs.data, configs.model
+    backbone = build_backbone(
+        source=student.student_source, name=student.student_name, repo=student.student_repo, pretrained=False,
+        kwargs=student.student_kwargs, mean=student.student_mean, std=student.student_std, data_mean=data.mean,
+        data_std=data.std, image_size=data.image_size, use_cls_token=student.use_cls_token, drop_path_rate=0.1,
+    ).eval()  # fmt: skip
+    backbone.model.load_state_dict(perturb(backbone.model.state_dict()))
+    state = {
+        "student": backbone.model.state_dict(),
+        "heads": {"pooled.weight": torch.zeros(2, 2)},
+        "optimizer": {"state": {}},
+        "ema": perturb(backbone.model.state_dict()) if ema else None,
+        "rng": {},
+        "progress": {"step": 40, "epoch": 2, "samples": 0},
+        "config": configs.as_dict(),
+    }
+    save_checkpoint(run_dir, state, 40, keep=1)
+    return backbone
+
+
+def as_the_card_says(out_dir):
+    """The features that the usage in the model card gives for images [2, 3, H, W] in 0..1."""
+    config = json.loads((out_dir / "config.json").read_text())
+    card = (out_dir / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("model.safetensors", str(out_dir / "model.safetensors"))
+    pixels = torch.rand(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(config["pretrained_cfg"][name])[:, None, None] for name in ("mean", "std"))
+    names = {"images": (pixels - mean) / std}
+    with torch.no_grad():
+        exec(code, names)
+    return pixels, names["features"]
+
+
+def trained_features(backbone, pixels):
+    """What the student gave in training for the same pixels, normalised as the data set is."""
+    data_mean, data_std = torch.tensor([0.4] * 3)[:, None, None], torch.tensor((0.229, 0.224, 0.225))[:, None, None]
+    with torch.no_grad():
+        return backbone((pixels - data_mean) / data_std).pooled
+
+
+@pytest.mark.parametrize("name", sorted(STUDENTS))
+def test_the_code_on_the_card_gives_the_features_that_were_trained(tmp_path, name):
+    backbone = make_run(tmp_path / "run", STUDENTS[name])
+    written = export_student(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in written] == ["model.safetensors", "config.json", "README.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
+    pixels, features = as_the_card_says(tmp_path / "out")
+    torch.testing.assert_close(features, trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(STUDENTS))
+def test_the_keys_are_exactly_those_of_the_model_without_classifier(tmp_path, name):
+    make_run(tmp_path / "run", STUDENTS[name])
+    export_student(tmp_path / "run", tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    kwargs = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    model = timm.create_model(STUDENTS[name]["student_name"], num_classes=0, **kwargs)
+    loaded = model.load_state_dict(weights, strict=True)
+    assert (loaded.missing_keys, loaded.unexpected_keys) == ([], [])
+    assert not [key for key in weights if key.startswith(("head.", "fc."))]
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_timm_loads_the_folder_as_a_hub_model(tmp_path, name):
+    make_run(tmp_path / "run", STUDENTS[name])
+    export_student(tmp_path / "run", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    data = timm.data.resolve_model_data_config(model)
+    assert list(data["input_size"]) == [3, 48, 48] and data["crop_mode"] == "squash"
+
+
+def test_averaged_weights_are_exported_by_choice(tmp_path):
+    backbone = make_run(tmp_path / "run", STUDENTS["cnn"], ema=True)
+    export_student(tmp_path / "run", tmp_path / "last")
+    export_student(tmp_path / "run", tmp_path / "ema", ema=True)
+    last, ema = (load_file(tmp_path / part / "model.safetensors") for part in ("last", "ema"))
+    own, averaged = backbone.model.state_dict(), perturb(backbone.model.state_dict())
+    assert all(torch.equal(last[key], own[key]) and torch.equal(ema[key], averaged[key]) for key in last)
+    assert json.loads((tmp_path / "ema" / "config.json").read_text())["distillation"]["weights"] == "averaged"
+
+
+def test_a_student_of_another_source_keeps_its_own_keys(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(HUBCONF)
+    model = {"student_name": "small", "student_source": "torch_hub", "student_repo": str(tmp_path / "hub")}
+    backbone = make_run(tmp_path / "run", model)
+    with pytest.raises(UserError, match="comes from torch_hub, which timm cannot build: use --format safetensors"):
+        export_student(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_student(tmp_path / "run", tmp_path / "out", "safetensors")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights.keys() == backbone.model.state_dict().keys()
+    # its own forward gives class scores: the card must name the call that gives the features
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["distillation"]["features"] == "model.forward_features(images).mean((2, 3))"
+
+
+@pytest.mark.parametrize("name", ["vit, mean of patches", "own normalisation"])
+def test_onnx_equals_pytorch_at_any_batch_size(tmp_path, name):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="without onnxruntime there is nothing to compare with")
+    backbone = make_run(tmp_path / "run", STUDENTS[name])
+    written = export_student(tmp_path / "run", tmp_path / "out", "onnx")
+    assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    mean, std = (torch.tensor(config[part])[:, None, None] for part in ("mean", "std"))
+    for batch in (1, 2, 5):
+        pixels = torch.rand(batch, 3, 48, 48, generator=torch.Generator().manual_seed(batch))
+        (features,) = session.run(["features"], {"images": ((pixels - mean) / std).numpy()})
+        torch.testing.assert_close(torch.from_numpy(features), trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
+    # and the check made before the file gets its name can fail
+    student = load_student(tmp_path / "run").backbone
+    student.model.load_state_dict(perturb(student.model.state_dict()))
+    with pytest.raises(RuntimeError, match="the ONNX model differs from PyTorch"):
+        compare_onnx(student, (tmp_path / "out" / "model.onnx").read_bytes(), pixels)
+
+
+def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="needs the package onnx.*Run: pip install onnx onnxscript"):
+        export_student(tmp_path / "run", tmp_path / "out", "onnx")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.update({"extra.weight": torch.zeros(1)}), r"0 of \d+ .* unknown \['extra.weight'\]"),
+        (
+            lambda weights: weights.pop("conv1.0.weight"),
+            r"1 of \d+ tensors missing or of another shape \['conv1.0.weight'\]",
+        ),
+        (lambda weights: weights.update({"conv1.0.weight": torch.zeros(2)}), r"another shape \['conv1.0.weight'\]"),
+    ],
+    ids=["unknown", "missing", "other shape"],
+)
+def test_weights_that_are_not_the_students_are_refused(tmp_path, change, message):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    change(state["student"])
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=message):
+        export_student(tmp_path / "run", tmp_path / "out", checkpoint=tmp_path / "other.pt")
+
+
+def test_what_cannot_be_exported_says_what_to_do(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    with pytest.raises(UserError, match="no averaged weights.*Leave --ema out"):
+        export_student(tmp_path / "run", tmp_path / "out", ema=True)
+    with pytest.raises(UserError, match="unknown format 'tflite'; known: timm, safetensors, onnx"):
+        export_student(tmp_path / "run", tmp_path / "out", "tflite")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        export_student(tmp_path, tmp_path / "out")
+
+
+def test_nothing_of_the_teacher_heads_or_optimiser_leaves(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    student = load_student(tmp_path / "run")
+    assert student.weights.keys() == build_bare_student(student.config).model.state_dict().keys()
+    assert not [key for key in student.weights if "pooled" in key or "heads" in key]
+
+
+def test_the_card_tells_results_and_data_of_the_exported_step_only(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    log = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True)
+    log.write("eval", step=0, dataset="digits", model="teacher", knn_top1=0.9, linear_top1=None)
+    log.write("eval", step=20, dataset="digits", model="student", knn_top1=0.5)
+    log.write("eval", step=40, dataset="digits", model="student", knn_top1=0.8, linear_top1=0.85)
+    (tmp_path / "run" / "shards.json").write_text(json.dumps({"fingerprint": "abc123", "shards": ["a", "b"]}))
+    export_student(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| digits | teacher | 90.0% | - |" in card and "| digits | student | 80.0% | 85.0% |" in card
+    assert "50.0%" not in card and "`abc123` (2 shards)" in card
+    assert card.startswith("---\nlibrary_name: timm\nlicense: unknown\n")
+
+
+@pytest.mark.parametrize("folder, status", [("run", 0), ("none", 2)])
+def test_the_command_exports_and_answers_mistakes_with_status_2(tmp_path, monkeypatch, capsys, folder, status):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path / folder), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        run_command(export.main)
+    assert stop.value.code == status
+    assert (tmp_path / "out" / "model.safetensors").exists() is (status == 0)
+    out, err = capsys.readouterr()
+    assert "README.md" in out if status == 0 else "has no complete checkpoint" in err

@@ -1,0 +1,493 @@
+import hashlib
+import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, ImageOps
+
+from distillery import preprocess
+from distillery.preprocess import (
+    MAX_PIXELS,
+    DecodeError,
+    PreprocessSpec,
+    decode_image,
+    library_versions,
+    normalisation_table,
+    normalise_into,
+    preprocess_image,
+)
+from distillery.process import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def spec_of(image_size=16, resize_mode="squash", interpolation="bicubic"):
+    return PreprocessSpec(image_size, resize_mode, interpolation, MEAN, STD)
+
+
+def photo(height=40, width=56, seed=0):
+    """A smooth colour image with some noise, uint8 [H, W, 3], values well inside 0..255."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(60, 196, (5, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def encode(image, format, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def png_chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_of_claimed_size(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def jpeg_of_claimed_size(width, height):
+    data = bytearray(encode(photo(), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def exif_block(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def pillow_rgb(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+JPEG_OPTIONS = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "low quality": {"quality": 10},
+    "restart markers": {"restart_marker_blocks": 2},
+    "stored as RGB": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("name", sorted(JPEG_OPTIONS))
+@pytest.mark.parametrize("size", [(40, 56), (33, 47), (1, 1), (8, 300)])
+def test_the_fast_jpeg_path_gives_exactly_pillows_pixels(name, size):
+    data = encode(photo(*size), "JPEG", **JPEG_OPTIONS[name])
+    assert preprocess._plain_jpeg_size(data) == size[::-1]
+    np.testing.assert_array_equal(decode_image(data), pillow_rgb(data))
+
+
+def test_the_fast_jpeg_path_takes_grey_and_leaves_exif_xmp_cmyk_and_other_formats_to_pillow():
+    grey = encode(Image.fromarray(photo()).convert("L"), "JPEG")
+    assert preprocess._plain_jpeg_size(grey) == (56, 40)
+    np.testing.assert_array_equal(decode_image(grey), pillow_rgb(grey))
+    others = [
+        encode(photo(), "JPEG", exif=exif_block(1)),
+        encode(photo(), "JPEG", xmp=b"<x/>"),
+        encode(Image.fromarray(photo()).convert("CMYK"), "JPEG"),
+        encode(photo(), "PNG"),
+        b"\xff\xd8",
+        b"\xff\xd8\xff",
+    ]
+    assert [preprocess._plain_jpeg_size(data) for data in others] == [None] * len(others)
+
+
+def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monkeypatch):
+    rng = np.random.default_rng(0)
+    original = encode(photo(), "JPEG")
+
+    def outcome(data):
+        try:
+            return decode_image(data).tobytes()
+        except DecodeError as error:
+            return str(error)
+
+    damaged = []
+    for _ in range(150):
+        data = bytearray(original[: rng.integers(2, len(original) + 1)] if rng.random() < 0.3 else original)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        damaged.append(bytes(data))
+    fast = [outcome(data) for data in damaged]
+    monkeypatch.setattr(preprocess, "simplejpeg", None)
+    assert fast == [outcome(data) for data in damaged]
+    assert 10 < sum(isinstance(result, str) for result in fast) < 140
+
+
+def antialias_weights(source, target, interpolation):
+    """float64 [target, source]: the textbook filter, stretched by the scale when shrinking."""
+    scale = source / target
+    stretch = max(scale, 1.0)
+    kernels = {
+        "bilinear": (1, lambda x: np.maximum(1 - x, 0)),
+        "bicubic": (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)),
+        "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
+    }
+    support, kernel = kernels[interpolation]
+    weights = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * scale
+        first = max(int(centre - support * stretch + 0.5), 0)
+        last = min(int(centre + support * stretch + 0.5), source)
+        distance = np.abs((np.arange(first, last) - centre + 0.5) / stretch)
+        taps = np.where(distance < support, kernel(distance), 0)
+        weights[row, first:last] = taps / taps.sum()
+    return weights
+
+
+def reference_resize(pixels, size, interpolation):
+    rows = antialias_weights(pixels.shape[0], size, interpolation)
+    columns = antialias_weights(pixels.shape[1], size, interpolation)
+    return np.clip(np.einsum("hi,ijc,wj->chw", rows, pixels.astype(np.float64), columns, optimize=True), 0, 255)
+
+
+@pytest.mark.parametrize("interpolation", preprocess.INTERPOLATIONS)
+@pytest.mark.parametrize("shape, size", [((40, 56), 16), ((40, 56), 64), ((500, 37), 32), ((900, 1200), 8)])
+def test_squash_equals_the_float64_antialiased_resize_up_to_rounding(interpolation, shape, size):
+    pixels = photo(*shape)
+    result = preprocess_image(encode(pixels, "PNG"), spec_of(size, "squash", interpolation))
+    assert result.dtype == np.uint8 and result.shape == (3, size, size) and result.flags.c_contiguous
+    # each of the two passes rounds by half a step, and negative lobes amplify the first one's rounding by up to a third
+    assert np.abs(result - reference_resize(pixels, size, interpolation)).max() <= 1.2
+
+
+@pytest.mark.parametrize("shape", [(40, 57), (57, 40), (41, 41), (16, 90)])
+def test_crop_is_the_squash_of_the_largest_centred_square(shape):
+    pixels = photo(*shape)
+    side = min(shape)
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    result = preprocess_image(encode(pixels, "PNG"), spec_of(16, "crop"))
+    np.testing.assert_array_equal(result, preprocess_image(encode(square, "PNG"), spec_of(16, "squash")))
+
+
+def test_a_very_long_image_is_cropped_without_a_giant_intermediate():
+    pixels = np.repeat(np.arange(60000) // 300 % 256, 3).reshape(1, 60000, 3).astype(np.uint8)
+    result = preprocess_image(encode(pixels, "PNG"), spec_of(64, "crop"))
+    assert np.unique(result).tolist() == [pixels[0, 29999, 0]]
+
+
+@pytest.mark.parametrize("interpolation", preprocess.INTERPOLATIONS)
+@pytest.mark.parametrize("resize_mode", preprocess.RESIZE_MODES)
+def test_an_image_of_the_target_size_keeps_its_pixels(interpolation, resize_mode):
+    pixels = photo(32, 32)
+    result = preprocess_image(encode(pixels, "PNG"), spec_of(32, resize_mode, interpolation))
+    np.testing.assert_array_equal(result, pixels.transpose(2, 0, 1))
+    assert result.flags.c_contiguous
+
+
+def test_pixels_are_the_same_at_every_instruction_set_level_of_the_cpu():
+    program = (
+        "import hashlib, sys; from tests.test_preprocess import *; digest = hashlib.sha256()\n"
+        "for mode in ('bilinear', 'bicubic'):\n"
+        "    for shape in ((40, 56), (375, 500), (20, 17)):\n"
+        "        digest.update(preprocess_image(encode(photo(*shape), 'JPEG'), spec_of(32, 'squash', mode)))\n"
+        "print(digest.hexdigest())"
+    )
+    results = set()
+    for level in ("default", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": level}
+        command = [sys.executable, "-c", program]
+        results.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(results) == 1 and len(results.pop().strip()) == 64
+
+
+def test_importing_preprocess_does_not_import_torch():
+    program = "import sys, distillery.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def grey_png():
+    return encode(Image.fromarray(photo()).convert("L"), "PNG")
+
+
+def test_grey_is_repeated_in_three_channels():
+    result = decode_image(grey_png())
+    assert result.shape == (40, 56, 3)
+    assert (result[..., :1] == result).all()
+    np.testing.assert_array_equal(result[..., 0], np.asarray(Image.fromarray(photo()).convert("L")))
+
+
+def test_one_bit_is_black_and_white():
+    image = Image.fromarray(photo()).convert("1")
+    result = decode_image(encode(image, "PNG"))
+    np.testing.assert_array_equal(result[..., 1], np.asarray(image) * np.uint8(255))
+    assert set(np.unique(result)) == {0, 255}
+
+
+def test_alpha_is_laid_on_white():
+    pixels = np.dstack([photo(), np.tile(np.linspace(0, 255, 56).astype(np.uint8), (40, 1))])
+    alpha = pixels[..., 3:].astype(float) / 255
+    expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    for format in ("PNG", "TIFF"):
+        assert np.abs(decode_image(encode(pixels, format)) - expected).max() <= 1
+    grey_alpha = Image.fromarray(pixels).convert("LA")
+    grey = np.asarray(grey_alpha)[..., :1] * alpha + 255 * (1 - alpha)
+    assert np.abs(decode_image(encode(grey_alpha, "PNG")) - grey).max() <= 1
+
+
+def test_opaque_alpha_changes_nothing():
+    pixels = np.dstack([photo(), np.full((40, 56), 255, np.uint8)])
+    np.testing.assert_array_equal(decode_image(encode(pixels, "PNG")), pixels[..., :3])
+
+
+def test_a_palette_shows_its_colours_and_its_transparent_entry_is_white():
+    image = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    opaque = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [100, 110, 120]]]
+    assert decode_image(encode(image, "PNG")).tolist() == opaque
+    for transparency in (2, b"\xff\xff\x00"):
+        see_through = decode_image(encode(image, "PNG", transparency=transparency)).tolist()
+        assert see_through == [opaque[0], [[255, 255, 255], [100, 110, 120]]]
+    gif = decode_image(encode(image, "GIF", transparency=0)).tolist()
+    assert gif[0][0] == [255, 255, 255] and gif[1] == opaque[1]
+
+
+def test_a_transparent_colour_of_an_rgb_or_grey_png_is_white():
+    pixels = np.full((2, 2, 3), 7, np.uint8)
+    pixels[0, 0] = [1, 2, 3]
+    assert decode_image(encode(pixels, "PNG", transparency=(1, 2, 3))).tolist()[0] == [[255] * 3, [7] * 3]
+    grey = Image.fromarray(np.array([[5, 9]], np.uint8))
+    assert decode_image(encode(grey, "PNG", transparency=5)).tolist() == [[[255] * 3, [9] * 3]]
+
+
+@pytest.mark.parametrize("rgb", [(255, 255, 255), (0, 0, 0), (200, 40, 90), (20, 130, 240)])
+def test_cmyk_shows_its_colour_whether_adobe_inverted_it_or_not(rgb):
+    cmyk = Image.new("RGB", (16, 16), rgb).convert("CMYK")
+    jpeg = encode(cmyk, "JPEG", quality=100)
+    assert b"Adobe" in jpeg
+    assert np.abs(decode_image(jpeg).astype(int) - rgb).max() <= 3
+    assert np.abs(decode_image(encode(cmyk, "TIFF")).astype(int) - rgb).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(format):
+    values = np.linspace(0, 65535, 40 * 56).astype(np.uint16).reshape(40, 56)
+    result = decode_image(encode(Image.fromarray(values), format))
+    np.testing.assert_array_equal(result[..., 2], np.rint(values / 257).astype(np.uint8))
+
+
+def test_sixteen_bit_rgb_keeps_the_high_byte():
+    pixel = struct.pack(">3H", 0x12FF, 0x8000, 0xFE01)
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" + pixel)) + png_chunk(b"IEND", b"")
+    assert decode_image(b"\x89PNG\r\n\x1a\n" + chunks).tolist() == [[[0x12, 0x80, 0xFE]]]
+
+
+def test_float_images_are_scaled_from_one_or_taken_as_levels():
+    unit = np.array([[0.0, 0.5, 1.0]], np.float32)
+    assert decode_image(encode(Image.fromarray(unit), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    levels = np.array([[0.4, 127.0, 254.6]], np.float32)
+    assert decode_image(encode(Image.fromarray(levels), "TIFF"))[0, :, 0].tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 256.0, np.inf])
+def test_float_images_without_a_known_brightness_are_refused(value):
+    data = encode(Image.fromarray(np.array([[0.5, value]], np.float32)), "TIFF")
+    with pytest.raises(DecodeError, match="floating-point pixels outside 0..255"):
+        decode_image(data)
+
+
+def test_integer_images_without_a_known_brightness_are_refused():
+    data = encode(Image.fromarray(np.array([[5, 70000]], np.int32)), "TIFF")
+    with pytest.raises(DecodeError, match="integer pixels outside 0..65535"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_exif_orientation_is_applied_once(orientation, format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    plain = encode(photo(), format, **options)
+    turned = encode(photo(), format, exif=exif_block(orientation), **options)
+    stored = Image.fromarray(decode_image(plain))
+    stored.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(turned), np.asarray(ImageOps.exif_transpose(stored)))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        exif_block(6)[:-9],
+        exif_block(99),
+        exif_block(0),
+    ],
+)
+def test_a_broken_exif_block_is_ignored(block):
+    data = encode(photo(), "JPEG", exif=b"Exif\0\0" + block)
+    np.testing.assert_array_equal(decode_image(data), decode_image(encode(photo(), "JPEG")))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_gives_its_first_frame(format):
+    frames = [Image.new("RGB", (12, 10), colour) for colour in ((200, 10, 10), (10, 200, 10), (10, 10, 200))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert np.unique(decode_image(data).reshape(-1, 3), axis=0).tolist() == [[200, 10, 10]]
+
+
+BAD = {
+    "empty": (b"", r"no data \(0 bytes\)"),
+    "text": (b"<html>404: not found</html>" * 20, "not an image file of a known format"),
+    "zeros": (bytes(1000), "not an image file of a known format"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image file of a known format"),
+    "jpeg magic only": (b"\xff\xd8\xff\xe0", "."),
+    "truncated jpeg": (encode(photo(), "JPEG")[:700], "truncated|broken"),
+    "truncated png": (encode(photo(), "PNG")[:900], "."),
+    "truncated webp": (encode(photo(), "WEBP")[:200], "."),
+    "truncated gif": (encode(photo(), "GIF")[:900], "."),
+    "truncated tiff": (encode(photo(), "TIFF")[:900], "."),
+    "png bomb": (png_of_claimed_size(60000, 60000), f"more than {MAX_PIXELS} pixels"),
+    "png just too large": (png_of_claimed_size(MAX_PIXELS + 1, 1), f"more than {MAX_PIXELS} pixels"),
+    "jpeg bomb": (jpeg_of_claimed_size(65500, 65500), f"more than {MAX_PIXELS} pixels"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_bad_image_is_a_decode_error_with_a_short_reason_that_repeats(name):
+    data, reason = BAD[name]
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(DecodeError, match=reason) as caught:
+            preprocess_image(data, spec_of())
+        messages.add(str(caught.value))
+    (message,) = messages
+    assert len(message) <= 200 and " at 0x" not in message and "<" not in message and "\n" not in message
+
+
+def test_whatever_pillow_raises_for_a_file_becomes_a_decode_error_without_addresses(monkeypatch):
+    class Odd(RuntimeError):
+        pass
+
+    def fail(_image):
+        raise Odd(f"bad thing in {io.BytesIO()!r} at 0x7f00aa\nsecond line")
+
+    monkeypatch.setattr(preprocess, "_as_rgb", fail)
+    with pytest.raises(DecodeError, match=r"^Odd: bad thing in \.\.\. at \.\.\. second line$"):
+        decode_image(grey_png())
+
+
+def test_every_cut_of_a_file_decodes_or_is_a_decode_error():
+    outcomes = {"decoded": 0, "refused": 0}
+    for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+        data = encode(photo(24, 24), format)
+        for length in range(0, len(data), 23):
+            try:
+                assert decode_image(data[:length]).shape == (24, 24, 3)
+                outcomes["decoded"] += 1
+            except DecodeError:
+                outcomes["refused"] += 1
+    assert outcomes["refused"] > 20 * outcomes["decoded"]
+
+
+def test_no_global_state_of_pillow_is_changed():
+    before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for data, _ in BAD.values():
+            with pytest.raises(DecodeError):
+                decode_image(data)
+    assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS) == before == (False, 89478485)
+
+
+def test_threads_give_the_same_pixels_as_one_after_the_other():
+    files = [encode(photo(seed=seed), format) for seed in range(6) for format in ("JPEG", "PNG", "GIF", "WEBP")]
+    alone = [hashlib.sha256(preprocess_image(data, spec_of())).digest() for data in files]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda data: hashlib.sha256(preprocess_image(data, spec_of())).digest(), files * 3)
+        assert list(together) == alone * 3
+
+
+def test_the_normalisation_table_is_the_float64_formula_rounded_once_to_float32():
+    table = normalisation_table(MEAN, STD, "float32")
+    assert table.dtype == np.float32 and table.shape == (3, 256)
+    for channel in range(3):
+        for value in range(256):
+            assert table[channel, value] == np.float32((value / 255 - MEAN[channel]) / STD[channel])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mean, std", [(MEAN, STD), ((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1.0,) * 3)])
+def test_half_width_tables_equal_torchs_cast_of_the_float32_table(dtype, mean, std):
+    table = torch.from_numpy(normalisation_table(mean, std, dtype)).view(torch.int16)
+    expected = torch.from_numpy(normalisation_table(mean, std, "float32")).to(getattr(torch, dtype))
+    assert torch.equal(table, expected.view(torch.int16))
+
+
+def test_a_table_of_pixels_is_refused():
+    with pytest.raises(UserError, match="cannot be stored as 'uint8'; choose float32, float16 or bfloat16"):
+        normalisation_table(MEAN, STD, "uint8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_normalising_looks_every_pixel_up_in_its_channels_table(dtype):
+    table = normalisation_table(MEAN, STD, dtype)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 21), dtype=np.uint8)
+    out = np.empty(pixels.shape, table.dtype)
+    normalise_into(pixels, table, out)
+    for channel in range(3):
+        np.testing.assert_array_equal(out[channel], table[channel][pixels[channel]])
+
+
+def test_identity_tells_every_choice_apart_and_is_json():
+    import json
+
+    specs = [
+        PreprocessSpec(*choice)
+        for choice in [
+            (32, "squash", "bicubic", MEAN, STD),
+            (33, "squash", "bicubic", MEAN, STD),
+            (32, "crop", "bicubic", MEAN, STD),
+            (32, "squash", "bilinear", MEAN, STD),
+            (32, "squash", "lanczos", MEAN, STD),
+            (32, "squash", "bicubic", (0.5,) * 3, STD),
+            (32, "squash", "bicubic", MEAN, (0.5,) * 3),
+        ]
+    ]
+    assert len({json.dumps(spec.identity(), sort_keys=True, allow_nan=False) for spec in specs}) == len(specs)
+    assert json.loads(json.dumps(specs[0].identity())) == specs[0].identity()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ((0, "squash", "bicubic", MEAN, STD), "image_size is 0; it must be at least 1 px"),
+        ((8, "pad", "bicubic", MEAN, STD), "resize_mode is 'pad'; it must be one of squash, crop"),
+        ((8, "crop", "nearest", MEAN, STD), "interpolation is 'nearest'; it must be one of bilinear, bicubic, lanczos"),
+        ((8, "crop", "bicubic", MEAN, (0.2, 0.0, 0.2)), "three numbers each, std above 0"),
+        ((8, "crop", "bicubic", (0.5,), STD), "three numbers each"),
+    ],
+)
+def test_an_impossible_specification_is_a_user_error(values, message):
+    with pytest.raises(UserError, match=message):
+        PreprocessSpec(*values)
+
+
+def test_library_versions_name_what_could_change_pixels():
+    versions = library_versions()
+    assert versions["Pillow"] == Image.__version__
+    assert versions["torch"] == torch.__version__.partition("+")[0]
+    assert set(versions) == {"Pillow", "simplejpeg", "torch"}

@@ -1,0 +1,113 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distillery import process
+from distillery.process import (
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    Interrupted,
+    MissingFileError,
+    RunError,
+    StopFlag,
+    UserError,
+    run_command,
+    usable_cpus,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = """
+import sys, time
+from distillery.process import StopFlag
+with StopFlag() as stop:
+    print("ready", flush=True)
+    for _ in range(1000):
+        time.sleep(0.01)
+        if stop.requested and "obey" in sys.argv:
+            break
+print(stop.reason, flush=True)
+"""
+
+
+def test_the_fewest_cpus_of_affinity_slurm_and_cgroup_count(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda _self: "max 100000\n")
+    assert usable_cpus() == 16
+    monkeypatch.setattr(Path, "read_text", lambda _self: "250000 100000\n")
+    assert usable_cpus() == 3
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert usable_cpus() == 2
+
+
+@pytest.mark.parametrize("granted", ["", "0", "many", "-3"])
+def test_a_senseless_slurm_grant_is_ignored(monkeypatch, granted):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", granted)
+    assert usable_cpus() >= 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number):
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert stop.reason == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_the_time_limit_sets_the_flag():
+    with StopFlag(max_minutes=0.01 / 60) as stop:
+        time.sleep(0.02)
+        assert stop.requested
+        assert stop.reason == "the time limit"
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_leaves_at_once_even_when_the_work_does_not_look(second):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    worker = subprocess.Popen([sys.executable, "-c", WORK], env=environment, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout.readline() == "ready\n"
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(process._ECHO_S + 0.2)
+    began = time.monotonic()
+    worker.send_signal(second)
+    assert worker.wait(timeout=5) == EXIT_INTERRUPTED
+    assert time.monotonic() - began < 2
+    assert worker.stdout.read() == ""
+
+
+@pytest.mark.parametrize(
+    "error, status, text",
+    [
+        (UserError("mend this"), 2, "error: mend this\n"),
+        (MissingFileError("not there"), 2, "error: not there\n"),
+        (RunError("disk full"), 1, "error: disk full\n"),
+        (Interrupted("go on later"), 75, "go on later\n"),
+        (KeyboardInterrupt(), 75, None),
+        (ZeroDivisionError("oops"), 1, None),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_status_and_only_bugs_a_traceback(capsys, error, status, text):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(fail)
+    assert ended.value.code == status
+    said = capsys.readouterr().err
+    assert text is None or said == text
+    assert ("Traceback" in said) == isinstance(error, ZeroDivisionError)
+
+
+def test_what_main_returns_is_the_exit_status_or_the_result():
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: 3)
+    assert ended.value.code == 3
+    assert run_command(lambda: "configs") == "configs"

@@ -1,0 +1,273 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distillery.metrics import RunLog
+from distillery.process import MissingFileError
+from distillery.report import summary_table, write_plots, write_report
+from distillery.report_facts import dataset_label, load_run, summary_sentences
+
+ROOT = Path(__file__).resolve().parents[1]
+VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}
+CONFIG = {
+    "data": {"dataset_name": "pets", "eval_datasets": {"digits": {"dataset_name": "<b>&"}}, "mean": [0.5, 0.5, 0.5]},
+    "train": {"batch_size": 8, "grad_accumulation_steps": 2, "knn_k": 7, "num_epochs": 4},
+    "model": {"student_name": "small<net>", "teacher_name": "large", "student_pretrained": False},
+}
+
+
+class Structure(HTMLParser):
+    """Checks that tags nest, and collects ids, addresses and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.tags, self.words = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href"):
+                self.addresses.append(value)
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID_TAGS:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def make_run(run_dir, *, steps=0, config=CONFIG, evaluated=False, student=0.7, resumes=(), **eval_fields):
+    run_dir.mkdir(exist_ok=True)
+    if config is not None:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    log = RunLog(run_dir, tensorboard=False, wandb_project=None, is_main=True)
+    if evaluated:
+        for model, value in (("untrained", 0.25), ("teacher", 0.8)):
+            log.write("eval", step=0, epoch=0, dataset="digits", model=model, knn_top1=value, effective_rank=9.0)
+    for step in range(1, steps + 1):
+        log.write("train", step=step, epoch=0, time=1000.0 + step, loss=1.0 / step, lr=1e-3, grad_norm=1.0,
+                  images_per_second=50.0, data_wait_fraction=0.01, **{"loss/cls": 0.5 / step})  # fmt: skip
+        if step in resumes:
+            log.write("resume", step=step, time=1000.5 + step)
+    if evaluated:
+        log.write("eval", step=steps, epoch=1, dataset="digits", model="student", knn_top1=student,
+                  time=1000.0 + steps, **eval_fields)  # fmt: skip
+    log.close()
+    return run_dir
+
+
+def page_of(run_dir):
+    return write_report(run_dir).read_text()
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["with config", "without config"])
+@pytest.mark.parametrize("evaluated", [True, False], ids=["evaluated", "not evaluated"])
+@pytest.mark.parametrize("steps", [0, 1, 30])
+def test_a_report_is_made_at_any_time_of_a_run_and_is_well_formed(tmp_path, steps, evaluated, config):
+    make_run(tmp_path, steps=steps, evaluated=evaluated, config=config)
+    (tmp_path / "metrics.jsonl").touch()
+    page = Structure(page_of(tmp_path))
+    assert page.tags.count("svg") == (4 if steps else 0) + (1 if evaluated else 0)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    text = page_of(make_run(tmp_path, steps=5, evaluated=True))
+    page = Structure(text)
+    assert {"script", "img", "iframe"}.isdisjoint(page.tags)
+    for address in page.addresses:
+        assert address.startswith(("#", "data:")), address
+    # every reference into a picture has its target on the page
+    assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
+    assert {target for target in re.findall(r"url\(#([^)]+)\)", text)} <= set(page.ids)
+    assert "@import" not in text and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+
+
+def test_the_page_is_light_and_dark_and_every_colour_is_defined_for_both(tmp_path):
+    text = page_of(make_run(tmp_path, steps=5, evaluated=True))
+    used = set(re.findall(r"var\(--(\w[\w-]*)\)", text))
+    light, dark = (re.search(pattern, text, re.DOTALL).group(1) for pattern in (
+        r":root \{(.*?)\}", r"prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}"))  # fmt: skip
+    for name in used:
+        assert f"--{name}:" in light and f"--{name}:" in dark
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert svg and not re.search(r"#[0-9a-f]{6}\b", svg)
+
+
+def test_what_the_user_wrote_is_escaped(tmp_path):
+    text = page_of(make_run(tmp_path, steps=1))
+    assert "small<net>" not in text and "small&lt;net&gt;" in text
+    assert "<b>" not in re.sub(r"<b>Under way|<b>Finished|<b>Not started", "", text)
+
+
+def test_the_page_says_in_plain_words_what_happened(tmp_path):
+    make_run(tmp_path, steps=10, evaluated=True)
+    words = " ".join(summary_sentences(load_run(tmp_path)))
+    assert (
+        "The student small<net>, started from scratch, is trained to produce the features that the teacher large"
+        in words
+    )
+    assert "It has seen 160 images from pets." in words
+    assert (
+        "On digits its features classify 70.0% of the test images by k-NN, "
+        "against 25.0% untrained and 80.0% for the teacher." in words
+    )
+    assert "7 nearest labelled neighbours" in page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data, label",
+    [
+        ({"dataset_name": "uoft-cs/cifar10"}, "uoft-cs/cifar10"),
+        ({"dataset_name": "parquet", "data_files": "a/train.parquet"}, "train.parquet"),
+        ({"dataset_name": "parquet", "data_files": ["a/x.parquet", "a/y.parquet"]}, "x.parquet and 1 more"),
+        ({"dataset_name": "parquet", "data_files": {"train": "a/x.parquet"}}, "x.parquet"),
+        ({"dataset_name": "imagefolder", "data_dir": "/data/birds"}, "birds"),
+        ({"dataset_name": "arrow"}, "arrow"),
+        ({}, None),
+    ],
+)
+def test_a_data_set_read_from_files_is_called_after_them(data, label):
+    assert dataset_label(data) == label
+
+
+def test_a_run_that_sees_only_a_part_of_the_data_says_so(tmp_path):
+    make_run(tmp_path, steps=10)
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("start", step=0, total_steps=40, num_images=640, global_batch_size=16, student_parameters=21_600_000)
+    words = " ".join(summary_sentences(load_run(tmp_path)))
+    assert "160 images from pets, 0.25 times the 640 there are: at least 75% of them it has never seen." in words
+    assert "small<net> (21.6 M parameters)" in words
+    assert "step 10 of 40 (25%)" in page_of(tmp_path)
+
+
+@pytest.mark.parametrize("student, expected", [(0.79, False), (0.81, True)])
+def test_a_student_that_passes_its_teacher_is_explained(tmp_path, student, expected):
+    make_run(tmp_path, steps=3, evaluated=True, student=student)
+    note = "scores above its teacher"
+    assert (note in page_of(tmp_path)) is expected
+    assert (note in " ".join(summary_table(tmp_path).split())) is expected
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_collapsed_student_is_warned_of(tmp_path, collapsed):
+    make_run(tmp_path, steps=3, evaluated=True, collapsed=collapsed)
+    assert ("features have collapsed: they" in page_of(tmp_path)) is collapsed
+    assert ("features have collapsed: they" in " ".join(summary_table(tmp_path).split())) is collapsed
+
+
+def test_the_state_of_a_run_is_told_apart(tmp_path):
+    run_dir = make_run(tmp_path, config=CONFIG)
+    (run_dir / "metrics.jsonl").touch()
+    assert "Not started" in page_of(run_dir)
+    make_run(run_dir, steps=5)
+    assert "Under way at 1970-01-01 00:16:45 UTC" in page_of(run_dir)
+    log = RunLog(run_dir, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("end", step=5, reason="SIGTERM", time=2000.0)
+    assert "Interrupted by SIGTERM" in page_of(run_dir)
+    log.write("eval", step=6, epoch=4, dataset="digits", model="student", knn_top1=0.5)
+    assert "Finished" in page_of(run_dir)
+
+
+def test_resumes_are_listed_and_their_pauses_are_not_training_time(tmp_path):
+    make_run(tmp_path, steps=6, resumes=(2, 4))
+    run = load_run(tmp_path)
+    assert [row["step"] for row in run.resumes] == [2, 4]
+    assert run.seconds == pytest.approx(5 - 2 * 0.5)
+    text = page_of(tmp_path)
+    assert "resumed 2 times" in text and "step 4</td>" in text
+
+
+def test_a_resume_after_which_nothing_was_trained_is_not_counted(tmp_path):
+    make_run(tmp_path, steps=3)
+    RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True).truncate_after(3)
+    assert load_run(tmp_path).resumes == []
+
+
+def test_the_table_for_the_console_has_a_line_per_model(tmp_path):
+    assert summary_table(make_run(tmp_path, steps=2)) == ""
+    make_run(tmp_path, steps=2, evaluated=True)
+    lines = summary_table(tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == ["digits", "untrained", "student", "teacher"]
+    assert "25.0%" in lines[1] and "70.0%" in lines[2] and "80.0%" in lines[3]
+    assert "linear" not in lines[0]  # nowhere measured: no column
+
+
+def test_plots_are_written_and_named_after_what_they_show(tmp_path):
+    paths = write_plots(make_run(tmp_path, steps=4, evaluated=True))
+    assert {path.name for path in paths} == {
+        "knn_digits.png", "loss.png", "learning_rate.png", "grad_norm.png", "throughput.png"
+    }  # fmt: skip
+    assert all(path.parent == tmp_path / "plots" and path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_shards_seen_are_shown_against_those_of_the_run(tmp_path):
+    make_run(tmp_path, steps=2)
+    (tmp_path / "shards.json").write_text(json.dumps({"fingerprint": "f", "shards": ["a", "b", "c", "d"]}))
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("epoch", step=2, epoch=0, shards=[1, 3])
+    assert "Shards trained on: 2 of 4" in page_of(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(MissingFileError, match=r"is not a run folder: neither config.yaml nor metrics.jsonl"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_report_and_answers_wrong_folders_with_status_2(tmp_path):
+    make_run(tmp_path / "run", steps=3, evaluated=True)
+    for folder, status in (("run", 0), ("missing", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "distillery.report", str(tmp_path / folder)],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+    assert "is not a run folder" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width_px", [500, 1400])
+def test_chromium_shows_every_picture_inside_the_page(tmp_path, width_px):
+    path = write_report(make_run(tmp_path / "run", steps=30, evaluated=True, resumes=(10,)))
+    probe = (
+        "<script>addEventListener('load', () => {"
+        "const boxes = [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect());"
+        "const ok = boxes.length == 5 && boxes.every(b => b.width > 200 && b.height > 100 && b.right <= innerWidth);"
+        "const sizes = [...document.querySelectorAll('figure text')].map(e => e.getBoundingClientRect().height);"
+        "document.title = `${ok} ${document.documentElement.scrollWidth <= innerWidth} ${Math.min(...sizes) >= 8}`;"
+        "})</script>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(path.read_text().replace("</body>", probe + "</body>"))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", f"--window-size={width_px},1000", "--dump-dom", f"file://{probed}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "<title>true true true</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr

@@ -1,0 +1,126 @@
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from distillery.report_plots import (
+    COLOURS,
+    draw_all,
+    draw_loss,
+    draw_quality,
+    is_number,
+    series,
+    shard_counts,
+    short_count,
+    thin,
+    to_png,
+    to_svg,
+)
+
+
+def train_rows(count, **fields):
+    row = {"kind": "train", "lr": 1e-3, "grad_norm": 1.0, "images_per_second": 100.0, "data_wait_fraction": 0.01}
+    return [row | {"step": i + 1, "epoch": 0, "loss": 1 / (i + 1)} | fields for i in range(count)]
+
+
+def eval_row(model, step, knn, dataset="digits", **fields):
+    return {"kind": "eval", "step": step, "dataset": dataset, "model": model, "knn_top1": knn} | fields
+
+
+def texts_of(figure):
+    return [element.text for element in ET.fromstring(to_svg(figure)).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 50, 3000])
+def test_every_picture_of_the_train_rows_is_drawn_from_the_first_row_on(count):
+    figures = draw_all(train_rows(count))
+    assert list(figures) == ["loss", "learning_rate", "grad_norm", "throughput"]
+    for figure in figures.values():
+        assert to_png(figure).startswith(b"\x89PNG")
+
+
+def test_without_rows_there_are_no_pictures():
+    assert draw_all([]) == {}
+    assert draw_all([{"kind": "resume", "step": 4}]) == {}
+
+
+def test_missing_and_null_values_are_gaps_not_errors():
+    rows = train_rows(4)
+    rows[1]["loss"] = rows[2]["grad_norm"] = None
+    del rows[3]["images_per_second"]
+    assert set(draw_all(rows)) == {"loss", "learning_rate", "grad_norm", "throughput"}
+    assert series(rows, "loss")[0].tolist() == [1, 3, 4]
+    assert draw_loss([row | {"loss": None} for row in rows]) is None
+
+
+def test_every_term_of_the_loss_is_named():
+    rows = [row | {"loss/cls": 0.5, "loss/patch": 0.2} for row in train_rows(5)]
+    assert {"Loss", "cls", "patch", "weighted sum"} <= set(texts_of(draw_loss(rows)))
+
+
+def test_a_loss_that_falls_far_gets_a_logarithmic_axis_and_one_below_zero_does_not():
+    assert draw_loss(train_rows(50)).axes[0].get_yscale() == "log"
+    assert draw_loss(train_rows(50, loss=0.5)).axes[0].get_yscale() == "linear"
+    negative = draw_loss([row | {"loss": row["loss"] - 0.5} for row in train_rows(50)])
+    assert negative.axes[0].get_yscale() == "linear" and negative.axes[0].get_ylim()[0] < -0.4
+
+
+def test_the_student_is_drawn_against_its_teacher_and_its_untrained_self():
+    rows = [eval_row("untrained", 0, 0.2), eval_row("teacher", 0, 0.9)]
+    assert draw_quality(rows, "digits", "knn_top1", "k-NN") is None  # nothing to show of the student yet
+    rows += [eval_row("student", 10, 0.5), eval_row("student", 20, 0.7), eval_row("student_ema", 20, 0.75)]
+    figure = draw_quality(rows, "digits", "knn_top1", "k-NN accuracy")
+    texts = texts_of(figure)
+    assert {"teacher", "untrained", "student", "student (EMA)", "k-NN accuracy: digits"} <= set(texts)
+    student = next(line for line in figure.axes[0].lines if line.get_label() == "student")
+    # it starts where the untrained student stands
+    assert student.get_xdata().tolist() == [0, 10, 20] and student.get_ydata().tolist() == [0.2, 0.5, 0.7]
+
+
+def test_each_data_set_has_its_own_pictures():
+    rows = [eval_row("student", 10, 0.5, dataset=name, effective_rank=3.0) for name in ("a", "b")]
+    assert list(draw_all(rows)) == ["knn_a", "effective_rank_a", "knn_b", "effective_rank_b"]
+
+
+def test_shards_are_counted_over_the_rows_that_name_them():
+    rows = [{"kind": "epoch", "shards": [0, 2]}, {"kind": "epoch", "shards": [2]}, {"kind": "epoch"}]
+    assert shard_counts(rows).tolist() == [1, 0, 2]
+    assert "Shards trained on: 2 of 5" in texts_of(draw_all(rows, num_shards=5)["shards"])
+
+
+@pytest.mark.parametrize("count", [1, 10, 300, 301, 5000])
+def test_thinning_keeps_the_mean_and_the_range(count):
+    x, y = np.arange(count, dtype=float), np.sin(np.arange(count))
+    thin_x, mean, low, high = thin(x, y, max_points=300)
+    assert len(thin_x) == min(count, 300) and (np.diff(thin_x) > 0).all()
+    assert low.min() == y.min() and high.max() == y.max()
+    assert (low <= mean).all() and (mean <= high).all()
+
+
+def test_a_long_run_makes_no_large_picture():
+    assert len(to_svg(draw_all(train_rows(20_000))["grad_norm"])) < 100_000
+
+
+def test_a_picture_is_the_same_text_each_time():
+    assert to_svg(draw_all(train_rows(5))["loss"]) == to_svg(draw_all(train_rows(5))["loss"])
+
+
+def test_svg_colours_are_the_known_ones_so_that_a_page_can_exchange_them():
+    rows = [row | {"loss/cls": 0.5, "loss/patch": 0.2} for row in train_rows(5)] + [{"kind": "resume", "step": 3}]
+    rows += [eval_row("untrained", 0, 0.2), eval_row("teacher", 0, 0.9), eval_row("student", 10, 0.5)]
+    import re
+
+    for figure in draw_all(rows).values():
+        assert set(re.findall(r"#[0-9a-f]{6}\b", to_svg(figure))) <= set(COLOURS)
+
+
+@pytest.mark.parametrize("value, expected", [(0, "0"), (999, "999"), (1500, "1.5k"), (2e6, "2M"), (12345, "12.3k")])
+def test_numbers_on_axes_are_short(value, expected):
+    assert short_count(value) == expected
+
+
+@pytest.mark.parametrize("value", [None, True, "1", math.nan, math.inf, [1]])
+def test_only_finite_numbers_count_as_numbers(value):
+    assert not is_number(value)
+    assert is_number(0) and is_number(0.5)

@@ -1,0 +1,177 @@
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+
+from distillery.process import MissingFileError, UserError
+from distillery.records import FutureFormatError
+from distillery.verify import find_problems, repair_command, report_verification, verify_cache
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = SmallSource()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "cache"
+    run_stage1(small_plan(folder, SOURCE), SOURCE)
+    return folder
+
+
+@pytest.fixture
+def cache(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "cache")
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def hide_every_change(folder: Path) -> None:
+    """As after media rot: the files' times say nothing, every record is newer than its shard."""
+    for record in folder.glob("images_*.json"):
+        record.write_bytes(record.read_bytes())
+
+
+def test_a_whole_cache_has_no_problem_and_nothing_is_written(cache):
+    before = {path: (path.stat().st_ctime_ns, path.read_bytes()) for path in cache.iterdir()}
+    read = []
+    assert verify_cache(cache, read.append) == []
+    assert sum(read) == sum(path.stat().st_size for path in cache.glob("*.pt"))
+    assert {path: (path.stat().st_ctime_ns, path.read_bytes()) for path in cache.iterdir()} == before
+
+
+DAMAGES = {
+    "header": lambda c: flip(c / "images_shard_00001.pt", 60),
+    "row": lambda c: flip(c / "images_shard_00001.pt", 128 + 768),
+    "tail": lambda c: flip(c / "images_shard_00001.pt", -40),
+    "truncated": lambda c: os.truncate(c / "images_shard_00001.pt", 4000),
+    "emptied": lambda c: os.truncate(c / "images_shard_00001.pt", 0),
+    "longer": lambda c: os.truncate(c / "images_shard_00001.pt", 20_000),
+    "gone": lambda c: (c / "images_shard_00001.pt").unlink(),
+    "link": lambda c: (shutil.move(c / "images_shard_00001.pt", c.parent / "x"),
+                       (c / "images_shard_00001.pt").symlink_to(c.parent / "x")),
+    "pipe": lambda c: ((c / "images_shard_00001.pt").unlink(), os.mkfifo(c / "images_shard_00001.pt")),
+    "swapped": lambda c: (shutil.move(c / "images_shard_00001.pt", c / "x"),
+                          shutil.move(c / "images_shard_00000.pt", c / "images_shard_00001.pt"),
+                          shutil.move(c / "x", c / "images_shard_00000.pt")),
+    "record gone": lambda c: (c / "images_shard_00001.json").unlink(),
+    "record flipped": lambda c: flip(c / "images_shard_00001.json", 300),
+    "record of another": lambda c: shutil.copy(c / "images_shard_00000.json", c / "images_shard_00001.json"),
+    "index gone": lambda c: (c / "index.json").unlink(),
+    "index flipped": lambda c: flip(c / "index.json", 700),
+    "index emptied": lambda c: (c / "index.json").write_bytes(b""),
+    "index respelt": lambda c: (c / "index.json").write_text(json.dumps(json.loads((c / "index.json").read_text()))),
+    "failures gone": lambda c: (c / "failures.jsonl").unlink(),
+    "failures flipped": lambda c: flip(c / "failures.jsonl", 5),
+    "leftover": lambda c: (c / ".images_shard_00000.pt.tmp-0123456789ab").write_bytes(b"x"),
+}  # fmt: skip
+NOT_FOR_STAGE_1 = {"link", "pipe"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_kind_of_damage_is_found_and_repaired_by_stage_1(cache, made, damage):
+    DAMAGES[damage](cache)
+    name = "failures" if "failures" in damage else "index" if "index" in damage else "images_shard_0000"
+    assert name in "\n".join(verify_cache(cache))
+    plan = small_plan(cache, SOURCE)
+    if damage in NOT_FOR_STAGE_1:
+        with pytest.raises(UserError, match="images_shard_00001.pt is a symbolic link, a pipe or a folder"):
+            run_stage1(plan, SOURCE)
+        (cache / "images_shard_00001.pt").unlink()
+    run_stage1(plan, SOURCE)
+    assert folder_bytes(cache) == folder_bytes(made)
+    assert verify_cache(cache) == []
+
+
+@pytest.mark.parametrize("damage", ["header", "row", "tail"])
+def test_rot_that_left_no_trace_in_the_files_times_is_repaired_by_the_command_that_verify_prints(
+    cache, made, damage, capsys
+):
+    DAMAGES[damage](cache)
+    hide_every_change(cache)
+    plan = small_plan(cache, SOURCE)
+    report, survey = run_stage1(plan, SOURCE)
+    assert survey.done == [0, 1, 2]  # stage 1 alone cannot know: it would have to read everything each time
+    stage1 = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests' / 'stage1.py'))} {shlex.quote(str(cache))}"
+    assert report_verification(cache, stage1) == 1
+    command = capsys.readouterr().out.splitlines()[-1].split("exactly what is bad): ")[1]
+    assert command.startswith("rm -f -- ")
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+    assert folder_bytes(cache) == folder_bytes(made)
+    assert report_verification(cache, stage1) == 0
+
+
+def test_a_shard_of_another_cache_is_found_wherever_it_lies(cache, tmp_path):
+    other = tmp_path / "other"
+    source = SmallSource(30)
+    run_stage1(small_plan(other, source), source)
+    for name in ("images_shard_00001.pt", "images_shard_00003.pt"):
+        shutil.copy(other / name, cache / name)
+    problems = find_problems(cache)
+    text = "\n".join(problem.text for problem in problems)
+    assert "images_shard_00001.pt: differs from its record in fingerprint" in text
+    assert "images_shard_00003.json: missing" in text
+    assert "images_shard_00003.pt: not listed in index.json" in text
+    command = repair_command(problems, "stage1")
+    assert command == f"rm -f -- {cache}/images_shard_00001.pt {cache}/images_shard_00003.pt && stage1"
+
+
+def test_a_foreign_file_is_told_and_never_named_for_removal(cache):
+    (cache / "notes.txt").write_text("mine")
+    problems = find_problems(cache)
+    assert [problem.text for problem in problems] == [f"{cache}/notes.txt: not part of a cache; move it elsewhere"]
+    assert repair_command(problems, "stage1") == "stage1"
+
+
+def test_a_later_version_is_refused_not_called_damage(cache):
+    index = json.loads((cache / "index.json").read_text())
+    (cache / "index.json").write_text(json.dumps(index | {"format_version": 4}))
+    with pytest.raises(FutureFormatError, match="later version"):
+        verify_cache(cache)
+
+
+def test_no_cache_is_said(tmp_path):
+    with pytest.raises(MissingFileError, match="Index file not found"):
+        verify_cache(tmp_path)
+
+
+def test_evaluation_caches_below_are_verified_too(cache, capsys):
+    below = cache / "eval" / "small" / "test"
+    run_stage1(small_plan(below, SOURCE), SOURCE)
+    assert report_verification(cache, "stage1") == 0
+    assert capsys.readouterr().out.startswith(f"OK   {cache}: 6 shards")
+    (below / "index.json").unlink()  # it is found by its shards then
+    flip(below / "images_shard_00002.pt", 500)
+    assert report_verification(cache, "stage1") == 1
+    said = capsys.readouterr().out
+    assert f"BAD  {below}/images_shard_00002.pt: damaged: 1 rows differ" in said
+    assert f"BAD  {below}/index.json: missing" in said
+    assert f"rm -f -- {below}/images_shard_00002.pt && stage1" in said
+
+
+@pytest.mark.parametrize("damage, status", [(None, 0), ("row", 1)])
+def test_the_command_writes_nothing_and_its_exit_status_says_how_it_went(cache, damage, status):
+    if damage:
+        DAMAGES[damage](cache)
+    before = folder_bytes(cache)
+    command = [sys.executable, "-m", "distillery.cache", "verify", str(cache)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert ("OK " in done.stdout) == (status == 0)
+    assert folder_bytes(cache) == before
+
+
+def test_the_command_says_when_there_is_no_such_folder(tmp_path):
+    command = [sys.executable, "-m", "distillery.cache", "verify", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "nowhere: no such folder" in done.stderr
