@@ -29,7 +29,12 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# hours of bad luck in some ten minutes: kills, flipped bits, full disks, writers stopped and killed beside each other;
+# the seed is printed, FAULTS_SEED repeats it, FAULTS_SCALE=100 goes on for the night
+soak: install
+	FAULTS_SCALE=$${FAULTS_SCALE:-10} FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/faults --durations=10
 
 clean:
 	rm -rf $(DEMO)/out .pytest_cache .ruff_cache

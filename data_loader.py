@@ -183,16 +183,7 @@ class PretrainDataset(Dataset):
         data = load_data_config(data_config, require_source=False)
         if data.dataset_name is None:
             raise UserError("data_config: dataset_name is required to read raw images")
-        source = open_source(
-            dataset_name=data.dataset_name,
-            dataset_config=data.dataset_config,
-            dataset_revision=data.dataset_revision,
-            data_files=data.data_files,
-            data_dir=data.data_dir,
-            split=data.split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-        )
+        source = open_source(**data.source_arguments)
         limits = [len(source), data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
         num_rows = min(limit for limit in limits if limit is not None)
         self.transform = transform

@@ -10,38 +10,46 @@ else. A new loss goes into distillery/losses.py (a function and a line in LOSSES
 distillery/models.py; this file only puts the parts together.
 """
 
-import sys
-from pathlib import Path
+import contextlib
+import os
 
 from distillery.command_line import TrainingCommand, parse_training_command
-from distillery.process import EXIT_DONE, Interrupted, StopFlag, run_command
+from distillery.process import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    Interrupted,
+    RunError,
+    StopFlag,
+    UserError,
+    run_command,
+)
 
 # before torch is imported, which takes seconds: --help and mistakes in flags or YAML files answer at once
 COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "__main__" else None
 
 import torch
-from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery.evaluate import evaluate_on_folders
-from distillery.metrics import RunLog
-from distillery.report import summary_table, write_plots, write_report
 
-from distillery import build, distributed, run_folder
-from distillery.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from data_loader import DevicePrefetcher, build_pretraining_dataloader
+from distillery import build, build_facts, distributed, run_folder
+from distillery.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from distillery.config import dump_configs
-from distillery.engine import Progress, check_first_step, check_weights, train_one_epoch
-from distillery.files import write_atomic
+from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
+from distillery.engine_numbers import check_weights
+from distillery.engine_state import restore, state_of
+from distillery.evaluate import evaluate_on_folders
+from distillery.files import expand_path, make_directory, write_atomic
+from distillery.metrics import RunLog, read_rows
 from distillery.progress import Progress as ConsoleProgress
+from distillery.report import summary_table, write_plots, write_report
+from distillery.run_folder_start import find_start, prepare_folder
 
 
 def main(command: TrainingCommand) -> int:
     """Join the other processes if there are any, then train."""
     with StopFlag(command.arguments.max_minutes) as stop:
         device = build.choose_device(command.arguments.device)
-        distributed.start(device.type)
-        try:
+        with distributed.joined(device):
             return Run(command, device, stop).train()
-        finally:
-            distributed.stop()
 
 
 class Run:
@@ -52,244 +60,279 @@ class Run:
         self.data, self.training = self.configs.data, self.configs.train
         self.dir = self.training.checkpoint_path
         self.is_main = distributed.is_main()
-        self.progress = Progress()
-        # rank 0 alone looks at the disk: two nodes may not see the same files yet
-        self.checkpoint_path, self.notes = distributed.decided_by_main(self._find_checkpoint)
-        frozen = distributed.decided_by_main(self._frozen_shards)
-        self.loader = build_pretraining_dataloader(self.data, self.training, with_indices=True, raw=True, shards=frozen)
+        self.lock = run_folder.RunLock(self.dir)
+        # process 0 alone looks at the disk: two nodes may not see the same files yet
+        self.begin, self.state, frozen, self.notes = distributed.decided_by_main(self._look_at_folder)
+        self.loader = build_pretraining_dataloader(
+            build_facts.data_of_frozen(self.data, frozen),
+            self.training,
+            with_indices=True,
+            raw=True,
+            shards=(frozen or {}).get("shards") or None,
+        )
+        self.shards = build_facts.shards_of(self.loader)
+        if frozen is not None:
+            run_folder.check_shards(frozen, self.shards, self.data.cache_dir)
         self.eval_folders = build.eval_folders(self.data) if self.training.eval_every_epochs else {}
         self.steps_in_epoch = build.steps_per_epoch(
             self.training, self.loader.valid_rows_per_shard, self.data.shards_per_epoch
         )
-        self.schedule = build.build_schedule(self.training, self.steps_in_epoch)
+        self.schedule = build.build_schedule(self.training, self.steps_in_epoch, *self._finished_epochs())
         self.teacher, self.student = build.build_models(self.configs, device)
         self.task = build.build_task(
             self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device
         )
+        self.progress = Progress()
+        self.last_good = self.begin.checkpoint
 
-    # ---- where to start ------------------------------------------------------------------------------------------
+    def _look_at_folder(self) -> tuple:
+        """(where to begin, the checkpoint's content, the frozen shards, what to tell the user)."""
+        if not self.arguments.dry_run:
+            self.lock.take(create=False)
+        config = self.configs.as_dict()
+        given = self.arguments.resume_from
+        begin = find_start(
+            self.dir,
+            config,
+            resume_from=given and expand_path(given),
+            no_resume=self.arguments.no_resume,
+            job=os.environ.get("SLURM_JOB_ID"),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            again=distributed.is_restarted_by_launcher(),
+        )
+        state, notes, frozen = None, list(begin.notes), None
+        if begin.checkpoint is not None:
+            state = load_checkpoint(begin.checkpoint)
+            where = begin.checkpoint if given else self.dir
+            harmless = run_folder.compare_configs(where, state["config"], config)
+            notes += [f"changed since then: {line}" for line in harmless]
+            run_folder.check_global_batch(state, build.global_batch_size(self.training), self._global_batch_text())
+        if not begin.fresh and not self.training.refresh_shards:
+            frozen = run_folder.frozen_shards(self.dir) or (state or {}).get("shards")
+        return begin, state, frozen, notes
 
-    def _find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, and what to tell the user about it."""
-        if self.arguments.resume_from is not None:
-            return self.arguments.resume_from, [f"going on from {self.arguments.resume_from}"]
-        if self.arguments.no_resume:
-            return None, ["starting afresh (--no_resume)"]
-        path = latest_checkpoint(self.dir)
-        return path, [f"going on from {path}"] if path else ["starting a new run"]
+    def _finished_epochs(self) -> tuple[int, int]:
+        """(steps, epochs) before the present epoch; on other shards, epochs may have been of another length."""
+        if self.state is None:
+            return 0, 0
+        place = self.state["progress"]
+        if self.state["shards"] != self.shards and place["samples"]:
+            self.notes.append("the shards are others than before: the present epoch begins again")
+            place["samples"] = 0
+        return place["step"] - place["samples"] // build.global_batch_size(self.training), place["epoch"]
 
-    def _frozen_shards(self) -> list[str] | None:
-        if self.arguments.no_resume or self.training.refresh_shards:
-            return None
-        frozen = run_folder.frozen_shards(self.dir)
-        return frozen and frozen["shards"]
+    def restore_or_prepare(self) -> None:
+        """Put weights, optimiser and position where the checkpoint says, or get ready for a first step."""
+        teacher_hash = build_facts.weights_hash(self.teacher.backbone.model)
+        if self.state is not None:
+            if self.state["teacher_hash"] != teacher_hash:
+                raise UserError(
+                    f"the teacher {self.configs.model.teacher_name} has other weights than when the run in {self.dir} "
+                    "was started. Put teacher_checkpoint or teacher_repo back, or give another checkpoint_dir."
+                )
+            restore(self.task, self.progress, self.state, build.global_batch_size(self.training))
+            if self.state["config"]["train"]["num_epochs"] != self.training.num_epochs:
+                before, now = self.state["learning_rate"], self.schedule.at(self.progress.step)
+                self.notes.append(
+                    f"num_epochs changed: a new schedule; the learning rate goes from {before:.3g} to {now:.3g}"
+                )
+        elif self.training.standardise_targets and not self.arguments.dry_run:
+            # one process gathers, so that all have the same to the last bit
+            self.teacher.load_statistics(distributed.decided_by_main(self._gather_statistics))
+        self.state = None  # weights and moments on the CPU, of no more use
+        self.teacher_hash = teacher_hash
 
-    def start(self) -> None:
-        """Put weights, optimiser and position where the checkpoint says, or prepare a new run."""
-        if self.checkpoint_path is None:
-            if self.training.standardise_targets:
-                self.teacher.gather_statistics(self._statistics_batches())
-            return
-        state = load_checkpoint(self.checkpoint_path)
-        self.notes += run_folder.compare_configs(self.dir, state["config"], self.config_dict())
-        run_folder.check_global_batch(state, self._global_batch(), self._global_batch_text())
-        self.student.student.model.load_state_dict(state["student"])
-        self.student.heads.load_state_dict(state["heads"])
-        self.task.optimizer.load_state_dict(state["optimizer"])
-        self.task.scaler.load_state_dict(state["scaler"])
-        self.task.num_bad_steps.fill_(state["num_bad_steps"])
-        if self.training.standardise_targets:
-            self.teacher.load_statistics(state["target_statistics"])
-        if self.task.ema is not None and state["ema"] is not None:
-            self.task.ema.state = {name: value.to(self.device) for name, value in state["ema"].items()}
-        self.progress.step, self.progress.epoch = state["progress"]["step"], state["progress"]["epoch"]
-        self.progress.samples = state["progress"]["samples"]
-        if state["config"]["train"]["num_epochs"] != self.training.num_epochs:
-            self.notes.append(
-                f"num_epochs changed: a new schedule; the learning rate goes from {state['learning_rate']:.3g} to "
-                f"{self.schedule.at(self.progress.step):.3g}"
-            )
-
-    def _statistics_batches(self, num_images: int = 2048, batch_size: int = 64):
-        """Images spread evenly over the data, whatever the number of processes, for the targets' statistics."""
-        dataset = self.loader.dataset
-        count = min(num_images, len(dataset))
-        rows = [i * len(dataset) // count for i in range(count)]
-        for start in range(0, count, batch_size):
-            images = torch.stack(dataset.__getitems__(rows[start : start + batch_size]))
-            yield images.to(self.device)
-
-    # ---- the run ---------------------------------------------------------------------------------------------------
+    def _gather_statistics(self) -> dict[str, torch.Tensor]:
+        self.teacher.gather_statistics(build_facts.spread_batches(self.loader.dataset, 2048, 64, self.device))
+        return {name: value.cpu() for name, value in self.teacher.statistics_state().items()}
 
     def train(self) -> int:
+        """Everything, with the advice that an error deserves."""
+        try:
+            return self._train()
+        except FloatingPointError as error:
+            raise RunError(f"{error}. Last good checkpoint: {self.last_good or 'none yet'}") from error
+        except Exception as error:
+            if not build_facts.is_out_of_memory(error):
+                raise
+            step, size = self.progress.step, self.data.image_size
+            raise RunError(build_facts.memory_advice(self.training, size, self.device, step)) from error
+
+    def _train(self) -> int:
         """The epoch loop."""
-        self.start()
+        self.restore_or_prepare()
         self.announce()
         if self.arguments.dry_run:
             return EXIT_DONE
         log = self.open_log()
-        num_steps = self.schedule.total_steps
-        console = ConsoleProgress(num_steps, "steps", "training", initial=self.progress.step, enabled=self.is_main)
+        console = ConsoleProgress(
+            self.schedule.total_steps, "steps", "training", initial=self.progress.step, enabled=self.is_main
+        )
+        while True:
+            evaluated = distributed.decided_by_main(lambda: self.evaluate_if_due(log, console))
+            is_done = self.progress.epoch >= self.training.num_epochs
+            if is_done or not evaluated or distributed.any_rank(self.stop.requested)[0]:
+                break
+            self.train_epoch(log, console)
+            self.save(log)
+        console.close()
+        return self.finish(log, is_done=is_done and evaluated)
 
-        def after_step(progress, row) -> None:
+    def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
+        """What is left of the present epoch, or as much of it as a request to stop allows."""
+        self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
+        if self.progress.step == 0:
+            images = next(build_facts.spread_batches(self.loader.dataset, 8, 8, self.device))
+            check_first_step(self.task, images, torch.arange(len(images), device=self.device))
+        epoch_end = self.progress.epoch_start + self.steps_in_epoch
+        is_compiled = self.training.compile_student or self.training.compile_teacher
+        first_step = self.progress.step + 1
+
+        def after_step(progress: Progress, row: dict[str, float] | None) -> None:
             if row is not None:
                 log.write("train", step=progress.step, epoch=progress.epoch, **row)
             shown = {"loss": row["loss"], "lr": row["lr"], "images/s": row["images_per_second"],
                      "wait": f"{row['data_wait_fraction']:.1%}"} if row else {}  # fmt: skip
             console.advance(1, epoch=progress.epoch, **shown)
-            is_epoch_end = progress.step % self.steps_in_epoch == 0
-            if self.training.save_every and progress.step % self.training.save_every == 0 and not is_epoch_end:
+            if is_compiled and progress.step == first_step:
+                console.message(build_facts.compiled_graphs())
+            save_every = self.training.save_every
+            if save_every and progress.step % save_every == 0 and progress.step != epoch_end:
                 self.save(log)
 
-        while True:
-            if self.is_evaluation_due(log) and not self.stop.requested:
-                self.evaluate(log, console)
-            if self.progress.epoch >= self.training.num_epochs or self.stop.requested:
-                break
-            self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
-            batches = DevicePrefetcher(self.loader, self.device)
-            if self.progress.step == 0:
-                check_first_step(self.task, *self._first_batch())
-            train_one_epoch(
-                self.task,
-                batches,
-                self.progress,
-                self.stop,
-                steps_in_epoch=self.steps_in_epoch,
-                log_every=self.training.log_every,
-                after_step=after_step,
-            )
-            if self.progress.step == self.steps_in_epoch * (self.progress.epoch + 1):
-                self.progress.epoch, self.progress.samples = self.progress.epoch + 1, 0
-            self.save(log)
-        console.close()
-        return self.finish(log)
-
-    def _first_batch(self):
-        """A few images for the check before the first step."""
-        images = next(iter(self._statistics_batches(num_images=8, batch_size=8)))
-        return images, torch.arange(len(images), device=self.device)
+        train_one_epoch(
+            self.task,
+            DevicePrefetcher(self.loader, self.device),
+            self.progress,
+            self.stop,
+            steps_in_epoch=self.steps_in_epoch,
+            log_every=self.training.log_every,
+            after_step=after_step,
+        )
+        if self.progress.step == epoch_end:
+            self.progress.next_epoch()
 
     def announce(self) -> None:
         """Say what will be done."""
         if not self.is_main:
             return
+        print("\n".join(self.notes))
+        model, plan = self.configs.model, build_facts.plan_of(self.task, sum(self.shards["rows"]))
+        print(
+            f"teacher {model.teacher_name} ({plan['teacher_parameters'] / 1e6:.2f} M parameters) -> student "
+            f"{model.student_name} ({plan['student_parameters'] / 1e6:.2f} M) on {self.device}, {self.task.precision}"
+        )
+        lines = build.describe_schedule(self.configs, self.schedule, self.steps_in_epoch, plan["num_images"])
+        print("\n".join(lines), flush=True)
 
-        for note in self.notes:
-            print(note)
-        model = self.configs.model
-        parameters = sum(value.numel() for value in self.student.student.model.parameters())
-        print(f"teacher {model.teacher_name} -> student {model.student_name} ({parameters / 1e6:.2f} M parameters) "
-              f"on {self.device}, {self.task.precision}")  # fmt: skip
-        num_images = sum(self.loader.valid_rows_per_shard)
-        print("\n".join(build.describe_schedule(self.configs, self.schedule, self.steps_in_epoch, num_images)))
-        sys.stdout.flush()
-
-    def open_log(self):
-        """The run folder made ready: configuration and shard list written, metrics cut back to where the run stands."""
-        if self.is_main:
-            if self.arguments.no_resume:
-                run_folder.set_aside(self.dir)
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / run_folder.PREEMPTED_NAME).unlink(missing_ok=True)
-            write_atomic(self.dir / run_folder.CONFIG_NAME, dump_configs(self.configs).encode())
-            if self.loader.shard_names is not None:
-                run_folder.freeze_shards(self.dir, self.loader.fingerprint, self.loader.shard_names)
+    def open_log(self) -> RunLog:
+        """The run folder made ready, and its metrics cut back to where the run stands."""
+        distributed.decided_by_main(self._prepare_folder)
         log = RunLog(
             self.dir,
             tensorboard=self.training.tensorboard,
             wandb_project=self.training.wandb_project,
             is_main=self.is_main,
         )
-        log.truncate_after(self.progress.step)
+        if self.progress.epoch < self.training.num_epochs:
+            log.truncate_after(self.progress.step)
+        plan = build_facts.plan_of(self.task, sum(self.shards["rows"]))
+        plan["global_batch_size"] = build.global_batch_size(self.training)
+        told = [row for row in read_rows(log.path) if row.get("kind") == "start"] if self.is_main else []
+        if not told or any(told[-1].get(key) != value for key, value in plan.items()):
+            log.write("start", step=self.progress.step, **plan)
         return log
 
-    def config_dict(self) -> dict:
-        """The resolved configuration as plain values."""
-        return {
-            "data": self.data.model_dump(mode="json"),
-            "train": self.training.model_dump(mode="json"),
-            "model": self.configs.model.model_dump(mode="json"),
-        }
-
-    def _global_batch(self) -> int:
-        return build.global_batch_size(self.training)
+    def _prepare_folder(self) -> None:
+        make_directory(self.dir)
+        self.lock.take(create=True)
+        for note in prepare_folder(self.dir, self.begin, self.progress.step):
+            print(note, flush=True)
+        (self.dir / run_folder.PREEMPTED_NAME).unlink(missing_ok=True)
+        write_atomic(self.dir / run_folder.CONFIG_NAME, dump_configs(self.configs).encode())
+        run_folder.freeze_shards(self.dir, self.shards)
 
     def _global_batch_text(self) -> str:
-        processes, steps = distributed.world_size(), self.training.grad_accumulation_steps
-        factors = f"{self.training.batch_size} x {processes} processes x {steps}"
-        return f"{self._global_batch()} images (batch_size x processes x grad_accumulation_steps = {factors})"
+        train, size = self.training, build.global_batch_size(self.training)
+        factors = f"{train.batch_size} x {distributed.world_size()} processes x {train.grad_accumulation_steps}"
+        return f"{size} images (batch_size x processes x grad_accumulation_steps = {factors})"
 
-    def save(self, log) -> None:
-        """Write a checkpoint of this moment; weights that are not finite are an error instead."""
-        check_weights(self.student)
-        if not self.is_main:
-            return
-        state = {
-            "student": self.student.student.model.state_dict(),
-            "heads": self.student.heads.state_dict(),
-            "optimizer": self.task.optimizer.state_dict(),
-            "ema": self.task.ema.state if self.task.ema else None,
-            "rng": {"torch": torch.get_rng_state()},
-            "progress": {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples},
-            "config": self.config_dict(),
-            "scaler": self.task.scaler.state_dict(),
-            "target_statistics": self.teacher.statistics_state(),
-            "num_bad_steps": self.task.num_bad_steps.item(),
-            "learning_rate": self.schedule.at(max(0, self.progress.step - 1)),
-            "global_batch_size": self._global_batch(),
-            "global_batch_text": self._global_batch_text(),
-        }
-        best = log.best_step("knn_top1")
-        save_checkpoint(
-            self.dir,
-            state,
-            self.progress.step,
-            keep=self.training.keep_checkpoints,
-            protect=() if best is None else (best,),
-        )
+    def save(self, log: RunLog) -> None:
+        """Write a checkpoint of this moment; numbers that are not finite are an error instead."""
+        check_numbers(self.task)
+        if self.is_main:
+            check_weights(self.student)
+            state = state_of(self.task, self.progress) | {
+                "config": self.configs.as_dict(),
+                "shards": self.shards,
+                "teacher_hash": self.teacher_hash,
+                "global_batch_size": build.global_batch_size(self.training),
+                "global_batch_text": self._global_batch_text(),
+            }
+            best = log.best_step("knn_top1")
+            keep, protect = self.training.keep_checkpoints, () if best is None else (best,)
+            save_checkpoint(self.dir, state, self.progress.step, keep=keep, protect=protect)
+        self.last_good = checkpoint_path(self.dir, self.progress.step)
 
-    # ---- evaluation ------------------------------------------------------------------------------------------------
+    def evaluate_if_due(self, log: RunLog, console: ConsoleProgress) -> bool:
+        """Measure what is due at this point and not yet in the log: the baselines before the first step, the student
+        every eval_every_epochs and at the end.
 
-    def is_evaluation_due(self, log) -> bool:
-        """At the start (baselines), every eval_every_epochs, and at the end; once each, also after a resume."""
-        at_boundary = self.progress.samples == 0
-        epoch, every = self.progress.epoch, self.training.eval_every_epochs
-        due = every and at_boundary and (epoch % every == 0 or epoch == self.training.num_epochs)
-        return bool(due and self.eval_folders and not log.has_evaluation(self.progress.step))
-
-    def evaluate(self, log, console) -> None:
-        """k-NN and label-free measures on every evaluation set; before the first step also the teacher's."""
-        if not self.is_main:
-            return
-
+        Returns:
+            False where a request to stop came before everything was measured.
+        """
+        epoch, step, every = self.progress.epoch, self.progress.step, self.training.eval_every_epochs
+        if not every or self.progress.samples or not (epoch % every == 0 or epoch == self.training.num_epochs):
+            return True
+        rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
+        measured = {(row.get("dataset"), row.get("model")) for row in rows}
         models = {"student": self.student.student}
-        if self.progress.step == 0:
+        if step == 0:
             models = {"untrained": self.student.student, "teacher": self.teacher.backbone}
         for dataset, (train, test) in self.eval_folders.items():
             for name, model in models.items():
-                row = evaluate_on_folders(model, train, test, k=self.training.knn_k, device=self.device)
-                log.write(
-                    "eval", step=self.progress.step, epoch=self.progress.epoch, dataset=dataset, model=name, **row
-                )
-                console.message(f"epoch {self.progress.epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
+                if (dataset, name) in measured:
+                    continue
+                try:
+                    with self._ended_by_stop(model):
+                        row = evaluate_on_folders(model, train, test, k=self.training.knn_k, device=self.device)
+                except Interrupted:
+                    return False
+                log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
+                console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
+        return True
 
-    def finish(self, log) -> int:
+    @contextlib.contextmanager
+    def _ended_by_stop(self, model: torch.nn.Module):
+        """Inside, a request to stop raises Interrupted at the model's next batch: an evaluation may take minutes."""
+
+        def look(*_args) -> None:
+            if self.stop.requested:
+                raise Interrupted
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""
         log.close()
-        done = self.progress.epoch >= self.training.num_epochs
-        if not done:
-            if self.is_main and distributed.is_launched():
-                (self.dir / run_folder.PREEMPTED_NAME).touch()
-            raise Interrupted(
-                f"{self.stop.reason}: saved at step {self.progress.step} of {self.schedule.total_steps}. "
-                "Run the same command again."
-            )
+        if is_done:
+            if self.is_main:
+                write_plots(self.dir)
+                print(summary_table(self.dir))
+                print(f"report: {write_report(self.dir)}")
+            return EXIT_DONE
+        reason, step = self.stop.reason or "asked to stop", self.progress.step
         if self.is_main:
-            write_plots(self.dir)
-            print(summary_table(self.dir))
-            print(f"report: {write_report(self.dir)}")
-        return EXIT_DONE
+            run_folder.mark_preempted(self.dir, reason, step)
+        # torchrun and srun end the others as soon as the first has left with a status that is not 0
+        distributed.wait_for_all()
+        if not self.is_main:
+            return EXIT_INTERRUPTED
+        raise Interrupted(f"{reason}: saved at step {step} of {self.schedule.total_steps}. Run the same command again.")
 
 
 if __name__ == "__main__":

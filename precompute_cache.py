@@ -1,9 +1,9 @@
 """Stage 1: decode, resize and normalise every image once, into shards that training reads at memory speed.
 
-    python precompute_cache.py --data_config data_config.yaml --dry_run     # the plan: images, shards, bytes, free space
-    python precompute_cache.py --data_config data_config.yaml               # run again after any interruption: it goes on
-    python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3      # one eighth, as an array task
-    python precompute_cache.py --data_config data_config.yaml --verify      # every byte against its hash
+    python precompute_cache.py --data_config data_config.yaml --dry_run    # the plan: images, shards, bytes, free space
+    python precompute_cache.py --data_config data_config.yaml              # run again after any interruption: goes on
+    python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3     # one eighth, an array task
+    python precompute_cache.py --data_config data_config.yaml --verify     # every byte against its hash
 
 Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
 75 interrupted, run the same command again; 1 anything else.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distillery.process import (
     EXIT_DONE,
+    EXIT_ERROR,
     EXIT_TOO_MANY_FAILED,
     Interrupted,
     StopFlag,
@@ -27,14 +28,16 @@ from distillery.process import (
 def parse_arguments() -> argparse.Namespace:
     """The command line; answers --help and wrong flags before anything slow is imported."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--data_config", required=True, type=Path, metavar="YAML")
     parser.add_argument("--train_config", type=Path, metavar="YAML", help="checked along with the data configuration")
     parser.add_argument("--model_config", type=Path, metavar="YAML", help="whose weights --download_only fetches")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N",
-                        help="images decoded per unit of work (default 256); changes no byte of the result")  # fmt: skip
+                        help="images decoded per unit of work (default 256); changes no byte")  # fmt: skip
     parser.add_argument("--num_jobs", type=int, metavar="N", help="share the work among N jobs ...")
     parser.add_argument("--job_id", type=int, metavar="K", help="... of which this is number K, from 0")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
@@ -80,6 +83,8 @@ def main() -> int:
         return report_verification(configs.data.cache_path, _command(arguments))
     if arguments.download_only:
         return download(configs)
+    if arguments.rebuild_index:
+        return rebuild_indexes(configs.data)
 
     with StopFlag() as stop:
         jobs = build_jobs(configs.data, arguments.num_jobs or 1, arguments.job_id or 0)
@@ -88,12 +93,14 @@ def main() -> int:
         print_plan(jobs, surveys, configs.data)
         if arguments.dry_run:
             return EXIT_DONE
+        shards_left = 0
         for job, survey in zip(jobs, surveys, strict=True):
-            left = make_or_rebuild(job, survey, configs.data, arguments, stop)
-            if stop.requested:
-                raise Interrupted(
-                    f"{stop.reason}: {left} shards of {job.title} are left; everything finished is saved. Run the same command again."
-                )
+            shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop)
+        if shards_left:
+            raise Interrupted(
+                f"{stop.reason}: {shards_left} shards are left to make; everything finished is saved. "
+                "Run the same command again."
+            )
     return report_outcome(jobs, configs.data)
 
 
@@ -101,34 +108,14 @@ def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
     """The training cache and one cache with labels for each part of each evaluation set."""
     from distillery.sources import open_source
 
-    main_source = open_source(
-        dataset_name=data.dataset_name,
-        dataset_config=data.dataset_config,
-        dataset_revision=data.dataset_revision,
-        data_files=data.data_files,
-        data_dir=data.data_dir,
-        split=data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-    )
-    limit = min(data.max_samples or len(main_source), (data.max_shards or len(main_source)) * data.cache_shard_size)
-    parts = [("the training images", data.cache_path, main_source, limit, data.label_column is not None)]
+    source = open_source(**data.source_arguments)
+    limit = min(data.max_samples or len(source), (data.max_shards or len(source)) * data.cache_shard_size)
+    parts = [("the training images", data.cache_path, source, limit, data.label_column is not None)]
     for name, entry in data.eval_datasets.items():
-        for part, split, rows in (
-            ("train", entry.train_split, entry.max_train),
-            ("test", entry.test_split, entry.max_test),
-        ):
-            source = open_source(
-                dataset_name=entry.dataset_name,
-                data_files=entry.data_files,
-                data_dir=entry.data_dir,
-                split=split,
-                image_column=entry.image_column,
-                label_column=entry.label_column,
-                labels_required=True,
-            )
+        for part, limit in (("train", entry.max_train), ("test", entry.max_test)):
+            source = open_source(**entry.source_arguments(part), labels_required=True)
             folder = data.cache_path / "eval" / name / part
-            parts.append((f"evaluation set {name}/{part}", folder, source, rows or len(source), True))
+            parts.append((f"evaluation set {name}/{part}", folder, source, limit or len(source), True))
     return [_job_of(data, *part, num_jobs, job_id) for part in parts]
 
 
@@ -166,60 +153,70 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
 
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
-        plan, todo = job.plan, len(survey.missing) + len(survey.doubtful)
-        size = sum(stop - start for start, stop in map(plan.rows_of, survey.missing)) * plan.row_bytes
+        plan, spec = job.plan, job.plan.spec
+        size = sum(after - first for first, after in map(plan.rows_of, survey.missing)) * plan.row_bytes
         total += size
+        how = f"{spec.image_size} px ({spec.resize_mode}, {spec.interpolation}), {plan.dtype}"
+        shards = f"{plan.num_shards} shards of {plan.shard_size}, {format_bytes(plan.num_rows * plan.row_bytes)}"
+        state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.doubtful)} to go"
+        if survey.doubtful:
+            state += f", {len(survey.doubtful)} of them to check"
+        if len(job.shards) < plan.num_shards:
+            state = f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; {state}"
         print(f"{job.title}: {job.source.describe()}")
         print(f"  -> {plan.directory}")
-        print(
-            f"  {plan.num_rows} of {plan.source_num_samples} images, {plan.spec.image_size} px ({plan.spec.resize_mode}, "
-            f"{plan.spec.interpolation}), {plan.dtype}: {plan.num_shards} shards of {plan.shard_size}, "
-            f"{format_bytes(plan.num_rows * plan.row_bytes)}"
-        )
-        share = (
-            ""
-            if len(job.shards) == plan.num_shards
-            else f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; "
-        )
-        to_hash = f", {len(survey.doubtful)} to check" if survey.doubtful else ""
-        print(f"  {share}{len(survey.done)} done, {todo} to go{to_hash}; {format_bytes(size)} to write")
-    free = free_bytes(data.cache_path)
+        print(f"  {plan.num_rows} of {plan.source_num_samples} images, {how}: {shards}")
+        print(f"  {state}; {format_bytes(size)} to write")
+    free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    print(
-        f"free space: {format_bytes(free)} (a quota may be less); decoding with {data.num_workers or usable_cpus()} workers; {versions}"
-    )
+    print(f"free space: {format_bytes(free)} (a quota may be less); {workers} decode workers; {versions}")
     if total > free:
         print(f"WARNING: {format_bytes(total)} are to be written, {format_bytes(free)} are free.")
     if is_network_file_system(data.cache_path.parent):
         print("note: the cache is on a network file system; for training, stage it to a node's own disk where you can.")
 
 
-def make_or_rebuild(job: CacheJob, survey, data, arguments: argparse.Namespace, stop: StopFlag) -> int:
-    """Make what is missing of one cache (with --rebuild_index only its index); returns how many shards are left."""
-    from dataclasses import replace
-
+def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
+    """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
     from distillery.progress import Progress
     from distillery.writer import make_cache
 
-    if arguments.rebuild_index:
-        survey = replace(survey, missing=[])
-    rows = sum(stop_ - start for start, stop_ in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
-    with Progress(total=rows, unit="images", desc=job.title) as progress:
+    if stop.requested:
+        return len(survey.missing) + len(survey.doubtful)
+    rows = sum(after - first for first, after in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
+    with Progress(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
         report = make_cache(
             job.plan,
             job.source,
             shards=job.shards,
             survey=survey,
-            batch_size=arguments.batch_size,
+            batch_size=batch_size,
             num_workers=data.num_workers or usable_cpus(),
             stop=stop,
-            on_rows=lambda count, limit, shards_done: progress.advance(count, shards=shards_done, limit=limit),
+            on_rows=lambda count, limit, shards_made: progress.advance(count, shards=shards_made, limit=limit),
         )
     for message in report.messages:
         print(f"repaired: {message}")
     if report.shards_made or report.shards_adopted:
         print(f"{job.title}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
     return report.shards_left
+
+
+def rebuild_indexes(data) -> int:
+    """Make index.json, failures.jsonl and lost records again from the shards alone, in every folder of the cache."""
+    from distillery.upgrade import rebuild_index
+
+    status = EXIT_DONE
+    evaluation = sorted(path for path in data.cache_path.glob("eval/*/*") if path.is_dir())
+    for folder in [data.cache_path, *evaluation]:
+        report = rebuild_index(folder, data.max_samples if folder == data.cache_path else None)
+        how = " (upgraded from the predecessor's format)" if report.was_upgraded else ""
+        shards = len(report.index["shards"])
+        print(f"{folder}: index.json made again from {shards} shards, {report.num_hashed} of them hashed{how}")
+        for problem in report.problems:
+            print(f"  left out: {problem}")
+            status = EXIT_ERROR
+    return status
 
 
 def report_outcome(jobs: list[CacheJob], data) -> int:
@@ -238,9 +235,7 @@ def report_outcome(jobs: list[CacheJob], data) -> int:
         if failed:
             print(f"  the reasons are in {job.plan.directory / FAILURES_NAME}; training leaves these images out")
         if failed > data.max_failed_fraction * rows:
-            print(
-                f"  {failed} of {rows} is more than max_failed_fraction {data.max_failed_fraction} allows: look at the reasons"
-            )
+            print(f"  more than max_failed_fraction {data.max_failed_fraction} allows: look at the reasons")
             status = EXIT_TOO_MANY_FAILED
     return status
 

@@ -1,13 +1,15 @@
 """What a run says of itself: the data and the teacher it is bound to, what was compiled, what to do without memory."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 
 from distillery.build import choose_precision
 from distillery.config import DataConfig, TrainConfig
+from distillery.engine import Task
 from distillery.files import format_bytes, sha256_of
 
 
@@ -40,6 +42,21 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
     # a cache grows at its end only, by shards and by rows of the last one
     changes = {"max_shards": None, "max_samples": sum(frozen["rows"]), "use_cached": bool(frozen["shards"])}
     return data.model_copy(update=changes)
+
+
+def plan_of(task: Task, num_images: int) -> dict[str, int]:
+    """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
+    models = {"student": task.student.student.model, "teacher": task.teacher_module.backbone.model}
+    sizes = {f"{side}_parameters": sum(p.numel() for p in model.parameters()) for side, model in models.items()}
+    return {"total_steps": task.schedule.total_steps, "num_images": num_images, **sizes}
+
+
+def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Normalised images [B, 3, H, W] spread evenly over a data set, the same whatever the number of processes."""
+    count = min(num_images, len(dataset))
+    rows = [i * len(dataset) // count for i in range(count)]
+    for start in range(0, count, batch_size):
+        yield torch.stack(dataset.__getitems__(rows[start : start + batch_size])).to(device)
 
 
 def weights_hash(model: nn.Module) -> str:

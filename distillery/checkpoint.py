@@ -54,7 +54,7 @@ def _write(folder: Path, path: Path, state: dict[str, Any], step: int) -> None:
     try:
         make_directory(folder)
         _remove_leftovers(folder)
-        # torch reports a full disk without errno when it opens the file itself; through ours the OSError is kept
+        # torch reports a full disk without errno when it opens the file itself; through ours there is an OSError
         with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
@@ -64,14 +64,24 @@ def _write(folder: Path, path: Path, state: dict[str, Any], step: int) -> None:
         os.replace(temporary, path)
         fsync_dir(folder)
         write_atomic(path.with_suffix(".json"), json.dumps(record).encode() + b"\n")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        problem = _os_error_behind(error)
+        if problem is None:
+            raise
         raise RunError(
-            f"{path}: could not be written ({error.strerror}); the checkpoints before it are intact. "
+            f"{path}: could not be written ({problem.strerror}); the checkpoints before it are intact. "
             "Make room and run the same command again."
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """The OSError that led to an error: torch's writer, closed after a failed write, raises one of its own over it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _prune(folder: Path, keep: int, protect: set[int]) -> None:

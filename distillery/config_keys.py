@@ -105,6 +105,12 @@ class EvalDataset(StrictModel):
     max_train: PositiveInt | None = Field(None, description="images of train_split used; null: all")
     max_test: PositiveInt | None = Field(None, description="images of test_split used; null: all")
 
+    def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
+        """What sources.open_source takes for one part of the set."""
+        names = "dataset_name data_files data_dir image_column label_column"
+        split = self.train_split if part == "train" else self.test_split
+        return {name: getattr(self, name) for name in names.split()} | {"split": split}
+
 
 class DataConfig(StrictModel):
     """data_config.yaml: the source of the images, the cache made of them, and how training reads it."""
@@ -181,6 +187,12 @@ class DataConfig(StrictModel):
         if self.run_bytes and self.window_bytes and self.window_bytes < self.run_bytes:
             raise ValueError(f"window_bytes ({self.window_bytes}) is smaller than run_bytes ({self.run_bytes})")
         return self
+
+    @property
+    def source_arguments(self) -> dict[str, Any]:
+        """What sources.open_source takes for the training images."""
+        names = "dataset_name dataset_config dataset_revision data_files data_dir split image_column label_column"
+        return {name: getattr(self, name) for name in names.split()}
 
     @property
     def cache_path(self) -> Path:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
 from distillery.decode import Unit, UnitResult, write_unit
@@ -64,10 +65,13 @@ class ProcessPool:
         # each worker would import torch for itself
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["distillery.decode_pool", *(["torch"] if needs_torch else [])])
-        self._executor = ProcessPoolExecutor(
-            num_workers, context, initializer=_start_worker, initargs=(self._slots, _Descriptor(self._leash))
-        )
         with _signals_blocked():
+            # apart and first: starting it ends the blocking of SIGINT and SIGTERM
+            resource_tracker.ensure_running()
+        with _signals_blocked():
+            self._executor = ProcessPoolExecutor(
+                num_workers, context, initializer=_start_worker, initargs=(self._slots, _Descriptor(self._leash))
+            )
             for _ in range(num_workers):  # starts them
                 self._executor.submit(os.getpid)
 
@@ -83,8 +87,12 @@ class ProcessPool:
             slot = self._free.popleft()
             self._slots.fill(slot, unit.images)
             task = (_write_unit_of_slot, replace(unit, images=[]), slot, lengths)
-        with _signals_blocked():
-            future = self._executor.submit(*task)
+        try:
+            with _signals_blocked():
+                future = self._executor.submit(*task)
+        except BrokenProcessPool:  # a worker died while none of its units were in flight
+            self._is_broken = True
+            raise
         self._unfinished.add(future)
         future.add_done_callback(lambda future: self._on_done(future, slot))
         return future

@@ -1,8 +1,7 @@
 """The training step and the epoch: knows neither YAML nor paths nor names of losses; it is handed objects."""
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from distillery import distributed
+from distillery.drop_path import StochasticDepth
+from distillery.engine_clock import StepClock
+from distillery.engine_numbers import BadSteps, undo_where
 from distillery.losses import check_gradients, total_loss
 from distillery.models import FrozenTeacher, StudentWithHeads, align_teacher
 from distillery.process import StopFlag
+
+# the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
+_SMALLEST_FP16_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,19 @@ def default_learning_rate(global_batch_size: int) -> float:
 
 @dataclass
 class Progress:
-    """Where a run stands. samples: of the current epoch's global order, consumed by all ranks together."""
+    """Where a run stands.
+
+    samples: of the current epoch's global order, consumed by all ranks together; epoch_start: step it began at.
+    """
 
     step: int = 0
     epoch: int = 0
     samples: int = 0
+    epoch_start: int = 0
+
+    def next_epoch(self) -> None:
+        """Stand at the beginning of the epoch after this one."""
+        self.epoch, self.samples, self.epoch_start = self.epoch + 1, 0, self.step
 
 
 @dataclass
@@ -56,7 +69,8 @@ class Task:
     """All that a training step touches.
 
     student_call: what is called (the student itself, or wrapped for DDP or compiled); teacher: frozen; augment: from
-    (images, global_idx, epoch) to images; to_float: from the loader's batch to normalised float32 on the device.
+    (images, global_idx, epoch) to images; to_float: from the loader's batch to normalised float32 on the device; depth:
+    the student's stochastic depth, where it has any.
     """
 
     student: StudentWithHeads
@@ -75,16 +89,18 @@ class Task:
     accumulation_steps: int
     seed: int
     ema: "Ema | None" = None
+    depth: StochasticDepth | None = None
     max_bad_steps: int = 0
+    memory_format: torch.memory_format = torch.contiguous_format
     scaler: torch.amp.GradScaler = field(init=False)
-    num_bad_steps: Tensor = field(init=False)
+    bad_steps: BadSteps = field(init=False)
 
     def __post_init__(self) -> None:
         # fp16 needs its scaling; at scale 1 the scaler still has a use: a step whose gradients are not finite is left
         # out on the device, without the host having to look
         scale = {} if self.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, **scale)
-        self.num_bad_steps = torch.zeros((), device=self.device)
+        self.bad_steps = BadSteps(self.device, self.max_bad_steps, gradients_count=self.precision != "fp16")
 
     def autocast(self) -> Any:
         """Mixed precision for both models' forward passes; losses are computed in float32 outside."""
@@ -94,7 +110,7 @@ class Task:
 
 
 class Ema:
-    """Exponential moving average of the student's parameters; buffers (batch-norm statistics) are copied."""
+    """Exponential moving average of the student's parameters and batch-norm statistics; counters are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -103,16 +119,17 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """One step towards the model's present weights."""
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - self.decay)
-            else:
-                self.state[name].copy_(value)
+        now = model.state_dict()
+        averaged = [name for name, value in now.items() if value.is_floating_point()]
+        # in one call each: hundreds of small kernels take the host longer than the arithmetic takes the GPU
+        torch._foreach_lerp_([self.state[name] for name in averaged], [now[name] for name in averaged], 1 - self.decay)
+        for name in now.keys() - set(averaged):
+            self.state[name].copy_(now[name])
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators from (seed, step, rank), so that drop-path needs no saved state to resume exactly."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + distributed.rank())
+    """Seed torch's generators from (seed, step, rank), so that dropout needs no saved state to resume exactly."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63)
 
 
 def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> dict[str, Tensor]:
@@ -127,7 +144,9 @@ def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -
     Returns:
         {"loss", "loss/<name>", ...}: float32 scalars.
     """
-    view = task.augment(task.to_float(images), global_idx, epoch)
+    view = task.augment(task.to_float(images), global_idx, epoch).contiguous(memory_format=task.memory_format)
+    if task.depth is not None:
+        task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
     with task.autocast():
         targets = task.teacher(view)
         outputs = task.student_call(view)
@@ -143,27 +162,32 @@ def train_step(task: Task, batches: list[tuple[Tensor, Tensor]], step: int, epoc
     seed_step(task.seed, step)
     for group in task.optimizer.param_groups:
         group["lr"] = task.schedule.at(step)
+    statistics = _running_statistics(task) if task.max_bad_steps else []
+    before = [value.clone() for value in statistics]
     totals: dict[str, Tensor] = {}
     for number, (images, global_idx) in enumerate(batches, start=1):
         is_last = number == len(batches)
-        wait_to_sync = (
-            nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync()
-        )
-        with wait_to_sync:
+        with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
             losses = forward_losses(task, images, global_idx, epoch)
             task.scaler.scale(losses["loss"] / len(batches)).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
-    task.num_bad_steps += ~torch.isfinite(totals["loss"])
     task.scaler.unscale_(task.optimizer)
     max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
     totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+    is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([global_idx for _, global_idx in batches]))
+    undo_where(is_bad, statistics, before)
     task.scaler.step(task.optimizer)
     task.scaler.update()
     task.optimizer.zero_grad(set_to_none=True)
     if task.ema is not None:
         task.ema.update(task.student.student.model)
     return totals
+
+
+def _running_statistics(task: Task) -> list[Tensor]:
+    """The student's batch-norm means and variances: the forward pass changes them, whatever comes of the step."""
+    return [value for value in task.student.buffers() if value.is_floating_point()]
 
 
 def check_first_step(task: Task, images: Tensor, global_idx: Tensor) -> None:
@@ -183,37 +207,17 @@ def check_first_step(task: Task, images: Tensor, global_idx: Tensor) -> None:
         task.student.train(was_training)
 
 
-@dataclass
-class Window:
-    """Timing since the last logged step."""
-
-    began: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    images: int = 0
-    waited_s: float = 0.0
-
-    def summary(self) -> dict[str, float]:
-        """images_per_second (this process), step_seconds, data_wait_fraction."""
-        elapsed = max(1e-9, time.perf_counter() - self.began)
-        return {
-            "images_per_second": self.images / elapsed,
-            "step_seconds": elapsed / max(1, self.steps),
-            "data_wait_fraction": min(1.0, self.waited_s / elapsed),
-        }
-
-
-def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterable[tuple[list, float]]:
-    """(the batches of one step, seconds waited for them); a group that the epoch's end cuts short is left out."""
+def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list]:
+    """The batches of one step at a time; a group that the epoch's end cuts short is left out."""
     iterator = iter(batches)
     while True:
-        began = time.perf_counter()
         group = []
         for _ in range(accumulation_steps):
             batch = next(iterator, None)
             if batch is None:
                 return
             group.append(batch)
-        yield group, time.perf_counter() - began
+        yield group
 
 
 def train_one_epoch(
@@ -240,58 +244,41 @@ def train_one_epoch(
     Raises:
         FloatingPointError: a loss or gradient is not finite.
     """
-    window = Window()
-    epoch_end = steps_in_epoch * (progress.epoch + 1)
-    for group, waited_s in batches_by_step(batches, task.accumulation_steps):
-        if progress.step >= epoch_end:
-            break
+    clock, groups = StepClock(task.device), batches_by_step(batches, task.accumulation_steps)
+    epoch_end = progress.epoch_start + steps_in_epoch
+    while progress.step < epoch_end:
+        with clock.waiting():
+            group = next(groups, None)
+        assert group is not None, f"the loader ended at step {progress.step}, the epoch at {epoch_end}"
         losses = train_step(task, group, progress.step, progress.epoch)
         num_images = sum(len(images) for images, _ in group)
-        window.steps, window.images, window.waited_s = (
-            window.steps + 1,
-            window.images + num_images,
-            window.waited_s + waited_s,
-        )
+        clock.count(num_images)
+        is_logged = (progress.step + 1) % log_every == 0
+        # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it
+        if is_logged or task.device.type == "cpu":
+            check_numbers(task)
         row = None
-        # on the CPU reading a loss is free, so a bad one is caught at its own step
-        if task.device.type == "cpu":
-            check_finite(task, losses, progress, group)
-        if (progress.step + 1) % log_every == 0:
-            check_finite(task, losses, progress, group)
-            row = read_losses(losses) | {"lr": task.schedule.at(progress.step)} | window.summary()
+        if is_logged:
+            row = read_losses(losses) | {"lr": task.schedule.at(progress.step)} | clock.summary()
             row["images_per_second"] *= distributed.world_size()
-            window = Window()
         progress.step += 1
         progress.samples += num_images * distributed.world_size()
         after_step(progress, row)
-        if distributed.any_rank(stop.requested, task.device):
+        if distributed.any_rank(stop.requested)[0]:
             return
-    assert progress.step == epoch_end, f"the loader ended at step {progress.step}, the epoch at {epoch_end}"
 
 
 def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
-    """The losses as numbers, mean over ranks: the only place where the host waits for the device."""
+    """The losses as numbers, mean over ranks; the host waits for the device here."""
     values = distributed.mean_over_ranks(torch.stack([value.float() for value in losses.values()])).tolist()
     return dict(zip(losses, values, strict=True))
 
 
-def check_finite(task: Task, losses: dict[str, Tensor], progress: Progress, group: list) -> None:
-    """Raise FloatingPointError, with what helps to find the cause, after too many losses that are NaN or infinite."""
-    if task.num_bad_steps.item() <= task.max_bad_steps:
-        return
-    rows = torch.cat([global_idx for _, global_idx in group]).tolist()
-    raise FloatingPointError(
-        f"loss is not finite at step {progress.step} (epoch {progress.epoch}; {int(task.num_bad_steps.item())} such steps, "
-        f"max_bad_steps {task.max_bad_steps}): "
-        + ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
-        + f", lr={task.schedule.at(progress.step):.3e}; images (global_idx): {rows[:16]}"
-    )
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raise FloatingPointError when a weight or buffer is not finite: such a student must never be saved."""
-    bad = [
-        name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if bad:
-        raise FloatingPointError(f"{len(bad)} tensors of the student are not finite, the first is {bad[0]}; not saved.")
+def check_numbers(task: Task) -> None:
+    """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite."""
+    if distributed.any_rank(task.bad_steps.exceeded())[0]:
+        raise FloatingPointError(task.bad_steps.describe(task.schedule.at))
+    if task.precision == "fp16" and task.scaler.get_scale() < _SMALLEST_FP16_SCALE:
+        raise FloatingPointError(
+            f"fp16 gradients overflow even at a loss scale of {task.scaler.get_scale():g}; use precision: bf16 or fp32"
+        )

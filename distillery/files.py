@@ -1,10 +1,13 @@
 """Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import getpass
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,7 +36,9 @@ NETWORK_FILE_SYSTEMS = {
     "fuse.juicefs",
 }
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_ATTEMPTS = 5
+# how often a file is written anew, from its data, in all; ENOENT and ESTALE: another process took the temporary file
+# for a dead writer's leftover
+ATTEMPTS_AFTER = {errno.EIO: 2, errno.ENOENT: 5, errno.ESTALE: 5}
 
 
 def expand_path(text: str | os.PathLike) -> Path:
@@ -151,7 +156,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Source: Pillai et al., All File Systems Are Not Created Equal, OSDI 2014.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in itertools.count(1):
         temporary = temporary_name(path)
         try:
             fd = create_temporary(temporary)
@@ -162,17 +167,33 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.replace(temporary, path)
             finally:
                 os.close(fd)
-        except FileNotFoundError:
-            # another process took the temporary file for a dead writer's leftover
-            if attempt == _ATTEMPTS or not path.parent.is_dir():
-                raise
-        except BaseException:
+            fsync_dir(path.parent)
+            return
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise
-        else:
-            break
-    fsync_dir(path.parent)
+            # a new file with all the data each time: fsync is never tried twice on the same one
+            number = error.errno if isinstance(error, OSError) else None
+            if attempt >= ATTEMPTS_AFTER.get(number, 1) or not path.parent.is_dir():
+                raise
+
+
+def start_writeback(fd: int, offset: int, count: int) -> None:
+    """Have Linux begin to write these bytes to the disk, without waiting: the fsync to come then has little left to do.
+
+    Source: sync_file_range(2). A hint: where it is not known or fails, fsync does all the work and tells the error.
+    """
+    function = _sync_file_range()
+    if function is not None and count > 0:
+        function(fd, offset, count, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+@functools.cache
+def _sync_file_range():
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
 
 
 def publish_no_clobber(temporary: Path, final: Path) -> bool:

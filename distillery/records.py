@@ -215,7 +215,7 @@ class RecordScan:
 def index_of(records: list[dict], num_target: int | None = None) -> dict:
     """index.json's content: a pure function of the records and of how many rows the cache shall have (None: all)."""
     identity, first = records[0]["identity"], records[0]
-    num_target = first["source_num_samples"] if num_target is None else num_target
+    num_target = min(first["source_num_samples"], num_target or first["source_num_samples"])
     wanted_rows = sum(
         max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
         for record in records

@@ -2,7 +2,6 @@
 
 import math
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from distillery.records import check_meta, decode_checksums, encode_checksums, p
 from distillery.shard_format import (
     DTYPES,
     MAX_MEMBER_BYTES,
+    crc32,
     open_regular,
     payload_header,
     read_blocks,
@@ -70,7 +70,7 @@ def hash_shard(path: Path, record: dict, *, own_format: bool = True) -> tuple[in
         row, left = 0, row_bytes
         for block in read_blocks(file, len(digests) * row_bytes):
             file_hash.update(block)
-            payload_crc = zlib.crc32(block, payload_crc)
+            payload_crc = crc32(block, payload_crc)
             while block:
                 part = block[:left]
                 row_hash.update(part)

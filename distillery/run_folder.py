@@ -168,12 +168,12 @@ class RunLock:
         """Take the lock, unless it is held already; without `create` only where the file is there.
 
         Raises:
-            UserError: another process has it, and keeps it for a minute.
+            UserError: another process has it and keeps it for a minute; with `create`, when it has been faster.
         """
         if self._fd is not None or not (create or self._path.exists()):
             return
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        deadline = time.monotonic() + (0.0 if create else _LOCK_PATIENCE_S)
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

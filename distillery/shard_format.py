@@ -24,8 +24,13 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.files import write_all
+from distillery.files import pwrite_all, start_writeback, write_all
 from distillery.process import UserError
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # an accelerator only, 16 times as fast: the same numbers
+    from zlib import crc32
 
 PAYLOAD_OFFSET = 128
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
@@ -41,6 +46,8 @@ _ALIGNMENT_BYTES = 64
 MAX_MEMBER_BYTES = 512 << 20
 _ZIP64_LIMIT = 0xFFFFFFFF
 _CHUNK_BYTES = 4 << 20
+# small enough for a core's cache: the bytes are copied once and looked at twice
+_DIGEST_BYTES = 512 << 10
 _HAS_DATA_DESCRIPTOR = 0x0008
 
 
@@ -142,34 +149,65 @@ def payload_header() -> bytes:
     return _local_header("archive/data/0", 0)
 
 
+class PayloadDigest:
+    """CRC-32 of a shard's payload and hash of its file so far, taken row by row while later rows are being made.
+
+    Args:
+        fd: the shard's file; its header is written here.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        header = payload_header()
+        pwrite_all(fd, header, 0)
+        self.file_hash, self.crc, self.position = xxhash.xxh3_128(header), 0, len(header)
+
+    def advance(self, end: int) -> None:
+        """Take in the bytes of the file up to `end`, and have the system begin to write them to the disk.
+
+        Raises:
+            OSError: the file ends before.
+        """
+        start = self.position
+        buffer = memoryview(bytearray(max(0, min(_DIGEST_BYTES, end - start))))
+        while self.position < end:
+            count = os.preadv(self._fd, [buffer[: end - self.position]], self.position)
+            if count == 0:
+                raise OSError(
+                    errno.EIO, f"the file ends at byte {self.position} of {end}: another program truncated it"
+                )
+            self.crc = crc32(buffer[:count], self.crc)
+            self.file_hash.update(buffer[:count])
+            self.position += count
+        start_writeback(self._fd, start, self.position - start)
+
+
 def finish_shard(
-    fd: int, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
+    fd: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    valid: np.ndarray,
+    labels: np.ndarray | None,
+    meta: str,
+    digest: PayloadDigest | None = None,
 ) -> tuple[int, str]:
     """Turn a file whose payload (`shape` rows of `dtype` from PAYLOAD_OFFSET) is written into a complete shard.
 
-    Reads the payload once for its CRC-32 and the file's hash, then writes what follows it. Does not fsync.
+    Reads the payload, or what `digest` has not taken in yet, for its CRC-32 and the file's hash, then writes what
+    follows it. Does not fsync.
     Returns:
         (size of the file in bytes, its hash "xxh3_128:<hex>").
     """  # fmt: skip
     payload_bytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-    header = payload_header()
-    os.pwrite(fd, header, 0)
-    file_hash, crc = xxhash.xxh3_128(header), 0
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, payload_bytes)))
-    position, end = PAYLOAD_OFFSET, PAYLOAD_OFFSET + payload_bytes
-    while position < end:
-        count = os.preadv(fd, [buffer[: end - position]], position)
-        if count == 0:
-            raise OSError(errno.EIO, f"the file ends at byte {position} of {end}: another program truncated it")
-        crc = zlib.crc32(buffer[:count], crc)
-        file_hash.update(buffer[:count])
-        position += count
-    tail = shard_tail(crc, dtype, shape, valid, labels, meta)
-    file_hash.update(tail)
+    end = PAYLOAD_OFFSET + payload_bytes
+    digest = digest or PayloadDigest(fd)
+    digest.advance(end)
+    tail = shard_tail(digest.crc, dtype, shape, valid, labels, meta)
+    digest.file_hash.update(tail)
     os.lseek(fd, end, os.SEEK_SET)
     write_all(fd, tail)
     os.ftruncate(fd, end + len(tail))
-    return end + len(tail), f"xxh3_128:{file_hash.hexdigest()}"
+    return end + len(tail), f"xxh3_128:{digest.file_hash.hexdigest()}"
 
 
 def shard_tail(
@@ -189,7 +227,7 @@ def shard_tail(
     contents["archive/version"] = b"3\n"
     tail, members = _data_descriptor(images), [images]
     for name, value in contents.items():
-        member = _Member(name, end + len(tail), len(value), zlib.crc32(value))
+        member = _Member(name, end + len(tail), len(value), crc32(value))
         members.append(member)
         tail += _local_header(name, member.offset) + value + _data_descriptor(member)
     directory = b"".join(map(_central_header, members))

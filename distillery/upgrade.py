@@ -69,10 +69,7 @@ def rebuild_index(directory: Path, num_target: int | None = None) -> RebuildRepo
     else:
         hashed = _in_threads(lambda name: _renew_record(directory / name, facts, problems), names)
     was_upgraded = index is not None and not index.verified
-    scan = RecordScan(directory)
-    if num_target is not None and (records := scan.records()):
-        num_target = min(num_target, records[0]["source_num_samples"])
-    if (made := write_views(directory, scan, num_target)) is None:
+    if (made := write_views(directory, RecordScan(directory), num_target)) is None:
         raise UserError("\n".join([f"{directory}: no shard is whole:", *problems]))
     return RebuildReport(made, sum(hashed), was_upgraded, sorted(problems))
 

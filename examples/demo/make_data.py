@@ -1,6 +1,6 @@
 """The 1,797 handwritten digits of scikit-learn (UCI, 8 x 8 pixels) as two parquet files of PNG images with labels.
 
-    python examples/demo/make_data.py OUT_DIR      # writes OUT_DIR/train.parquet (1,297 images) and test.parquet (500)
+python examples/demo/make_data.py OUT_DIR      # writes OUT_DIR/train.parquet (1,297 images) and test.parquet (500)
 """
 
 import io

@@ -14,16 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scale import COUNTS, SCALE, SEED
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
-
-SCALE = float(os.environ.get("FAULTS_SCALE", "1"))
-SEED = int(os.environ.get("FAULTS_SEED", "0"))
-COUNTS: Counter[str] = Counter()
-
-
-def scaled(count: int) -> int:
-    """How many times to do something of which the short lane does `count`."""
-    return max(1, round(count * SCALE))
 
 
 @pytest.fixture
@@ -66,6 +58,18 @@ def reference(source, tmp_path_factory) -> dict[str, bytes]:
 def pytest_report_header() -> str:
     """Say what repeats this run."""
     return f"faults: FAULTS_SEED={SEED} FAULTS_SCALE={SCALE:g}"
+
+
+def pytest_sessionfinish(session) -> None:
+    """Under pytest-xdist: hand this worker's counts to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Under pytest-xdist: take in a worker's counts."""
+    COUNTS.update(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -6,9 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
-from distillery import decode
+from distillery import writer
+from distillery.decode import Unit, write_unit
+from distillery.process import ignore_stop_signals
 
 FINISHED = 0
 
@@ -53,10 +56,27 @@ def kill_group(leader: int) -> None:
         os.kill(leader, signal.SIGKILL)
 
 
-def forked_decode_workers() -> None:
-    """In a forked process: let decode workers start by fork as well (0.01 s) and not afresh (0.4 s)."""
-    context = multiprocessing.get_context("fork")
-    decode.multiprocessing.get_context = lambda _method: context
+class ForkedPool:
+    """Two decode workers forked from this process: they start in 0.01 s, not in 0.4 s like those of ProcessPool."""
+
+    capacity = 6
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self.executor = ProcessPoolExecutor(2, context, initializer=ignore_stop_signals)
+
+    def submit(self, unit: Unit) -> Future:
+        """As ProcessPool's."""
+        return self.executor.submit(write_unit, unit)
+
+    def close(self) -> None:
+        """As ProcessPool's."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+
+def use_forked_workers() -> None:
+    """In a process that was forked itself: decode in a ForkedPool from now on."""
+    writer.decode_pool = lambda *_args: ForkedPool()
 
 
 def members(group: int) -> list[int]:

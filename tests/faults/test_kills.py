@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import scaled
-from processes import FINISHED, fork, forked_decode_workers, kill_group, members, wait, wait_until
+from processes import FINISHED, fork, kill_group, members, use_forked_workers, wait, wait_until
+from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
-from syscalls import CHANGES, watched
+from syscalls import ALL_BUT_CLOSE, watched
 
 from distillery.verify import verify_cache
 
@@ -46,7 +46,7 @@ def run_until_call(plan, source, fatal: int, mode: str) -> None:
             if n == fatal:
                 die()
 
-    with watched(around, ("write", "pwrite") if mode == "half" else tuple(CHANGES)):
+    with watched(around, ("write", "pwrite") if mode == "half" else ALL_BUT_CLOSE):
         run_stage1(plan, source)
 
 
@@ -103,8 +103,8 @@ def test_kill_9_of_the_process_group_at_random_times(folder, tally, rng):
     while kills < scaled(30):
 
         def work():
-            forked_decode_workers()
-            run_stage1(plan, source, num_workers=2)
+            use_forked_workers()
+            run_stage1(plan, source)
 
         child = fork(work, own_group=True)
         time.sleep(rng.uniform(0, 1.5 * whole_s))

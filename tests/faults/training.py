@@ -1,8 +1,5 @@
 """Training runs for the tests that break them: short, started in a fork, compared bit by bit."""
 
-import os
-import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +19,6 @@ STUDENTS = {
         "augment.random_resized_crop": "[0.3, 1.0]",
     },
 }
-# how often the random tests repeat what they do: 1 in CI, more by hand
-SOAK = int(os.environ.get("DISTILLERY_SOAK", "1"))
 COMPARED = ("student", "heads", "optimizer", "ema", "rng", "progress", "scaler", "target_statistics", "learning_rate")
 
 
@@ -89,16 +84,3 @@ def of_folder(run_dir: Path) -> Workplace:
     view.rows = lambda kind: Workplace.rows(view, kind, run_dir.name)
     view.last_checkpoint = lambda: Workplace.last_checkpoint(view, run_dir.name)
     return view
-
-
-def fresh(run_dir: Path) -> Path:
-    """run_dir, empty."""
-    shutil.rmtree(run_dir, ignore_errors=True)
-    return run_dir
-
-
-def seeded(name: str) -> random.Random:
-    """Random numbers of a test; DISTILLERY_SEED gives other ones."""
-    seed = os.environ.get("DISTILLERY_SEED", "0")
-    print(f"DISTILLERY_SEED={seed}")
-    return random.Random(f"{name} {seed}")

@@ -1,0 +1,68 @@
+"""What the benchmarks share: images to work on, and a chart of who reached what."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def synthetic_jpegs(count: int, size_px: int, *, seed: int = 0) -> list[bytes]:
+    """`count` different JPEGs of soft shapes with noise, size_px high and a third wider."""
+    from PIL import Image
+
+    rng, images = np.random.default_rng(seed), []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((size_px * 4 // 3, size_px), Image.Resampling.BICUBIC), np.int16)
+        noise = rng.integers(-24, 25, (*pixels.shape[:2], 1), dtype=np.int16)
+        buffer = io.BytesIO()
+        Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return images
+
+
+def read_images(parquet: Path, image_column: str | None) -> list[bytes]:
+    """All encoded images of a parquet file."""
+    from distillery.sources import open_source
+
+    source = open_source(dataset_name="parquet", data_files=str(parquet), image_column=image_column)
+    return source.read(0, len(source))
+
+
+def write_parquet(images: Sequence[bytes], count: int, path: Path) -> None:
+    """A parquet file of `count` rows: the images again and again, a thousand in a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+    with pq.ParquetWriter(path, schema, compression="none") as writer:
+        for start in range(0, count, 1000):
+            rows = [{"bytes": images[i % len(images)], "path": None} for i in range(start, min(count, start + 1000))]
+            writer.write_table(pa.table({"image": rows}, schema=schema))
+
+
+def draw_bars(
+    panels: Sequence[tuple[str, dict[str, float]]], path: Path, *, unit: str, limits: dict[str, float], title: str
+) -> None:
+    """One panel (heading, name -> value) of bars under another; `limits` (name -> value) are dashed lines in each."""
+    from matplotlib.figure import Figure
+
+    rows = sum(len(values) for _, values in panels)
+    figure = Figure(figsize=(8, 0.4 * rows + 0.9 * len(panels) + 0.6), layout="constrained")
+    heights = [len(values) + 1 for _, values in panels]
+    for axes, (heading, values) in zip(
+        np.atleast_1d(figure.subplots(len(panels), 1, height_ratios=heights, sharex=True)), panels, strict=True
+    ):
+        names = sorted(values, key=values.get)
+        colors = ["tab:orange" if name.startswith("ours") else "tab:blue" for name in names]
+        axes.bar_label(axes.barh(names, [values[name] for name in names], color=colors), fmt="{:,.0f}", padding=3)
+        for name, value in limits.items():
+            axes.axvline(value, color="black", linestyle="--", label=name)
+        axes.set_title(heading, fontsize=10)
+        axes.margins(x=0.15)
+    if limits:
+        axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel(unit)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,30 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, contenders",
+    [
+        ("precompute", {"ours", "seed-style"}),
+        ("loader", {"ours", "ceiling: bare preadv", "torch.load"}),
+        ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
+    ],
+)
+def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, contenders):
+    peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"], "dtypes": []}[name]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--dir", str(tmp_path), "--out", str(tmp_path), *peers],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {row["name"] for row in result["results"]} == contenders
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

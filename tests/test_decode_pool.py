@@ -1,0 +1,144 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from stage1 import MEAN, STD, SmallSource, folder_bytes, run_stage1, small_plan
+
+from distillery import decode_pool
+from distillery.decode_pool import SLOT_BYTES, Slots, needs_resampler, split_by_bytes
+from distillery.preprocess import PreprocessSpec
+from distillery.process import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def encode(height: int, width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_of_images_are_all_images_in_order_and_none_is_larger_than_allowed(seed):
+    rng = np.random.default_rng(seed)
+    images = [bytes(int(size)) for size in rng.integers(0, 30, rng.integers(0, 40))]
+    runs = list(split_by_bytes(images, 25))
+    assert [image for run in runs for image in run] == images
+    assert all(run and (len(run) == 1 or sum(map(len, run)) <= 25) for run in runs)
+
+
+def test_a_slot_gives_back_what_was_put_into_it_and_touches_no_other():
+    slots = Slots(3)
+    images = [os.urandom(size) for size in (SLOT_BYTES - 10, 0, 9, 1)]
+    slots.fill(1, images)
+    assert slots.read(1, [len(image) for image in images]) == images
+    assert not any(slots.read(0, [SLOT_BYTES])[0]) and not any(slots.read(2, [SLOT_BYTES])[0])
+    slots.close()
+
+
+@pytest.mark.parametrize(
+    "images, interpolation, expected",
+    [
+        ([(8, 8), (8, 8)], "bicubic", False),
+        ([(8, 8), (8, 9)], "bicubic", True),
+        ([(9, 8)], "bilinear", True),
+        ([(9, 8)], "lanczos", False),
+        ([], "bicubic", False),
+    ],
+)
+def test_torch_is_asked_for_only_where_something_must_be_resized_by_it(images, interpolation, expected):
+    spec = PreprocessSpec(8, "squash", interpolation, MEAN, STD)
+    assert needs_resampler(spec, [b"no image", *(encode(*shape) for shape in images)]) == expected
+
+
+def test_images_larger_than_a_slot_become_the_same_rows(tmp_path, monkeypatch):
+    source = SmallSource()
+    run_stage1(small_plan(tmp_path / "a", source), source)
+    monkeypatch.setattr(decode_pool, "SLOT_BYTES", 4096)
+    monkeypatch.setattr(
+        source, "images", [data + bytes(5000) if i % 2 else data for i, data in enumerate(source.images)]
+    )
+    run_stage1(small_plan(tmp_path / "b", source), source, num_workers=2)
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def stage1_process(folder: Path) -> subprocess.Popen:
+    """Two decode workers at work on many small units."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "stage1.py"), str(folder), "--num_workers", "2", "--num_rows", "4000",
+         "--slow_s", "0.02"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"ready\n"
+    wait_until(lambda: len(session_of(process.pid)) >= 4 and any(folder.glob("images_shard_00001.json")))
+    return process
+
+
+def session_of(leader: int) -> list[int]:
+    """The living processes of a session: the program, the fork server, the workers."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = status.read_text().rpartition(")")
+        except OSError:
+            continue
+        fields = rest.split()
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(name.split()[0]))
+    return found
+
+
+def wait_until(condition, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_nobody_outlives_a_killed_main_process(tmp_path):
+    process = stage1_process(tmp_path / "cache")
+    process.kill()
+    process.wait()
+    wait_until(lambda: not session_of(process.pid), 10)
+    process.stdout.close()
+
+
+def test_signals_to_the_whole_group_end_the_run_as_one_to_the_main_process_does(tmp_path):
+    process = stage1_process(tmp_path / "cache")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    wait_until(lambda: not session_of(process.pid), 10)
+    assert not list((tmp_path / "cache").glob(".*tmp*"))
+    process.stdout.close()
+
+
+def test_a_killed_worker_ends_the_run_with_a_message_and_no_hang(tmp_path, monkeypatch):
+    class KillsAWorker(SmallSource):
+        reads = 0
+
+        def read(self, start, stop):
+            self.reads += 1
+            if self.reads == 3:
+                os.kill(next(iter(pools[0]._executor._processes)), signal.SIGKILL)
+                time.sleep(0.2)
+            return super().read(start, stop)
+
+    pools, original = [], decode_pool.ProcessPool.__init__
+
+    def note(self, *args, **options):
+        pools.append(self)
+        original(self, *args, **options)
+
+    monkeypatch.setattr(decode_pool.ProcessPool, "__init__", note)
+    source = KillsAWorker(200)
+    with pytest.raises(RunError, match="a decode worker was killed"):
+        run_stage1(small_plan(tmp_path, source), source, num_workers=2)
+    run_stage1(small_plan(tmp_path, source), source, num_workers=2)
+    assert not list(tmp_path.glob(".*tmp*"))

@@ -1,0 +1,301 @@
+"""Two processes train as one would: the same batches, the same losses; they stop together and fail together.
+
+gloo on the CPU, processes forked from this one; launchers' variables are set by hand, and torchrun itself runs once.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from workplace import ROOT, ForkedRun, Workplace, at_call, send
+
+import distill_trainer
+from distillery import distributed, engine
+
+# one process with batches of 8; stochastic depth, averaged weights and two batches a step
+SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
+            "batch_size": 8, "grad_accumulation_steps": 1, "ema_decay": 0.9, "drop_path_rate": 0.3}  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def torchrun_environment(rank: int, world: int, port: str) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+
+
+def srun_environment(rank: int, world: int, port: str) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world), "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_JOB_ID": str(int(port) - 15000 if int(port) < 30000 else int(port) % 15000)}  # fmt: skip
+
+
+class Runs:
+    """Starts the trainer as one or several processes over a workplace, each run in a folder of its own."""
+
+    def __init__(self, place: Workplace, folder: Path) -> None:
+        self.place, self.folder = place, folder
+
+    def start(self, name: str, processes: int = 1, *, before=None, launcher=torchrun_environment, **settings):
+        """before: called in each child with its rank."""
+        settings = SETTINGS | {"checkpoint_dir": self.folder / name} | settings
+        sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        arguments = [*self.place.flags("data", "train", "model"), "--device", "cpu", *sets]
+        port, started = free_port(), []
+        for rank in range(processes):
+
+            def prepare(rank: int = rank) -> None:
+                distill_trainer.write_plots = distill_trainer.write_report = lambda _dir: ""
+                distill_trainer.summary_table = lambda _dir: ""
+                if before is not None:
+                    before(rank)
+
+            environment = launcher(rank, processes, port) if processes > 1 else {}
+            output = self.folder / f"{name}.{rank}.log"
+            started.append(ForkedRun(arguments, output, before=prepare, environment=environment))
+        return started
+
+    def run(self, name: str, processes: int = 1, **options) -> None:
+        started = self.start(name, processes, **options)
+        for run in started:
+            assert run.wait() == 0, run.text
+
+    def rows(self, name: str, kind: str) -> list[dict]:
+        return Workplace.rows(self, kind, name)
+
+    def checkpoint(self, name: str) -> dict:
+        return Workplace.last_checkpoint(self, name)
+
+
+@pytest.fixture
+def runs(place, tmp_path) -> Runs:
+    return Runs(place, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory) -> Runs:
+    """One process with batches of 8, uninterrupted: the run "one"."""
+    runs = Runs(place, tmp_path_factory.mktemp("alone"))
+    runs.run("one", before=lambda rank: note_rows(runs.folder / "rows", rank))
+    return runs
+
+
+def note_rows(folder: Path, rank: int) -> None:
+    """Append the global_idx of every batch that this process trains on to a file of its own."""
+    folder.mkdir(exist_ok=True)
+    step = engine.train_step
+
+    def noting(task, batches, number, epoch):
+        with open(folder / f"{rank}.jsonl", "a") as file:
+            file.write(json.dumps([number, torch.cat([rows for _, rows in batches]).tolist()]) + "\n")
+        return step(task, batches, number, epoch)
+
+    engine.train_step = noting
+
+
+def rows_of_steps(folder: Path) -> dict[int, list[int]]:
+    """step -> global_idx of its images over all processes, in order of the files."""
+    found: dict[int, list[int]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for step, rows in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, []).extend(rows)
+    return found
+
+
+def largest_difference(one: Runs, first: str, other: Runs, second: str) -> float:
+    """The largest relative difference of the losses of two runs, step by step."""
+    a, b = one.rows(first, "train"), other.rows(second, "train")
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    names = [name for name in a[0] if name.startswith("loss")] + ["grad_norm"]
+    return max(abs(x[n] - y[n]) / abs(x[n]) for x, y in zip(a, b, strict=True) for n in names)
+
+
+def test_two_processes_have_the_same_batches_and_the_same_loss_curve_as_one(alone, runs):
+    runs.run("two", 2, batch_size=4, before=lambda rank: note_rows(runs.folder / "rows", rank))
+    assert rows_of_steps(runs.folder / "rows") == rows_of_steps(alone.folder / "rows")
+    difference = largest_difference(alone, "one", runs, "two")
+    print(f"largest relative difference of the losses of 1 and 2 processes: {difference:.1e}")
+    assert difference < 1e-5
+    for name, value in alone.checkpoint("one")["ema"].items():
+        torch.testing.assert_close(runs.checkpoint("two")["ema"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_batches_are_averaged_over_processes_once_a_step(alone, runs):
+    def count_syncs(rank: int) -> None:
+        held_back = torch.nn.parallel.DistributedDataParallel.no_sync
+
+        def counted(self):
+            os.write(1, b"held back\n")
+            return held_back(self)
+
+        torch.nn.parallel.DistributedDataParallel.no_sync = counted
+
+    runs.run("four", 2, batch_size=2, grad_accumulation_steps=2, before=count_syncs)
+    assert largest_difference(alone, "one", runs, "four") < 1e-5
+    assert (runs.folder / "four.1.log").read_text().count("held back") == 8  # of 8 steps, one of the two batches each
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_of_processes_goes_on(
+    alone, runs, before, after, signalled
+):
+    def hit(rank: int) -> None:
+        if rank == signalled % before:
+            at_call(engine, "train_step", 3, send(signal.SIGUSR1))
+
+    first = runs.start("run", before, batch_size=8 // before, before=hit)
+    assert [run.wait() for run in first] == [75] * before, first[-1].text
+    assert runs.checkpoint("run")["progress"] == {"step": 3, "epoch": 0, "samples": 24}
+    runs.run("run", after, batch_size=8 // after)
+    assert largest_difference(alone, "one", runs, "run") < 1e-5
+
+
+def test_another_product_of_batch_and_processes_is_refused_with_the_arithmetic_once(runs):
+    runs.run("run", num_epochs=1)
+    refused = runs.start("run", 2, batch_size=8)
+    assert [run.wait() for run in refused] == [2, 2]
+    texts = [run.text for run in refused]
+    assert (
+        "a global batch of 8 images (batch_size x processes x grad_accumulation_steps = 8 x 1 processes x 1)"
+        in texts[0]
+    )
+    assert "now it would be 16 images" in texts[0]
+    assert "global batch" not in texts[1]
+    assert not any("Traceback" in text for text in texts)
+
+
+def fail() -> None:
+    raise ZeroDivisionError("this rank is broken")
+
+
+@pytest.mark.parametrize(
+    "rank, module, name, call",
+    [
+        (1, engine, "train_step", 3),
+        (0, engine, "train_step", 1),
+        (1, distill_trainer, "check_first_step", 1),
+        (0, distill_trainer, "evaluate_on_folders", 3),
+        (0, distill_trainer, "save_checkpoint", 1),
+    ],
+)
+def test_one_process_that_fails_ends_all_within_seconds_and_its_traceback_is_shown(runs, rank, module, name, call):
+    both = runs.start("run", 2, batch_size=4, before=lambda r: at_call(module, name, call, fail) if r == rank else None)
+    statuses = [run.wait(timeout_s=30) for run in both]
+    assert statuses == [1, 1]
+    assert "ZeroDivisionError: this rank is broken" in both[rank].text
+    assert f"[process {rank} of 2]" in both[rank].text
+    assert "Traceback" not in both[1 - rank].text
+
+
+def test_one_process_that_is_killed_ends_the_other_within_seconds(runs):
+    both = runs.start(
+        "run", 2, batch_size=4, before=lambda r: at_call(engine, "train_step", 3, send(signal.SIGKILL)) if r else None
+    )
+    assert both[1].wait() == -signal.SIGKILL
+    gone = time.monotonic()
+    assert both[0].wait(timeout_s=30) == 1
+    assert time.monotonic() - gone < 10
+    assert "another process of this run has ended" in both[0].text
+
+
+def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
+    def hit(rank: int) -> None:
+        begin = distributed.dist.init_process_group
+        distributed.dist.init_process_group = lambda *args, **options: begin(
+            *args, **options, timeout=timedelta(seconds=2)
+        )
+        at_call(distill_trainer, "evaluate_on_folders", 1, lambda: time.sleep(4))
+
+    runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
+
+
+def test_nan_on_one_process_stops_both_and_names_the_images(runs):
+    def hit(rank: int) -> None:
+        if rank == 1:
+            losses = engine.forward_losses
+
+            def broken(task, images, global_idx, epoch):
+                found = losses(task, images, global_idx, epoch)
+                return {name: value * float("nan") for name, value in found.items()} if step["number"] == 2 else found
+
+            step = {"number": 0}
+            at_call(engine, "train_step", 3, lambda: step.update(number=2))
+            engine.forward_losses = broken
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
+    assert [run.wait() for run in both] == [1, 1]
+    assert "not finite at step 2 (epoch 0): loss=nan" in both[1].text
+    assert "images (global_idx): [" in both[1].text
+
+
+def test_srun_without_torchrun_makes_one_run_of_its_tasks(alone, runs):
+    runs.run("srun", 2, batch_size=4, launcher=srun_environment)
+    assert largest_difference(alone, "one", runs, "srun") < 1e-5
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("vm", "vm"), ("a1,a2", "a1"), ("node[03-07,9],x1", "node03"), ("n[1,5]", "n1"), ("x1,node[03-07]", "x1")],
+)
+def test_the_first_node_of_a_slurm_list_is_where_the_processes_meet(monkeypatch, nodes, first):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    assert distributed._first_slurm_node() == first
+
+
+@pytest.mark.parametrize(
+    "environment, world",
+    [
+        ({}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # the batch script itself
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        (torchrun_environment(1, 2, "1") | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+         (1, 2, 1)),
+    ],
+)  # fmt: skip
+def test_rank_and_world_come_from_torchrun_else_from_srun(monkeypatch, environment, world):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.world_from_environment() == world
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_under_torchrun_a_signal_to_the_launcher_leaves_the_marker_and_a_checkpoint(alone, runs, number):
+    settings = SETTINGS | {"checkpoint_dir": runs.folder / "run", "batch_size": 4, "num_epochs": 200}
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "distill_trainer.py"), *runs.place.flags("data", "train", "model"), *sets]
+    torchrun = subprocess.Popen(
+        [*command, "--device", "cpu"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    metrics, marker = runs.folder / "run" / "metrics.jsonl", runs.folder / "run" / "PREEMPTED"
+    wait_until(lambda: metrics.exists() and '"train"' in metrics.read_text())
+    torchrun.send_signal(number)
+    assert torchrun.wait(timeout=60) != 0
+    wait_until(marker.exists)  # USR1 ends the launcher at once; its workers are told by the kernel, and save
+    # the launcher's own signal, or the SIGTERM that follows its death
+    assert marker.read_text().startswith("SIGTERM at step ")
+    step = int(marker.read_text().split()[3])
+    assert runs.checkpoint("run")["progress"]["step"] == step
+
+
+def wait_until(condition, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,86 @@
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import DropPath as TimmDropPath
+from torch import nn
+
+from distillery.drop_path import DropPath, StochasticDepth
+
+
+def student(rate: float = 0.5) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=0, img_size=32, drop_path_rate=rate).train()
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def outputs(
+    model: nn.Module, depth: StochasticDepth, x: torch.Tensor, rows: torch.Tensor, epoch: int = 0
+) -> torch.Tensor:
+    depth.draw(rows, seed=3, epoch=epoch)
+    return model(x)
+
+
+def test_what_a_sample_skips_does_not_depend_on_the_batch_it_comes_in():
+    model = student()
+    depth = StochasticDepth(model)
+    x, rows = images(12), torch.arange(12) + 100
+    whole = outputs(model, depth, x, rows)
+    parts = [outputs(model, depth, x[part], rows[part]) for part in (slice(0, 5), slice(5, 12))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(outputs(model, depth, x[order], rows[order]), whole[order])
+
+
+def test_another_epoch_or_sample_draws_anew():
+    model = student()
+    depth = StochasticDepth(model)
+    x, rows = images(16), torch.arange(16)
+    first = outputs(model, depth, x, rows)
+    assert torch.equal(outputs(model, depth, x, rows), first)
+    assert not torch.allclose(outputs(model, depth, x, rows, epoch=1), first)
+    assert not torch.allclose(outputs(model, depth, x, rows + 16), first)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.6])
+def test_branches_are_kept_as_often_as_the_rate_says_and_scaled_to_the_same_mean(rate):
+    model = nn.Sequential(TimmDropPath(rate), nn.Linear(1, 1), TimmDropPath(rate))
+    depth = StochasticDepth(model)
+    depth.draw(torch.arange(20_000), seed=0, epoch=0)
+    for layer in depth.layers:
+        kept = (layer.factors > 0).float().mean().item()
+        assert abs(kept - (1 - rate)) < 0.015
+        assert abs(layer.factors.mean().item() - 1) < 0.03
+    together = (depth.layers[0].factors > 0) & (depth.layers[1].factors > 0)
+    assert abs(together.float().mean().item() - (1 - rate) ** 2) < 0.015  # layers draw independently
+
+
+def test_in_eval_mode_and_without_a_rate_nothing_changes():
+    model, reference = student(), student()
+    StochasticDepth(model)
+    x = images(4)
+    assert torch.equal(model.eval()(x), reference.eval()(x))
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    plain = student(rate=0.0)
+    assert StochasticDepth(plain).layers == []
+    StochasticDepth(plain).draw(torch.arange(4), seed=0, epoch=0)
+
+
+def test_layers_of_timm_and_torchvision_are_replaced():
+    convnext = torchvision.models.convnext_tiny(stochastic_depth_prob=0.2)
+    depth = StochasticDepth(convnext)
+    # the first of its 18 blocks has the rate 0
+    assert len(depth.layers) == 17
+    assert not any(isinstance(part, torchvision.ops.StochasticDepth) for part in convnext.modules())
+    assert [round(layer.drop_prob, 4) for layer in depth.layers][-1] == 0.2
+
+
+def test_the_type_of_the_activations_stays():
+    layer = DropPath(0.5)
+    layer.factors = torch.tensor([0.0, 2.0])
+    out = layer(torch.ones(2, 3, 4, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert out[:, 0, 0].tolist() == [0.0, 2.0]
