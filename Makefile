@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 DEMO := examples/demo
 DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
 
-.PHONY: install test lint demo soak clean
+.PHONY: install test test-slurm lint demo soak clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ test: install lint
 # the seed is printed, FAULTS_SEED repeats it, FAULTS_SCALE=100 goes on for the night
 soak: install
 	FAULTS_SCALE=$${FAULTS_SCALE:-10} FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/faults --durations=10
+
+# the batch scripts under slurm/ on a real Slurm of one node, which is installed where it is missing: as root, on Debian
+# or Ubuntu, some three minutes; anywhere else it says why not
+test-slurm: install
+	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -rs --durations=0
 
 clean:
 	rm -rf $(DEMO)/out .pytest_cache .ruff_cache

@@ -101,7 +101,7 @@ def main() -> int:
                 f"{stop.reason}: {shards_left} shards are left to make; everything finished is saved. "
                 "Run the same command again."
             )
-    return report_outcome(jobs, configs.data)
+        return report_outcome(jobs, configs.data)
 
 
 def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
@@ -167,6 +167,8 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
         print(f"  -> {plan.directory}")
         print(f"  {plan.num_rows} of {plan.source_num_samples} images, {how}: {shards}")
         print(f"  {state}; {format_bytes(size)} to write")
+        for note in survey.notes:
+            print(f"  WARNING: {note}")
     free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     print(f"free space: {format_bytes(free)} (a quota may be less); {workers} decode workers; {versions}")
@@ -207,9 +209,11 @@ def rebuild_indexes(data) -> int:
     from distillery.upgrade import rebuild_index
 
     status = EXIT_DONE
+    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
+    limit = min((rows for rows in limits if rows), default=None)
     evaluation = sorted(path for path in data.cache_path.glob("eval/*/*") if path.is_dir())
     for folder in [data.cache_path, *evaluation]:
-        report = rebuild_index(folder, data.max_samples if folder == data.cache_path else None)
+        report = rebuild_index(folder, limit if folder == data.cache_path else None)
         how = " (upgraded from the predecessor's format)" if report.was_upgraded else ""
         shards = len(report.index["shards"])
         print(f"{folder}: index.json made again from {shards} shards, {report.num_hashed} of them hashed{how}")

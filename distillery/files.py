@@ -91,9 +91,12 @@ def make_directory(directory: Path) -> None:
     if not directory.is_dir():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-    with contextlib.suppress(PermissionError):
+    try:
         # also when it is there already: whoever made it may have died before this
         fsync_dir(directory.parent)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:  # then it was not made just now
+            raise
 
 
 def temporary_name(path: Path) -> Path:

@@ -147,7 +147,11 @@ def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
 
 
 def _is_untouched(path: Path, record: dict) -> bool:
-    """Whether a shard has the size its record says and was not written, renamed or replaced after it."""
+    """Whether a shard has the size its record says and was not written, renamed or replaced after it.
+
+    To the precision of the file system's clock, some ms; and a medium that returns other bytes than it was given
+    changes no time: what this does not see, verify does.
+    """
     status, recorded = path.lstat(), record_path(path).lstat()
     return status.st_size == record["bytes"] and status.st_ctime_ns <= recorded.st_ctime_ns
 

@@ -1,7 +1,8 @@
 """Stage 1's engine: rows of a source become shards, whatever interrupts it.
 
-    source (main process, in order) -> units of batch_size encoded images -> decode workers, which write their rows
-    straight into the shard's temporary file -> finisher thread: CRC, hash, fsync, publish, record -> index.json
+    source (main process, in order) -> units of encoded images, through shared memory -> decode workers, which write
+    their rows straight into the shard's temporary file -> finisher thread: CRC, hash and write-back as rows come in;
+    fsync, publish, record -> index.json
 
 No pixel crosses a process border except through the file it has to be written to anyway, so memory is bounded by the
 encoded images in flight plus a few MiB per worker, whatever the shard size. A shard is a pure function of the plan's
@@ -26,6 +27,8 @@ from distillery.process import RunError, StopFlag, UserError
 from distillery.records import RecordScan, record_path, write_views
 from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
 
+# how many encoded images are read before the first are decoded, and how many bytes at a time from then on
+_FIRST_ROWS, _READ_BYTES = 32, 16 << 20
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -59,6 +62,7 @@ class _Pipeline:
         self.plan, self.source, self.batch_size, self.stop = plan, source, batch_size, stop
         self.on_rows, self.scan, self.repairs = on_rows, scan, repairs
         self.num_workers, self.pool = num_workers, None
+        self.rows_at_once = _FIRST_ROWS
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-shard")
         self.units: deque[tuple[Future, OpenShard, float]] = deque()
         self.finishing: deque[tuple[Future, OpenShard]] = deque()
@@ -107,8 +111,10 @@ class _Pipeline:
         labels = self._read_labels(start, stop) if self.plan.labels else None
         shard = OpenShard(self.plan, shard_idx, labels, is_repair=shard_idx in self.repairs)
         self.open_shards.append(shard)
-        for first in range(0, stop - start, self.batch_size):
-            images = self._read_images(start + first, min(stop, start + first + self.batch_size))
+        first = 0
+        while first < stop - start:
+            count = min(self.batch_size, self.rows_at_once, stop - start - first)
+            images = self._read_images(start + first, start + first + count)
             if self.pool is None:
                 self.pool = decode_pool(self.num_workers, self.plan.spec, images)
             for part in split_by_bytes(images):
@@ -131,6 +137,8 @@ class _Pipeline:
             images = self.source.read(start, stop)
         if len(images) != stop - start:
             raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
+        # photographs of many MB are read a few at a time
+        self.rows_at_once = max(1, _READ_BYTES * len(images) // max(1, sum(map(len, images))))
         if all(future.done() for future, _, _ in self.units):  # otherwise the workers had enough to do meanwhile
             self.seconds["source"] += time.monotonic() - began
         return images
@@ -218,7 +226,7 @@ def make_cache(
         source: has read(start, stop) -> list[bytes], labels(start, stop) -> int64 array or None, and describe().
         shards: the shard numbers this call is to make (all, or an array task's share).
         survey: of these shards, by survey_cache.
-        batch_size: images per unit of work; changes no byte.
+        batch_size: images per unit of work at most (fewer of large files); changes no byte.
         num_workers: decode processes; 1 decodes in this process.
         stop: looked at between units.
         on_rows: called with (rows decoded or hashed just now, what limits the speed, shards made so far).

@@ -216,5 +216,5 @@ def remove_leftovers(directory: Path, *, all_done: bool) -> None:
             is_old = locked is not True and time.time() - path.lstat().st_mtime > _FOREIGN_TEMPORARY_S
             if is_dead or is_old or all_done:
                 path.unlink()
-        except (FileNotFoundError, PermissionError):
+        except OSError:  # gone already, another user's, or a read-only file system: no reason to stop
             continue

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery import plan as plan_module
 from distillery.plan import survey_cache
@@ -32,6 +32,7 @@ def cache(made, tmp_path):
     folder.mkdir()
     for path in sorted(made.iterdir(), key=lambda path: (path.suffix != ".pt", path.name)):
         shutil.copy(path, folder / path.name)
+    wait_for_the_clock(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 from predecessor import Evil, make_v1, make_v2
-from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import load_index, load_shard_layout
 from distillery.process import MissingFileError, UserError
@@ -131,6 +131,7 @@ def test_a_lost_index_or_record_of_an_upgraded_cache_comes_back_byte_for_byte(tm
 
 
 def flip(path, position):
+    wait_for_the_clock(path.parent)
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)

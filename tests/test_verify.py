@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.process import MissingFileError, UserError
 from distillery.records import FutureFormatError
@@ -26,7 +26,11 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def cache(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "cache")
+    """A copy in which every record is newer than its shard, as the writer leaves them."""
+    folder = shutil.copytree(made, tmp_path / "cache")
+    hide_every_change(folder)
+    wait_for_the_clock(folder)
+    return folder
 
 
 def flip(path: Path, position: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery import writer, writer_shard
 from distillery.files import create_temporary, temporary_name
@@ -136,6 +136,7 @@ def test_a_damaged_shard_is_found_made_again_and_told(tmp_path, reference):
     plan = small_plan(tmp_path, SOURCE)
     run_stage1(plan, SOURCE)
     path = tmp_path / "images_shard_00001.pt"
+    wait_for_the_clock(tmp_path)
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
@@ -154,6 +155,7 @@ def test_a_shard_that_was_only_touched_is_hashed_and_kept(tmp_path, reference):
     plan = small_plan(tmp_path, SOURCE)
     run_stage1(plan, SOURCE)
     kept = inodes(tmp_path)
+    wait_for_the_clock(tmp_path)
     for path in tmp_path.glob("*.pt"):
         path.chmod(0o600)
     counted = []
@@ -243,6 +245,7 @@ def test_a_cache_of_another_user_that_may_not_be_read_is_said_and_not_made_again
     answer = as_an_ordinary_user(lambda: run_stage1(plan, SOURCE))
     assert "images_shard_00001.json: may not be read by this user" in answer
     (plan.directory / "images_shard_00001.json").chmod(0o644)
+    wait_for_the_clock(plan.directory)
     (plan.directory / "images_shard_00002.pt").chmod(0o000)  # its record is older now: to be hashed
     answer = as_an_ordinary_user(lambda: run_stage1(plan, SOURCE))
     assert "images_shard_00002.pt: Permission denied" in answer
@@ -435,6 +438,7 @@ def test_a_stop_finishes_or_drops_the_shard_in_hand_and_the_next_run_goes_on(
 def test_a_stop_is_heeded_while_doubtful_shards_are_hashed(tmp_path, reference):
     plan = small_plan(tmp_path, SOURCE)
     run_stage1(plan, SOURCE)
+    wait_for_the_clock(tmp_path)
     for path in tmp_path.glob("*.pt"):
         path.chmod(0o600)
     survey = survey_cache(plan, range(3))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scale import scaled
-from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
+from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import load_index
 from distillery.process import UserError
@@ -41,6 +41,7 @@ def regions(cache: Path) -> list[tuple[str, Path, range]]:
 
 
 def flip(path: Path, position: int, bit: int) -> None:
+    wait_for_the_clock(path.parent)
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]
@@ -180,6 +181,7 @@ def test_truncated_swapped_foreign_and_lost_files_are_found_and_repaired(
     other, plan = other_cache(folder), small_plan(cache, source)
     for number in range(scaled(48 if at_once == 1 else 24)):
         damages = [DAMAGES[number % len(DAMAGES)], *rng.choices(DAMAGES, k=at_once - 1)]
+        wait_for_the_clock(cache)
         for damage in damages:
             damage(rng, cache, other)
         names = ", ".join(damage.__name__ for damage in damages)

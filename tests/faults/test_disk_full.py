@@ -8,13 +8,16 @@ import resource
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from processes import FINISHED, fork, wait
 from scale import SCALE, scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from syscalls import watched
 
-from distillery.process import RunError
+from distillery.cache import load_index
+from distillery.process import RunError, UserError
+from distillery.reader import ShardFiles
 from distillery.verify import verify_cache
 
 KB = 1 << 10
@@ -41,6 +44,31 @@ def small_disk(tmp_path):
 
     yield resize
     subprocess.run(["umount", str(mount_point)], check=True)
+
+
+@pytest.mark.parametrize("shards", [3, 2])
+def test_a_read_only_file_system_serves_a_finished_cache_and_refuses_to_go_on_with_another(
+    small_disk, source, tally, shards
+):
+    disk = small_disk(1024)
+    plan = small_plan(disk / "cache", source)
+    run_stage1(plan, source, range(shards))
+    (disk / "cache" / ".index.json.tmp-0123456789ab").write_bytes(b"left by a killed run")
+    before = folder_bytes(plan.directory)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        if shards == 3:
+            assert run_stage1(plan, source)[0].shards_left == 0
+        else:
+            with pytest.raises(UserError, match="cannot be written to .*Read-only file system.*Training reads it"):
+                run_stage1(plan, source)
+        index = load_index(plan.directory)
+        out = np.zeros((4, index.row_bytes), np.uint8)
+        ShardFiles(index).read(np.zeros(4, np.int64), np.arange(4), out)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert folder_bytes(plan.directory) == before
+    tally["read-only file systems"] += 1
 
 
 def check_all_published_is_intact(directory, reference) -> None:

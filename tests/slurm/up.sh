@@ -33,6 +33,8 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/builtin
+# look at the queue every second (the default is a minute): tests wait for it
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
