@@ -75,7 +75,10 @@ class CachedTensorDataset(Dataset):
         valid = self.index.shard_rows - self.index.shard_failed
         if max_samples is not None:
             before = np.cumsum(valid) - valid
-            valid = np.clip(max_samples - before, 0, valid)
+            # shards past the limit are not part of it: a draw of shards_per_epoch would waste its turns on them
+            num_used = max(1, int((before < max_samples).sum()))
+            self.index = _part_of(self.index, slice(0, num_used))
+            valid = np.clip(max_samples - before, 0, valid)[:num_used]
         self.shard_rows = valid
         self._ends = np.cumsum(valid)
         self.rows = CachedRows(self.index)

@@ -324,6 +324,7 @@ class Run:
                 write_plots(self.dir)
                 print(summary_table(self.dir))
                 print(f"report: {write_report(self.dir)}")
+            distributed.wait_for_all()  # srun --wait counts from the first that leaves
             return EXIT_DONE
         reason, step = self.stop.reason or "asked to stop", self.progress.step
         if self.is_main:

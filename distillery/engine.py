@@ -41,8 +41,8 @@ class Schedule:
 def default_learning_rate(global_batch_size: int) -> float:
     """The rule behind `learning_rate: null`: 1e-3 x sqrt(batch / 64), at most 4e-3, for AdamW.
 
-    The square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287); the value at 64 was
-    measured on CIFAR-10 (docs/recipe.md).
+    The square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287); with the value at 64
+    the runs under Results in README.md were made.
     """
     return min(4e-3, 1e-3 * math.sqrt(global_batch_size / 64))
 

@@ -104,7 +104,16 @@ def test_limits_take_the_first_shards_and_the_first_valid_rows(tmp_path):
     assert torch.equal(CachedTensorDataset(tmp_path, max_samples=10)[9], CachedTensorDataset(tmp_path)[9])
     loader = build(tmp_path, 5, data={"max_samples": 11, "max_shards": 4})
     assert set(itertools.chain(*indices_of(loader))) <= set(range(12)) - {2}
-    assert loader.valid_rows_per_shard == [7, 4, 0, 0]
+    assert loader.valid_rows_per_shard == [7, 4]
+
+
+def test_shards_per_epoch_are_drawn_from_those_within_max_samples(tmp_path):
+    make_test_cache(tmp_path, 40)
+    loader = build(tmp_path, 4, data={"max_samples": 20, "shards_per_epoch": 2})
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        assert set(itertools.chain(*indices_of(loader))) <= set(range(20))
+        assert len(loader) >= 3
 
 
 def test_a_transform_is_applied_to_every_image(tmp_path):

@@ -2,10 +2,16 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
@@ -15,6 +21,7 @@ from distillery.records import FutureFormatError, read_record
 from distillery.upgrade import rebuild_index
 from distillery.verify import report_verification, verify_cache
 
+ROOT = Path(__file__).resolve().parents[1]
 SOURCE = SmallSource()
 
 
@@ -250,3 +257,26 @@ def test_the_identity_of_an_upgraded_shard_says_where_it_is_from(tmp_path):
     assert record["identity"]["source"]["layout"] == "v2"
     assert json.loads((tmp_path / "index.json").read_text())["preprocess"]["normalized"] is False
     assert (record["global_start"], record["shard_idx"], record["libraries"]) == (20, 2, {})
+
+
+def test_the_command_upgrades_verifies_and_then_refuses_to_add(tmp_path):
+    make_v1(tmp_path / "cache")
+    images = [{"bytes": data, "path": None} for data in SOURCE.images]
+    pq.write_table(pa.table({"image": images}), tmp_path / "train.parquet")
+    config = {"dataset_name": "parquet", "data_files": str(tmp_path / "train.parquet"), "image_size": 8,
+              "cache_dir": str(tmp_path / "cache"), "cache_shard_size": 4}  # fmt: skip
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
+
+    def precompute(*flags):
+        command = [sys.executable, str(ROOT / "precompute_cache.py"), "--data_config", str(tmp_path / "data.yaml")]
+        return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+
+    before = shards_of(tmp_path / "cache")
+    done = precompute("--rebuild_index")
+    assert done.returncode == 0, done.stderr
+    assert "index.json made again from 3 shards, 3 of them hashed (upgraded" in done.stdout
+    assert precompute("--verify").returncode == 0
+    refused = precompute()
+    assert refused.returncode == 2
+    assert "holds a cache of an earlier format" in refused.stderr
+    assert shards_of(tmp_path / "cache") == before

@@ -144,7 +144,8 @@ def test_memory_and_open_files_stay_flat_over_thirty_epochs(place, folder):
     assert len(seen) == 30
     assert max(pages[-5:]) < 1.02 * max(pages[10:15])
     assert len(set(files[5:])) == 1
-    assert max(threads[-5:]) <= max(threads[5:15])
+    # a reading thread may still be about to end; a leak would be one or more an epoch
+    assert max(threads[-5:]) <= max(threads[5:15]) + 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a private /dev/shm takes root")

@@ -59,11 +59,12 @@ class Training:
         self.slurm, self.place, self.straight = slurm, place, straight
         self.run_dir, self.log = folder / "run", folder / "log"
 
-    def submit(self, *options: str, **variables: str) -> str:
+    def submit(self, *options: str, batch_size: int = 8, **variables: str) -> str:
         folder = self.place.folder
         configs = {f"{name.upper()}_CONFIG": str(folder / f"{name}.yaml") for name in ("data", "train", "model")}
         variables = configs | {"RUN_DIR": str(self.run_dir)} | variables
-        return self.slurm.submit(self.log, *OPTIONS, *options, TRAIN, *FLAGS, **variables)
+        flags = [*FLAGS, "--set", f"batch_size={batch_size}"]
+        return self.slurm.submit(self.log, *OPTIONS, *options, TRAIN, *flags, **variables)
 
     def until_step(self, step: int) -> None:
         self.slurm.until(lambda: last_row(self.run_dir) >= step, self.log.read_text)
@@ -108,8 +109,8 @@ def test_training_requeued_by_a_signal_and_preempted_goes_on_until_it_equals_the
     print(f"job {job}: interrupted at steps {first} and {second}, final checkpoint and metrics equal the straight run")
 
 
-def test_cancelled_training_has_saved_and_does_not_come_back(training):
-    slurm, job = training.slurm, training.submit()
+def test_cancelled_training_of_two_tasks_has_saved_and_does_not_come_back(training):
+    slurm, job = training.slurm, training.submit("--ntasks-per-node=2", batch_size=4)
     training.until_step(20)
     slurm.call("scancel", job)
     slurm.wait(job, "CANCELLED", training.log)
@@ -119,10 +120,14 @@ def test_cancelled_training_has_saved_and_does_not_come_back(training):
     time.sleep(1)
     assert (slurm.show(job)["JobState"], slurm.show(job)["Restarts"]) == ("CANCELLED", "0")
     assert "requeueing" not in training.log.read_text()
+    assert "batch_size 4 x 2 processes" in training.log.read_text()
 
 
 def test_training_under_torchrun_is_requeued_by_its_marker(training):
-    slurm, job = training.slurm, training.submit("--cpus-per-task=2", LAUNCHER="torchrun", PROCESSES_PER_NODE="2")
+    slurm, job = (
+        training.slurm,
+        training.submit("--cpus-per-task=2", batch_size=4, LAUNCHER="torchrun", PROCESSES_PER_NODE="2"),
+    )
     training.until_step(20)
     slurm.call("scancel", "--signal=USR1", job)
     training.until_restart(job, 1)
