@@ -1,5 +1,7 @@
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,4 +77,5 @@ def slurm(tmp_path_factory) -> Slurm:
     yield slurm
     slurm.call("scancel", "--full", "--user=root")
     for name in ("slurmd", "slurmctld"):
-        subprocess.run(["kill", (folder / f"{name}.pid").read_text().strip()], check=False)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)

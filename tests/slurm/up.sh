@@ -15,13 +15,16 @@ if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then
   DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge
 fi
 node=$(hostname -s)
+# beside a Slurm of the machine's own, or another of these
+port=$(sed -n 's/^SlurmctldPort=//p' "$dir/slurm.conf" 2>/dev/null || true)
+port=${port:-$((20000 + RANDOM % 5000 * 2))}
 mkdir -p "$dir/state" "$dir/spool" "$dir/log" /run/munge
 chown munge:munge /run/munge
 cat >"$dir/slurm.conf" <<C
 ClusterName=distillery
 SlurmctldHost=$node(127.0.0.1)
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
