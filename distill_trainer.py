@@ -84,6 +84,7 @@ class Run:
         )
         self.progress = Progress()
         self.last_good = self.begin.checkpoint
+        self.tells_compilation = self.training.compile_student or self.training.compile_teacher
 
     def _look_at_folder(self) -> tuple:
         """(where to begin, the checkpoint's content, the frozen shards, what to tell the user)."""
@@ -185,8 +186,6 @@ class Run:
             images = next(build_facts.spread_batches(self.loader.dataset, 8, 8, self.device))
             check_first_step(self.task, images, torch.arange(len(images), device=self.device))
         epoch_end = self.progress.epoch_start + self.steps_in_epoch
-        is_compiled = self.training.compile_student or self.training.compile_teacher
-        first_step = self.progress.step + 1
 
         def after_step(progress: Progress, row: dict[str, float] | None) -> None:
             if row is not None:
@@ -194,8 +193,9 @@ class Run:
             shown = {"loss": row["loss"], "lr": row["lr"], "images/s": row["images_per_second"],
                      "wait": f"{row['data_wait_fraction']:.1%}"} if row else {}  # fmt: skip
             console.advance(1, epoch=progress.epoch, **shown)
-            if is_compiled and progress.step == first_step:
+            if self.tells_compilation:
                 console.message(build_facts.compiled_graphs())
+                self.tells_compilation = False
             save_every = self.training.save_every
             if save_every and progress.step % save_every == 0 and progress.step != epoch_end:
                 self.save(log)

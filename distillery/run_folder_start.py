@@ -77,10 +77,10 @@ def find_start(
     newest = latest_checkpoint(run_dir)
     if newest is not None:
         flag = "--no_resume" if no_resume else "--resume_from" if resume_from else None
-        note = (
-            f" ({flag} was acted on when this run began: to do so again, delete {run_dir / START_NAME})" if flag else ""
-        )
-        return Start(newest, [f"going on from {newest}{note}"], record=record)
+        notes = [f"going on from {newest}"]
+        if flag:
+            notes.append(f"{flag} was acted on when this run began; to do so again, delete {run_dir / START_NAME}")
+        return Start(newest, notes, record=record)
     if resume_from is not None:
         return Start(resume_from, [f"going on from {resume_from}"], record=record)
     if _is_of_another(run_dir, identity):

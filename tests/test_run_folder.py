@@ -1,0 +1,193 @@
+import json
+import os
+
+import pytest
+from test_checkpoint import state_at
+
+from distillery import run_folder
+from distillery.checkpoint import checkpoint_dir, save_checkpoint
+from distillery.process import MissingFileError, UserError
+from distillery.run_folder import RunLock, check_global_batch, check_shards, compare_configs, identity_of, set_aside
+from distillery.run_folder_start import Start, find_start, prepare_folder
+
+CONFIG = {
+    "data": {"num_workers": 1, "image_size": 32},
+    "train": {"num_epochs": 2, "weight_decay": 0.1, "augment": {"hflip": True, "blur": 0.0}},
+    "model": {"student_name": "a"},
+}
+
+
+def changed(section: str, **values) -> dict:
+    return CONFIG | {section: CONFIG[section] | values}
+
+
+def test_equal_configurations_have_no_differences():
+    assert compare_configs("run", CONFIG, changed("train")) == []
+
+
+def test_harmless_changes_are_listed_and_others_refused_down_to_the_key_that_differs(tmp_path):
+    now = changed("data", num_workers=4) | {"train": changed("train", num_epochs=3)["train"]}
+    assert compare_configs(tmp_path, CONFIG, now) == ["num_workers: 1 -> 4", "num_epochs: 2 -> 3"]
+    now["train"]["augment"] = {"hflip": False, "blur": 0.0}
+    with pytest.raises(UserError, match=r"another configuration:\n  augment.hflip: True -> False\nNothing was written"):
+        compare_configs(tmp_path, CONFIG, now)
+
+
+def test_a_key_of_a_later_version_binds_no_older_run(tmp_path):
+    assert compare_configs(tmp_path, CONFIG, changed("train", new_key=1)) == []
+
+
+@pytest.mark.parametrize(
+    "now, same",
+    [
+        (changed("data", num_workers=9), True),
+        (changed("train", num_epochs=9), True),
+        (changed("train", weight_decay=0.2), False),
+        (changed("model", student_name="b"), False),
+    ],
+)
+def test_the_identity_is_what_a_run_is_bound_to(now, same):
+    assert (identity_of(now) == identity_of(CONFIG)) == same
+
+
+def test_another_global_batch_is_refused_with_both_products():
+    with pytest.raises(UserError, match=r"batch of 64 images \(8 x 8\); now it would be 32 images \(8 x 4\)"):
+        check_global_batch({"global_batch_size": 64, "global_batch_text": "64 images (8 x 8)"}, 32, "32 images (8 x 4)")
+
+
+def test_other_images_and_other_rows_are_refused(tmp_path):
+    frozen = {"fingerprint": "a" * 20, "shards": ["x.pt"], "rows": [7]}
+    check_shards(frozen, dict(frozen), tmp_path)
+    with pytest.raises(UserError, match="other images than this run was started on .fingerprint b{16}"):
+        check_shards(frozen, frozen | {"fingerprint": "b" * 20}, tmp_path)
+    with pytest.raises(UserError, match="x.pt has 6 usable rows, this run was started with 7"):
+        check_shards(frozen, frozen | {"rows": [6]}, tmp_path)
+
+
+def test_a_damaged_shard_list_is_an_error_that_says_what_to_do(tmp_path):
+    assert run_folder.frozen_shards(tmp_path) is None
+    (tmp_path / "shards.json").write_text('{"fingerprint": "a", "sha')
+    with pytest.raises(UserError, match="shards.json: damaged .* Delete it"):
+        run_folder.frozen_shards(tmp_path)
+
+
+def test_setting_aside_moves_everything_and_keeps_what_was_set_aside_before(tmp_path):
+    assert set_aside(tmp_path) is None
+    for number in (1, 2):
+        (tmp_path / "plots").mkdir()
+        (tmp_path / "plots" / "a.png").write_text(str(number))
+        assert set_aside(tmp_path) == tmp_path / f"previous_{number}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previous_1", "previous_2"]
+    assert (tmp_path / "previous_1" / "plots" / "a.png").read_text() == "1"
+
+
+def test_the_marker_says_which_start_of_which_job_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert not run_folder.is_preempted(tmp_path)
+    run_folder.mark_preempted(tmp_path, "SIGTERM", 500)
+    assert (tmp_path / "PREEMPTED").read_text() == "SIGTERM at step 500\njob 12 restart 3\n"
+    assert run_folder.is_preempted(tmp_path)
+
+
+def test_a_lock_is_held_until_the_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.0)
+    RunLock(tmp_path).take(create=False)  # nobody has ever trained here
+    assert not list(tmp_path.iterdir())
+    child = os.fork()
+    if child == 0:
+        RunLock(tmp_path).take(create=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    mine = RunLock(tmp_path)
+    mine.take(create=False)
+    mine.take(create=True)
+    with pytest.raises(UserError, match=f"another process is training in this folder .*process {os.getpid()}"):
+        RunLock(tmp_path).take(create=False)
+
+
+def checkpoints(run_dir, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(run_dir, state_at(step), step, keep=9)
+
+
+def begin(run_dir, step: int = 0, **options) -> Start:
+    """find_start and prepare_folder, as a start of the trainer does it."""
+    start = find_start(run_dir, CONFIG, **options)
+    run_dir.mkdir(exist_ok=True)
+    prepare_folder(run_dir, start, step)
+    return start
+
+
+def test_a_plain_start_is_new_or_goes_on(tmp_path):
+    assert begin(tmp_path / "run").checkpoint is None
+    checkpoints(tmp_path / "run", 5, 9)
+    assert begin(tmp_path / "run").checkpoint.name == "step_00000009.pt"
+
+
+@pytest.mark.parametrize(
+    "again, goes_on",
+    [
+        ({"job": "7", "restarts": 1}, True),  # requeued
+        ({"job": "7", "restarts": 0}, False),  # typed again in the same allocation
+        ({"job": "8", "restarts": 1}, False),  # another job
+        ({}, False),
+        ({"again": True}, True),  # torchrun --max-restarts
+    ],
+)
+def test_no_resume_acts_once_a_job(tmp_path, again, goes_on):
+    run_dir = tmp_path / "run"
+    checkpoints(run_dir, 3)
+    assert begin(run_dir, no_resume=True, job="7", restarts=0).checkpoint is None
+    assert [path.name for path in checkpoint_dir(run_dir / "previous_1").glob("*.pt")] == ["step_00000003.pt"]
+    checkpoints(run_dir, 1, 2)
+    start = begin(run_dir, no_resume=True, **again)
+    assert (start.checkpoint is not None) == goes_on
+    assert (run_dir / "previous_2").exists() == (not goes_on)
+
+
+def test_resume_from_acts_once_a_file_even_when_the_file_is_gone(tmp_path):
+    run_dir, source = tmp_path / "run", tmp_path / "source"
+    checkpoints(source, 4)
+    path = checkpoint_dir(source) / "step_00000004.pt"
+    assert begin(run_dir, resume_from=path).checkpoint == path
+    assert begin(run_dir, resume_from=path).checkpoint == path  # stopped before it could save anything
+    checkpoints(run_dir, 6)
+    path.unlink()
+    again = begin(run_dir, resume_from=path)
+    assert again.checkpoint.name == "step_00000006.pt"
+    assert "--resume_from was acted on" in again.notes[1]
+
+
+def test_going_back_sets_later_checkpoints_aside_newest_first_and_acts_once(tmp_path):
+    run_dir = tmp_path / "run"
+    checkpoints(run_dir, 2, 4, 6, 8)
+    path = checkpoint_dir(run_dir) / "step_00000004.pt"
+    assert begin(run_dir, 4, resume_from=path).goes_back
+    names = sorted(path.name for path in checkpoint_dir(run_dir).glob("*.pt"))
+    assert names == ["step_00000002.pt", "step_00000004.pt"]
+    checkpoints(run_dir, 5)
+    assert begin(run_dir, 5, resume_from=path).checkpoint.name == "step_00000005.pt"
+    assert not (run_dir / "previous_2").exists()
+
+
+def test_resume_from_names_what_is_wrong(tmp_path):
+    run_dir, source = tmp_path / "run", tmp_path / "source"
+    with pytest.raises(MissingFileError, match="--resume_from .*gone.pt: there is no such file"):
+        find_start(run_dir, CONFIG, resume_from=tmp_path / "gone.pt")
+    checkpoints(source, 4)
+    checkpoints(run_dir, 2)
+    path = checkpoint_dir(source) / "step_00000004.pt"
+    with pytest.raises(UserError, match="holds checkpoints of another run"):
+        find_start(run_dir, CONFIG, resume_from=path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged"):
+        find_start(tmp_path / "new", CONFIG, resume_from=path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", json.dumps({"flag": 1})])
+def test_a_damaged_record_of_the_start_is_no_record(tmp_path, text):
+    checkpoints(tmp_path, 3)
+    (tmp_path / "start.json").write_text(text)
+    assert find_start(tmp_path, CONFIG).checkpoint is not None
+    assert find_start(tmp_path, CONFIG, no_resume=True).fresh
