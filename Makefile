@@ -35,7 +35,7 @@ test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)
 	printf '%s\n' $(FORKING) | xargs -P 2 -n 1 $(BIN)/python -m pytest
 
-# hours of bad luck in some ten minutes: kills, flipped bits, full disks, writers stopped and killed beside each other;
+# hours of bad luck at ten times the scale of make test: kills, flipped bits, full disks, writers stopped and killed beside each other;
 # the seed is printed, FAULTS_SEED repeats it, FAULTS_SCALE=100 goes on for the night
 soak: install
 	FAULTS_SCALE=$${FAULTS_SCALE:-10} FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/faults --durations=10
