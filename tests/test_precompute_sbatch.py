@@ -23,6 +23,10 @@ SCONTROL = """#!/bin/bash
 echo "$@" >> "$NOTES/scontrol"
 exit "${SCONTROL_STATUS:-0}"
 """
+# the job's own state, as the queue shows it
+SQUEUE = """#!/bin/bash
+[ "$*" = "--noheader --jobs $EXPECTED_JOB --format %T" ] && echo "${STATE-RUNNING}"
+"""
 
 
 class Job:
@@ -30,7 +34,7 @@ class Job:
 
     def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.notes = folder
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
             (folder / "bin").mkdir(exist_ok=True)
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
@@ -41,7 +45,7 @@ class Job:
             "SLURM_JOB_ID": "81",
         }
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
-        fakes = {"PATH": path, "NOTES": str(folder), "ENDS_WITH": "", "DIES": ""}
+        fakes = {"PATH": path, "NOTES": str(folder), "ENDS_WITH": "", "DIES": "", "EXPECTED_JOB": "77_3"}
         self.process = subprocess.Popen(
             ["bash", str(SCRIPT), *arguments], env=fakes | array | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -115,6 +119,15 @@ def test_a_cancelled_task_does_not_come_back(tmp_path):
     assert job.note("scontrol") == ""
 
 
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+def test_a_task_that_was_warned_and_then_cancelled_does_not_come_back(tmp_path, state):
+    job = Job(tmp_path, STATE=state)
+    assert job.has_started()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.status() == 75
+    assert job.note("scontrol") == ""
+
+
 def test_a_task_that_never_gets_anywhere_stops_in_the_end(tmp_path):
     job = Job(tmp_path, ENDS_WITH="75", SLURM_RESTART_COUNT="100")
     assert job.status() == 75
@@ -128,7 +141,7 @@ def test_where_scontrol_does_not_work_the_status_says_what_to_do(tmp_path):
 
 
 def test_without_an_array_the_job_makes_the_whole_cache(tmp_path):
-    environment = {"SLURM_ARRAY_JOB_ID": "", "SLURM_ARRAY_TASK_ID": "", "SLURM_ARRAY_TASK_MAX": ""}
+    environment = {"SLURM_ARRAY_JOB_ID": "", "SLURM_ARRAY_TASK_ID": "", "SLURM_ARRAY_TASK_MAX": "", "EXPECTED_JOB": "81"}
     job = Job(tmp_path, ENDS_WITH="75", **environment)
     assert job.status() == 0
     assert job.note("srun").endswith("--num_jobs 1 --job_id 0")
