@@ -28,7 +28,7 @@ from distillery.loader import DevicePrefetcher, PretrainingLoader
 from distillery.preprocess import PreprocessSpec
 from distillery.process import MissingFileError, UserError, usable_cpus
 from distillery.raw_images import RUN_ROWS, WINDOW_RUNS, ImageDecoder, RawRows
-from distillery.reader import CachedRows
+from distillery.reader import CachedRows, ShardFiles
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, ShardDraws, block_sizes
 from distillery.sources import open_source
 
@@ -323,7 +323,7 @@ def _cached_loader(
     if shards is not None:
         index = _chosen_shards(index, shards)
     base = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
-    rows = CachedRows(base.index, raw=raw, files=base.rows.files)
+    rows = CachedRows(base.index, raw=raw, files=ShardFiles(base.index, mode=data.read_mode))
     run_rows, window_runs = block_sizes(
         base.index.row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
     )
@@ -466,9 +466,15 @@ def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tens
 
 def _labelled_batches(index: CacheIndex, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     dataset = CachedTensorDataset(index)
-    layouts = (dataset.rows.files.layout(s) for s in range(len(index.shard_names)))
-    labels = np.concatenate([load_labels(index, s)[layout.valid] for s, layout in enumerate(layouts)])
+    labels = cached_labels(dataset)
     for start in range(0, len(dataset), batch_size):
         stop = min(len(dataset), start + batch_size)
         images = torch.stack(dataset.__getitems__(range(start, stop)))
-        yield images, torch.from_numpy(labels[start:stop].astype(np.int64))
+        yield images, torch.from_numpy(labels[start:stop])
+
+
+def cached_labels(dataset: CachedTensorDataset) -> np.ndarray:
+    """int64 [N], the labels of the rows of a data set of whole shards whose cache has labels."""
+    layouts = (dataset.rows.files.layout(s) for s in range(len(dataset.index.shard_names)))
+    parts = [load_labels(dataset.index, s)[layout.valid] for s, layout in enumerate(layouts)]
+    return np.concatenate(parts).astype(np.int64)

@@ -1,10 +1,12 @@
 """Rows of shards straight from their files into the caller's memory: no unpickling, no copy besides the read itself.
 
-Reads are preadv, not a mapping: a mapped file that shrinks kills the process (SIGBUS), and faults of single pages make
-a mapping many times slower than reads on Lustre and NFS. preadv releases the GIL, so threads suffice; they and the
-memory they fill are in distillery/stream.py.
+Reads are preadv unless a mapping is asked for: a mapped file that shrinks may kill the process (SIGBUS), and faults of
+single pages make a mapping many times slower than reads on Lustre and NFS. Where the files are local and in memory, a
+copy from the mapping saves the kernel's part. Both release the GIL, so threads suffice; they and the memory they fill
+are in distillery/stream.py.
 """
 
+import mmap
 import os
 import threading
 import time
@@ -22,18 +24,30 @@ from distillery.process import MissingFileError, RunError, UserError
 from distillery.shard_format import open_regular
 
 VERIFY_MODES = ("first", "always", "never")
+READ_MODES = ("pread", "mmap")
 _MAX_SEGMENT_ROWS = 512  # of one preadv; the system's limit is 1024 buffers
 _MAX_LAYOUT_ROWS = 8 << 20  # rows of the shard layouts kept in memory: 9 bytes each
 _ADVICE_BYTES = 128 << 10  # the kernel cuts longer advice to the device's read-ahead
+_SAMPLED_RUNS = 8  # of a window: when they are all in memory, the others are taken to be there too
 _PRESENCE_CHECK_S = 1.0
 
 
 class _OpenShard:
-    """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read."""
+    """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read.
+
+    mapped: the rows, uint8 [N, row_bytes], where they are read through a mapping.
+    """
 
     def __init__(self, shard: int, fd: int, layout: ShardLayout) -> None:
         self.shard, self.fd, self.layout = shard, fd, layout
         self.checked_at = time.monotonic()
+        self.mapped: np.ndarray | None = None
+
+    def map_rows(self, row_bytes: int) -> None:
+        """Map the file; its size has been compared with the index before."""
+        whole = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
+        first, count = self.layout.payload_offset, len(self.layout.valid)
+        self.mapped = whole[first : first + count * row_bytes].reshape(count, row_bytes)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -47,16 +61,21 @@ class ShardFiles:
         verify: "first": each row's checksum is compared when this process first reads it; "always"; "never". The
             predecessor's caches have no checksums.
         max_open: shards open at a time; None: 512, or a quarter of what the process may open.
+        mode: "pread", or "mmap": faster for files that are local and in memory. The file's size is looked at before
+            every copy from the mapping, but one cut short during the copy kills the process.
 
     Errors of every reading method:
         MissingFileError: the shard is gone. UserError: it is damaged, shrank, or is not the one the index lists.
         RunError: the system could not read it. All name the file, and the row where there is one.
     """
 
-    def __init__(self, index: CacheIndex, *, verify: str = "first", max_open: int | None = None) -> None:
-        if verify not in VERIFY_MODES:
-            raise UserError(f"verify {verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
-        self.index, self.verify, self.max_open = index, verify, max_open
+    def __init__(
+        self, index: CacheIndex, *, verify: str = "first", max_open: int | None = None, mode: str = "pread"
+    ) -> None:
+        for name, value, known in (("verify", verify, VERIFY_MODES), ("mode", mode, READ_MODES)):
+            if value not in known:
+                raise UserError(f"{name} {value!r}: expected one of {', '.join(known)}.")
+        self.index, self.verify, self.max_open, self.mode = index, verify, max_open, mode
         self._reset()
 
     def _reset(self) -> None:
@@ -72,7 +91,7 @@ class ShardFiles:
         self.reading: dict[int, tuple[str, float]] = {}
 
     def __getstate__(self) -> dict:
-        return {"index": self.index, "verify": self.verify, "max_open": self.max_open}
+        return {"index": self.index, "verify": self.verify, "max_open": self.max_open, "mode": self.mode}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -84,7 +103,7 @@ class ShardFiles:
             if (layout := self._layouts.get(shard)) is not None:
                 self._layouts.move_to_end(shard)
                 return layout
-        layout = load_shard_layout(self.index, shard)
+        layout = self._load_layout(shard)
         with self._lock:
             if shard not in self._layouts:
                 self._layouts[shard] = layout
@@ -126,17 +145,17 @@ class ShardFiles:
         is_start[::_MAX_SEGMENT_ROWS] = True
         starts = np.flatnonzero(is_start)
         memory, row_bytes, places = memoryview(out).cast("B"), self.row_bytes, order.tolist()
-        opened, thread = None, threading.get_ident()
+        opened, thread, names, read_segment = None, threading.get_ident(), self.index.shard_names, self._read_segment
         try:
             for start, stop, shard, first in zip(
                 starts.tolist(), [*starts[1:].tolist(), len(order)], shards[starts].tolist(), local[starts].tolist(),
                 strict=True,
             ):  # fmt: skip
-                self.reading[thread] = (self.index.shard_names[shard], time.monotonic())
                 if opened is None or opened.shard != shard:
                     opened = self._opened(shard)
+                self.reading[thread] = names[shard], time.monotonic()
                 buffers = [memory[place * row_bytes : (place + 1) * row_bytes] for place in places[start:stop]]
-                self._read_segment(opened, first, buffers)
+                read_segment(opened, first, buffers)
                 if unchecked is not None:
                     self._check(opened, first, buffers, unchecked[start:stop].tolist())
         finally:
@@ -155,17 +174,30 @@ class ShardFiles:
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]
         starts = np.flatnonzero(np.r_[True, (shards[1:] != shards[:-1]) | (local[1:] != local[:-1] + 1)][: len(order)])
-        stops = np.r_[starts[1:], len(order)]
-        probe = [bytearray(1)]
-        for shard, first, count in zip(shards[starts], local[starts], stops - starts, strict=True):
+        runs = list(zip(shards[starts], local[starts], np.r_[starts[1:], len(order)] - starts, strict=True))
+        samples = runs[:: max(1, len(runs) // _SAMPLED_RUNS)]
+        if all(self._is_run_resident(*run) for run in samples):
+            return
+        for shard, first, count in runs:
             if not go_on():
                 return
-            opened = self._opened(int(shard))
-            offset = opened.layout.payload_offset + int(first) * self.row_bytes
-            end = offset + int(count) * self.row_bytes
-            if not (_is_resident(opened.fd, probe, offset) and _is_resident(opened.fd, probe, end - 1)):
+            if not self._is_run_resident(shard, first, count):
+                opened, offset = self._place(shard, first)
+                end = offset + int(count) * self.row_bytes
                 for position in range(offset, end, _ADVICE_BYTES):
                     os.posix_fadvise(opened.fd, position, min(_ADVICE_BYTES, end - position), os.POSIX_FADV_WILLNEED)
+
+    def _place(self, shard: int, row: int) -> tuple[_OpenShard, int]:
+        """The open shard and a row's byte offset in it."""
+        opened = self._opened(int(shard))
+        return opened, opened.layout.payload_offset + int(row) * self.row_bytes
+
+    def _is_run_resident(self, shard: int, first: int, count: int) -> bool:
+        """Whether the first and the last byte of a run of rows are in memory."""
+        opened, offset = self._place(shard, first)
+        end = offset + int(count) * self.row_bytes
+        probe = [bytearray(1)]
+        return _is_resident(opened.fd, probe, offset) and _is_resident(opened.fd, probe, end - 1)
 
     def look_again(self) -> None:
         """Let the next read of every open shard make sure that the file is still there."""
@@ -188,7 +220,7 @@ class ShardFiles:
         for row, (buffer, is_unchecked) in enumerate(zip(buffers, unchecked, strict=True), start=first):
             if is_unchecked and xxhash.xxh3_64_intdigest(buffer) != layout.row_checksums[row]:
                 raise UserError(
-                    f"{self._path(opened.shard)}: row {row} (global_idx {self.index.shard_starts[opened.shard] + row}, "
+                    f"{self._path(opened.shard)}: {self._row_name(opened.shard, row)}, "
                     f"byte {layout.payload_offset + row * self.row_bytes}) is damaged: its checksum is not the one "
                     f"recorded when it was made. {self._advice()}"
                 )
@@ -201,6 +233,10 @@ class ShardFiles:
     def _read_segment(self, opened: _OpenShard, first: int, buffers: list[memoryview]) -> None:
         offset = opened.layout.payload_offset + first * self.row_bytes
         wanted = len(buffers) * self.row_bytes
+        if opened.mapped is not None and os.fstat(opened.fd).st_size >= offset + wanted:
+            for row, buffer in enumerate(buffers, start=first):
+                np.copyto(np.frombuffer(buffer, np.uint8), opened.mapped[row])
+            return
         try:
             count = os.preadv(opened.fd, buffers, offset)
             while count < wanted:
@@ -232,7 +268,7 @@ class ShardFiles:
         elif time.monotonic() - opened.checked_at > _PRESENCE_CHECK_S:
             # a name that leads to another file is a shard that stage 1 replaced; the rows of the index are in ours
             if os.fstat(opened.fd).st_nlink == 0 and not self.index.shard_path(shard).exists():
-                raise MissingFileError(f"{self._path(shard)} was removed while in use. Run: {stage1_command()}")
+                raise MissingFileError(f"{self._path(shard)} was removed while in use. Run: {self._command()}")
             opened.checked_at = time.monotonic()
         return opened
 
@@ -243,16 +279,27 @@ class ShardFiles:
             with open_regular(path) as file:
                 opened = _OpenShard(shard, os.dup(file.fileno()), layout)
         except FileNotFoundError as error:
-            raise MissingFileError(f"{path}: listed in the index, but not there. Run: {stage1_command()}") from error
+            raise MissingFileError(f"{path}: listed in the index, but not there. Run: {self._command()}") from error
         except OSError as error:
             raise RunError(f"{path}: cannot be opened: {os.strerror(error.errno or 0)}.") from error
         size, expected = os.fstat(opened.fd).st_size, int(self.index.shard_bytes[shard])
         if size != expected:
             raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
+        if self.mode == "mmap":
+            opened.map_rows(self.row_bytes)
         return opened
+
+    def _load_layout(self, shard: int) -> ShardLayout:
+        return load_shard_layout(self.index, shard)
 
     def _path(self, shard: int) -> str:
         return str(self.index.shard_path(shard))
+
+    def _row_name(self, shard: int, row: int) -> str:
+        return f"row {row} (global_idx {self.index.shard_starts[shard] + row}"
+
+    def _command(self) -> str:
+        return stage1_command()
 
     def _advice(self) -> str:
         return f"Run: python -m distillery.cache verify {self.index.directory}, then stage 1 again."
@@ -320,7 +367,7 @@ class CachedRows:
     Args:
         index: the cache.
         raw: rows as stored; else normalised float32.
-        files: the cache's shards, when they are open already.
+        files: the cache's shards; None: to be opened here, read by preadv.
     """
 
     def __init__(self, index: CacheIndex, *, raw: bool = False, files: ShardFiles | None = None) -> None:

@@ -42,11 +42,12 @@ def open_descriptors() -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_rows_equal_plain_torch_load_in_any_order(tmp_path, dtype, seed):
+@pytest.mark.parametrize("mode", reader.READ_MODES)
+def test_rows_equal_plain_torch_load_in_any_order(tmp_path, dtype, seed, mode):
     make_test_cache(tmp_path, 21, dtype=dtype, bad=(3, 20))
     index = load_index(tmp_path)
     order = None if seed is None else np.random.default_rng(seed).permutation(21)
-    shards, local, rows = read_all(ShardFiles(index), order)
+    shards, local, rows = read_all(ShardFiles(index, mode=mode), order)
     images = torch.from_numpy(rows).view(getattr(torch, dtype)).view(-1, *index.image_shape)
     stored = stored_images(tmp_path)
     for image, place in zip(images, (index.shard_starts[shards] + local).tolist(), strict=True):
@@ -121,10 +122,11 @@ def test_images_of_a_predecessor_that_are_not_normalised_are_normalised_once(tmp
 
 
 @pytest.mark.parametrize("place", [0.0, 0.37, 0.999])
-def test_a_flipped_bit_is_found_at_the_first_read_and_named(tmp_path, place):
+@pytest.mark.parametrize("mode", reader.READ_MODES)
+def test_a_flipped_bit_is_found_at_the_first_read_and_named(tmp_path, place, mode):
     make_test_cache(tmp_path, 16)
     index = load_index(tmp_path)
-    files = ShardFiles(index)
+    files = ShardFiles(index, mode=mode)
     row = int(place * 8)
     offset = files.layout(1).payload_offset + int(place * 8 * index.row_bytes)
     flip_bit(tmp_path / "images_shard_00001.pt", offset)
@@ -169,9 +171,10 @@ def test_a_shard_cut_before_it_is_opened_is_an_error_with_both_sizes(tmp_path):
         read_all(ShardFiles(load_index(tmp_path)))
 
 
-def test_a_shard_cut_while_it_is_open_is_an_error_with_the_row(tmp_path):
+@pytest.mark.parametrize("mode", reader.READ_MODES)
+def test_a_shard_cut_while_it_is_open_is_an_error_with_the_row(tmp_path, mode):
     make_test_cache(tmp_path, 16)
-    files = ShardFiles(load_index(tmp_path))
+    files = ShardFiles(load_index(tmp_path), mode=mode)
     read_all(files)
     os.truncate(tmp_path / "images_shard_00001.pt", files.layout(1).payload_offset + 2 * files.index.row_bytes + 10)
     with pytest.raises(UserError, match=r"images_shard_00001\.pt ends at byte .*, inside row 2: it was shortened"):
@@ -269,8 +272,9 @@ def test_copies_are_independent(tmp_path):
     assert copy.raw
 
 
-def test_reading_ahead_changes_nothing_and_can_be_stopped(tmp_path):
+def test_reading_ahead_changes_nothing_and_can_be_stopped(tmp_path, monkeypatch):
     make_test_cache(tmp_path, 16)
+    monkeypatch.setattr(reader, "_is_resident", lambda fd, probe, offset: False)
     files = ShardFiles(load_index(tmp_path))
     shards, local = np.array([1, 0, 0, 1]), np.array([3, 2, 1, 7])
     asked = []
@@ -278,6 +282,17 @@ def test_reading_ahead_changes_nothing_and_can_be_stopped(tmp_path):
     files.advise(shards, local, lambda: bool(asked.append(1)) or len(asked) < 2)
     assert len(asked) == 2
     read_all(files)
+
+
+def test_of_a_window_in_memory_only_a_few_rows_are_looked_at(tmp_path, monkeypatch):
+    make_test_cache(tmp_path, 160)
+    looked, advised = [], []
+    monkeypatch.setattr(reader, "_is_resident", lambda fd, probe, offset: not looked.append(offset))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments))
+    files = ShardFiles(load_index(tmp_path))
+    files.advise(np.repeat(np.arange(20), 4), np.tile(np.arange(0, 8, 2), 20))
+    assert len(looked) <= 2 * (reader._SAMPLED_RUNS + 1)
+    assert not advised
 
 
 def test_an_index_of_a_million_rows_opens_in_less_than_a_second(tmp_path):
