@@ -1,0 +1,190 @@
+"""The rows of a cache as map-style data sets, for any torch DataLoader, and the labelled rows of evaluation sets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distillery.cache import CacheIndex, load_index, load_labels, stage1_command
+from distillery.process import UserError
+from distillery.reader import CachedRows
+from distillery.sampling import ShardDraws
+
+_DEFAULT_SUBSET_SEED = 42
+
+
+class CachedTensorDataset(Dataset):
+    """The images of a cache, map-style: ds[i] is the i-th valid row, float32 [3, H, W], normalised.
+
+    Rows that could not be decoded, and gaps between the shards of a partial cache, are not counted. An object may be
+    sent to worker processes (forked or spawned); each opens the files for itself.
+
+    Args:
+        cache_dir: folder of the cache, or an index already loaded.
+        transform: applied to every image.
+        max_shards: the first so many shards only.
+        max_samples: the first so many valid rows only.
+
+    Raises:
+        MissingFileError, UserError: no cache there, or a damaged one; reading errors name the file and row.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str | Path | CacheIndex,
+        transform: Callable[[Tensor], Any] | None = None,
+        max_shards: int | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
+        self.index = part_of_index(index, slice(0, max_shards))
+        self.transform = transform
+        valid = self.index.shard_rows - self.index.shard_failed
+        if max_samples is not None:
+            before = np.cumsum(valid) - valid
+            # shards past the limit are not part of it: a draw of shards_per_epoch would waste its turns on them
+            num_used = max(1, int((before < max_samples).sum()))
+            self.index = part_of_index(self.index, slice(0, num_used))
+            valid = np.clip(max_samples - before, 0, valid)[:num_used]
+        self.shard_rows = valid
+        self._ends = np.cumsum(valid)
+        self.rows = CachedRows(self.index)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The rows `indices`, read together; a DataLoader asks for a batch this way."""
+        rows = checked_rows(indices, len(self))
+        shards = np.searchsorted(self._ends, rows, side="right")
+        return self.fetch(shards, rows - (self._ends - self.shard_rows)[shards])
+
+    def fetch(self, shards: np.ndarray, nth: np.ndarray) -> list[Any]:
+        """The nth valid rows of shards, int64 [n] each, transformed."""
+        images = torch.empty((len(shards), *self.index.image_shape))
+        out = images.view(len(shards), -1).numpy().view(np.uint8)
+        self.rows.fill(shards, nth, out, np.empty(len(shards), np.int64))
+        return list(images) if self.transform is None else [self.transform(image) for image in images]
+
+
+class RandomShardSubsetCachedDataset(Dataset):
+    """The rows of this epoch's shards, map-style: each epoch draws `shards_per_epoch` of them anew.
+
+    set_epoch may be called in the main process while a DataLoader's persistent workers hold copies: the epoch lives in
+    shared memory. The length may differ from epoch to epoch, by failed rows and a short last shard.
+
+    Args:
+        base_dataset: gives the rows.
+        shards_per_epoch: K; as many as there are, or more: all.
+        seed: of the draws; None: 42, the default of random_subset_seed. The same on every rank.
+        mode: cycle, independent or fixed; see sampling.ShardDraws.
+        draws: epoch -> shards, in place of the three arguments before it.
+    """
+
+    def __init__(
+        self,
+        base_dataset: CachedTensorDataset,
+        shards_per_epoch: int | None,
+        seed: int | None = None,
+        mode: str = "cycle",
+        *,
+        draws: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        self.base_dataset = base_dataset
+        seed = _DEFAULT_SUBSET_SEED if seed is None else seed
+        self._draws = draws or ShardDraws(len(base_dataset.shard_rows), shards_per_epoch, seed, mode)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._chosen: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_chosen": None}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose shards these are."""
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make this the data set of that epoch's shards, here and in worker processes."""
+        self._epoch[0] = epoch
+
+    @property
+    def shards(self) -> np.ndarray:
+        """int64 [K], positions in index.shard_names of this epoch's shards, in the order of the rows."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, where the rows of each end)."""
+        epoch = self.epoch
+        if self._chosen is None or self._chosen[0] != epoch:
+            shards = self._draws(epoch)
+            self._chosen = epoch, shards, np.cumsum(self.base_dataset.shard_rows[shards])
+        return self._chosen[1:]
+
+    def __len__(self) -> int:
+        return int(self._current()[1][-1])
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The rows `indices` of this epoch's shards, read together."""
+        shards, ends = self._current()
+        rows = checked_rows(indices, int(ends[-1]))
+        place = np.searchsorted(ends, rows, side="right")
+        return self.base_dataset.fetch(shards[place], rows - (ends - self.base_dataset.shard_rows[shards])[place])
+
+
+def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
+    """Row numbers as int64 [n], negative ones counted from the end; IndexError for one that is not there."""
+    rows = np.asarray(indices, np.int64)
+    outside = (rows < -count) | (rows >= count)
+    if outside.any():
+        raise IndexError(f"row {rows[outside][0]} of a data set of {count} rows")
+    return rows % count
+
+
+def part_of_index(index: CacheIndex, which: slice | list[int]) -> CacheIndex:
+    """The index of some of its shards."""
+    names = np.array(index.shard_names, object)[which].tolist()
+    arrays = {key: getattr(index, key)[which] for key in ("shard_starts", "shard_rows", "shard_failed", "shard_bytes")}
+    return replace(index, shard_names=names, num_samples=int(arrays["shard_rows"].sum()), **arrays)
+
+
+def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row in order; the last may be short.
+
+    Raises:
+        UserError: the cache has no labels.
+    """
+    index = load_index(cache_dir)
+    if not index.labels:
+        raise UserError(
+            f"{cache_dir} holds no labels. Name the label_column in data_config.yaml, with another cache_dir, and run: "
+            f"{stage1_command()}"
+        )
+    return _labelled_batches(index, batch_size)
+
+
+def _labelled_batches(index: CacheIndex, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    dataset = CachedTensorDataset(index)
+    labels = cached_labels(dataset)
+    for start in range(0, len(dataset), batch_size):
+        stop = min(len(dataset), start + batch_size)
+        images = torch.stack(dataset.__getitems__(range(start, stop)))
+        yield images, torch.from_numpy(labels[start:stop])
+
+
+def cached_labels(dataset: CachedTensorDataset) -> np.ndarray:
+    """int64 [N], the labels of the rows of a data set of whole shards whose cache has labels."""
+    layouts = (dataset.rows.files.layout(s) for s in range(len(dataset.index.shard_names)))
+    parts = [load_labels(dataset.index, s)[layout.valid] for s, layout in enumerate(layouts)]
+    return np.concatenate(parts).astype(np.int64)
