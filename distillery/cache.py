@@ -45,12 +45,14 @@ class ShardLayout:
     """Where the N rows of a shard are and which of them hold an image.
 
     payload_offset: byte offset of row 0 in the file; valid: bool [N]; row_checksums: uint64 [N], XXH3-64 of each row's
-    bytes, or None in a predecessor's cache.
+    bytes, or None in a predecessor's cache; num_bytes: of the file where it is not what the index says: a cache that
+    grows has put a longer shard in the place of its short last one.
     """
 
     payload_offset: int
     valid: np.ndarray
     row_checksums: np.ndarray | None
+    num_bytes: int | None = None
 
 
 def load_index(directory: str | os.PathLike) -> CacheIndex:
@@ -123,6 +125,8 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is not a regular file; a cache folder may be a symbolic link, its files may not.")
         if status.st_size != index.shard_bytes[s]:
+            if (layout := _longer_layout(index, s, status.st_size)) is not None:
+                return layout
             raise UserError(
                 f"{path.name} has {status.st_size} bytes, index.json says {index.shard_bytes[s]}. "
                 f"Run: python -m distillery.cache verify {index.directory}, then stage 1 again."
@@ -140,6 +144,23 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
     if (record["dtype"], tuple(record["image_shape"])) != (index.dtype, index.image_shape):
         raise UserError(f"{path}: holds {record['dtype']} {record['image_shape']}, unlike index.json.")
     return ShardLayout(record["payload_offset"], valid_rows(record), decode_checksums(record["row_checksums"]))
+
+
+def _longer_layout(index: CacheIndex, s: int, num_bytes: int) -> ShardLayout | None:
+    """The rows that an index lists of a shard that has more by now; None: the file is no such shard."""
+    path, rows = index.shard_path(s), int(index.shard_rows[s])
+    try:
+        # not the record: it is written after the shard, and may be the short one's still
+        record = check_meta(parse_json(path, read_meta(path)), path)
+    except FutureFormatError:
+        raise
+    except UserError:
+        return None
+    valid = valid_rows(record)[:rows]
+    found = (record["fingerprint"], record["global_start"], int(np.count_nonzero(~valid)))
+    if record["num_samples"] <= rows or found != (index.fingerprint, index.shard_starts[s], index.shard_failed[s]):
+        return None
+    return ShardLayout(record["payload_offset"], valid, decode_checksums(record["row_checksums"])[:rows], num_bytes)
 
 
 def _record_or_meta(path: Path) -> dict:

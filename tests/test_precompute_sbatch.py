@@ -141,7 +141,12 @@ def test_where_scontrol_does_not_work_the_status_says_what_to_do(tmp_path):
 
 
 def test_without_an_array_the_job_makes_the_whole_cache(tmp_path):
-    environment = {"SLURM_ARRAY_JOB_ID": "", "SLURM_ARRAY_TASK_ID": "", "SLURM_ARRAY_TASK_MAX": "", "EXPECTED_JOB": "81"}
+    environment = {
+        "SLURM_ARRAY_JOB_ID": "",
+        "SLURM_ARRAY_TASK_ID": "",
+        "SLURM_ARRAY_TASK_MAX": "",
+        "EXPECTED_JOB": "81",
+    }
     job = Job(tmp_path, ENDS_WITH="75", **environment)
     assert job.status() == 0
     assert job.note("srun").endswith("--num_jobs 1 --job_id 0")

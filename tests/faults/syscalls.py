@@ -10,6 +10,7 @@ CHANGES: dict[str, Callable[..., bool]] = {
     "open": lambda path, flags, *_rest, **_options: bool(flags & os.O_CREAT),
     "write": lambda *_args: True,
     "pwrite": lambda *_args: True,
+    "pwritev": lambda *_args: True,
     "ftruncate": lambda *_args: True,
     "fsync": lambda *_args: True,
     "link": lambda *_args, **_options: True,

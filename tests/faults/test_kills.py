@@ -46,7 +46,7 @@ def run_until_call(plan, source, fatal: int, mode: str) -> None:
             if n == fatal:
                 die()
 
-    with watched(around, ("write", "pwrite") if mode == "half" else ALL_BUT_CLOSE):
+    with watched(around, ("write", "pwrite", "pwritev") if mode == "half" else ALL_BUT_CLOSE):
         run_stage1(plan, source)
 
 
@@ -166,4 +166,4 @@ def test_the_sweep_is_one_of_different_instants(folder, source):
         run_stage1(small_plan(folder / "cache", source), source)
     assert [n for n, _ in seen] == list(range(1, len(seen) + 1))
     names = {name for _, name in seen}
-    assert names >= {"open", "write", "pwrite", "ftruncate", "fsync", "link", "replace", "unlink", "mkdir"}
+    assert names >= {"open", "write", "pwrite", "pwritev", "ftruncate", "fsync", "link", "replace", "unlink", "mkdir"}

@@ -1,0 +1,252 @@
+"""The processes of benchmarks.learning that are no program of this repository: peers, and one part of the ablation.
+
+    python -m benchmarks.learning_peers timm-mse FOLDER LEARNING_RATE     # reads its YAML files, writes result.json
+    python -m benchmarks.learning_peers lightly-train FOLDER              # reads setting.json, leaves a state per epoch
+    python -m benchmarks.learning_peers evaluate-states FOLDER            # of those states makes result.json
+    python -m benchmarks.learning_peers fixed-view --data_config ...      # distill_trainer.py, another teacher's view
+
+lightly-train imports nothing of this repository, so that it may run in an environment of its own.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def main() -> int:
+    name, *arguments = sys.argv[1:]
+    if name == "fixed-view":
+        fixed_view(arguments)
+    elif name == "timm-mse":
+        timm_mse(Path(arguments[0]), float(arguments[1]))
+    else:
+        {"lightly-train": lightly_train, "evaluate-states": evaluate_states}[name](Path(arguments[0]))
+    return 0
+
+
+class Curve:
+    """The points of a run; seconds since the parent started this process, evaluations left out."""
+
+    def __init__(self, configs: Any, device: Any) -> None:
+        from distillery.build import eval_folders
+
+        self.folders, self.k, self.device = next(iter(eval_folders(configs.data).values())), configs.train.knn_k, device
+        self.started, self.points, self.rows = float(os.environ["STARTED"]), [], {}
+
+    def evaluate(self, student: Any, epoch: int, images: int, *, last: bool, seconds: float | None = None) -> None:
+        """Add a point; before the first step and at the end with a linear probe.
+
+        seconds: where the point was reached before; None: now.
+        """
+        from distillery.evaluate import evaluate_on_folders
+
+        began, with_probe = time.time(), last or epoch == 0
+        row = evaluate_on_folders(student, *self.folders, k=self.k, linear=with_probe, device=self.device)
+        if with_probe:
+            self.rows["student" if epoch else "untrained"] = row
+        seconds = began - self.started if seconds is None else seconds
+        self.points.append({"epoch": epoch, "images": images, "seconds": seconds, "knn": row["knn_top1"]})
+        self.started += time.time() - began
+
+    def write(self, folder: Path) -> None:
+        """What the parent reads."""
+        (folder / "result.json").write_text(json.dumps({"curve": self.points, "rows": self.rows}))
+
+
+def configs_of(folder: Path) -> Any:
+    from distillery.config import load_configs
+
+    return load_configs(folder / "data.yaml", folder / "train.yaml", folder / "model.yaml")
+
+
+# ---- timm --------------------------------------------------------------------------------------------------------
+
+
+def timm_mse(folder: Path, learning_rate: float) -> None:
+    """AdamW with a one-cycle schedule around timm's task; same images, views and number of steps as the trainer."""
+    import torch
+
+    from data_loader import DevicePrefetcher, build_pretraining_dataloader
+    from distillery import build
+    from distillery.augment import Augmentation
+
+    configs, device = configs_of(folder), build.choose_device("auto")
+    train = configs.train
+    loader = build_pretraining_dataloader(configs.data, train, with_indices=True, raw=True)
+    assert loader.normalized, "stored pixels are taken as they are"
+    steps = build.steps_per_epoch(train, loader.valid_rows_per_shard, None)
+    task, student = timm_task(configs, device)
+    trained = [p for p in task.trainable_module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=train.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps * train.num_epochs)
+    augmentation = Augmentation(**train.augment.model_dump(), mean=configs.data.mean, std=configs.data.std)
+    is_bf16 = build.choose_precision(train.precision, device) == "bf16"
+    curve = Curve(configs, device)
+    curve.evaluate(student, 0, 0, last=False)
+    for epoch in range(train.num_epochs):
+        loader.load_state_dict({"epoch": epoch, "samples": 0})
+        task.train()
+        for _, (images, global_idx) in zip(range(steps), DevicePrefetcher(loader, device), strict=False):
+            view = student.prepare(augmentation(images.float(), global_idx, seed=train.seed, epoch=epoch))
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+                # no labels: the task's own loss has weight 0
+                loss = task(view, torch.zeros(len(view), dtype=torch.int64, device=device))["loss"]
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        curve.evaluate(student, epoch + 1, (epoch + 1) * steps * train.batch_size, last=epoch + 1 == train.num_epochs)
+    curve.write(folder)
+
+
+def timm_task(configs: Any, device: Any) -> tuple:
+    """timm's feature distillation of our teacher into our student, and the student with our way to its features."""
+    import torch
+    from timm.task import FeatureDistillationTask
+    from timm.task.distillation import DistillationTeacher
+
+    from distillery import build
+
+    teacher = build.build_teacher_backbone(configs.model, configs.data).to(device)
+    torch.manual_seed(configs.train.seed)
+    student = build.build_student_backbone(configs.model, configs.data).to(device)
+    if teacher.img_size != student.img_size:
+        raise ValueError(f"timm's task has one size for both models, these want {teacher.img_size}, {student.img_size}")
+    for backbone in (teacher, student):
+        # where timm looks for the normalisation; models from torch.hub have none
+        backbone.model.pretrained_cfg = {"mean": backbone.mean, "std": backbone.std}
+    task = FeatureDistillationTask(
+        student.model, DistillationTeacher(teacher.model, device=device), criterion=torch.nn.CrossEntropyLoss(),
+        distill_loss_weight=1.0, task_loss_weight=0.0, device=device, verbose=False,
+    )  # fmt: skip
+    return task, student
+
+
+# ---- LightlyTrain ------------------------------------------------------------------------------------------------
+
+
+def lightly_train(folder: Path) -> None:
+    """distillationv3 at its defaults but for the image size, and the learning rate where one is given."""
+    import lightly_train
+    import torch
+
+    given = SimpleNamespace(**json.loads((folder / "setting.json").read_text()))
+    steps = len(list(Path(given.images).iterdir())) // given.batch_size
+    teacher = wrapped(torch.hub.load(given.teacher_repo, given.teacher, source="local", pretrained=True))
+    torch.manual_seed(given.seed)
+    model = torch.hub.load(given.teacher_repo, given.student, source="local", pretrained=False)
+    torch.save(model.state_dict(), folder / "state_0.pt")
+    times, started = {0: time.time() - float(os.environ["STARTED"])}, float(os.environ["STARTED"])
+
+    def after_step(done: int) -> None:
+        epoch, rest = divmod(done, steps)
+        if rest == 0 and epoch > 0:
+            times[epoch] = time.time() - started
+            torch.save(student.get_model().state_dict(), folder / f"state_{epoch}.pt")
+
+    student, options = wrapped(model, after_step), {}
+    if given.learning_rate is not None:
+        # its own rule multiplies by sqrt(batch / 1536)
+        options["optim_args"] = {"lr": given.learning_rate / math.sqrt(given.batch_size / 1536)}
+    lightly_train.pretrain(
+        out=str(folder / "lightly"), data=given.images, model=student, method="distillationv3",
+        method_args={"teacher": teacher}, transform_args={"image_size": (given.image_size, given.image_size)},
+        epochs=given.epochs, batch_size=given.batch_size, seed=given.seed,
+        # it would pickle the models, which come from a hubconf.py that no module can be imported from
+        callbacks={"model_checkpoint": None}, **options,
+    )  # fmt: skip
+    times[given.epochs] = time.time() - started
+    final = torch.load(folder / "lightly" / "exported_models" / "exported_last.pt", weights_only=True)
+    torch.save(final, folder / f"state_{given.epochs}.pt")
+    if sorted(times) != list(range(given.epochs + 1)):
+        raise RuntimeError(f"states of epochs {sorted(times)} instead of 0 to {given.epochs}: not {steps} steps each")
+    (folder / "times.json").write_text(json.dumps(times))
+
+
+def wrapped(model: Any, after_step: Any = None) -> Any:
+    """A model with forward_features [B, D, h, w] as LightlyTrain wants one.
+
+    after_step: called with the number of finished steps when the next one begins, the only moment a model learns of.
+    """
+    from torch import nn
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.forwards = model, 0
+
+        def forward_features(self, x: Any) -> dict:
+            if after_step is not None and self.training:
+                after_step(self.forwards)
+                self.forwards += 1
+            return {"features": self.model.forward_features(x)}
+
+        def forward_pool(self, x: dict) -> dict:
+            return {"pooled_features": x["features"].mean((2, 3), keepdim=True)}
+
+        def feature_dim(self) -> int:
+            return self.model.num_features
+
+        def get_model(self) -> Any:
+            return self.model
+
+    return Wrapper()
+
+
+def evaluate_states(folder: Path) -> None:
+    """The curve of the states that lightly-train left, by the code that evaluates everyone."""
+    import torch
+
+    from distillery import build
+
+    configs, device = configs_of(folder), build.choose_device("auto")
+    given = SimpleNamespace(**json.loads((folder / "setting.json").read_text()))
+    images = len(list(Path(given.images).iterdir())) // given.batch_size * given.batch_size
+    student = build.build_student_backbone(configs.model, configs.data).to(device)
+    curve = Curve(configs, device)
+    for epoch, seconds in json.loads((folder / "times.json").read_text()).items():
+        student.model.load_state_dict(torch.load(folder / f"state_{epoch}.pt", weights_only=True))
+        number = int(epoch)
+        curve.evaluate(student, number, number * images, last=number == given.epochs, seconds=seconds)
+    curve.write(folder)
+
+
+# ---- the ablation's fixed view -----------------------------------------------------------------------------------
+
+
+def fixed_view(flags: list[str]) -> None:
+    """distill_trainer.py with a teacher that sees the image itself while the student sees an augmented view.
+
+    The trainer cannot be configured so, on purpose (Beyer et al. 2021, arXiv:2106.05237): its task is changed here.
+    """
+    import distill_trainer
+    from distillery import build
+    from distillery.command_line import parse_training_command
+    from distillery.process import run_command
+
+    build_task = build.build_task
+    build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))
+    sys.argv = ["distill_trainer.py", *flags]
+    run_command(lambda: distill_trainer.main(parse_training_command(distill_trainer.__doc__)))
+
+
+def with_fixed_view(task: Any) -> Any:
+    """An engine.Task whose teacher is given the images that its last view was made of."""
+    augment, teacher, last = task.augment, task.teacher, {}
+
+    def remember(images: Any, global_idx: Any, epoch: int) -> Any:
+        last["images"] = images
+        return augment(images, global_idx, epoch)
+
+    # in a step the view is made first, then both models are called
+    task.augment, task.teacher = remember, lambda view: teacher(last["images"])
+    return task
+
+
+if __name__ == "__main__":
+    sys.exit(main())
