@@ -1,6 +1,7 @@
 # make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
-# Both make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
+# make schemas  after a change of distillery/config_keys.py: schemas/, the YAML files' comments, docs/configuration.md, README
+# All make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO := examples/demo
 DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
 
-.PHONY: install test test-slurm lint demo soak clean
+.PHONY: install schemas test test-slurm lint demo soak clean
 
 install: $(STAMP)
 
@@ -23,6 +24,9 @@ demo: install
 	$(BIN)/python $(DEMO)/make_data.py $(DEMO)/out/data
 	$(BIN)/python precompute_cache.py --data_config $(DEMO)/data_config.yaml
 	$(BIN)/python distill_trainer.py $(DEMO_CONFIG)
+
+schemas: install
+	$(BIN)/python -m distillery.config_schema
 
 lint: install
 	$(BIN)/ruff check .

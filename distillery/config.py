@@ -17,7 +17,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distillery.config_errors import explain_error, owner_of, shown, unknown_key
-from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, DataConfig, ModelConfig, StrictModel, TrainConfig
+from distillery.config_keys import (
+    ALIASES,
+    FILE_NAMES,
+    MODELS,
+    REQUIRED_KEYS,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from distillery.config_types import StrictModel
 from distillery.config_yaml import Dumper, parse_yaml, read_yaml
 from distillery.files import expand_path
 from distillery.process import UserError
@@ -51,7 +60,7 @@ def load_data_config(source: Source, overrides: Sequence[str] = (), *, require_s
         MissingFileError: the file is not there.
         UserError: every problem found, one line each.
     """
-    required = ("dataset_name", "cache_dir") if require_source else ()
+    required = REQUIRED_KEYS["data"] if require_source else ()
     config = _load({"data": source}, overrides, {"data": required})["data"]
     if config.dataset_name is None and config.cache_dir is None:
         raise UserError("data_config: cache_dir (a finished cache) or dataset_name (raw images) is required")
@@ -62,7 +71,7 @@ def load_train_config(
     source: Source, overrides: Sequence[str] = (), *, require_checkpoint_dir: bool = True
 ) -> TrainConfig:
     """Read train_config_kd.yaml; arguments and errors as in load_data_config."""
-    required = ("checkpoint_dir",) if require_checkpoint_dir else ()
+    required = REQUIRED_KEYS["train"] if require_checkpoint_dir else ()
     return _load({"train": source}, overrides, {"train": required})["train"]
 
 
@@ -82,8 +91,7 @@ def load_configs(
     """
     given = {"data": data, "train": train, "model": model}
     sources = {section: source for section, source in given.items() if source is not None}
-    required = {"data": ("dataset_name", "cache_dir"), "train": ("checkpoint_dir",)}
-    configs = Configs(**_load(sources, overrides, required))
+    configs = Configs(**_load(sources, overrides, REQUIRED_KEYS))
     check_configs(configs)
     return configs
 
@@ -174,8 +182,7 @@ def _load(
         model = MODELS[section]
         for key in required.get(section, ()):
             if draft.values.get(key) is None:
-                meaning = model.model_fields[key].description.removeprefix("required; ")
-                problems.append(f"{draft.label}: {key} is required: {meaning}")
+                problems.append(f"{draft.label}: {key} is required: {model.model_fields[key].description}")
         # a heading whose keys are all commented out reads as null
         values = {key: value for key, value in draft.values.items() if value is not None or not _is_heading(model, key)}
         try:

@@ -1,109 +1,46 @@
 """Every key of the three YAML files: its type, default, range and meaning with its unit."""
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
+from distillery.config_types import (
+    AreaRange,
+    Count,
+    FilePatterns,
+    Mean,
+    ModelSource,
+    NonNegativeNumber,
+    Number,
+    OutIndices,
+    PathText,
+    PositiveInt,
+    PositiveNumber,
+    Seed,
+    Share,
+    Standardisation,
+    Std,
+    StrictModel,
+    Text,
+    folder_name,
+)
 from distillery.files import expand_path
 from distillery.process import UserError
-
-# YAML 1.2 numbers that PyYAML, which follows 1.1, reads as text: 1e-4, 2.5e3
-EXPONENT_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
-_AREA_RANGE = "two numbers [lo, hi] with 0 < lo <= hi <= 1"
-
-
-def _number(value: Any) -> Any:
-    is_exponent = isinstance(value, str) and EXPONENT_NUMBER.match(value)
-    return float(value) if is_exponent else value
-
-
-def _path_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _numbers(expected: str, count: int) -> BeforeValidator:
-    def convert(value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise ValueError(f"expected {expected}")
-        return tuple(value)
-
-    return BeforeValidator(convert)
-
-
-def _one_message(expected: str) -> WrapValidator:
-    def validate(value: Any, handler: Any) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            # a union answers with one error for each member
-            raise ValueError(f"expected {expected}") from None
-
-    return WrapValidator(validate)
-
-
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError(f"expected {_AREA_RANGE}")
-    return value
-
-
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError("expected a name of letters, digits, _ and - (it becomes a folder)")
-    return name
-
-
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
-FilePatterns = Annotated[
-    PathText | list[PathText] | dict[str, PathText | list[PathText]],
-    _one_message("a path or pattern, a list of them, or {split: path or list}"),
-]
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[float, BeforeValidator(_number)]
-PositiveNumber = Annotated[Number, Field(gt=0)]
-NonNegativeNumber = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Mean = Annotated[tuple[Number, Number, Number], _numbers("three numbers [r, g, b]", 3)]
-Std = Annotated[tuple[PositiveNumber, PositiveNumber, PositiveNumber], _numbers("three numbers > 0 [r, g, b]", 3)]
-AreaRange = Annotated[tuple[Number, Number], AfterValidator(_ascending), _numbers(_AREA_RANGE, 2)]
-ModelSource = Literal["timm", "torchvision", "torch_hub"]
-
-
-class StrictModel(BaseModel):
-    """No unknown keys, no conversions, no changes afterwards, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class EvalDataset(StrictModel):
     """One labelled data set for k-NN and the linear probe; stage 1 caches both splits with their labels."""
 
-    dataset_name: Text = Field(description="as dataset_name of data_config.yaml; required")
-    data_files: FilePatterns | None = Field(None, description="as in load_dataset, e.g. {train: a, test: b}")
-    data_dir: PathText | None = Field(None, description="folder with the files, as in load_dataset")
+    dataset_name: Text = Field(description="hub id, folder or kind, as for the training images")
+    data_files: FilePatterns | None = Field(None, description="path, pattern, list of them, or {split: path}")
+    data_dir: PathText | None = Field(None, description="folder with the files")
     train_split: Text = Field("train", description="split whose features are the k-NN bank")
     test_split: Text = Field("test", description="split whose labels are predicted")
-    image_column: Text | None = Field(None, description="null: found by feature type")
-    label_column: Text | None = Field(None, description="null: found by feature type")
-    max_train: PositiveInt | None = Field(None, description="images of train_split used; null: all")
-    max_test: PositiveInt | None = Field(None, description="images of test_split used; null: all")
+    image_column: Text | None = Field(None, description="column of the images; null: found by feature type")
+    label_column: Text | None = Field(None, description="column of the labels; null: found by feature type")
+    max_train: PositiveInt | None = Field(None, description="images of train_split; null: all")
+    max_test: PositiveInt | None = Field(None, description="images of test_split; null: all")
 
     def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
         """What sources.open_source takes for one part of the set."""
@@ -117,47 +54,46 @@ class DataConfig(StrictModel):
 
     dataset_name: Text | None = Field(
         None,
-        description="required; hub id, local folder, or parquet, arrow, imagefolder, webdataset with data_files",
+        description="hub id, local folder, or parquet, arrow, imagefolder, webdataset",
     )
     dataset_config: Text | None = Field(None, description="configuration (subset) name on the hub")
     dataset_revision: Text | None = Field(None, description="commit, tag or branch on the hub; null: newest")
-    data_files: FilePatterns | None = Field(
-        None, description="path, pattern, list of them, or {split: ...}, as in load_dataset"
-    )
+    data_files: FilePatterns | None = Field(None, description="path, pattern, list of them, or {split: path}")
     data_dir: PathText | None = Field(None, description="folder with the files, as in load_dataset")
     split: Text = Field("train", description="split that is cached and trained on")
-    image_column: Text | None = Field(None, description="null: found by feature type")
-    label_column: Text | None = Field(None, description="stored beside the images where given; training needs none")
+    image_column: Text | None = Field(None, description="column of the images; null: found by feature type")
+    label_column: Text | None = Field(
+        None, description="column of labels, stored beside the images; training needs none"
+    )
 
-    image_size: PositiveInt = Field(224, description="px; stored height = width")
+    image_size: PositiveInt = Field(224, description="px, stored height = width")
     resize_mode: Literal["squash", "crop"] = Field(
         "squash", description="squash: both sides straight to image_size; crop: shorter side, then centre"
     )
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = Field(
-        "bicubic", description="resize filter, antialiased"
+        "bicubic", description="bilinear, bicubic or lanczos, antialiased"
     )
     mean: Mean = Field((0.485, 0.456, 0.406), description="per channel, of pixels in 0..1")
     std: Std = Field((0.229, 0.224, 0.225), description="per channel, of pixels in 0..1")
 
-    cache_dir: PathText | None = Field(
-        None, description="required; folder of the cache, ~ and $VARIABLES expanded (alias cache_root)"
-    )
+    cache_dir: PathText | None = Field(None, description="folder of the cache; ~ and $VARIABLES are expanded")
     use_cached: bool | None = Field(
         None,
-        description="true: cache or error; false: raw images; null: cache when there is one (alias use_cached_tensors)",
+        description="true: cache or error; false: raw images; null: cache when there is one",
     )
     cache_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = Field(
-        "float32", description="floats are stored normalised, uint8 not (a quarter of float32's bytes)"
+        "float32",
+        description="float32, float16, bfloat16: stored normalised; uint8: normalised on the device",
     )
     cache_shard_size: PositiveInt = Field(2048, description="images per shard")
-    max_samples: PositiveInt | None = Field(None, description="images; the first so many only; null: all")
-    max_shards: PositiveInt | None = Field(None, description="shards; the first so many only; null: all")
-    max_failed_fraction: Share = Field(
-        0.01, description="share of images, 0..1; more undecodable ones than this: exit status 3"
+    max_samples: PositiveInt | None = Field(
+        None, description="images, the first so many only; raise it to extend the cache; null: all"
     )
+    max_shards: PositiveInt | None = Field(None, description="shards, the first so many only; null: all")
+    max_failed_fraction: Share = Field(0.01, description="share 0..1; more undecodable images: exit status 3")
 
     shards_per_epoch: PositiveInt | None = Field(
-        None, description="shards; so many at random each epoch; null: every shard every epoch"
+        None, description="shards, so many at random each epoch; null: every shard every epoch"
     )
     shard_subset_mode: Literal["cycle", "independent", "fixed"] = Field(
         "cycle",
@@ -165,21 +101,21 @@ class DataConfig(StrictModel):
     )
     random_subset_seed: Seed = Field(42, description="seed of shard choice and order")
     shuffle: Literal["block", "none"] = Field(
-        "block", description="block: runs of rows in random order, mixed in a window; none: in order within a shard"
+        "block",
+        description="block: runs of rows in random order, mixed in a window; none: in order within a shard",
     )
-    run_bytes: PositiveInt | None = Field(
-        None, description="bytes read in one go with shuffle: block; null: chosen from the cache"
-    )
-    window_bytes: PositiveInt | None = Field(
-        None, description="bytes in which rows are mixed with shuffle: block; null: chosen from the cache"
-    )
+    run_bytes: PositiveInt | None = Field(None, description="bytes read in one go; null: 4 MiB")
+    window_bytes: PositiveInt | None = Field(None, description="bytes in which rows are mixed; null: 512 MiB")
     num_workers: Count | None = Field(
-        None, description="null: for decoding every usable CPU, for reading 2 threads; 0 counts as 1"
+        None, description="null: every usable CPU for decoding, 2 threads for reading; 0 counts as 1"
     )
-    prefetch_batches: PositiveInt = Field(4, description="batches read ahead (alias prefetch_factor)")
+    prefetch_batches: PositiveInt = Field(4, description="batches read ahead")
+    read_mode: Literal["pread", "mmap"] = Field(
+        "pread", description="mmap: faster for shards on a local disk and in memory; not on a network file system"
+    )
     pin_memory: bool = Field(True, description="page-locked batches where CUDA is used")
-    eval_datasets: dict[Annotated[str, AfterValidator(_folder_name)], EvalDataset] = Field(
-        {}, description="name -> labelled data set for k-NN, cached under cache_dir/eval/NAME"
+    eval_datasets: dict[Annotated[str, AfterValidator(folder_name)], EvalDataset] = Field(
+        {}, description="name -> labelled data set, cached under cache_dir/eval/NAME"
     )
 
     @model_validator(mode="after")
@@ -213,9 +149,29 @@ class AugmentConfig(StrictModel):
     random_resized_crop: AreaRange | None = Field(
         None, description="[lo, hi], share of the image's area; null: no crop"
     )
-    color_jitter: Share = Field(0.0, description="strength 0..1 of brightness, contrast, saturation and hue; 0: off")
+    color_jitter: Share = Field(0.0, description="strength 0..1 of brightness, contrast, saturation, hue")
     grayscale: Share = Field(0.0, description="probability 0..1")
     blur: Share = Field(0.0, description="probability 0..1 of a Gaussian blur")
+
+
+class TeacherCacheConfig(StrictModel):
+    """The teacher's outputs for a few views of every image, made once by stage 1 and read instead of run again."""
+
+    enabled: bool = Field(False, description="true: targets are read from cache_dir/teacher")
+    views: PositiveInt = Field(4, description="of every image; even: both mirror images equally often")
+    mode: Literal["cached", "hybrid"] = Field(
+        "cached",
+        description="cached: the teacher is not loaded; hybrid: live_fraction of the steps run it on new views",
+    )
+    live_fraction: Share = Field(0.25, description="hybrid only: share of the steps, 0..1")
+    seed: Seed = Field(0, description="of the views; runs of several seeds share one cache")
+    tokens: Literal["auto", "none", "full", "grid", "pca"] = Field(
+        "auto",
+        description="patch tokens: none, full, grid (pooled), pca (int8); auto: grid if a loss needs them, else none",
+    )
+    token_grid: PositiveInt = Field(8, description="cells a side at most; grid and auto only")
+    token_dims: PositiveInt = Field(256, description="dimensions kept; pca only")
+    dtype: Literal["float16", "float32"] = Field("float16", description="of stored vectors: float16 or float32")
 
 
 class TrainConfig(StrictModel):
@@ -224,26 +180,26 @@ class TrainConfig(StrictModel):
     batch_size: PositiveInt = Field(64, description="images per process and step")
     num_epochs: PositiveInt = Field(100, description="epochs")
     max_steps_per_epoch: PositiveInt | None = Field(
-        500, description="steps; an epoch ends here at the latest; null: all its batches"
+        500, description="steps; an epoch ends here at the latest; null: all"
     )
     grad_accumulation_steps: PositiveInt = Field(1, description="batches per optimiser step")
     seed: Seed = Field(0, description="seed of initial weights and augmentation")
 
     learning_rate: PositiveNumber | None = Field(
-        None, description="peak, per step; null: the recipe's rule, printed at the start"
+        None, description="peak; a number is taken literally; null: the recipe's rule, printed at the start"
     )
     min_lr: NonNegativeNumber = Field(1e-6, description="learning rate at the end of the cosine")
     warmup_epochs: NonNegativeNumber | None = Field(
         None, description="epochs, fractions allowed; null: 5 % of all steps"
     )
-    weight_decay: NonNegativeNumber = Field(0.04, description="AdamW's decoupled decay, no unit")
-    max_grad_norm: PositiveNumber | None = Field(1.0, description="gradient norm clipped to this; null: no clipping")
-    use_fused_adamw: bool = Field(True, description="AdamW as one kernel where the device has it")
-    max_bad_steps: Count = Field(
-        0, description="steps with a NaN or infinite loss that are skipped before the run stops"
+    weight_decay: NonNegativeNumber = Field(0.04, description="decoupled (AdamW), no unit")
+    max_grad_norm: PositiveNumber | None = Field(
+        1.0, description="gradients are clipped to this norm; null: no clipping"
     )
+    use_fused_adamw: bool = Field(True, description="AdamW in one kernel where the device has it")
+    max_bad_steps: Count = Field(0, description="steps with a NaN or infinite loss skipped before the run stops")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        None, description="per step, e.g. 0.9999: averaged student weights kept as well; null: none"
+        None, description="per step, e.g. 0.9999: averaged weights are kept as well; null: off"
     )
 
     distill_loss_weights: dict[str, NonNegativeNumber] = Field(
@@ -252,23 +208,34 @@ class TrainConfig(StrictModel):
     loss_options: dict[str, dict[str, JsonValue]] = Field(
         {}, description="loss name -> its options, e.g. {kl_logits: {temperature: 4.0}}"
     )
-    standardise_targets: bool = Field(True, description="teacher outputs to mean 0, deviation 1 per dimension")
+    standardise_targets: Standardisation = Field(
+        True,
+        description="true: teacher's outputs to mean 0, deviation 1 per dimension; phi_s: rotated to equal deviations "
+        "first, then one scale for all; false: as they are",
+    )
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of the images, on the device")
+    teacher_cache: TeacherCacheConfig = Field(
+        TeacherCacheConfig(), description="teacher outputs made once by stage 1 (--teacher)"
+    )
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="arithmetic of the forward passes; auto: bf16 where CUDA has it, else fp32"
+        "auto", description="bf16, fp16 or fp32; auto: bf16 where CUDA has it, else fp32"
     )
     compile_student: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
     compile_teacher: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
+    gradient_checkpointing: bool = Field(
+        False, description="true: less memory for the student, whose forward pass is computed twice"
+    )
 
-    checkpoint_dir: PathText | None = Field(None, description="required; the run's folder, ~ and $VARIABLES expanded")
+    checkpoint_dir: PathText | None = Field(None, description="the run's folder; ~ and $VARIABLES are expanded")
     save_every: Count = Field(100, description="steps between checkpoints; 0: at epoch ends only")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
-    refresh_shards: bool = Field(False, description="true: a resumed run also takes shards made since its start")
+    refresh_shards: bool = Field(False, description="true: a resumed run takes shards made since its start")
     log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
     eval_every_epochs: Count = Field(10, description="epochs between evaluations on eval_datasets; 0: never")
     knn_k: PositiveInt = Field(20, description="neighbours in the k-NN evaluation")
-    tensorboard: bool = Field(True, description="write TensorBoard files into the run's folder")
+    tensorboard: bool = Field(True, description="TensorBoard files in the run's folder")
+    tensorboard_histograms: bool = Field(False, description="the student's weights as histograms at every evaluation")
     wandb_project: Text | None = Field(None, description="Weights & Biases project; null: off")
 
     @field_validator("distill_loss_weights")
@@ -306,7 +273,7 @@ class TrainConfig(StrictModel):
 class ProjectorConfig(StrictModel):
     """The head that takes the student's features to the teacher's width; it is not part of the exported student."""
 
-    type: Literal["linear", "mlp"] = Field("mlp", description="mlp: Linear, LayerNorm, GELU, Linear")
+    type: Literal["linear", "mlp"] = Field("mlp", description="mlp: Linear, LayerNorm, GELU, Linear; or linear")
     hidden_dim: PositiveInt | None = Field(
         None, description="width of the mlp's hidden layer; null: 2x the teacher's width"
     )
@@ -316,9 +283,9 @@ class ModelConfig(StrictModel):
     """model_config_kd.yaml: teacher, student, projection; widths and patch grids are read from the models."""
 
     teacher_name: Text = Field("vit_base_patch14_dinov2.lvd142m", description="model name in teacher_source")
-    teacher_source: ModelSource = Field("timm", description="where the name is looked up")
+    teacher_source: ModelSource = Field("timm", description="timm, torchvision or torch_hub")
     teacher_repo: PathText | None = Field(
-        None, description="torch_hub only: hub repository or local folder with hubconf.py"
+        None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
     )
     teacher_pretrained: bool = Field(True, description="load the published weights")
     teacher_checkpoint: PathText | None = Field(None, description="weights file loaded instead of the published ones")
@@ -335,9 +302,9 @@ class ModelConfig(StrictModel):
     teacher_freeze: bool = Field(True, description="always true: the teacher never learns")
 
     student_name: Text = Field("vit_small_patch16_224", description="model name in student_source")
-    student_source: ModelSource = Field("timm", description="where the name is looked up")
+    student_source: ModelSource = Field("timm", description="timm, torchvision or torch_hub")
     student_repo: PathText | None = Field(
-        None, description="torch_hub only: hub repository or local folder with hubconf.py"
+        None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
     )
     student_pretrained: bool = Field(False, description="start from the published weights")
     student_checkpoint: PathText | None = Field(None, description="weights file to start from")
@@ -348,11 +315,19 @@ class ModelConfig(StrictModel):
     student_std: Std | None = Field(
         None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
     )
-    student_kwargs: dict[str, JsonValue] = Field({}, description="further arguments of the model's constructor")
+    student_kwargs: dict[str, JsonValue] = Field(
+        {}, description="further arguments of the model's constructor, e.g. {img_size: 32, patch_size: 4}"
+    )
 
-    use_cls_token: bool = Field(True, description="image feature: the class token; false: mean of the patches")
+    use_cls_token: bool = Field(True, description="image feature: the class token; false: mean of patches")
+    teacher_out_indices: OutIndices | None = Field(
+        None, description="intermediate layers for the loss `layers`, first to last, e.g. [3, 7]; null: none"
+    )
+    student_out_indices: OutIndices | None = Field(
+        None, description="the student's layers that face those of the teacher, as many; null: none"
+    )
     drop_path_rate: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.1, description="probability 0..1 of skipping a student block; timm models that take it"
+        0.1, description="probability 0..1 of skipping a student block, in timm models that take it"
     )
     projector: ProjectorConfig = Field(ProjectorConfig(), description="student width -> teacher width")
 
@@ -374,6 +349,8 @@ class ModelConfig(StrictModel):
                 problems.append(f"{side}_repo is read with {side}_source: torch_hub only, found {source}")
             if (getattr(self, f"{side}_mean") is None) != (getattr(self, f"{side}_std") is None):
                 problems.append(f"{side}_mean and {side}_std go together: give both or neither")
+        if len(self.teacher_out_indices or []) != len(self.student_out_indices or []):
+            problems.append("teacher_out_indices and student_out_indices go together: as many layers of each, or null")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -381,5 +358,11 @@ class ModelConfig(StrictModel):
 
 MODELS: dict[str, type[StrictModel]] = {"data": DataConfig, "train": TrainConfig, "model": ModelConfig}
 FILE_NAMES = {"data": "data_config.yaml", "train": "train_config_kd.yaml", "model": "model_config_kd.yaml"}
-SUB_MODELS = {"eval_datasets": EvalDataset, "augment": AugmentConfig, "projector": ProjectorConfig}
+SUB_MODELS = {
+    "eval_datasets": EvalDataset,
+    "augment": AugmentConfig,
+    "teacher_cache": TeacherCacheConfig,
+    "projector": ProjectorConfig,
+}
+REQUIRED_KEYS = {"data": ("dataset_name", "cache_dir"), "train": ("checkpoint_dir",)}
 ALIASES = {"cache_root": "cache_dir", "use_cached_tensors": "use_cached", "prefetch_factor": "prefetch_batches"}

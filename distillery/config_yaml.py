@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from distillery.config_keys import EXPONENT_NUMBER
+from distillery.config_types import EXPONENT_NUMBER
 from distillery.process import MissingFileError, UserError
 
 

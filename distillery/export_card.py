@@ -4,61 +4,119 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from distillery.config_docs import as_yaml
 from distillery.metrics import METRICS_NAME, read_rows
 
 
-def build_card(run_dir: Path, config: dict[str, Any], weights_name: str) -> str:
+def build_card(run_dir: Path, config: dict[str, Any], loaded_from: str) -> str:
     """The card's text.
 
     Args:
         run_dir: the run, for its results and the fingerprint of its data.
         config: the config.json of the export.
-        weights_name: "model.safetensors" or "model.onnx".
+        loaded_from: "model.safetensors", "model.onnx", or "local-dir:." for the folder as a whole.
     """
     facts = config["distillation"]
-    library = "timm" if facts["student_source"] == "timm" else "pytorch"
     losses = ", ".join(f"{weight:g} x {name}" for name, weight in facts["losses"].items() if weight)
     size = config["pretrained_cfg"]["input_size"]
+    seen = f", {facts['images_seen']:,} images seen" if facts["images_seen"] else ""
+    recipe = "\n".join(f"| {name} | `{as_yaml(value)}` |" for name, value in facts["recipe"].items())
     parts = [
-        # nobody but the user knows the licences of the teacher's weights and of the images
-        f"---\nlibrary_name: {library}\nlicense: unknown\n"
-        "tags:\n- image-feature-extraction\n- knowledge-distillation\n---",
+        _front_matter(config),
         f"# {config['architecture']}, distilled from {facts['teacher']}",
         f"An image feature extractor with {config['num_features']} dimensions, trained without labels to produce the "
-        f"features of {facts['teacher']} ({facts['teacher_source']}) on images of {facts['dataset']}. "
-        "Set `license` above once the licences of the teacher's weights and of the images are checked.",
+        f"features of {facts['teacher']} ({facts['teacher_source']}) on images of {facts['dataset']}.",
         "## Use",
-        f"```python\n{_usage(config, weights_name)}```",
+        f"```python\n{_usage(config, loaded_from)}```",
+        *_hub_note(loaded_from),
         f"Input: float32 `[batch, {', '.join(map(str, size))}]`, RGB in 0..1, then `(x - mean) / std` with "
         f"mean {config['pretrained_cfg']['mean']} and std {config['pretrained_cfg']['std']}.",
         "## Training",
-        f"{facts['step']:,} steps; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
+        f"{facts['step']:,} steps{seen}; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
+        f"| recipe | |\n|---|---|\n{recipe}",
         _results(run_dir, facts["step"]),
+        "## Licences",
+        _licences(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _usage(config: dict[str, Any], weights_name: str) -> str:
-    if weights_name.endswith(".onnx"):
+def _front_matter(config: dict[str, Any]) -> str:
+    """The YAML block that the hub reads; it claims a licence only where everything known agrees on it."""
+    facts = config["distillation"]
+    origin = facts["origin"]
+    licences = {origin["teacher_license"]} | ({origin["student_start_license"]} if origin["student_start"] else set())
+    is_known = len(licences) == 1 and None not in licences
+    metadata = {
+        "library_name": "timm" if facts["student_source"] == "timm" else "pytorch",
+        "license": licences.pop() if is_known else "other",
+        **({} if is_known else {"license_name": "to-be-checked"}),
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["image-feature-extraction", "knowledge-distillation"],
+        **({"base_model": origin["teacher"]} if origin["teacher"] else {}),
+        **({"datasets": [origin["data"]]} if origin["data"] else {}),
+    }
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
+
+
+def _licences(facts: dict[str, Any]) -> str:
+    origin = facts["origin"]
+
+    def stated(side: str) -> str:
+        licence, hub_id = origin[f"{side}_license"], origin["teacher" if side == "teacher" else "student_start"]
+        source = f" (as timm states it; https://huggingface.co/{hub_id})" if hub_id else " (as timm states it)"
+        return f"{licence}{source}" if licence else "must be checked where the weights came from"
+
+    page = f": https://huggingface.co/datasets/{origin['data']}" if origin["data"] else " where they came from"
+    lines = [
+        "| part | licence |",
+        "|---|---|",
+        f"| teacher's weights, {facts['teacher']} | {stated('teacher')} |",
+        f"| images, {facts['dataset']} | must be checked{page} |",
+    ]
+    if origin["student_start"]:
+        lines.insert(3, f"| weights the student began with | {stated('student_start')} |")
+    note = (
+        "The student is made from all of these. `license` at the top of this file is the weights' where they agree; "
+        "publish the student only after the terms of the images are checked too."
+    )
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def _hub_note(loaded_from: str) -> list[str]:
+    if loaded_from != "local-dir:.":
+        return []
+    return [
+        "`local-dir:` takes the path of this folder. Uploaded (`hf upload USER/NAME .`), it is "
+        '`timm.create_model("hf-hub:USER/NAME", pretrained=True)` for everyone; `num_classes=10` adds a new classifier.'
+    ]
+
+
+def _usage(config: dict[str, Any], loaded_from: str) -> str:
+    if loaded_from.endswith(".onnx"):
         return (
             "import onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{weights_name}")\n'
+            f'session = onnxruntime.InferenceSession("{loaded_from}")\n'
             'features = session.run(["features"], {"images": images})[0]\n'
         )
     features = f"features = {config['distillation']['features'] or '...'}\n"
+    if loaded_from.startswith("local-dir:"):
+        return f'import timm\n\nmodel = timm.create_model("{loaded_from}", pretrained=True).eval()\n{features}'
     if config["distillation"]["student_source"] != "timm":
         return (
             "from safetensors.torch import load_file\n\n"
             f"model = ...  # {config['architecture']} from {config['distillation']['student_source']}, "
             f"arguments {config['model_args']}\n"
-            f'model.load_state_dict(load_file("{weights_name}"))\n'
+            f'model.load_state_dict(load_file("{loaded_from}"))\n'
             f"model.eval()\n{features}"
         )
     arguments = "".join(f"    {name}={value!r},\n" for name, value in config["model_args"].items())
     return (
         "import timm\n\n"
         f'model = timm.create_model(\n    "{config["architecture"]}",\n    num_classes=0,\n{arguments}'
-        f'    checkpoint_path="{weights_name}",\n).eval()\n{features}'
+        f'    checkpoint_path="{loaded_from}",\n).eval()\n{features}'
     )
 
 

@@ -32,6 +32,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     labels_required: bool = False,
+    download: bool = True,
 ) -> Source:
     """Open one split of a data set; its images are read later, undecoded.
 
@@ -46,6 +47,7 @@ def open_source(
         image_column: None: found by its type.
         label_column: None: found by its type if labels_required, else there are no labels.
         labels_required: whether labels must be there.
+        download: False: a hub data set that is not here yet raises NotDownloadedError, which says how large it is.
     Raises:
         UserError: no such data set, split or column; the message lists what there is.
         MissingFileError: a file or folder is not there.
@@ -69,6 +71,7 @@ def open_source(
         data_files=data_files,
         data_dir=data_dir,
         split=split,
+        download=download,
     )
     return _open(found.kind, found.files, split, columns, features=found.features, origin=found.origin)
 

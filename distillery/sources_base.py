@@ -67,9 +67,17 @@ class Source(ABC):
         Raises:
             OSError: a file cannot be read; never counted as a bad image.
         """
+        self._check_range(start, stop)
+        return self._read(start, stop)
+
+    def read_views(self, start: int, stop: int) -> list[bytes | memoryview]:
+        """As read, for use at once: what is in memory already need not be copied, and a view keeps all of it there."""
+        self._check_range(start, stop)
+        return self._read_views(start, stop)
+
+    def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"rows {start} to {stop} of a source of {len(self)}")
-        return self._read(start, stop)
 
     def encoded(self, index: int) -> bytes:
         """One encoded image, b"" where there is none."""
@@ -93,6 +101,9 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> list[bytes]: ...
+
+    def _read_views(self, start: int, stop: int) -> list[bytes | memoryview]:
+        return self._read(start, stop)
 
     @abstractmethod
     def _all_labels(self) -> np.ndarray | None: ...

@@ -20,6 +20,7 @@ import numpy as np
 from distillery.files import canonical_json, sha256_of, write_atomic
 from distillery.process import RunError, UserError
 from distillery.sources_base import DataFiles, FileList, check_split
+from distillery.sources_hub_facts import NotDownloadedError, facts_of
 
 T = TypeVar("T")
 _RETRIES = 6
@@ -54,6 +55,7 @@ def resolve_dataset(
     data_files: DataFiles,
     data_dir: str | None,
     split: str,
+    download: bool = True,
 ) -> Resolution:
     """Find and download one split of what load_dataset(dataset_name, ...) would load.
 
@@ -67,8 +69,10 @@ def resolve_dataset(
         data_files: in the repository or folder, or URLs.
         data_dir: a folder of the repository.
         split: the one to find.
+        download: False: what is not here yet is told instead of fetched.
     Raises:
         UserError: no such data set, configuration or split, or it cannot be reached and was not downloaded before.
+        NotDownloadedError: it would have to be downloaded.
         RunError: the download was given up after several tries.
     """
     import datasets
@@ -78,7 +82,7 @@ def resolve_dataset(
     note = None if is_local else _note_path(request)
     known = _read_note(note) if note is not None else None
     is_offline = datasets.config.HF_HUB_OFFLINE
-    if known is not None and (is_offline or re.fullmatch("[0-9a-f]{40}", dataset_revision or "")):
+    if known is not None and (is_offline or not download or re.fullmatch("[0-9a-f]{40}", dataset_revision or "")):
         return known
     arguments = {"data_dir": data_dir, "data_files": data_files, "revision": None if is_local else dataset_revision}
     try:
@@ -86,7 +90,7 @@ def resolve_dataset(
             lambda: datasets.load_dataset_builder(dataset_name, dataset_config, **arguments),
             f"looking up {dataset_name}",
             # with the files at hand there is no point in waiting for a network that may not be there at all
-            tries=1 if known is not None or is_offline else _RETRIES,
+            tries=1 if known is not None or is_offline or not download else _RETRIES,
         )
     except Exception as error:  # load_dataset_builder raises whatever its network and file libraries raise
         if known is not None and not _is_final(error):
@@ -97,6 +101,11 @@ def resolve_dataset(
     if kind == "cache" and known is not None:
         return known
     features = builder.info.features.to_dict() if builder.info.features is not None else None
+    if not download and not is_local:
+        listed = builder.config.data_files or {}
+        check_split(split, listed or [split], dataset_name)
+        urls = [str(url) for url in listed.get(split, [])]
+        raise NotDownloadedError(facts_of(builder, dataset_name, kind, split, urls))
     if kind not in kinds:
         return _converted(builder, dataset_name, split, is_local)
     check_split(split, builder.config.data_files, dataset_name)

@@ -72,9 +72,12 @@ class TableSource(Source):
         return self._names
 
     def _read(self, start: int, stop: int) -> list[bytes]:
+        return list(map(bytes, self._read_views(start, stop)))
+
+    def _read_views(self, start: int, stop: int) -> list[bytes | memoryview]:
         import pyarrow as pa
 
-        images: list[bytes] = []
+        images: list[bytes | memoryview] = []
         while start < stop:
             file = int(np.searchsorted(self._starts, start, side="right")) - 1
             first, end = int(self._starts[file]), min(stop, int(self._starts[file + 1]))
@@ -88,22 +91,22 @@ class TableSource(Source):
             start = end
         return images
 
-    def _images_of(self, cells: object, table_path: str) -> list[bytes]:
+    def _images_of(self, cells: object, table_path: str) -> list[bytes | memoryview]:
         """The encoded images of a pyarrow array of cells: bytes, {bytes, path} or path."""
         import pyarrow as pa
 
         paths: list[str | None] = [None] * len(cells)
-        data: list[bytes | None] = [None] * len(cells)
+        data: list[bytes | memoryview | None] = [None] * len(cells)
         if pa.types.is_struct(cells.type):
             # flatten, not field: only this takes the struct's own nulls and offset into account
             columns = dict(zip([field.name for field in cells.type], cells.flatten(), strict=True))
-            data = columns["bytes"].to_pylist() if "bytes" in columns else data
+            data = _views(columns["bytes"]) if "bytes" in columns else data
             if None in data and "path" in columns:
                 paths = columns["path"].to_pylist()
         elif _is_text(cells.type):
             paths = cells.to_pylist()
         else:
-            data = cells.to_pylist()
+            data = _views(cells)
         return [
             one if one is not None else b"" if path is None else _read_beside(table_path, path)
             for one, path in zip(data, paths, strict=True)
@@ -284,6 +287,22 @@ def _is_text(kind: object) -> bool:
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _views(cells: object) -> list[memoryview | bytes | None]:
+    """The values of a pyarrow array of bytes, in place; None for nulls."""
+    import pyarrow as pa
+
+    if not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)) or not len(cells):
+        return cells.to_pylist()
+    _, starts, data = cells.buffers()
+    starts = np.frombuffer(starts, np.int64 if pa.types.is_large_binary(cells.type) else np.int32)
+    edges = starts[cells.offset : cells.offset + len(cells) + 1].tolist()
+    memory = memoryview(data if data is not None else b"").cast("B")
+    views = [memory[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    if cells.null_count:
+        return [view if valid else None for view, valid in zip(views, cells.is_valid().to_pylist(), strict=True)]
+    return views
 
 
 def _holds_images(kind: object) -> bool:

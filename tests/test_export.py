@@ -4,12 +4,16 @@ import sys
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from distillery import export
 from distillery.checkpoint import save_checkpoint
 from distillery.config import load_configs
-from distillery.export import build_bare_student, compare_onnx, export_student, load_student
+from distillery.export import export_student
+from distillery.export_config import find_origin
+from distillery.export_onnx import compare_onnx
+from distillery.export_student import build_bare_student, load_student
 from distillery.metrics import RunLog
 from distillery.models import build_backbone
 from distillery.process import UserError, run_command
@@ -79,6 +83,7 @@ def make_run(run_dir, model, *, ema=False):
         "rng": {},
         "progress": {"step": 40, "epoch": 2, "samples": 0},
         "config": configs.as_dict(),
+        "global_batch_size": 16,
     }
     save_checkpoint(run_dir, state, 40, keep=1)
     return backbone
@@ -89,6 +94,7 @@ def as_the_card_says(out_dir):
     config = json.loads((out_dir / "config.json").read_text())
     card = (out_dir / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("model.safetensors", str(out_dir / "model.safetensors"))
+    code = code.replace("local-dir:.", f"local-dir:{out_dir}")
     pixels = torch.rand(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(config["pretrained_cfg"][name])[:, None, None] for name in ("mean", "std"))
     names = {"images": (pixels - mean) / std}
@@ -104,10 +110,11 @@ def trained_features(backbone, pixels):
         return backbone((pixels - data_mean) / data_std).pooled
 
 
+@pytest.mark.parametrize("format", ["timm", "safetensors", "huggingface"])
 @pytest.mark.parametrize("name", sorted(STUDENTS))
-def test_the_code_on_the_card_gives_the_features_that_were_trained(tmp_path, name):
+def test_the_code_on_the_card_gives_the_features_that_were_trained(tmp_path, name, format):
     backbone = make_run(tmp_path / "run", STUDENTS[name])
-    written = export_student(tmp_path / "run", tmp_path / "out")
+    written = export_student(tmp_path / "run", tmp_path / "out", format)
     assert [path.name for path in written] == ["model.safetensors", "config.json", "README.md"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
     pixels, features = as_the_card_says(tmp_path / "out")
@@ -129,12 +136,22 @@ def test_the_keys_are_exactly_those_of_the_model_without_classifier(tmp_path, na
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_timm_loads_the_folder_as_a_hub_model(tmp_path, name):
     make_run(tmp_path / "run", STUDENTS[name])
-    export_student(tmp_path / "run", tmp_path / "out")
+    export_student(tmp_path / "run", tmp_path / "out", "huggingface")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     expected = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     data = timm.data.resolve_model_data_config(model)
     assert list(data["input_size"]) == [3, 48, 48] and data["crop_mode"] == "squash"
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_a_new_classifier_can_be_put_on_the_folder(tmp_path, name):
+    make_run(tmp_path / "run", STUDENTS[name])
+    export_student(tmp_path / "run", tmp_path / "out", "huggingface")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=10)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+    assert model.num_classes == 10
 
 
 def test_averaged_weights_are_exported_by_choice(tmp_path):
@@ -152,8 +169,9 @@ def test_a_student_of_another_source_keeps_its_own_keys(tmp_path):
     (tmp_path / "hub" / "hubconf.py").write_text(HUBCONF)
     model = {"student_name": "small", "student_source": "torch_hub", "student_repo": str(tmp_path / "hub")}
     backbone = make_run(tmp_path / "run", model)
-    with pytest.raises(UserError, match="comes from torch_hub, which timm cannot build: use --format safetensors"):
-        export_student(tmp_path / "run", tmp_path / "out")
+    for format in ("timm", "huggingface"):
+        with pytest.raises(UserError, match="comes from torch_hub, which timm cannot build: use --format safetensors"):
+            export_student(tmp_path / "run", tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
     export_student(tmp_path / "run", tmp_path / "out", "safetensors")
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -215,9 +233,9 @@ def test_weights_that_are_not_the_students_are_refused(tmp_path, change, message
 
 def test_what_cannot_be_exported_says_what_to_do(tmp_path):
     make_run(tmp_path / "run", STUDENTS["cnn"])
-    with pytest.raises(UserError, match="no averaged weights.*Leave --ema out"):
+    with pytest.raises(UserError, match="no averaged weights.*Use --weights student"):
         export_student(tmp_path / "run", tmp_path / "out", ema=True)
-    with pytest.raises(UserError, match="unknown format 'tflite'; known: timm, safetensors, onnx"):
+    with pytest.raises(UserError, match="unknown format 'tflite'; known: timm, safetensors, huggingface, onnx"):
         export_student(tmp_path / "run", tmp_path / "out", "tflite")
     with pytest.raises(UserError, match="no complete checkpoint"):
         export_student(tmp_path, tmp_path / "out")
@@ -241,7 +259,60 @@ def test_the_card_tells_results_and_data_of_the_exported_step_only(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| digits | teacher | 90.0% | - |" in card and "| digits | student | 80.0% | 85.0% |" in card
     assert "50.0%" not in card and "`abc123` (2 shards)" in card
-    assert card.startswith("---\nlibrary_name: timm\nlicense: unknown\n")
+    assert "40 steps, 640 images seen; losses 1 x cls, 0.5 x patch; last weights" in card
+    assert "| weight_decay | `0.04` |" in card
+    assert "| learning_rate | `0.0005` |" in card, "the rule's value, not null"
+
+
+def front_matter(out_dir):
+    return yaml.safe_load((out_dir / "README.md").read_text().split("---\n")[1])
+
+
+def test_the_card_takes_the_teachers_licence_from_timm_and_says_what_must_be_checked(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"] | {"teacher_pretrained": True})
+    export_student(tmp_path / "run", tmp_path / "out", "huggingface")
+    known = timm.get_pretrained_cfg("test_resnet")
+    metadata = front_matter(tmp_path / "out")
+    assert metadata["license"] == known.license == "apache-2.0"
+    assert metadata["base_model"] == known.hf_hub_id
+    assert metadata["library_name"] == "timm" and metadata["pipeline_tag"] == "image-feature-extraction"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| teacher's weights, test_resnet | apache-2.0 (as timm states it" in card
+    assert "| images, pets | must be checked where they came from |" in card
+
+
+def test_a_licence_that_is_not_known_is_not_claimed(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"])  # its teacher has no published weights
+    export_student(tmp_path / "run", tmp_path / "out")
+    metadata = front_matter(tmp_path / "out")
+    assert (metadata["license"], metadata["license_name"]) == ("other", "to-be-checked")
+    assert "base_model" not in metadata
+    assert "must be checked where the weights came from" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, {"teacher_license": "apache-2.0", "student_start": None, "student_start_license": None}),
+        ({"teacher_checkpoint": "own.pt"}, {"teacher": None, "teacher_license": None}),
+        ({"teacher_source": "torch_hub"}, {"teacher": None, "teacher_license": None}),
+        ({"student_pretrained": True}, {"student_start_license": "apache-2.0"}),
+    ],
+)
+def test_origin_claims_only_what_is_certain(change, expected):
+    model = {"teacher_source": "timm", "teacher_name": "test_resnet", "teacher_pretrained": True,
+             "student_source": "timm", "student_name": "test_vit", "student_pretrained": False}  # fmt: skip
+    origin = find_origin({"dataset_name": "me/images"}, model | change)
+    assert origin.items() >= expected.items()
+    assert origin["data"] == "me/images"
+
+
+def test_files_on_disk_are_no_hub_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "images").mkdir(parents=True)
+    model = {"teacher_source": "torch_hub", "student_source": "torch_hub"}
+    assert find_origin({"dataset_name": "me/images"}, model)["data"] is None
+    assert find_origin({"dataset_name": "parquet"}, model)["data"] is None
 
 
 @pytest.mark.parametrize("folder, status", [("run", 0), ("none", 2)])
@@ -254,3 +325,15 @@ def test_the_command_exports_and_answers_mistakes_with_status_2(tmp_path, monkey
     assert (tmp_path / "out" / "model.safetensors").exists() is (status == 0)
     out, err = capsys.readouterr()
     assert "README.md" in out if status == 0 else "has no complete checkpoint" in err
+
+
+@pytest.mark.parametrize("flags", [["--weights", "ema"], ["--ema"]])
+def test_the_command_exports_averaged_weights_by_choice(tmp_path, monkeypatch, flags):
+    make_run(tmp_path / "run", STUDENTS["cnn"], ema=True)
+    monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_command(export.main)
+    assert stop.value.code == 0
+    averaged = load_student(tmp_path / "run", ema=True).weights
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[key], averaged[key]) for key in averaged)

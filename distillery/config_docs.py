@@ -1,0 +1,160 @@
+"""The meaning of every key, as config_keys.py has it, put beside the keys in the YAML files and into tables."""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS, SUB_MODELS
+
+README_BEGIN, README_END = "<!-- config table: begin -->", "<!-- config table: end -->"
+# what a first run of one's own sets
+README_KEYS = {
+    "data": "dataset_name image_column image_size cache_dir cache_dtype shards_per_epoch eval_datasets",
+    "train": "batch_size num_epochs max_steps_per_epoch learning_rate distill_loss_weights checkpoint_dir",
+    "model": "teacher_name student_name student_kwargs",
+}
+_COMMENT_COLUMN, _LINE_WIDTH = 42, 118
+# a key's line in a YAML file, commented out or not: "  hflip: true      # mirror ... (default true)"
+_KEY_LINE = re.compile(r"(?P<hash># )?(?P<indent> *)(?P<key>[a-z_0-9]+):(?: +(?P<value>[^#]*?))?(?P<comment> *#.*)?\Z")
+_CONTINUED = re.compile(r"#? {20,}# ")
+_HEADING = re.compile(r"# -{4} (.*?) -{4,}\Z")
+_PAGE = """\
+# Configuration
+
+Made from `distillery/config_keys.py` by `make schemas`; edit that file, not this one.
+
+- Every key stands in exactly one of the three files; `--set KEY=VALUE` (dots for nesting, YAML for the value) finds it.
+- A key left out has its default. An unknown key is an error that names the nearest known one.
+- `~` and `$VARIABLES` in paths are expanded when the path is used.
+- The first line of the shipped files, `# yaml-language-server: $schema=...`, gives editors with a YAML language server
+  (VS Code with the YAML extension, Neovim, Emacs, JetBrains) completion, these texts and errors while typing.
+- Ready ones to copy: [configs/](../configs).
+"""
+
+
+def find_field(section: str, path: list[str]) -> FieldInfo | None:
+    """The field of a dotted key, given as its parts; None for names that the user chooses (losses, data sets)."""
+    name, *rest = path
+    entry = MODELS[section].model_fields.get(name)
+    if entry is None or not rest:
+        return entry
+    if name not in SUB_MODELS:
+        return None
+    below = rest[1:] if name == "eval_datasets" else rest
+    return SUB_MODELS[name].model_fields.get(below[0]) if len(below) == 1 else None
+
+
+def default_of(section: str, path: list[str], entry: FieldInfo) -> str:
+    """ "required", or the default as it would stand in the file."""
+    if entry.is_required() or (len(path) == 1 and path[0] in REQUIRED_KEYS.get(section, ())):
+        return "required"
+    return as_yaml(entry.get_default())
+
+
+def as_yaml(value: Any) -> str:
+    """A value in YAML's flow style, numbers as people write them: 1e-6, [0.1, 0.2], {cls: 1.0}."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_yaml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return re.sub(r"e-0", "e-", repr(value)) if isinstance(value, float) else str(value)
+
+
+def alias_of(path: list[str]) -> str | None:
+    """The other name of a top-level key, if it has one."""
+    return next((alias for alias, name in ALIASES.items() if [name] == path), None)
+
+
+def keys_in(text: str, section: str) -> Iterator[tuple[str, re.Match | None, list[str], FieldInfo | None]]:
+    """For each line of a YAML file: the line, its match as a key's line, the key's parts, its field."""
+    parents: list[str] = []
+    for line in text.splitlines():
+        match = _KEY_LINE.match(line)
+        if match is None:
+            yield line, None, [], None
+            continue
+        path = [*parents[: len(match["indent"]) // 2], match["key"]]
+        if match["hash"] and path[0] not in MODELS[section].model_fields:
+            yield line, None, [], None  # prose with a colon
+            continue
+        parents = path
+        yield line, match, path, find_field(section, path)
+
+
+def with_comments(text: str, section: str) -> str:
+    """The YAML file with the comment of every key written anew; its values and all other lines stay."""
+    lines, is_after_key = [], False
+    for line, match, path, entry in keys_in(text, section):
+        if is_after_key and _CONTINUED.match(line):
+            continue
+        # the lines below such a heading speak for themselves
+        is_heading = match is not None and path[-1] in SUB_MODELS and not match["value"]
+        is_after_key = entry is not None and not is_heading
+        lines += _commented(match, section, path, entry) if is_after_key else [line]
+    return "\n".join(lines) + "\n"
+
+
+def _commented(match: re.Match, section: str, path: list[str], entry: FieldInfo) -> list[str]:
+    start = f"{match['hash'] or ''}{match['indent']}{match['key']}:"
+    start = f"{start} {match['value']}" if match["value"] else start
+    default, alias = default_of(section, path, entry), alias_of(path)
+    stated = "(required)" if default == "required" else f"(default {default})"
+    # no line ends inside what belongs together
+    tail = f"{stated} alias {alias}" if alias else stated
+    text = f"{entry.description} {tail.replace(' ', chr(0xA0))}"
+    overhang = max(0, len(start) + 2 - _COMMENT_COLUMN)
+    width = _LINE_WIDTH - _COMMENT_COLUMN - len("# ")
+    wrapped = textwrap.wrap(text, width, initial_indent="x" * overhang, break_long_words=False, break_on_hyphens=False)
+    first, *others = [part.replace("\xa0", " ") for part in wrapped]
+    below = ("#" if match["hash"] else "").ljust(_COMMENT_COLUMN)
+    return [
+        f"{start.ljust(_COMMENT_COLUMN + overhang)}# {first[overhang:]}",
+        *(f"{below}# {part}" for part in others),
+    ]
+
+
+def configuration_page(texts: dict[str, str]) -> str:
+    """docs/configuration.md: every key in the order and under the headings of the three files (section -> text)."""
+    parts = [_PAGE]
+    for section, text in texts.items():
+        parts.append(f"\n## {FILE_NAMES[section]}\n")
+        for line, _, path, entry in keys_in(text, section):
+            if heading := _HEADING.match(line):
+                title = heading[1][0].upper() + heading[1][1:]
+                parts.append(f"\n### {title}\n\n| key | default | meaning, unit |\n|---|---|---|\n")
+            elif entry is not None and not _is_group(path, line):
+                name = ".".join(path)
+                if path[0] == "eval_datasets" and len(path) > 1:
+                    name = ".".join(["eval_datasets", "NAME", *path[2:]])
+                parts.append(_row(name, section, path, entry))
+    return "".join(parts)
+
+
+def _is_group(path: list[str], line: str) -> bool:
+    """Whether the keys below are listed instead: augment, projector; eval_datasets comes once, with its default."""
+    return path[-1] in SUB_MODELS and (path[-1] != "eval_datasets" or line.startswith("#"))
+
+
+def _row(name: str, section: str, path: list[str], entry: FieldInfo) -> str:
+    alias = alias_of(path)
+    default = default_of(section, path, entry)
+    shown = default if default == "required" else f"`{default}`"
+    meaning = entry.description.replace("|", "\\|")
+    return f"| `{name}`{f' (`{alias}`)' if alias else ''} | {shown} | {meaning} |\n"
+
+
+def readme_table() -> str:
+    """The keys that a first run of one's own sets."""
+    lines = ["| file | key | default | meaning, unit |\n|---|---|---|---|\n"]
+    for section, names in README_KEYS.items():
+        rows = [_row(name, section, [name], MODELS[section].model_fields[name]) for name in names.split()]
+        lines += [f"| {FILE_NAMES[section].removesuffix('.yaml')} {row}" for row in rows]
+    return "".join(lines)

@@ -1,0 +1,139 @@
+"""The student of a checkpoint, rebuilt as it was trained: its backbone, its own weights, how timm builds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillery.process import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from distillery.models import Backbone
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student ready to leave; the backbone holds the weights, for images normalised with its own mean and std.
+
+    global_batch_size: images per step, None where the checkpoint does not say; timm_kwargs: None for no timm model.
+    """
+
+    backbone: Backbone
+    weights: dict[str, Tensor]
+    config: dict[str, dict[str, Any]]
+    step: int
+    global_batch_size: int | None
+    is_ema: bool
+    timm_kwargs: dict[str, Any] | None
+
+
+def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = False) -> Student:
+    """The student of a run's checkpoint, rebuilt from the configuration in it.
+
+    Raises:
+        UserError: no checkpoint, no averaged weights, or weights that are not this student's.
+    """
+    from distillery.checkpoint import latest_checkpoint, load_checkpoint
+
+    path = checkpoint or latest_checkpoint(run_dir)
+    if path is None:
+        raise UserError(
+            f"{run_dir} has no complete checkpoint. Start distill_trainer.py, or name one: --checkpoint PATH"
+        )
+    state = load_checkpoint(path)
+    weights = state.get("ema") if ema else state["student"]
+    if weights is None:
+        raise UserError(f"{path} has no averaged weights: the run had ema_decay: null. Use --weights student.")
+    config = state["config"]
+    backbone = build_bare_student(config)
+    weights = own_weights(backbone.model, weights, path)
+    backbone.model.load_state_dict(weights)
+    backbone.eval()
+    is_timm = config["model"]["student_source"] == "timm"
+    return Student(
+        backbone=backbone,
+        weights=weights,
+        config=config,
+        step=state["progress"]["step"],
+        global_batch_size=state.get("global_batch_size"),
+        is_ema=ema,
+        timm_kwargs=find_timm_kwargs(config["model"], backbone.img_size) if is_timm else None,
+    )
+
+
+def build_bare_student(config: dict[str, dict[str, Any]]) -> Backbone:
+    """The student's backbone as the trainer builds it, untrained, without classifier where it can be left out.
+
+    Args:
+        config: sections data and model, as in a checkpoint.
+    Returns:
+        A backbone that takes images normalised with its own mean and std.
+    """
+    from distillery.models import build_backbone
+
+    data, model = config["data"], config["model"]
+
+    def build(data_mean: tuple[float, ...], data_std: tuple[float, ...]) -> Backbone:
+        return build_backbone(
+            source=model["student_source"],
+            name=model["student_name"],
+            repo=model.get("student_repo"),
+            pretrained=False,
+            img_size=model.get("student_img_size"),
+            kwargs=without_classes(model),
+            mean=model.get("student_mean"),
+            std=model.get("student_std"),
+            data_mean=data_mean,
+            data_std=data_std,
+            image_size=data["image_size"],
+            use_cls_token=model.get("use_cls_token", True),
+        )
+
+    as_trained = build(data["mean"], data["std"])
+    return build(as_trained.mean, as_trained.std)
+
+
+def without_classes(model: dict[str, Any]) -> dict[str, Any]:
+    """student_kwargs, for a timm model without the number of classes: no loss trains the student's own classifier."""
+    kwargs = dict(model.get("student_kwargs") or {})
+    if model["student_source"] == "timm":
+        kwargs.pop("num_classes", None)
+    return kwargs
+
+
+def own_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights that the model has a place for; only a classifier may be left over.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    unknown = [name for name in weights if name not in own and not name.startswith(prefixes)]
+    if missing or unknown:
+        raise UserError(
+            f"{path}: its weights are not those of the student in its configuration: {len(missing)} of {len(own)} "
+            f"tensors missing or of another shape {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    return {name: weights[name].detach().cpu().clone().contiguous() for name in own}
+
+
+def find_timm_kwargs(model: dict[str, Any], img_size: tuple[int, int]) -> dict[str, Any]:
+    """What timm.create_model needs besides the name to build the student at its input size (height, width in px)."""
+    import timm
+
+    kwargs = without_classes(model)
+    native = timm.create_model(model["student_name"], num_classes=0, **kwargs)
+    if "img_size" in kwargs or tuple(native.pretrained_cfg["input_size"][1:]) == img_size:
+        return kwargs
+    sized = kwargs | {"img_size": img_size[0] if img_size[0] == img_size[1] else img_size}
+    try:
+        timm.create_model(model["student_name"], num_classes=0, **sized)
+    except TypeError:
+        return kwargs  # a convolutional model: it takes any size
+    return sized

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from distillery.config import load_data_config
+from distillery.plan import CachePlan
+from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
+from distillery.preprocess import PreprocessSpec
+from distillery.sources_hub_facts import HubFacts
+
+SPEC = PreprocessSpec(32, "squash", "lanczos", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+class Images:
+    """A source of encoded images in memory."""
+
+    def __init__(self, images):
+        self.images, self.asked = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, start, stop):
+        self.asked.append((start, stop))
+        return self.images[start:stop]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_a_few_images_are_decoded_from_the_middle(png_images, dtype):
+    source = Images(png_images)
+    speed = measure_decoding(source, SPEC, dtype, num_images=20)
+    middle = (len(png_images) - 20) // 2
+    assert source.asked == [(middle, middle + 20)]
+    assert speed.num_images == 12  # the first eight pay for what happens once
+    assert 0 < speed.seconds < 1
+    assert speed.encoded_bytes == pytest.approx(np.mean([len(data) for data in png_images[middle : middle + 20]]))
+    assert speed.pixels > 0
+    assert not speed.needs_torch
+
+
+def test_a_source_of_one_image_is_enough(png_images):
+    assert measure_decoding(Images(png_images[:1]), SPEC, "float32").num_images == 1
+
+
+def test_images_that_cannot_be_decoded_tell_nothing():
+    assert measure_decoding(Images([b"broken"] * 20), SPEC, "float32") is None
+
+
+def test_plan_lines_count_what_is_left_of_every_folder(tmp_path):
+    plans = [
+        CachePlan(tmp_path / name, SPEC, "uint8", 10, num_rows, num_rows, {"num_rows": num_rows}, False)
+        for name, num_rows in (("a", 25), ("b", 7))
+    ]
+    (line,) = plan_lines([(plans[0], [1, 2]), (plans[1], [])], tmp_path, 4, None)
+    assert line.startswith("files: 8 (2 shards, a record each")  # and index and failures of two folders
+
+
+def test_a_remote_data_set_is_planned_from_what_the_hub_says():
+    data = load_data_config({"dataset_name": "me/x", "cache_dir": "c", "image_size": 224, "cache_dtype": "uint8"})
+    facts = HubFacts("me/x", "parquet", "train", 3, 5 * 10**9, 600_000)
+    text = "\n".join(remote_lines("the training images", facts, 500_000, data))
+    assert "600,000 images in 3 files (5.0 GB to download), split 'train', from me/x on the hub" in text
+    assert "500,000 of 600,000 images: 245 shards of 2,048, 75.3 GB to write, 492 files" in text
+    assert "--download_only" in text
+
+
+def test_what_the_hub_does_not_say_is_called_unknown():
+    data = load_data_config({"dataset_name": "me/x", "cache_dir": "c"})
+    facts = HubFacts("me/x", "imagefolder", "train", 1, None, None)
+    text = "\n".join(remote_lines("the training images", facts, None, data))
+    assert "images in 1 file (of unknown size)" in text
+    assert "not known before the download" in text

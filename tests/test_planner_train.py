@@ -1,0 +1,121 @@
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+from workplace import Workplace
+
+from distillery import sources
+from distillery.config import load_configs
+from distillery.planner_train import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
+from distillery.process import UserError
+from distillery.sources_hub_facts import HubFacts, NotDownloadedError
+from tests.test_engine import build_task
+
+
+class Batches:
+    """A loader of so many batches that is no SyntheticLoader."""
+
+    batch_size, prefetch_batches = 8, 2
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return itertools.islice(SyntheticLoader(100, 50, 8, 32), self.count)
+
+
+def configs_of(tmp_path, **data):
+    return load_configs(
+        {"dataset_name": "me/images", "cache_dir": str(tmp_path / "cache"), "image_size": 32} | data,
+        {"checkpoint_dir": str(tmp_path / "run"), "batch_size": 8, "num_epochs": 3, "max_steps_per_epoch": None},
+        {"teacher_name": "test_resnet", "teacher_pretrained": False, "student_name": "test_vit"},
+    )
+
+
+def not_here(num_rows):
+    def open_source(**arguments):
+        assert arguments["download"] is False
+        raise NotDownloadedError(HubFacts("me/images", "parquet", "train", 1, None, num_rows))
+
+    return open_source
+
+
+def test_the_stand_in_for_a_cache_has_its_counts_and_shapes():
+    loader = SyntheticLoader(1000, 300, 8, 32)
+    assert loader.valid_rows_per_shard == [300, 300, 300, 100]
+    assert len(loader.shard_names) == 4
+    images, global_idx = next(iter(loader))
+    assert (images.shape, images.dtype, global_idx.tolist()) == ((8, 3, 32, 32), torch.float32, list(range(8)))
+
+
+def test_a_cache_that_is_there_is_planned_with(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "index.json").write_text("{}")
+    assert plan_loader(configs_of(tmp_path), lambda: "the run's own") == "the run's own"
+    assert plan_loader(configs_of(tmp_path / "none", use_cached=False, shards_per_epoch=None), lambda: "raw") == "raw"
+
+
+@pytest.mark.parametrize("changes, expected", [({}, 5000), ({"max_samples": 700}, 700), ({"max_shards": 2}, 4096)])
+def test_before_stage_1_the_plan_counts_images_without_downloading_them(tmp_path, monkeypatch, changes, expected):
+    monkeypatch.setattr(sources, "open_source", not_here(5000))
+    loader = plan_loader(configs_of(tmp_path, **changes), lambda: pytest.fail("it must not be opened"))
+    assert sum(loader.valid_rows_per_shard) == expected
+
+
+def test_a_number_of_images_that_nobody_knows_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "open_source", not_here(None))
+    with pytest.raises(UserError, match="--set max_samples=N"):
+        plan_loader(configs_of(tmp_path), lambda: None)
+
+
+def test_steps_are_timed_and_the_share_of_both_models_is_told():
+    task = build_task()
+    speed = measure_steps(task, SyntheticLoader(100, 50, 8, 32), epoch=0)
+    assert (speed.num_steps, speed.images_per_step) == (5, 8)
+    assert 0 < speed.step_seconds < 10
+    assert 0 < speed.teacher_fraction + speed.student_fraction <= 1
+    assert speed.loader_images is None
+    assert speed.memory_bytes > 10**7
+
+
+def test_a_real_loader_is_timed_by_itself_too():
+    speed = measure_steps(build_task(), Batches(6), epoch=0)
+    assert 0 < speed.loader_images < math.inf
+    assert measure_loader(Batches(1)) > 0
+
+
+def test_a_loader_that_ends_early_is_enough():
+    assert measure_steps(build_task(), Batches(2), epoch=0).num_steps == 1
+
+
+def test_facts_are_those_of_the_configuration(tmp_path):
+    configs = configs_of(tmp_path, shards_per_epoch=2, cache_dtype="uint8")
+    facts = training_facts(configs, build_task(), SyntheticLoader(1000, 300, 8, 32), 50, steps_done=7)
+    assert (facts.num_images, facts.global_batch, facts.whole_steps) == (1000, 8, 125)
+    assert facts.shard_steps == 50  # the smallest choice of two shards: 100 and 300 rows
+    assert facts.row_bytes == 3 * 32 * 32
+    assert facts.steps_done == 7
+    assert facts.checkpoint_bytes > 0
+
+
+def test_the_dry_run_of_stage_2_plans_and_writes_nothing(place, tmp_path):
+    mine = Workplace.__new__(Workplace)
+    mine.folder = tmp_path / "place"
+    shutil.copytree(place.folder, mine.folder)
+    before = sorted(mine.folder.rglob("*"))
+    new = ["--set", f"checkpoint_dir={tmp_path / 'new'}"]
+    done = mine.distill("--dry_run", "--set", f"cache_dir={mine.folder / 'cache'}", *new)
+    assert done.returncode == 0, done.stderr
+    assert "steps on images of the run took" in done.stdout
+    assert "time: about" in done.stdout and "memory:" in done.stdout and "advice:" in done.stdout
+    done = mine.distill("--dry_run", "--set", f"cache_dir={tmp_path / 'none'}", *new)
+    assert done.returncode == 0, done.stderr
+    assert "the plan is for 96 images, on random ones" in done.stdout
+    assert "steps on random images took" in done.stdout
+    assert sorted(mine.folder.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
