@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+# of a step, besides the wait for its data; augmenting, logging and saving are what is left of the whole
+PARTS = ("teacher", "student", "optimizer")
+
 
 class StepClock:
-    """Counts steps and images since the last row, and the time the device stood without data.
+    """Counts steps and images since the last row, the time the device stood without data, and that of a step's parts.
 
     On CUDA the times are those of events on the stream. The host runs ahead of the GPU: what it waits for the loader
     says nothing about whether the GPU ever ran out of work.
@@ -17,7 +20,11 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._waits: list[tuple[Any, Any]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted so far: what lies between two epochs belongs to no step."""
+        self._spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in ("wait", *PARTS)}
         self._steps = self._images = 0
         self._began = self._mark()
 
@@ -32,11 +39,11 @@ class StepClock:
         return begin.elapsed_time(end) / 1000 if self._on_cuda else end - begin
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the fetching of a step's batches."""
+    def part(self, name: str) -> Iterator[None]:
+        """Around "wait", the fetching of a step's batches, or one of PARTS; they must not overlap."""
         begin = self._mark()
         yield
-        self._waits.append((begin, self._mark()))
+        self._spans[name].append((begin, self._mark()))
 
     def count(self, num_images: int) -> None:
         """One step more, of so many images."""
@@ -44,16 +51,19 @@ class StepClock:
         self._images += num_images
 
     def summary(self) -> dict[str, float]:
-        """images_per_second (of this process), step_seconds, data_wait_fraction since the last call."""
+        """images_per_second (of this process), step_seconds, and the shares of the time since the last call.
+
+        The shares: data_wait_fraction, teacher_fraction, student_fraction (forward, losses, backward),
+        optimizer_fraction (clipping, step, average), 0..1.
+        """
         end = self._mark()
         if self._on_cuda:
             end.synchronize()
         elapsed = max(1e-9, self._seconds(self._began, end))
-        waited = sum(self._seconds(*wait) for wait in self._waits)
-        figures = {
-            "images_per_second": self._images / elapsed,
-            "step_seconds": elapsed / max(1, self._steps),
-            "data_wait_fraction": min(1.0, waited / elapsed),
-        }
-        self._waits, self._steps, self._images, self._began = [], 0, 0, end
+        figures = {"images_per_second": self._images / elapsed, "step_seconds": elapsed / max(1, self._steps)}
+        for name, spans in self._spans.items():
+            share = min(1.0, sum(self._seconds(*span) for span in spans) / elapsed)
+            figures["data_wait_fraction" if name == "wait" else f"{name}_fraction"] = share
+        self.restart()
+        self._began = end
         return figures

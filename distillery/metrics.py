@@ -1,13 +1,16 @@
 """What a run reports while it trains: rows of metrics.jsonl, and the same in TensorBoard and Weights & Biases.
 
 metrics.jsonl is the record; the other two are views of it. A row is one JSON object with its kind: "train" and "eval"
-as the trainer writes them, "resume" for every start that went on from a checkpoint.
+as the trainer writes them, "epoch" for what an epoch reads, "resume" for every start that went on from a checkpoint,
+"end" for how a process that had time to say so ended.
 """
 
+import itertools
 import json
 import math
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from distillery.process import UserError
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 WANDB_ID_NAME = "wandb_id.txt"
-# rows that a resumed run writes again; what happened to the run itself ("resume") happened only once
-REPEATED_KINDS = ("train", "eval")
+# rows that make curves: the others hold facts, and a plot of the number of images there are says nothing
+CURVE_KINDS = ("train", "eval")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -55,6 +58,21 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def pack_numbers(numbers: Iterable[int]) -> list[int | list[int]]:
+    """Ascending whole numbers, runs of three and more as [first, last]: an epoch over all shards may name thousands."""
+    packed: list[int | list[int]] = []
+    for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        packed += [[run[0], run[-1]]] if len(run) > 2 else run
+    return packed
+
+
+def unpack_numbers(packed: list[int | list[int]]) -> list[int]:
+    """What `pack_numbers` was given."""
+    parts = (range(part[0], part[1] + 1) if isinstance(part, list) else [part] for part in packed)
+    return list(itertools.chain.from_iterable(parts))
+
+
 class RunLog:
     """Writes a run's metrics, on rank 0 only: elsewhere every method does nothing.
 
@@ -82,29 +100,29 @@ class RunLog:
     def truncate_after(self, step: int) -> None:
         """Drop what a run that goes on from `step` will write again, and note that it went on.
 
-        Train and eval rows of later steps go, and a line torn by a kill; all else stays byte for byte. The file is
-        replaced atomically.
+        Train and eval rows of later steps go, the rows of epochs that begin at `step` or later, and a line torn by a
+        kill; what happened to the run itself stays, byte for byte. The file is replaced atomically. The resume row says
+        when the last row before it was written (stopped, Unix, s) and how many logged steps were lost.
         """
         if not self._is_main:
             return
         self._close_file()
         self._purge_step = step + 1
+        found = _lines_with_rows(self.path)
         if self.path.exists():
-            kept = [
-                line
-                for line, row in _lines_with_rows(self.path)
-                if row.get("kind") not in REPEATED_KINDS or row.get("step", 0) <= step
-            ]
-            write_atomic(self.path, b"".join(kept))
+            write_atomic(self.path, b"".join(line for line, row in found if not _is_repeated(row, step)))
         if step > 0:
-            self.write("resume", step=step)
+            last = max((row.get("step", 0) for _, row in found if row.get("kind") == "train"), default=step)
+            stopped = {"stopped": found[-1][1]["time"]} if found and "time" in found[-1][1] else {}
+            self.write("resume", step=step, lost_steps=max(0, last - step), **stopped)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one row, readable by others at once, with the time (Unix, s) unless `fields` has one.
 
         Args:
             kind: "train", "eval", or any other name.
-            fields: the row; NaN and infinities are written as null. A row with a step goes to TensorBoard too.
+            fields: the row; NaN and infinities are written as null. Numbers of train and eval rows go to TensorBoard
+                and Weights & Biases too.
         """
         if not self._is_main:
             return
@@ -115,10 +133,35 @@ class RunLog:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         scalars = _scalars(row)
-        if "step" in row and scalars:
+        if kind in CURVE_KINDS and "step" in row and scalars:
             self._write_tensorboard(scalars, row["step"])
             if self._wandb is not None:
                 self._wandb.log(scalars | {"step": row["step"]})
+
+    def write_epoch(self, epoch: int, step: int, **fields: Any) -> None:
+        """Append the row of an epoch that begins at `step`, once: a run resumed in its middle comes by again."""
+        rows = read_rows(self.path) if self._is_main else []
+        if not any(row.get("kind") == "epoch" and (row["epoch"], row["step"]) == (epoch, step) for row in rows):
+            self.write("epoch", epoch=epoch, step=step, **fields)
+
+    def write_end(self, step: int, reason: str) -> None:
+        """Append how this process ends, unless the last one ended so at the same step and did nothing since."""
+        last = (read_rows(self.path) if self._is_main else [])[-1:]
+        if [(row.get("kind"), row.get("step"), row.get("reason")) for row in last] != [("end", step, reason)]:
+            self.write("end", step=step, reason=reason)
+
+    def write_image(self, name: str, pixels: Any, step: int) -> None:
+        """Show an image in TensorBoard: uint8 [H, W, 3], a numpy array or tensor."""
+        if (writer := self._tensorboard_writer()) is not None:
+            writer.add_image(name, pixels, step, dataformats="HWC")
+            writer.flush()
+
+    def write_histograms(self, tensors: dict[str, Any], step: int) -> None:
+        """Show the values of tensors (name -> tensor) as histograms in TensorBoard."""
+        if (writer := self._tensorboard_writer()) is not None:
+            for name, values in tensors.items():
+                writer.add_histogram(name, values, step)
+            writer.flush()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether an eval row of this step stands in the file: a resumed run need not evaluate again."""
@@ -157,17 +200,20 @@ class RunLog:
             self._file.close()
             self._file = None
 
-    def _write_tensorboard(self, scalars: dict[str, float], step: int) -> None:
-        if not self._tensorboard:
-            return
-        if self._writer is None:
+    def _tensorboard_writer(self) -> Any:
+        """TensorBoard's writer, None where it is off or on other ranks."""
+        if self._tensorboard and self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             # events of later steps are left over from before the resume; without this they would show as a zigzag
             self._writer = SummaryWriter(str(self.run_dir / TENSORBOARD_NAME), purge_step=self._purge_step)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        return self._writer
+
+    def _write_tensorboard(self, scalars: dict[str, float], step: int) -> None:
+        if (writer := self._tensorboard_writer()) is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
 
     def _open_wandb(self, project: str) -> Any:
         try:
@@ -190,6 +236,13 @@ class RunLog:
         # its own counter only ever grows, and would drop what a resumed run repeats
         run.define_metric("*", step_metric="step")
         return run
+
+
+def _is_repeated(row: dict[str, Any], step: int) -> bool:
+    """Whether a run that goes on from `step` writes this row again."""
+    if row.get("kind") == "epoch":
+        return row.get("step", 0) >= step
+    return row.get("kind") in CURVE_KINDS and row.get("step", 0) > step
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TextIO
 
 # plain lines over which a rate is taken: a pause (an evaluation, a slow first step) is forgotten after so many
@@ -24,6 +25,31 @@ def format_seconds(seconds: float) -> str:
 def format_field(value: object) -> str:
     """A number for the console: three or four figures; anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def training_fields(row: dict[str, float]) -> dict[str, object]:
+    """What a train row says on the console: loss, learning rate, images/s, where the time went (per cent)."""
+    names = ("data_wait_fraction", "teacher_fraction", "student_fraction", "optimizer_fraction")
+    shares = "/".join(f"{100 * row[name]:.0f}" for name in names)
+    return {
+        "loss": row["loss"],
+        "lr": row["lr"],
+        "images/s": row["images_per_second"],
+        "data/teacher/student/optimizer": f"{shares} %",
+    }
+
+
+def epoch_line(epoch: int, num_epochs: int, step: int, rows: Sequence[dict[str, float]]) -> str:
+    """One line about an epoch, from its train rows (mean over them; the last learning rate).
+
+    epoch: how many are done; step: the last one; rows: [] where none was logged.
+    """
+    text = f"epoch {epoch} of {num_epochs}: step {step:,}"
+    if not rows:
+        return text
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1]}
+    fields = training_fields(mean | {"lr": rows[-1]["lr"]})
+    return " | ".join([text, *(f"{name} {format_field(value)}" for name, value in fields.items())])
 
 
 class Progress:

@@ -1,6 +1,7 @@
-"""A run in pictures and plain words: plots/*.png, and report.html, which needs nothing but itself.
+"""A run or a cache in pictures and plain words: one HTML file that needs nothing but itself.
 
-python -m distillery.report RUN_DIR       # at any time, also while the run is going on
+python -m distillery.report RUN_DIR       # report.html and plots/*.png; also while the run is going on
+python -m distillery.report CACHE_DIR     # ./cache_report.html: what the images look like, what failed
 """
 
 import argparse
@@ -10,11 +11,14 @@ from typing import Any
 
 from distillery.files import expand_path, write_atomic
 from distillery.process import EXIT_DONE, run_command
+from distillery.report_axes import datasets_of, is_number, to_png, to_svg
+from distillery.report_cache import CACHE_REPORT_NAME, is_cache, write_cache_report
 from distillery.report_facts import (
     COLLAPSE_NOTE,
     MEASURES,
     MODELS,
     PASSING_NOTE,
+    PLOTS_NAME,
     RunFacts,
     format_measure,
     has_collapsed,
@@ -22,9 +26,9 @@ from distillery.report_facts import (
     passes_teacher,
 )
 from distillery.report_page import build_page
-from distillery.report_plots import datasets_of, draw_all, is_number, to_png, to_svg
+from distillery.report_plots import draw_all
 
-REPORT_NAME, PLOTS_NAME = "report.html", "plots"
+REPORT_NAME = "report.html"
 
 
 def write_plots(run_dir: Path) -> list[Path]:
@@ -33,7 +37,7 @@ def write_plots(run_dir: Path) -> list[Path]:
 
 
 def _write_plots(run: RunFacts) -> tuple[list[Path], dict[str, Any]]:
-    figures = draw_all(run.rows, run.num_shards)
+    figures = draw_all(run.rows, run.num_shards, run.shard_rows)
     folder = run.run_dir / PLOTS_NAME
     folder.mkdir(exist_ok=True)
     paths = []
@@ -43,15 +47,21 @@ def _write_plots(run: RunFacts) -> tuple[list[Path], dict[str, Any]]:
     return paths, figures
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None = None) -> Path:
     """Write plots/*.png and report.html: one file, light and dark, printable, without scripts or network.
 
     Works at any time of a run: what has not happened yet is left out.
+
+    Args:
+        run_dir: the run folder.
+        out: where to; None: report.html in the run folder.
+        no_pictures: why pictures of the features could not be drawn; the page says so where there are none.
     """
     run = load_run(Path(run_dir))
     _, figures = _write_plots(run)
-    path = run.run_dir / REPORT_NAME
-    write_atomic(path, build_page(run, {stem: to_svg(figure) for stem, figure in figures.items()}).encode())
+    path = out or run.run_dir / REPORT_NAME
+    svgs = {stem: to_svg(figure) for stem, figure in figures.items()}
+    write_atomic(path, build_page(run, svgs, no_pictures).encode())
     return path
 
 
@@ -78,14 +88,34 @@ def _wrapped(text: str) -> list[str]:
 
 
 def main() -> int:
-    """Write the report of one run folder."""
+    """Write the report of a run folder or of a cache."""
     parser = argparse.ArgumentParser(
         prog="python -m distillery.report", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder (checkpoint_dir)")
-    run_dir = expand_path(parser.parse_args().run_dir)
-    path = write_report(run_dir)
-    table = summary_table(run_dir)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="run folder (checkpoint_dir), or cache (cache_dir)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run folder; for a cache ./cache_report.html",
+    )
+    parser.add_argument(
+        "--no_pictures", action="store_true", help="leave out the pictures of the features, which need the models"
+    )
+    arguments = parser.parse_args()
+    folder, out = expand_path(arguments.folder), arguments.out and expand_path(arguments.out)
+    if is_cache(folder):
+        print(f"report: {write_cache_report(folder, out or Path(CACHE_REPORT_NAME))}")
+        return EXIT_DONE
+    load_run(folder)  # a folder that is no run is refused before torch is imported
+    reason: str | None = "left out: --no_pictures"
+    if not arguments.no_pictures:
+        from distillery.build import choose_device
+        from distillery.pictures import draw_run, why_not
+
+        reason = why_not(lambda: draw_run(folder, choose_device("auto")))
+    path = write_report(folder, out, reason)
+    table = summary_table(folder)
     if table:
         print(table)
     print(f"report: {path}")

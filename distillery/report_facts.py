@@ -10,15 +10,20 @@ import yaml
 
 from distillery.metrics import METRICS_NAME, read_rows
 from distillery.process import MissingFileError
-from distillery.report_plots import datasets_of, is_number, of_kind
+from distillery.report_axes import datasets_of, is_number, of_kind
 
 MODELS = {"untrained": "untrained student", "student": "student", "student_ema": "student (EMA)", "teacher": "teacher"}
 MEASURES = (
     ("knn_top1", "k-NN", "{:.1%}"),
     ("linear_top1", "linear probe", "{:.1%}"),
+    ("neighbour_overlap", "overlap@10 with teacher", "{:.2f}"),
+    ("cka", "CKA with teacher", "{:.2f}"),
     ("effective_rank", "effective rank", "{:.1f}"),
     ("feature_std", "feature std", "{:.2f}"),
 )
+PLOTS_NAME = "plots"
+# made where there are models (distillery/pictures.py), shown where there are none
+PCA_NAME, NEIGHBOURS_NAME = "pca.png", "neighbours.png"
 # data set names that are formats: the files say more
 FILE_FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 PASSING_NOTE = (
@@ -37,7 +42,7 @@ class RunFacts:
     """A run folder as read: the rows of its metrics and its configuration, whatever of them is there.
 
     plan: what rows of kind "start" say of the whole run (total_steps, num_images, global_batch_size,
-    student_parameters, teacher_parameters), as far as there are any.
+    student_parameters, teacher_parameters), as far as there are any; shard_rows: images in each shard.
     """
 
     run_dir: Path
@@ -45,6 +50,7 @@ class RunFacts:
     config: dict[str, dict[str, Any]]
     num_shards: int | None
     plan: dict[str, Any] = field(default_factory=dict)
+    shard_rows: list[int] | None = None
 
     @property
     def train_rows(self) -> list[dict[str, Any]]:
@@ -74,6 +80,25 @@ class RunFacts:
         """Every time the run went on from a checkpoint and then trained further."""
         last = self.train_rows[-1].get("time", 0) if self.train_rows else 0
         return [row for row in of_kind(self.rows, "resume") if row.get("time", 0) <= last]
+
+    @property
+    def interruptions(self) -> list[dict[str, Any]]:
+        """For each of `resumes`: stopped (Unix, s), reason, step and time of the resume, lost_steps (None: unknown)."""
+        found, resumes = [], self.resumes
+        for before, row in itertools.pairwise(self.rows):
+            if row.get("kind") != "resume" or row not in resumes:
+                continue
+            reason = before.get("reason") if before.get("kind") == "end" else None
+            found.append(
+                {
+                    "stopped": row.get("stopped", before.get("time")),
+                    "reason": reason or "not said: killed, or the machine went down",
+                    "step": row["step"],
+                    "time": row["time"],
+                    "lost_steps": row.get("lost_steps"),
+                }
+            )
+        return found
 
     @property
     def seconds(self) -> float:
@@ -117,12 +142,13 @@ def load_run(run_dir: Path) -> RunFacts:
             "Give the checkpoint_dir of a run: python -m distillery.report RUN_DIR"
         )
     config = yaml.safe_load(config_path.read_text()) if config_path.exists() else {}
-    num_shards = len(json.loads(shards_path.read_bytes())["shards"]) if shards_path.exists() else None
+    frozen = json.loads(shards_path.read_bytes()) if shards_path.exists() else {}
+    num_shards = len(frozen["shards"]) if "shards" in frozen else None
     rows = read_rows(metrics_path)
     plan: dict[str, Any] = {}
     for row in of_kind(rows, "start"):
         plan |= row
-    return RunFacts(run_dir, rows, config or {}, num_shards, plan)
+    return RunFacts(run_dir, rows, config or {}, num_shards, plan, frozen.get("rows"))
 
 
 def format_measure(row: dict[str, Any], name: str, form: str) -> str:

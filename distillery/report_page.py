@@ -1,25 +1,27 @@
 """The HTML page of a run's report: a function per part, each "" where there is nothing to show yet."""
 
-import html
+import base64
 import json
-import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distillery.progress import format_seconds
+from distillery.report_axes import datasets_of, is_number, of_kind
 from distillery.report_facts import (
     COLLAPSE_NOTE,
     MEASURES,
     MODELS,
+    NEIGHBOURS_NAME,
     PASSING_NOTE,
+    PCA_NAME,
+    PLOTS_NAME,
     RunFacts,
     format_measure,
     has_collapsed,
     passes_teacher,
     summary_sentences,
 )
-from distillery.report_plots import COLOURS, datasets_of, is_number, of_kind
+from distillery.report_html import clock, details, escape, figure, figures, page, table, tiles
 
 CAPTIONS = {
     "knn": "Images are classified by their {k} nearest labelled neighbours in feature space.",
@@ -29,40 +31,42 @@ CAPTIONS = {
     "learning_rate": "A warm-up, then a cosine.",
     "grad_norm": "The optimiser clips it to max_grad_norm.",
     "throughput": "Over all processes. Waiting for data should stay below one percent.",
-    "shards": "A run that leaves shards out has not seen all of the data.",
+    "time_shares": "Student: forward, losses, backward. Other: augmentation, logging, saving.",
+    "shards": "Above, the shards of each epoch, the paler the smaller the part of their images that it reads; below, "
+    "how often each has been read. The present epoch counts as a whole.",
+    "timeline": "Shaded: from the last sign of life to the resume.",
 }
+# what stands in a section of its own, below the curves
+COURSE_PICTURES = ("time_shares", "shards", "timeline")
 
 
-def build_page(run: RunFacts, pictures: dict[str, str]) -> str:
-    """The whole HTML page; pictures: stem -> <svg> text."""
-    title = _title(run)
-    css = Path(__file__).with_name("report.css").read_text()
-    body = "\n".join(
-        [
-            f"<h1>{_text(title)}</h1>",
-            _state_html(run),
-            _summary_html(run),
-            _tiles_html(run),
-            _results_html(run),
-            _charts_html(run, pictures),
-            _history_html(run),
-            _config_html(run),
-        ]
+def build_page(run: RunFacts, pictures: dict[str, str], no_pictures: str | None = None) -> str:
+    """The whole HTML page.
+
+    Args:
+        run: the facts.
+        pictures: stem -> <svg> text.
+        no_pictures: why there are no pictures of the features, where that is known.
+    """
+    curves = {stem: svg for stem, svg in pictures.items() if stem not in COURSE_PICTURES}
+    parts = [
+        _state_html(run),
+        _summary_html(run),
+        _tiles_html(run),
+        _results_html(run),
+        _features_html(run, no_pictures),
+        figures("Curves", _captioned(run, curves)),
+        figures(
+            "Course of the run", _captioned(run, {stem: pictures[stem] for stem in COURSE_PICTURES if stem in pictures})
+        ),
+        _history_html(run),
+        _config_html(run),
+    ]
+    foot = (
+        f"Run folder <code>{escape(run.run_dir)}</code>. Made by <code>python -m distillery.report</code>; the figures "
+        "come from metrics.jsonl."
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # without this a browser asks the server for /favicon.ico
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        f"<footer>Run folder <code>{_text(str(run.run_dir))}</code>. Made by "
-        "<code>python -m distillery.report</code>; the figures come from metrics.jsonl.</footer>\n"
-        "</main>\n</body>\n</html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return page(_title(run), parts, foot)
 
 
 def _title(run: RunFacts) -> str:
@@ -78,9 +82,9 @@ def _state_html(run: RunFacts) -> str:
     if run.is_finished:
         dot, word = "done", "Finished"
     elif ended and ended[-1].get("time", 0) >= last:
-        dot, word = "stopped", f"Interrupted by {_text(ended[-1].get('reason', 'a signal'))}"
+        dot, word = "stopped", f"Interrupted by {escape(ended[-1].get('reason', 'a signal'))}"
     else:
-        dot, word = "going", f"Under way at {_clock(last)} UTC"
+        dot, word = "going", f"Under way at {clock(last)} UTC"
     position = f"step {step:,}" + (f" of {total:,} ({step / total:.0%})" if total else "")
     times = f", {format_seconds(run.seconds)} of training" if run.seconds >= 1 else ""
     num_resumes = len(run.resumes)
@@ -89,31 +93,26 @@ def _state_html(run: RunFacts) -> str:
 
 
 def _summary_html(run: RunFacts) -> str:
-    return f'<p class="lead">{" ".join(_text(sentence) for sentence in summary_sentences(run))}</p>'
+    return f'<p class="lead">{" ".join(escape(sentence) for sentence in summary_sentences(run))}</p>'
 
 
 def _tiles_html(run: RunFacts) -> str:
-    tiles = []
+    shown = []
     for dataset in datasets_of(run.rows)[:1]:
         models = run.evaluation(dataset)
         for model in ("student", "teacher", "untrained"):
             if is_number(models.get(model, {}).get("knn_top1")):
-                tiles.append((MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
+                shown.append((MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
     if run.train_rows:
         last = run.train_rows[-1]
         if is_number(last.get("loss")):
-            tiles.append(("loss", f"{last['loss']:.4g}", f"at step {last['step']:,}", ""))
+            shown.append(("loss", f"{last['loss']:.4g}", f"at step {last['step']:,}", ""))
         speeds = [row["images_per_second"] for row in run.train_rows if is_number(row.get("images_per_second"))]
         waits = [row["data_wait_fraction"] for row in run.train_rows if is_number(row.get("data_wait_fraction"))]
         if speeds:
             waiting = f"{sorted(waits)[len(waits) // 2]:.1%} waiting for data" if waits else "median"
-            tiles.append(("images per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", waiting, ""))
-    cells = "".join(
-        f'<div class="tile"><dt>{_text(name)}</dt>'
-        f'<dd class="{kind}">{_text(value)}<small>{_text(note)}</small></dd></div>'
-        for name, value, note, kind in tiles
-    )
-    return f'<dl class="tiles">{cells}</dl>' if cells else ""
+            shown.append(("images per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", waiting, ""))
+    return tiles(shown)
 
 
 def _results_html(run: RunFacts) -> str:
@@ -131,14 +130,14 @@ def _result_table_html(dataset: str, models: dict[str, dict[str, Any]]) -> str:
         share = f"{row['knn_top1'] / teacher:.0%}" if teacher and is_number(row.get("knn_top1")) else "-"
         step = f"{row['step']:,}" if model.startswith("student") else "-"
         lines.append(f'<tr><th class="{model}">{MODELS[model]}</th>{cells}<td>{share}</td><td>{step}</td></tr>')
-    table = (
-        f'<div class="card scroll"><table><thead><tr><th>{_text(dataset)}</th>{head}<th>k-NN, share of teacher</th>'
+    block = (
+        f'<div class="card scroll"><table><thead><tr><th>{escape(dataset)}</th>{head}<th>k-NN, share of teacher</th>'
         f"<th>at step</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
     notes = f'<p class="note">{PASSING_NOTE}</p>' if passes_teacher(models) else ""
     if has_collapsed(models.get("student", {})):
         notes += f'<p class="warn">{COLLAPSE_NOTE}</p>'
-    return table + notes
+    return block + notes
 
 
 def _measure_html(row: dict[str, Any], name: str, form: str, model: str) -> str:
@@ -148,14 +147,36 @@ def _measure_html(row: dict[str, Any], name: str, form: str, model: str) -> str:
     return f'{text}<span class="bar {model}"><i style="width:{100 * row[name]:.1f}%"></i></span>'
 
 
-def _charts_html(run: RunFacts, pictures: dict[str, str]) -> str:
-    if not pictures:
+def _features_html(run: RunFacts, no_pictures: str | None) -> str:
+    """The pictures that distillery/pictures.py has left in plots/."""
+    shown = []
+    for name, title in ((PCA_NAME, "Patch features"), (NEIGHBOURS_NAME, "Nearest neighbours")):
+        path = run.run_dir / PLOTS_NAME / name
+        if path.exists():
+            data = base64.b64encode(path.read_bytes()).decode()
+            image = f'<img src="data:image/png;base64,{data}" alt="{title}">'
+            shown.append(figure(image, f"<b>{title}.</b> {escape(_description(path))}"))
+    if shown:
+        return figures("What the models see", shown, "pictures")
+    if not run.train_rows:
         return ""
-    figures = "\n".join(
-        f'<figure class="card">{themed_svg(svg, f"p{number}")}<figcaption>{_caption(stem, run)}</figcaption></figure>'
-        for number, (stem, svg) in enumerate(pictures.items())
+    reason = (
+        escape(no_pictures)
+        if no_pictures
+        else "they are drawn at the end of the run, or by <code>python -m distillery.report</code>"
     )
-    return f'<h2>Curves</h2>\n<div class="charts">\n{figures}\n</div>'
+    return f'<h2>What the models see</h2>\n<p class="state">No pictures of the features: {reason}</p>'
+
+
+def _description(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get("Description", "")
+
+
+def _captioned(run: RunFacts, pictures: dict[str, str]) -> list[str]:
+    return [figure(svg, _caption(stem, run)) for stem, svg in pictures.items()]
 
 
 def _caption(stem: str, run: RunFacts) -> str:
@@ -163,41 +184,32 @@ def _caption(stem: str, run: RunFacts) -> str:
     return CAPTIONS[kind].format(k=run.get("train", "knn_k") or "k")
 
 
-def themed_svg(svg: str, prefix: str) -> str:
-    """A picture for the page: colours as CSS variables, and ids that no other picture on the page has."""
-    for colour, name in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{prefix}-", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    # a size in points would overrule the column it stands in
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 role="img"', svg, count=1)
-
-
 def _history_html(run: RunFacts) -> str:
-    if not run.resumes:
+    if not run.interruptions:
         return ""
-    cells = "".join(f"<tr><td>{_clock(row['time'])}</td><td>step {row['step']:,}</td></tr>" for row in run.resumes)
+    lines = []
+    for entry in run.interruptions:
+        stopped, lost = entry["stopped"], entry["lost_steps"]
+        pause = f"<small>after {format_seconds(entry['time'] - stopped)}</small>" if is_number(stopped) else ""
+        again = f"<small>{lost:,} logged steps done again</small>" if lost else ""
+        lines.append(
+            [
+                (clock(stopped) if is_number(stopped) else "-") + f"<small>{escape(entry['reason'])}</small>",
+                f"{clock(entry['time'])}{pause}",
+                f"step {entry['step']:,}{again}",
+            ]
+        )
     return (
-        "<h2>Interruptions</h2>\n"
-        "<p>The run went on from a checkpoint at these points (dotted lines in the curves).</p>\n"
-        '<div class="card scroll narrow"><table><thead><tr><th>resumed (UTC)</th><th>from</th></tr></thead>'
-        f"<tbody>{cells}</tbody></table></div>"
+        "<h2>Interruptions</h2>\n<p>The run went on from a checkpoint each time (dotted lines in the curves).</p>\n"
+        f'<div class="words narrow">{table(["stopped (UTC)", "resumed (UTC)", "from"], lines)}</div>'
     )
 
 
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
 def _config_html(run: RunFacts) -> str:
-    blocks = []
-    for section, values in run.config.items():
-        lines = "".join(
-            f"<tr><td><code>{_text(key)}</code></td><td><code>{_text(_yaml_value(value))}</code></td></tr>"
-            for key, value in values.items()
-        )
-        blocks.append(f'<details class="card"><summary>{_text(section)}</summary><table>{lines}</table></details>')
+    blocks = [
+        details(section, {key: _yaml_value(value) for key, value in values.items()})
+        for section, values in run.config.items()
+    ]
     return "<h2>Configuration</h2>\n" + "\n".join(blocks) if blocks else ""
 
 

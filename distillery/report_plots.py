@@ -1,142 +1,39 @@
-"""The pictures of a run, from the rows of its metrics.jsonl: one function per picture, None where there is nothing yet.
-
-Every colour stands for one thing everywhere: the student is blue, its teacher orange, the untrained student grey. The
-colours are those of a light page; report.py turns them into CSS variables, so that they follow a dark one.
-"""
+"""The curves of a run, from the rows of its metrics.jsonl: a function for each, None where there is nothing yet."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distillery.report_axes import (
+    FIFTH,
+    FOURTH,
+    RC,
+    STUDENT,
+    TEACHER,
+    THIRD,
+    UNTRAINED,
+    Rows,
+    add_legend,
+    datasets_of,
+    draw_line,
+    mark_resumes,
+    new_figure,
+    of_kind,
+    series,
+    short_count,
+    thin,
+    use_log_axis,
+)
+from distillery.report_course import draw_coverage, draw_time_shares, draw_timeline
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# hex colour -> name of its CSS variable
-COLOURS = {
-    "#1b2430": "ink",
-    "#5d6877": "muted",
-    "#dfe3e8": "grid",
-    "#0b6bcb": "student",
-    "#b8520a": "teacher",
-    "#7c8696": "untrained",
-    "#8442b5": "third",
-    "#0a7d62": "fourth",
-    "#b3265e": "fifth",
-}
-INK, MUTED, GRID, STUDENT, TEACHER, UNTRAINED, THIRD, FOURTH, FIFTH = COLOURS
 TERM_COLOURS = (THIRD, FOURTH, FIFTH, TEACHER)
 MODEL_COLOURS = {"student": STUDENT, "student_ema": THIRD, "teacher": TEACHER, "untrained": UNTRAINED}
-# a run has thousands of rows, a picture a few hundred columns: more points only make the file larger
-MAX_POINTS = 300
-SIZE_INCHES = (4.1, 2.65)
-
-RC = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.titlepad": 12,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "xtick.major.width": 0.8,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",  # text stays text: readable by machines, and in the page's own type
-}
-
-Rows = list[dict[str, Any]]
-
-
-def series(rows: Rows, name: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """The finite values of one field and where they were measured: two float arrays of one length."""
-    points = [(row[x], row[name]) for row in rows if is_number(row.get(name)) and is_number(row.get(x))]
-    array = np.array(points, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a row's value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def thin(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> tuple[np.ndarray, ...]:
-    """At most `max_points` neighbouring means of a long series, with the least and greatest value of each.
-
-    Returns:
-        x, mean, min, max: arrays of one length.
-    """
-    if len(x) <= max_points:
-        return x, y, y, y
-    parts = [(px.mean(), py.mean(), py.min(), py.max()) for px, py in
-             zip(np.array_split(x, max_points), np.array_split(y, max_points), strict=True)]  # fmt: skip
-    return tuple(np.array(parts).T)
-
-
-def draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None = None) -> None:
-    """A curve; a long one as its mean with its range as a band, a single point as a dot."""
-    x, mean, low, high = thin(x, y)
-    axes.plot(x, mean, color=colour, label=label, marker="o" if len(x) == 1 else None, markersize=4)
-    if (high > low).any():
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def new_figure(title: str, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure with one or more axes below each other; it belongs to no window and needs no closing."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].set_title(title)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-    axes[-1].set_xlabel("step")
-    return figure, axes if rows > 1 else axes[0]
-
-
-def short_count(value: float) -> str:
-    """1500 -> '1.5k', 2000000 -> '2M': for axes."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
-
-
-def mark_resumes(axes: Axes, rows: Rows) -> None:
-    """A thin dotted line where the run was interrupted and went on."""
-    for row in of_kind(rows, "resume"):
-        axes.axvline(row["step"], color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
-
-
-def of_kind(rows: Rows, kind: str) -> Rows:
-    """The rows of one kind."""
-    return [row for row in rows if row.get("kind") == kind]
 
 
 def draw_loss(rows: Rows) -> Figure | None:
@@ -160,28 +57,6 @@ def draw_loss(rows: Rows) -> Figure | None:
     if len(terms) > 1:
         add_legend(axes)
     return figure
-
-
-def use_log_axis(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic y axis around `values`, plain numbers at 1, 2 and 5 of a decade, at 1 when it spans many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = values.min(), values.max()
-    axes.set_yscale("log")
-    axes.set_ylim(low / 1.3, high * 1.3)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 50 else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="y", which="minor", length=0)
-
-
-def add_legend(axes: Axes) -> None:
-    """Names of the curves in one line between the title and the picture."""
-    axes.set_title(axes.get_title(loc="left"), loc="left", pad=24)
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, handlelength=1.9, columnspacing=1.6, borderaxespad=0.4,
-        borderpad=0.0,
-    )  # fmt: skip
 
 
 def draw_learning_rate(rows: Rows) -> Figure | None:
@@ -267,36 +142,7 @@ def draw_quality(rows: Rows, dataset: str, name: str, title: str) -> Figure | No
     return figure
 
 
-def shard_counts(rows: Rows) -> np.ndarray:
-    """How often each shard was trained on, from the `shards` (list of shard numbers) that rows may carry; int64 [S]."""
-    seen = [shard for row in rows if isinstance(row.get("shards"), list) for shard in row["shards"]]
-    return np.bincount(np.array(seen, dtype=np.int64)) if seen else np.zeros(0, dtype=np.int64)
-
-
-def draw_coverage(rows: Rows, num_shards: int | None = None) -> Figure | None:
-    """How often each shard was trained on."""
-    from matplotlib.ticker import MaxNLocator
-
-    counts = shard_counts(rows)
-    if not len(counts):
-        return None
-    counts = np.pad(counts, (0, max(0, (num_shards or 0) - len(counts))))
-    figure, axes = new_figure(f"Shards trained on: {(counts > 0).sum():,} of {len(counts):,}")
-    edges = np.arange(len(counts) + 1)
-    axes.stairs(counts, edges, fill=True, color=STUDENT, alpha=0.8)
-    axes.set_xlim(0, len(counts))
-    axes.set_xlabel("shard")
-    axes.set_ylabel("times seen")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    return figure
-
-
-def datasets_of(rows: Rows) -> list[str]:
-    """The evaluation sets that the rows speak of, in their order."""
-    return list(dict.fromkeys(row["dataset"] for row in of_kind(rows, "eval") if "dataset" in row))
-
-
-def draw_all(rows: Rows, num_shards: int | None = None) -> dict[str, Figure]:
+def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int] | None = None) -> dict[str, Figure]:
     """File stem -> picture, in the order of the report; pictures without data are left out."""
     import matplotlib
 
@@ -309,33 +155,14 @@ def draw_all(rows: Rows, num_shards: int | None = None) -> dict[str, Figure]:
     builders["learning_rate"] = lambda: draw_learning_rate(rows)
     builders["grad_norm"] = lambda: draw_grad_norm(rows)
     builders["throughput"] = lambda: draw_throughput(rows)
-    builders["shards"] = lambda: draw_coverage(rows, num_shards)
+    builders["time_shares"] = lambda: draw_time_shares(rows)
+    builders["shards"] = lambda: draw_coverage(rows, num_shards, shard_rows)
+    builders["timeline"] = lambda: draw_timeline(rows)
     with matplotlib.rc_context(RC):
         return dict(_drawn(builders))
 
 
 QUALITIES = {"knn_top1": "k-NN accuracy", "linear_top1": "Linear probe accuracy", "effective_rank": "Effective rank"}
-
-
-def to_png(figure: Figure) -> bytes:
-    """The picture for a light page, 220 dots per inch."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(RC):
-        figure.savefig(buffer, format="png", dpi=220, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def to_svg(figure: Figure) -> str:
-    """The picture as an <svg> element; the same figure always gives the same text."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(RC | {"svg.hashsalt": "distillery"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].strip()
 
 
 def _drawn(builders: dict[str, Callable[[], Figure | None]]) -> Iterable[tuple[str, Figure]]:

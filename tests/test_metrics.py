@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distillery.metrics import RunLog, plain_value, read_rows
+from distillery.metrics import RunLog, pack_numbers, plain_value, read_rows, unpack_numbers
 from distillery.process import UserError
 
 
@@ -75,7 +75,9 @@ def test_an_interrupted_and_resumed_log_holds_every_row_once(tmp_path, checkpoin
     log.truncate_after(checkpoint)
     write_run(log, range(checkpoint + 1, 31))
     rows = read_rows(resumed / "metrics.jsonl")
-    assert without_time([r for r in rows if r["kind"] == "resume"]) == [{"kind": "resume", "step": checkpoint}]
+    (resume,) = (r for r in rows if r["kind"] == "resume")
+    assert (resume["step"], resume["lost_steps"]) == (checkpoint, 23 - checkpoint)
+    assert resume["stopped"] <= resume["time"]
     assert without_time([r for r in rows if r["kind"] != "resume"]) == without_time(
         read_rows(straight / "metrics.jsonl")
     )
@@ -96,6 +98,52 @@ def test_kept_rows_stay_byte_for_byte_and_nothing_else_is_left_in_the_folder(tmp
     open_log(tmp_path).truncate_after(1)
     assert path.read_bytes().startswith(odd_but_valid)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("checkpoint", [0, 4, 5, 6, 9, 10])
+def test_an_epoch_has_one_row_however_often_the_run_was_interrupted(tmp_path, checkpoint):
+    def train(log, start, stop):
+        for step in range(start, stop):  # epochs of 5 steps
+            log.write_epoch(step // 5, step // 5 * 5, shards=[step // 5])
+            log.write("train", step=step + 1, epoch=step // 5)
+
+    train(open_log(tmp_path), 0, 11)
+    for _ in range(2):
+        log = open_log(tmp_path)
+        log.truncate_after(checkpoint)
+        train(log, checkpoint, 15)
+    rows = [row for row in read_rows(log.path) if row["kind"] == "epoch"]
+    assert without_time(rows) == [
+        {"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "shards": [epoch]} for epoch in range(3)
+    ]
+
+
+def test_an_epoch_that_begins_again_on_other_shards_replaces_its_row(tmp_path):
+    log = open_log(tmp_path)
+    log.write_epoch(1, 5, shards=[0])
+    log.truncate_after(5)
+    log.write_epoch(1, 5, shards=[3])
+    assert [row["shards"] for row in read_rows(log.path) if row["kind"] == "epoch"] == [[3]]
+
+
+def test_the_same_end_is_said_once(tmp_path):
+    log = open_log(tmp_path)
+    log.write("train", step=5)
+    log.write_end(5, "SIGTERM")
+    before = log.path.read_bytes()
+    open_log(tmp_path).write_end(5, "SIGTERM")
+    assert log.path.read_bytes() == before
+    open_log(tmp_path).write_end(5, "done")
+    assert [row.get("reason") for row in read_rows(log.path)] == [None, "SIGTERM", "done"]
+
+
+@pytest.mark.parametrize(
+    "numbers, packed",
+    [([], []), ([3], [3]), ([1, 2], [1, 2]), ([0, 1, 2, 5, 7, 8, 9, 10], [[0, 2], 5, [7, 10]]), ([4, 6, 8], [4, 6, 8])],
+)
+def test_packed_numbers_are_short_and_come_back(numbers, packed):
+    assert pack_numbers(numbers) == packed
+    assert unpack_numbers(packed) == numbers
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
@@ -133,6 +181,10 @@ def test_other_ranks_write_nothing(tmp_path):
     log = open_log(tmp_path, tensorboard=True, wandb_project="p", is_main=False)
     log.truncate_after(5)
     log.write("train", step=6, loss=1.0)
+    log.write_epoch(0, 0, shards=[1])
+    log.write_end(6, "done")
+    log.write_image("view", np.zeros((2, 2, 3), np.uint8), 6)
+    log.write_histograms({"weight": torch.ones(3)}, 6)
     assert not log.has_evaluation(6) and log.best_step() is None
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -195,6 +247,29 @@ def test_without_tensorboard_no_event_file_is_written(tmp_path):
     log.write("train", step=1, loss=1.0)
     log.close()
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_facts_about_the_run_make_no_curves(tmp_path):
+    log = open_log(tmp_path, tensorboard=True)
+    log.write("start", step=0, total_steps=40, num_images=640)
+    log.write_epoch(0, 0, shards=[1, 2], images=64)
+    log.write("train", step=1, loss=1.0)
+    log.close()
+    assert set(read_scalars(tmp_path)) == {"train/loss"}
+
+
+def test_tensorboard_shows_images_and_histograms(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = open_log(tmp_path, tensorboard=True)
+    log.write_image("input pair", np.full((4, 6, 3), 200, np.uint8), 2)
+    log.write_histograms({"weights/stem": torch.arange(10.0)}, 2)
+    log.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (image,) = accumulator.Images("input pair")
+    assert (image.step, image.width, image.height) == (2, 6, 4)
+    assert accumulator.Histograms("weights/stem")[0].histogram_value.max == 9.0
 
 
 # Weights & Biases

@@ -1,7 +1,7 @@
+import base64
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, inspect, screenshot
+from PIL import Image, PngImagePlugin
 
 from distillery.metrics import RunLog
 from distillery.process import MissingFileError
@@ -246,28 +248,92 @@ def test_the_command_writes_the_report_and_answers_wrong_folders_with_status_2(t
     assert (tmp_path / "run" / "report.html").exists()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+def with_pictures(run_dir, step=30):
+    """As distillery/pictures.py leaves them."""
+    (run_dir / "plots").mkdir(exist_ok=True)
+    for name in ("pca", "neighbours"):
+        facts = PngImagePlugin.PngInfo()
+        facts.add_text("Description", f"{name} of <noise>")
+        facts.add_text("Step", str(step))
+        Image.new("RGBA", (676, 400), (0, 100, 200, 255)).save(run_dir / "plots" / f"{name}.png", pnginfo=facts)
+    return run_dir
+
+
+def test_pictures_of_the_features_are_shown_with_their_captions(tmp_path):
+    text = page_of(with_pictures(make_run(tmp_path, steps=30)))
+    data = base64.b64encode((tmp_path / "plots" / "pca.png").read_bytes()).decode()
+    assert f'<img src="data:image/png;base64,{data}" alt="Patch features">' in text
+    assert "pca of &lt;noise&gt;" in text and "neighbours of &lt;noise&gt;" in text
+    page = Structure(text)
+    assert page.tags.count("img") == 2
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+
+
+def test_the_page_says_why_there_are_no_pictures_of_the_features(tmp_path):
+    make_run(tmp_path, steps=3)
+    assert "No pictures of the features: they are drawn at the end of the run" in page_of(tmp_path)
+    text = write_report(tmp_path, no_pictures="the teacher <is> not here").read_text()
+    assert "No pictures of the features: the teacher &lt;is&gt; not here" in text
+
+
+def test_a_run_of_an_older_version_without_the_newer_rows_is_shown(tmp_path):
+    make_run(tmp_path, steps=6, resumes=(3,), evaluated=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"train", "eval", "resume"}
+    text = page_of(tmp_path)
+    assert "Shards trained on" not in text and "Where the time goes" not in text
+    assert "not said: killed" in text and "Progress on the clock" in text
+
+
+def test_an_interruption_is_told_with_its_reason_its_pause_and_what_was_lost(tmp_path):
+    log = RunLog(make_run(tmp_path, steps=8), tensorboard=False, wandb_project=None, is_main=True)
+    log.write("end", step=8, reason="SIGTERM", time=1010.0)
+    log.write("resume", step=6, time=1100.0, stopped=1010.0, lost_steps=2)
+    log.write("train", step=7, time=1101.0, loss=0.1)
+    (entry,) = load_run(tmp_path).interruptions
+    assert entry == {"stopped": 1010.0, "reason": "SIGTERM", "step": 6, "time": 1100.0, "lost_steps": 2}
+    text = page_of(tmp_path)
+    assert "SIGTERM" in text and "after 1:30" in text and "2 logged steps done again" in text
+
+
+def test_the_command_leaves_pictures_out_when_asked_and_writes_where_asked(tmp_path):
+    make_run(tmp_path / "run", steps=3)
+    done = subprocess.run(
+        [sys.executable, "-m", "distillery.report", str(tmp_path / "run"), "--no_pictures", "--out",
+         str(tmp_path / "a.html")], cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out: --no_pictures" in (tmp_path / "a.html").read_text()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory) -> Path:
+    """A report with everything that one can have."""
+    run_dir = make_run(tmp_path_factory.mktemp("run"), steps=30, evaluated=True, resumes=(10,))
+    log = RunLog(run_dir, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("epoch", epoch=0, step=0, shards=[0, [2, 9]], images=64)
+    log.write("train", step=31, time=1032.0, loss=0.1, teacher_fraction=0.4, student_fraction=0.5,
+              optimizer_fraction=0.05, data_wait_fraction=0.01)  # fmt: skip
+    return write_report(with_pictures(run_dir))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-@pytest.mark.parametrize("width_px", [500, 1400])
-def test_chromium_shows_every_picture_inside_the_page(tmp_path, width_px):
-    path = write_report(make_run(tmp_path / "run", steps=30, evaluated=True, resumes=(10,)))
-    probe = (
-        "<script>addEventListener('load', () => {"
-        "const boxes = [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect());"
-        "const ok = boxes.length == 5 && boxes.every(b => b.width > 200 && b.height > 100 && b.right <= innerWidth);"
-        "const sizes = [...document.querySelectorAll('figure text')].map(e => e.getBoundingClientRect().height);"
-        "document.title = `${ok} ${document.documentElement.scrollWidth <= innerWidth} ${Math.min(...sizes) >= 8}`;"
-        "})</script>"
+@pytest.mark.parametrize("width_px", [400, 1400])
+def test_chromium_shows_every_picture_inside_the_page_readable_and_without_errors(full_page, tmp_path, width_px):
+    seen = inspect(full_page, width_px, tmp_path)
+    assert seen["errors"] == []
+    assert seen["width"] == width_px and seen["scroll_width"] <= width_px
+    assert len(seen["svg"]) == 8 and len(seen["img"]) == 2
+    for box in seen["svg"] + seen["img"]:
+        assert box["width"] > 200 and box["height"] > 100 and box["right"] <= width_px
+    assert seen["smallest_text_px"] >= 8
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_chromium_paints_the_page_dark_where_that_is_preferred(full_page, tmp_path):
+    light, dark = (
+        screenshot(full_page, 1400, tmp_path / f"{mode}.png", dark=mode == "dark") for mode in ["light", "dark"]
     )
-    probed = tmp_path / "probed.html"
-    probed.write_text(path.read_text().replace("</body>", probe + "</body>"))
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", f"--window-size={width_px},1000", "--dump-dom", f"file://{probed}"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert "<title>true true true</title>" in done.stdout
-    assert "CONSOLE" not in done.stderr
+    assert light.getpixel((3, 3)) == (246, 247, 249) and dark.getpixel((3, 3)) == (18, 22, 28)
+    assert light.size[0] == 1400 and len(light.getcolors(2**24)) > 50

@@ -4,19 +4,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from distillery.report_plots import (
-    COLOURS,
-    draw_all,
-    draw_loss,
-    draw_quality,
-    is_number,
-    series,
-    shard_counts,
-    short_count,
-    thin,
-    to_png,
-    to_svg,
-)
+from distillery.report_axes import COLOURS, is_number, series, short_count, thin, to_png, to_svg
+from distillery.report_course import coverage_map, draw_timeline
+from distillery.report_plots import draw_all, draw_loss, draw_quality
 
 
 def train_rows(count, **fields):
@@ -85,8 +75,53 @@ def test_each_data_set_has_its_own_pictures():
 
 def test_shards_are_counted_over_the_rows_that_name_them():
     rows = [{"kind": "epoch", "shards": [0, 2]}, {"kind": "epoch", "shards": [2]}, {"kind": "epoch"}]
-    assert shard_counts(rows).tolist() == [1, 0, 2]
+    assert coverage_map(rows)[1].tolist() == [1, 0, 2]
     assert "Shards trained on: 2 of 5" in texts_of(draw_all(rows, num_shards=5)["shards"])
+
+
+def test_the_coverage_map_shows_which_shard_was_read_in_which_epoch():
+    rows = [{"kind": "epoch", "shards": [0, 2]}, {"kind": "epoch", "shards": [[1, 3]]}]
+    cells, times = coverage_map(rows, num_shards=5)
+    assert cells.tolist() == [[1, 0, 1, 0, 0], [0, 1, 1, 1, 0]]
+    assert times.tolist() == [1, 1, 2, 1, 0]
+
+
+def test_an_epoch_that_reads_a_part_of_its_shards_counts_for_that_part():
+    rows = [{"kind": "epoch", "shards": [[0, 2]], "images": 30}]
+    assert coverage_map(rows, 4, [20, 20, 20, 20])[1].tolist() == [0.5, 0.5, 0.5, 0]
+
+
+def test_the_coverage_of_a_large_run_is_a_small_picture_with_the_same_mean():
+    rng = np.random.default_rng(0)
+    rows = [{"kind": "epoch", "shards": sorted(rng.choice(20_000, 500, replace=False).tolist())} for _ in range(300)]
+    cells, times = coverage_map(rows, 20_000)
+    assert cells.shape == (120, 240)
+    assert cells.mean() == pytest.approx(500 / 20_000, rel=0.05)
+    assert times.sum() == 300 * 500
+    assert len(to_svg(draw_all(rows, 20_000)["shards"])) < 150_000
+
+
+def test_time_shares_are_drawn_once_rows_have_them():
+    shares = {"teacher_fraction": 0.3, "student_fraction": 0.5, "optimizer_fraction": 0.1}
+    assert "time_shares" not in draw_all(train_rows(5))
+    for count in (1, 5, 1000):
+        assert {"student", "teacher", "optimiser", "data", "other"} <= set(
+            texts_of(draw_all(train_rows(count, **shares))["time_shares"])
+        )
+
+
+def test_the_timeline_shades_the_time_from_the_last_sign_of_life_to_the_resume():
+    rows = [{"kind": "train", "step": step, "time": 100.0 + step} for step in range(1, 5)]
+    assert draw_timeline(rows) is None
+    rows += [
+        {"kind": "resume", "step": 4, "time": 200.0, "stopped": 110.0},
+        {"kind": "train", "step": 5, "time": 201.0},
+    ]
+    axes = draw_timeline(rows).axes[0]
+    (pause,) = axes.patches
+    seconds = 60 if "minutes" in axes.get_xlabel() else 1
+    assert (pause.get_x() * seconds, pause.get_width() * seconds) == pytest.approx((9.0, 90.0))
+    assert len([line for line in axes.lines if len(line.get_xdata()) == 4]) == 1
 
 
 @pytest.mark.parametrize("count", [1, 10, 300, 301, 5000])
