@@ -36,7 +36,8 @@ def write_parquet(images: Sequence[bytes], count: int, path: Path) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
-    with pq.ParquetWriter(path, schema, compression="none") as writer:
+    # no dictionary: it would hold a repeated image once, and reading would cost less than of different images
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for start in range(0, count, 1000):
             rows = [{"bytes": images[i % len(images)], "path": None} for i in range(start, min(count, start + 1000))]
             writer.write_table(pa.table({"image": rows}, schema=schema))

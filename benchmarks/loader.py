@@ -189,11 +189,11 @@ def add_peers(contenders: list[Contender], names: list[str], setting: Setting) -
     return skipped
 
 
-def write_cache(directory: Path, arguments: argparse.Namespace) -> None:
+def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = SHARD_ROWS) -> None:
     """Stage 1, by the project's own writer."""
     source = RepeatedJpegs(arguments.images, arguments.size)
     spec = PreprocessSpec(arguments.size, "squash", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    shard_rows = min(SHARD_ROWS, max(1, arguments.images // 4))
+    shard_rows = min(max_shard_rows, max(1, arguments.images // 4))
     plan = CachePlan(
         directory, spec, arguments.dtype, shard_rows, arguments.images, arguments.images, source.identity, False
     )

@@ -7,8 +7,8 @@
 The ceiling is bare decoding and resizing of images in memory on all cores by warm processes, nothing written. Every
 contender makes the same tensors in a fresh folder; they take turns, `--rounds` times, each turn a process of its own.
 The figure is the median of the turns, and of each round's ratio to the ceiling of the same round. "whole" is the whole
-call, start of the workers included; "steady" begins when the first rows are done and ends when the last shard is on the
-disk: what long runs reach.
+call, imports and start of the workers included; "steady" begins when the first rows are done and ends when the last
+shard is on the disk: what long runs reach.
 
 Writes precompute.json and precompute.png into --out. Peers that are not installed are left out, with the reason
 (requirements-bench.txt has them all).
@@ -178,7 +178,7 @@ def draw(result: dict, path: Path) -> None:
     for row in result["results"]:
         bars = panels.setdefault(row["dtype"], {})
         if row["name"] == "ours":
-            bars |= {"ours, steady": row["steady"], "ours, whole call": row["whole"]}
+            bars |= {"ours, steady": row.get("steady", row["whole"]), "ours, whole call": row["whole"]}
         else:
             bars[row["name"]] = row["whole"]
     setting, limits = result["setting"], {"bare decode + resize": result["ceiling"]["images_per_second"]}

@@ -6,6 +6,7 @@ of one process that has imported torch once, and images do not pass through a pi
 decoding them takes.
 """
 
+import ctypes
 import mmap
 import multiprocessing
 import os
@@ -53,7 +54,7 @@ class ProcessPool:
     outlives this process, however it dies, and signals to the whole process group are left to it.
     """
 
-    def __init__(self, num_workers: int, *, needs_torch: bool) -> None:
+    def __init__(self, num_workers: int, *, preload: Sequence[str] = ()) -> None:
         # for each worker a unit in hand and one that waits
         self.capacity = 2 * num_workers + 2
         self._slots = Slots(self.capacity)
@@ -64,7 +65,7 @@ class ProcessPool:
         # forks of a server: to fork this process, which runs Arrow's threads, can deadlock, and in a fresh interpreter
         # each worker would import torch for itself
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distillery.decode_pool", *(["torch"] if needs_torch else [])])
+        context.set_forkserver_preload(["distillery.decode_pool", *preload])
         with _signals_blocked():
             # apart and first: starting it ends the blocking of SIGINT and SIGTERM
             resource_tracker.ensure_running()
@@ -81,12 +82,13 @@ class ProcessPool:
         Raises:
             BrokenProcessPool: a worker died.
         """
-        slot, task = None, (write_unit, unit)
-        lengths = [len(data) for data in unit.images]
+        slot, lengths = None, [len(data) for data in unit.images]
         if sum(lengths) <= SLOT_BYTES and self._free:
             slot = self._free.popleft()
             self._slots.fill(slot, unit.images)
             task = (_write_unit_of_slot, replace(unit, images=[]), slot, lengths)
+        else:
+            task = (write_unit, replace(unit, images=list(map(bytes, unit.images))))
         try:
             with _signals_blocked():
                 future = self._executor.submit(*task)
@@ -116,11 +118,14 @@ class ProcessPool:
         self._slots.close()
 
 
-def decode_pool(num_workers: int, spec: PreprocessSpec, first_images: Sequence[bytes]) -> InlinePool | ProcessPool:
+def decode_pool(
+    num_workers: int, spec: PreprocessSpec, dtype: str, first_images: Sequence[bytes]
+) -> InlinePool | ProcessPool:
     """Worker processes, or this process itself for one worker; the first images tell what the workers will need."""
     if num_workers <= 1:
         return InlinePool()
-    return ProcessPool(num_workers, needs_torch=needs_resampler(spec, first_images[:_IMAGES_LOOKED_AT]))
+    preload = ["torch"] if needs_resampler(spec, first_images[:_IMAGES_LOOKED_AT]) else []
+    return ProcessPool(num_workers, preload=[*preload, *(["pyarrow.compute"] if dtype != "uint8" else [])])
 
 
 def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
@@ -137,7 +142,9 @@ def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
     return False
 
 
-def split_by_bytes(images: Sequence[bytes], most: int = SLOT_BYTES) -> Iterator[Sequence[bytes]]:
+def split_by_bytes(
+    images: Sequence[bytes | memoryview], most: int = SLOT_BYTES
+) -> Iterator[Sequence[bytes | memoryview]]:
     """Runs of consecutive images of at most `most` bytes; an image larger than that is a run of its own."""
     start = num_bytes = 0
     for i, data in enumerate(images):
@@ -161,18 +168,18 @@ class Slots:
         os.ftruncate(self._fd, count * SLOT_BYTES)
         self._memory = mmap.mmap(self._fd, count * SLOT_BYTES)
 
-    def fill(self, slot: int, images: Sequence[bytes]) -> None:
+    def fill(self, slot: int, images: Sequence[bytes | memoryview]) -> None:
         """Put images, SLOT_BYTES at most, one after another into a slot."""
         position = slot * SLOT_BYTES
         for data in images:
             self._memory[position : position + len(data)] = data
             position += len(data)
 
-    def read(self, slot: int, lengths: Sequence[int]) -> list[bytes]:
-        """The images, of these lengths, that a slot holds."""
-        images, position = [], slot * SLOT_BYTES
+    def read(self, slot: int, lengths: Sequence[int]) -> list[memoryview]:
+        """The images, of these lengths, that a slot holds: as long as it is not filled anew."""
+        images, position, memory = [], slot * SLOT_BYTES, memoryview(self._memory)
         for length in lengths:
-            images.append(self._memory[position : position + length])
+            images.append(memory[position : position + length])
             position += length
         return images
 
@@ -210,7 +217,19 @@ def _start_worker(slots: Slots, leash: int) -> None:
     global _slots
     _slots = slots
     ignore_stop_signals()
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, args=(leash,), daemon=True).start()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of one image for the next: pages that come anew from the system cost more.
+
+    Source: mallopt(3); 32 MiB is the most it takes. Other C libraries than GNU's have no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
 
 
 def _end_with_parent(leash: int) -> None:

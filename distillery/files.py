@@ -12,6 +12,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def pwritev_all(fd: int, pieces: Sequence, offset: int) -> None:
+    """pwrite_all of contiguous buffers, at most 1024 (IOV_MAX), one after another."""
+    views = [memoryview(piece).cast("B") for piece in pieces]
+    while views:
+        written = os.pwritev(fd, views, offset)
+        offset += written
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, complete.
 
@@ -186,16 +199,41 @@ def start_writeback(fd: int, offset: int, count: int) -> None:
 
     Source: sync_file_range(2). A hint: where it is not known or fails, fsync does all the work and tells the error.
     """
-    function = _sync_file_range()
+    function = _libc_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     if function is not None and count > 0:
         function(fd, offset, count, 2)  # SYNC_FILE_RANGE_WRITE
 
 
-@functools.cache
-def _sync_file_range():
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+def reserve(fd: int, count: int) -> None:
+    """Have Linux set room on the disk aside for the first `count` bytes; the file's size stays what it is.
+
+    Writing to them and the fsync then cost less: the blocks need not be accounted for and sought page by page.
+    Source: fallocate(2). A hint: where it is not known or fails, the writes find room or tell the error. Not
+    os.posix_fallocate, which writes zeros where the file system cannot do it.
+    """
+    function = _libc_function("fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+        function(fd, 1, 0, count)  # FALLOC_FL_KEEP_SIZE
+
+
+def drop_written(fd: int, end: int) -> None:
+    """Have Linux let go of its copies in memory of the file's bytes up to `end`, as far as they are on the disk.
+
+    A stream of hundreds of GB would push everything else out of the page cache, and new pages are dear: in a virtual
+    machine one can cost more than to fill it. Bytes not yet on the disk stay, so call it some way behind
+    start_writeback. Source: posix_fadvise(2), POSIX_FADV_DONTNEED. A hint.
+    """
+    if end > 0 and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, end, os.POSIX_FADV_DONTNEED)
+
+
+@functools.cache
+def _libc_function(name: str, *argtypes: type):
+    """A function of the C library, None where it has no such function."""
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function.argtypes = argtypes
     return function
 
 

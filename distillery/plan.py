@@ -137,7 +137,7 @@ def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
         elif record is None:
             _check_same_identity(plan, _identity_inside(path), path)
             doubtful.append(shard_idx)
-        elif not _is_untouched(path, record):
+        elif not is_untouched(path, record):
             doubtful.append(shard_idx)
         elif record["num_samples"] < stop - start:
             missing.append(shard_idx)  # the short last shard of a cache that now grows
@@ -146,7 +146,7 @@ def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
     return Survey(done, doubtful, missing, _library_notes(records.values()))
 
 
-def _is_untouched(path: Path, record: dict) -> bool:
+def is_untouched(path: Path, record: dict) -> bool:
     """Whether a shard has the size its record says and was not written, renamed or replaced after it.
 
     To the precision of the file system's clock, some ms; and a medium that returns other bytes than it was given
@@ -222,17 +222,17 @@ def _identity_inside(path: Path) -> dict | None:
 def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> None:
     if found is None or found == plan.identity:
         return
-    lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in _differences(found, plan.identity)]
+    lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differences(found, plan.identity)]
     raise UserError(
         f"{path} was made with another configuration:\n" + "\n".join(lines) + "\n"
         "Nothing was written. Put the values back, or give another cache_dir."
     )
 
 
-def _differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+def differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:
     """(dotted key, value in a, value in b) wherever two nested dicts differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
     elif a != b:
         yield prefix, a, b

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.files import pwrite_all, start_writeback, write_all
+from distillery.files import drop_written, pwrite_all, start_writeback, write_all
 from distillery.process import UserError
 
 try:
@@ -39,6 +39,7 @@ _STORAGES = {
     "float16": "Half",
     "bfloat16": "BFloat16",
     "uint8": "Byte",
+    "int8": "Char",
     "bool": "Bool",
     "int64": "Long",
 }
@@ -48,6 +49,8 @@ _ZIP64_LIMIT = 0xFFFFFFFF
 _CHUNK_BYTES = 4 << 20
 # small enough for a core's cache: the bytes are copied once and looked at twice
 _DIGEST_BYTES = 512 << 10
+# so far behind the newest bytes those lie that the disk has taken by now
+_WRITEBACK_BYTES = 64 << 20
 _HAS_DATA_DESCRIPTOR = 0x0008
 
 
@@ -56,14 +59,16 @@ class ForeignShardError(UserError):
 
 
 @dataclass
-class _Member:
+class Member:
+    """A member of the archive: offset is its local header's; offset, size and what follows from them in bytes."""
+
     name: str
     offset: int
     size: int
     crc: int
 
 
-def _local_header(name: str, offset: int) -> bytes:
+def local_header(name: str, offset: int) -> bytes:
     """A zip local header at `offset`, padded so that the data after it is aligned; sizes and CRC follow the data."""
     encoded = name.encode()
     start = offset + 30 + len(encoded) + 4
@@ -76,12 +81,14 @@ def _local_header(name: str, offset: int) -> bytes:
     return fixed + encoded + extra
 
 
-def _data_descriptor(member: _Member) -> bytes:
+def data_descriptor(member: Member) -> bytes:
+    """What follows a member's data: its CRC-32 and size."""
     sizes = "QQ" if member.size >= _ZIP64_LIMIT else "II"
     return struct.pack(f"<4sI{sizes}", b"PK\7\10", member.crc, member.size, member.size)
 
 
-def _central_header(member: _Member) -> bytes:
+def central_header(member: Member) -> bytes:
+    """A member's entry in the archive's directory."""
     wide, extra = [], b""
     size = member.size
     if member.size >= _ZIP64_LIMIT:
@@ -99,7 +106,8 @@ def _central_header(member: _Member) -> bytes:
     return fixed + name + extra
 
 
-def _end_of_archive(count: int, directory_offset: int, directory_size: int) -> bytes:
+def end_of_archive(count: int, directory_offset: int, directory_size: int) -> bytes:
+    """What follows the directory of `count` members."""
     zip64_record = b""
     if directory_offset >= _ZIP64_LIMIT:
         position = directory_offset + directory_size
@@ -146,7 +154,7 @@ def pickle_of(tensors: dict[str, tuple[str, tuple[int, ...]]], meta: str) -> byt
 
 def payload_header() -> bytes:
     """The first PAYLOAD_OFFSET bytes of every shard."""
-    return _local_header("archive/data/0", 0)
+    return local_header("archive/data/0", 0)
 
 
 class PayloadDigest:
@@ -163,7 +171,7 @@ class PayloadDigest:
         self.file_hash, self.crc, self.position = xxhash.xxh3_128(header), 0, len(header)
 
     def advance(self, end: int) -> None:
-        """Take in the bytes of the file up to `end`, and have the system begin to write them to the disk.
+        """Take in the bytes of the file up to `end`; the system begins to write them to the disk and forgets old ones.
 
         Raises:
             OSError: the file ends before.
@@ -180,6 +188,7 @@ class PayloadDigest:
             self.file_hash.update(buffer[:count])
             self.position += count
         start_writeback(self._fd, start, self.position - start)
+        drop_written(self._fd, self.position - _WRITEBACK_BYTES)
 
 
 def finish_shard(
@@ -214,24 +223,41 @@ def shard_tail(
     payload_crc: int, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
 ) -> bytes:
     """All bytes after the payload: the small members, the central directory, the end record."""
-    images = _Member("archive/data/0", 0, math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize, payload_crc)
-    end = PAYLOAD_OFFSET + images.size
-    tensors = {"images": (dtype, shape), "valid": ("bool", valid.shape)}
-    data = [valid.astype(np.bool_).tobytes()]
+    images = Member("archive/data/0", 0, math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize, payload_crc)
+    tensors, data = {"images": (dtype, shape)}, [("valid", "bool", valid.astype(np.bool_))]
     if labels is not None:
-        tensors["labels"] = ("int64", labels.shape)
-        data.append(labels.astype("<i8").tobytes())
-    contents = {f"archive/data/{key}": value for key, value in enumerate(data, start=1)}
+        data.append(("labels", "int64", labels.astype("<i8")))
+    return archive_tail([images], PAYLOAD_OFFSET + images.size, tensors, data, meta)
+
+
+def archive_tail(
+    members: list[Member],
+    end: int,
+    tensors: dict[str, tuple[str, tuple[int, ...]]],
+    small: list[tuple[str, str, np.ndarray]],
+    meta: str,
+) -> bytes:
+    """All bytes after the data of the last big tensor.
+
+    Args:
+        members: the big tensors, in the order of their places.
+        end: the byte after the last one's data.
+        tensors: name -> (dtype, shape) of the big ones, in that order.
+        small: (name, dtype, values) of the tensors that follow.
+        meta: the shard's description of itself.
+    """
+    tensors = tensors | {name: (dtype, values.shape) for name, dtype, values in small}
+    contents = {f"archive/data/{key}": item[2].tobytes() for key, item in enumerate(small, start=len(members))}
     contents["archive/data.pkl"] = pickle_of(tensors, meta)
     contents["archive/byteorder"] = b"little"
     contents["archive/version"] = b"3\n"
-    tail, members = _data_descriptor(images), [images]
+    tail, members = data_descriptor(members[-1]), list(members)
     for name, value in contents.items():
-        member = _Member(name, end + len(tail), len(value), crc32(value))
+        member = Member(name, end + len(tail), len(value), crc32(value))
         members.append(member)
-        tail += _local_header(name, member.offset) + value + _data_descriptor(member)
-    directory = b"".join(map(_central_header, members))
-    return tail + directory + _end_of_archive(len(members), end + len(tail), len(directory))
+        tail += local_header(name, member.offset) + value + data_descriptor(member)
+    directory = b"".join(map(central_header, members))
+    return tail + directory + end_of_archive(len(members), end + len(tail), len(directory))
 
 
 @contextlib.contextmanager

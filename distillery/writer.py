@@ -116,7 +116,7 @@ class _Pipeline:
             count = min(self.batch_size, self.rows_at_once, stop - start - first)
             images = self._read_images(start + first, start + first + count)
             if self.pool is None:
-                self.pool = decode_pool(self.num_workers, self.plan.spec, images)
+                self.pool = decode_pool(self.num_workers, self.plan.spec, self.plan.dtype, images)
             for part in split_by_bytes(images):
                 while len(self.units) >= self.pool.capacity:
                     self._collect_unit()
@@ -131,10 +131,10 @@ class _Pipeline:
         future = self.pool.submit(unit)
         self.units.append((future, shard, time.monotonic() - began))
 
-    def _read_images(self, start: int, stop: int) -> list[bytes]:
+    def _read_images(self, start: int, stop: int) -> list[bytes | memoryview]:
         began = time.monotonic()
         with _source_errors(self.source):
-            images = self.source.read(start, stop)
+            images = self.source.read_views(start, stop)
         if len(images) != stop - start:
             raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
         # photographs of many MB are read a few at a time
@@ -261,7 +261,7 @@ def make_cache(
             write_views(plan.directory, scan, plan.num_rows)
         if isinstance(error, RunError):
             raise
-        raise _explain(plan, error, sorted({*to_make, *unchecked} - made - found), num_workers) from error
+        raise explain_write_error(plan, error, sorted({*to_make, *unchecked} - made - found), num_workers) from error
     left = len(to_make) - len(made) - len(found) + len(unchecked)
     return CacheReport(len(made), len(survey.doubtful) - len(unchecked) - len(messages), left, messages)
 
@@ -313,7 +313,7 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
             found |= pipeline.found
 
 
-def _explain(plan: CachePlan, error: Exception, shards_left: list[int], num_workers: int) -> Exception:
+def explain_write_error(plan: CachePlan, error: Exception, shards_left: list[int], num_workers: int) -> Exception:
     """An error of the system, as what it means for the user."""
     if isinstance(error, BrokenProcessPool):
         return RunError(

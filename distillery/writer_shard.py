@@ -15,6 +15,7 @@ from distillery.files import (
     is_locked,
     is_network_file_system,
     publish_no_clobber,
+    reserve,
     temporary_name,
     write_atomic,
 )
@@ -32,7 +33,9 @@ from distillery.records import (
 from distillery.records_hash import record_of_shard
 from distillery.shard_format import PAYLOAD_OFFSET, PayloadDigest, finish_shard
 
-_TEMPORARY = re.compile(r"\.(images_\w+\.pt|images_\w+\.json|index\.json|failures\.jsonl)\.tmp-[0-9a-f]{12}")
+_TEMPORARY = re.compile(
+    r"\.((images|teacher)_\w+\.(pt|json)|(index|statistics)\.json|token_basis\.pt|failures\.jsonl)\.tmp-[0-9a-f]{12}"
+)
 _FOREIGN_TEMPORARY_S = 3600
 
 
@@ -56,6 +59,7 @@ class OpenShard:
         self.path = plan.shard_path(shard_idx)
         self.temporary = temporary_name(self.path)
         self.fd = create_temporary(self.temporary)
+        reserve(self.fd, PAYLOAD_OFFSET + self.num_rows * plan.row_bytes)
         self.digest: PayloadDigest | None = None
 
     def note(self, result: UnitResult) -> None:

@@ -40,6 +40,9 @@ class Images:
         self.reads.append((start, stop))
         return [self.encoded(i) for i in range(start, stop)]
 
+    def read_views(self, start: int, stop: int) -> list[bytes]:
+        return self.read(start, stop)
+
     def labels(self, start: int, stop: int) -> np.ndarray | None:
         return np.arange(start, stop) % 7 if self.has_labels else None
 

@@ -48,6 +48,9 @@ class SmallSource:
             time.sleep(self.slow_s)
         return self.images[start:stop]
 
+    def read_views(self, start: int, stop: int) -> list[bytes]:
+        return self.read(start, stop)
+
     def labels(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) % 7
 

@@ -4,12 +4,14 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distillery import files
 from distillery.files import (
     canonical_json,
     create_temporary,
+    drop_written,
     expand_path,
     file_system_of,
     format_bytes,
@@ -20,6 +22,8 @@ from distillery.files import (
     make_directory,
     publish_no_clobber,
     pwrite_all,
+    pwritev_all,
+    reserve,
     sha256_of,
     temporary_name,
     write_all,
@@ -82,6 +86,37 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     pwrite_all(fd, b"abcdefgh", 1)
     os.close(fd)
     assert (tmp_path / "a").read_bytes() == b"0abcdefgh9"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
+def test_short_writes_of_several_pieces_are_completed(tmp_path, monkeypatch, most):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwritev", lambda fd, pieces, offset: pwrite(fd, b"".join(pieces)[:most], offset))
+    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
+    pwritev_all(fd, [b"abc", b"", np.array([0x6564], np.uint16), b"f"], 2)
+    os.close(fd)
+    assert (tmp_path / "a").read_bytes() == b"\0\0abcdef"
+
+
+def test_reserved_room_and_dropped_copies_change_neither_size_nor_content(tmp_path):
+    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
+    reserve(fd, 1 << 20)
+    assert os.fstat(fd).st_size == 0
+    os.pwrite(fd, b"x" * 100_000, 0)
+    for _ in range(2):
+        drop_written(fd, 50_000)
+        os.fsync(fd)
+    drop_written(fd, -5)
+    assert os.pread(fd, 200_000, 0) == b"x" * 100_000
+    os.close(fd)
+
+
+def test_reserving_more_than_the_disk_has_is_no_error(tmp_path):
+    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
+    reserve(fd, 1 << 60)
+    os.pwrite(fd, b"x", 0)
+    os.close(fd)
+    assert (tmp_path / "a").read_bytes() == b"x"
 
 
 def test_publishing_gives_the_name_once_and_never_takes_it_from_another_file(tmp_path):

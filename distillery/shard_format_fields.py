@@ -1,0 +1,153 @@
+"""A shard of several big tensors: the archive of distillery.shard_format, with each tensor at a place known beforehand.
+
+Sizes alone decide the places, so that rows of all tensors can be written and read in place. Nothing imports torch.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from distillery.process import UserError
+from distillery.shard_format import (
+    Member,
+    archive_tail,
+    crc32,
+    data_descriptor,
+    local_header,
+    open_regular,
+    read_blocks,
+)
+
+FIELD_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A big tensor of a shard, shape [N, K, ...]: K views of N rows; `offset` is its first byte in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    header_offset: int
+    offset: int
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one view of one row."""
+        return math.prod(self.shape[2:]) * np.dtype(FIELD_DTYPES[self.dtype]).itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return self.shape[0] * self.shape[1] * self.view_bytes
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + self.size
+
+
+def place_fields(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Field]:
+    """Where the tensors name -> (dtype, shape [N, K, ...]) stand in a shard, in this order."""
+    fields, position = [], 0
+    for key, (name, (dtype, shape)) in enumerate(specs.items()):
+        offset = position + len(local_header(_member_name(key), position))
+        fields.append(Field(name, dtype, tuple(shape), position, offset))
+        position = fields[-1].end + len(data_descriptor(_member(key, fields[-1], 0)))
+    return fields
+
+
+def frame_of(fields: list[Field], crcs: list[int], valid: np.ndarray, meta: str) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of all that stands in a shard around its big tensors.
+
+    Args:
+        fields: by place_fields.
+        crcs: CRC-32 of each field's bytes.
+        valid: bool [N].
+        meta: the shard's description of itself.
+    """
+    members = [_member(key, field, crc) for key, (field, crc) in enumerate(zip(fields, crcs, strict=True))]
+    pieces = [(0, local_header(members[0].name, 0))]
+    for before, field, after in zip(members, fields, members[1:], strict=False):
+        pieces.append((field.end, data_descriptor(before) + local_header(after.name, after.offset)))
+    tensors = {field.name: (field.dtype, field.shape) for field in fields}
+    small = [("valid", "bool", valid.astype(np.bool_))]
+    return [*pieces, (fields[-1].end, archive_tail(members, fields[-1].end, tensors, small, meta))]
+
+
+def _member_name(key: int) -> str:
+    return f"archive/data/{key}"
+
+
+def _member(key: int, field: Field, crc: int) -> Member:
+    return Member(_member_name(key), field.header_offset, field.size, crc)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What one sequential read of a shard says.
+
+    size: in bytes; hash: "xxh3_128:<hex>"; crcs: CRC-32 of each field; checksums: field -> uint64 [N * K], XXH3-64 of
+    every view of every row; frame: all other bytes, in the pieces of frame_of.
+    """
+
+    size: int
+    hash: str
+    crcs: list[int]
+    checksums: dict[str, np.ndarray]
+    frame: list[tuple[int, bytes]]
+
+
+def digest_file(path: os.PathLike, fields: list[Field], max_frame_bytes: int) -> FileDigest:
+    """Read a whole shard once.
+
+    Raises:
+        UserError: it ends inside a field, or has more than max_frame_bytes around its fields.
+    """
+    file_hash, crcs, checksums, frame = xxhash.xxh3_128(), [], {}, []
+    with open_regular(path) as file:
+        size, position = os.fstat(file.fileno()).st_size, 0
+        # also before memory is taken for the checksums of rows that a forged record claims
+        if not 0 < size - sum(field.size for field in fields) <= max_frame_bytes:
+            raise UserError(f"{path}: {size} bytes are not those of a shard with the rows it claims.")
+        for field in fields:
+            frame.append((position, b"".join(map(bytes, _hashed(file, field.offset - position, file_hash)))))
+            crc, digests = 0, _RowDigests(field)
+            for block in _hashed(file, field.size, file_hash):
+                crc = crc32(block, crc)
+                digests.update(block)
+            if digests.row < len(digests.values):
+                raise UserError(f"{path}: {size} bytes; it ends before its {field.name} do.")
+            crcs.append(crc)
+            checksums[field.name], position = digests.values, field.end
+        frame.append((position, b"".join(map(bytes, _hashed(file, max(0, size - position), file_hash)))))
+    return FileDigest(size, f"xxh3_128:{file_hash.hexdigest()}", crcs, checksums, frame)
+
+
+def _hashed(file, count: int, file_hash: "xxhash.xxh3_128") -> Iterator[memoryview]:
+    for block in read_blocks(file, count):
+        file_hash.update(block)
+        yield block
+
+
+class _RowDigests:
+    """XXH3-64 of every row of a stream of bytes that comes in blocks of any length."""
+
+    def __init__(self, field: Field) -> None:
+        self.values = np.zeros(field.shape[0] * field.shape[1], np.uint64)
+        self.row, self._left, self._row_bytes = 0, field.view_bytes, field.view_bytes
+        self._hash = xxhash.xxh3_64()
+
+    def update(self, block: memoryview) -> None:
+        while block:
+            part = block[: self._left]
+            self._hash.update(part)
+            block, self._left = block[len(part) :], self._left - len(part)
+            if self._left == 0:
+                self.values[self.row] = self._hash.intdigest()
+                self._hash.reset()
+                self.row, self._left = self.row + 1, self._row_bytes
