@@ -3,15 +3,17 @@
     python distill_trainer.py --data_config data_config.yaml --train_config train_config_kd.yaml \\
                               --model_config model_config_kd.yaml         # run again after any interruption: it goes on
     torchrun --nproc_per_node=4 distill_trainer.py ...                     # the same flags on four GPUs
-    python distill_trainer.py ... --dry_run                                # the schedule, nothing written
+    python distill_trainer.py ... --dry_run                                # schedule, hours, advice; nothing written
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
-else. A new loss goes into distillery/losses.py (a function and a line in LOSSES), a new kind of model into
+else. A new loss is a function in distillery/losses_terms.py and a line in losses.py, a new kind of model goes into
 distillery/models.py; this file only puts the parts together.
 """
 
 import contextlib
+import functools
 import os
+from typing import Any
 
 from distillery.command_line import TrainingCommand, parse_training_command
 from distillery.process import (
@@ -30,7 +32,7 @@ COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "_
 import torch
 
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery import build, build_facts, distributed, run_folder
+from distillery import build, build_facts, distributed, pictures, run_folder
 from distillery.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from distillery.config import dump_configs
 from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
@@ -39,9 +41,14 @@ from distillery.engine_state import restore, state_of
 from distillery.evaluate import evaluate_on_folders
 from distillery.files import expand_path, make_directory, write_atomic
 from distillery.metrics import RunLog, read_rows
+from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
 from distillery.progress import Progress as ConsoleProgress
+from distillery.progress import epoch_line, training_fields
 from distillery.report import summary_table, write_plots, write_report
 from distillery.run_folder_start import find_start, prepare_folder
+from distillery.teacher_cache import TeacherCache
+from distillery.teacher_plan import describe_cache, describe_saving
+from distillery.teacher_targets import open_teacher_cache
 
 
 def main(command: TrainingCommand) -> int:
@@ -63,24 +70,20 @@ class Run:
         self.lock = run_folder.RunLock(self.dir)
         # process 0 alone looks at the disk: two nodes may not see the same files yet
         self.begin, self.state, frozen, self.notes = distributed.decided_by_main(self._look_at_folder)
-        self.loader = build_pretraining_dataloader(
-            build_facts.data_of_frozen(self.data, frozen),
-            self.training,
-            with_indices=True,
-            raw=True,
-            shards=(frozen or {}).get("shards") or None,
-        )
+        self.loader = self._build_loader(frozen)
         self.shards = build_facts.shards_of(self.loader)
         if frozen is not None:
             run_folder.check_shards(frozen, self.shards, self.data.cache_dir)
-        self.eval_folders = build.eval_folders(self.data) if self.training.eval_every_epochs else {}
+        is_evaluated = self.training.eval_every_epochs and not isinstance(self.loader, SyntheticLoader)
+        self.eval_folders = build.eval_folders(self.data) if is_evaluated else {}
         self.steps_in_epoch = build.steps_per_epoch(
             self.training, self.loader.valid_rows_per_shard, self.data.shards_per_epoch
         )
-        self.schedule = build.build_schedule(self.training, self.steps_in_epoch, *self._finished_epochs())
-        self.teacher, self.student = build.build_models(self.configs, device)
+        self.cache = self._open_teacher_cache()  # None: every step runs the teacher
+        self.teacher, self.student = build.build_models(self.configs, device, self.cache)
+        self.schedule = build.build_schedule(self.training, self.student, self.steps_in_epoch, *self._finished_epochs())
         self.task = build.build_task(
-            self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device
+            self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device, self.cache
         )
         self.progress = Progress()
         self.last_good = self.begin.checkpoint
@@ -112,6 +115,27 @@ class Run:
             frozen = run_folder.frozen_shards(self.dir) or (state or {}).get("shards")
         return begin, state, frozen, notes
 
+    def _build_loader(self, frozen: dict | None) -> Any:
+        build_loader = functools.partial(
+            build_pretraining_dataloader,
+            build_facts.data_of_frozen(self.data, frozen),
+            self.training,
+            with_indices=True,
+            raw=True,
+            shards=(frozen or {}).get("shards") or None,
+        )
+        is_plan_only = self.arguments.dry_run and frozen is None
+        return plan_loader(self.configs, build_loader) if is_plan_only else build_loader()
+
+    def _open_teacher_cache(self) -> TeacherCache | None:
+        try:
+            return open_teacher_cache(self.configs, self.loader)
+        except UserError as error:
+            if not self.arguments.dry_run:  # which says what it costs to make it
+                raise
+            self.notes.append(str(error))
+            return None
+
     def _finished_epochs(self) -> tuple[int, int]:
         """(steps, epochs) before the present epoch; on other shards, epochs may have been of another length."""
         if self.state is None:
@@ -124,13 +148,9 @@ class Run:
 
     def restore_or_prepare(self) -> None:
         """Put weights, optimiser and position where the checkpoint says, or get ready for a first step."""
-        teacher_hash = build_facts.weights_hash(self.teacher.backbone.model)
+        self.teacher_hash = build_facts.teacher_hash(self.teacher, self.cache)
         if self.state is not None:
-            if self.state["teacher_hash"] != teacher_hash:
-                raise UserError(
-                    f"the teacher {self.configs.model.teacher_name} has other weights than when the run in {self.dir} "
-                    "was started. Put teacher_checkpoint or teacher_repo back, or give another checkpoint_dir."
-                )
+            build_facts.check_same_teacher(self.dir, self.state, self.teacher_hash, self.cache)
             restore(self.task, self.progress, self.state, build.global_batch_size(self.training))
             if self.state["config"]["train"]["num_epochs"] != self.training.num_epochs:
                 before, now = self.state["learning_rate"], self.schedule.at(self.progress.step)
@@ -141,9 +161,10 @@ class Run:
             # one process gathers, so that all have the same to the last bit
             self.teacher.load_statistics(distributed.decided_by_main(self._gather_statistics))
         self.state = None  # weights and moments on the CPU, of no more use
-        self.teacher_hash = teacher_hash
 
     def _gather_statistics(self) -> dict[str, torch.Tensor]:
+        if self.cache is not None:
+            return build_facts.stored_statistics(self.loader, self.task)
         self.teacher.gather_statistics(build_facts.spread_batches(self.loader.dataset, 2048, 64, self.device))
         return {name: value.cpu() for name, value in self.teacher.statistics_state().items()}
 
@@ -164,6 +185,7 @@ class Run:
         self.restore_or_prepare()
         self.announce()
         if self.arguments.dry_run:
+            self.announce_plan()
             return EXIT_DONE
         log = self.open_log()
         console = ConsoleProgress(
@@ -181,18 +203,25 @@ class Run:
 
     def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
         """What is left of the present epoch, or as much of it as a request to stop allows."""
-        self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
         if self.progress.step == 0:
-            images = next(build_facts.spread_batches(self.loader.dataset, 8, 8, self.device))
-            check_first_step(self.task, images, torch.arange(len(images), device=self.device))
+            first = build_facts.first_images(self.loader, self.task)
+            check_first_step(self.task, *first)
+            self.show_models(log, first)
+        if self.is_main:
+            facts = build_facts.epoch_facts(self.loader, self.progress.epoch)
+            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
+        self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
+        batches = self.loader
+        if self.task.stored is not None:
+            batches = self.task.stored.batches(self.loader, epoch=self.progress.epoch, step=self.progress.step)
         epoch_end = self.progress.epoch_start + self.steps_in_epoch
+        rows: list[dict[str, float]] = []
 
         def after_step(progress: Progress, row: dict[str, float] | None) -> None:
             if row is not None:
                 log.write("train", step=progress.step, epoch=progress.epoch, **row)
-            shown = {"loss": row["loss"], "lr": row["lr"], "images/s": row["images_per_second"],
-                     "wait": f"{row['data_wait_fraction']:.1%}"} if row else {}  # fmt: skip
-            console.advance(1, epoch=progress.epoch, **shown)
+                rows.append(row)
+            console.advance(1, epoch=progress.epoch, **(training_fields(row) if row else {}))
             if self.tells_compilation:
                 console.message(build_facts.compiled_graphs())
                 self.tells_compilation = False
@@ -202,7 +231,7 @@ class Run:
 
         train_one_epoch(
             self.task,
-            DevicePrefetcher(self.loader, self.device),
+            DevicePrefetcher(batches, self.device),
             self.progress,
             self.stop,
             steps_in_epoch=self.steps_in_epoch,
@@ -211,6 +240,7 @@ class Run:
         )
         if self.progress.step == epoch_end:
             self.progress.next_epoch()
+            console.message(epoch_line(self.progress.epoch, self.training.num_epochs, self.progress.step, rows))
 
     def announce(self) -> None:
         """Say what will be done."""
@@ -223,7 +253,19 @@ class Run:
             f"{model.student_name} ({plan['student_parameters'] / 1e6:.2f} M) on {self.device}, {self.task.precision}"
         )
         lines = build.describe_schedule(self.configs, self.schedule, self.steps_in_epoch, plan["num_images"])
+        if self.arguments.dry_run:
+            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
+            lines += describe_saving(self.configs, teacher, self.student, self.cache, plan["num_images"])
+        elif self.cache is not None:
+            lines.append(describe_cache(self.cache, self.configs, plan["num_images"]))
         print("\n".join(lines), flush=True)
+
+    def announce_plan(self) -> None:
+        """How long it will take and what it needs, from a few steps that every process makes; advice."""
+        place = self.progress
+        lines = plan_run(self.configs, self.task, self.loader, self.steps_in_epoch, place.step, place.epoch)
+        if self.is_main:
+            print("\n".join(lines), flush=True)
 
     def open_log(self) -> RunLog:
         """The run folder made ready, and its metrics cut back to where the run stands."""
@@ -266,6 +308,7 @@ class Run:
                 "config": self.configs.as_dict(),
                 "shards": self.shards,
                 "teacher_hash": self.teacher_hash,
+                "teacher_cache": self.cache and self.cache.fingerprint,
                 "global_batch_size": build.global_batch_size(self.training),
                 "global_batch_text": self._global_batch_text(),
             }
@@ -286,13 +329,16 @@ class Run:
             return True
         rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
         measured = {(row.get("dataset"), row.get("model")) for row in rows}
-        models = {"student": self.student.student}
-        if step == 0:
-            models = {"untrained": self.student.student, "teacher": self.teacher.backbone}
+        names = ["untrained", "teacher"] if step == 0 else ["student"]
+        # a run on stored outputs has no teacher: this one is gone as soon as it has been measured
+        teacher = functools.cache(
+            lambda: build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
+        )
         for dataset, (train, test) in self.eval_folders.items():
-            for name, model in models.items():
+            for name in names:
                 if (dataset, name) in measured:
                     continue
+                model = teacher() if name == "teacher" else self.student.student
                 try:
                     with self._ended_by_stop(model):
                         row = evaluate_on_folders(model, train, test, k=self.training.knn_k, device=self.device)
@@ -300,7 +346,31 @@ class Run:
                     return False
                 log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
                 console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
+        if step > 0 and not rows and self.training.tensorboard:
+            self.show_models(log, build_facts.first_images(self.loader, self.task))
         return True
+
+    def show_models(self, log: RunLog, batch: tuple[torch.Tensor, ...]) -> None:
+        """What teacher and student are given for a few images, and the student's weights, in TensorBoard."""
+        if not (self.is_main and self.training.tensorboard):
+            return
+        step = self.progress.step
+        log.write_image("inputs", pictures.model_inputs(self.task, batch, self.progress.epoch), step)
+        if self.training.tensorboard_histograms:
+            weights = {f"weights/{name}": value for name, value in self.student.student.model.named_parameters()}
+            log.write_histograms(weights, step)
+
+    def draw_features(self) -> str | None:
+        """Pictures of what both models make of images; why there are none, where it has not worked."""
+
+        def draw() -> None:
+            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
+            pool = pictures.choose_pool(self.eval_folders, self.data)
+            pictures.write_pictures(
+                self.dir, teacher, self.student.student, pool, step=self.progress.step, device=self.device
+            )
+
+        return pictures.why_not(draw)
 
     @contextlib.contextmanager
     def _ended_by_stop(self, model: torch.nn.Module):
@@ -318,12 +388,13 @@ class Run:
 
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""
+        log.write_end(self.progress.step, "done" if is_done else self.stop.reason or "a request to stop")
         log.close()
         if is_done:
             if self.is_main:
                 write_plots(self.dir)
                 print(summary_table(self.dir))
-                print(f"report: {write_report(self.dir)}")
+                print(f"report: {write_report(self.dir, no_pictures=self.draw_features())}")
             distributed.wait_for_all()  # srun --wait counts from the first that leaves
             return EXIT_DONE
         reason, step = self.stop.reason or "asked to stop", self.progress.step

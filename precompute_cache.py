@@ -1,9 +1,11 @@
 """Stage 1: decode, resize and normalise every image once, into shards that training reads at memory speed.
 
-    python precompute_cache.py --data_config data_config.yaml --dry_run    # the plan: images, shards, bytes, free space
+    python precompute_cache.py --data_config data_config.yaml --dry_run    # the plan: bytes, files, memory, hours
     python precompute_cache.py --data_config data_config.yaml              # run again after any interruption: goes on
     python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3     # one eighth, an array task
     python precompute_cache.py --data_config data_config.yaml --verify     # every byte against its hash
+    python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml \
+           --model_config model_config_kd.yaml         # the images, then the teacher's outputs for their views
 
 Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
 75 interrupted, run the same command again; 1 anything else.
@@ -35,17 +37,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data_config", required=True, type=Path, metavar="YAML")
     parser.add_argument("--train_config", type=Path, metavar="YAML", help="checked along with the data configuration")
-    parser.add_argument("--model_config", type=Path, metavar="YAML", help="whose weights --download_only fetches")
+    parser.add_argument("--model_config", type=Path, metavar="YAML", help="the teacher; what --download_only fetches")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N",
                         help="images decoded per unit of work (default 256); changes no byte")  # fmt: skip
     parser.add_argument("--num_jobs", type=int, metavar="N", help="share the work among N jobs ...")
     parser.add_argument("--job_id", type=int, metavar="K", help="... of which this is number K, from 0")
+    parser.add_argument("--teacher", action="store_true",
+                        help="after the images, the teacher's outputs for teacher_cache.views views of each; with "
+                             "--verify: also N of them once more through the teacher")  # fmt: skip
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                         help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--verify", action="store_true", help="compare every byte of the cache with its hash")
+    mode.add_argument("--verify", nargs="?", type=int, const=True, metavar="N",
+                      help="compare every byte with its hash; N views with --teacher (default 64)")  # fmt: skip
     mode.add_argument("--rebuild_index", action="store_true", help="make index.json again from the shards; no decoding")
-    mode.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    mode.add_argument("--dry_run", action="store_true", help="print the plan and stop; writes and downloads nothing")
     mode.add_argument(
         "--download_only", action="store_true", help="fetch data set and weights, for nodes without internet"
     )
@@ -58,6 +64,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(
             f"--job_id {arguments.job_id}: expected 0 to {arguments.num_jobs - 1} with --num_jobs {arguments.num_jobs}"
         )
+    if arguments.teacher and None in (arguments.train_config, arguments.model_config):
+        parser.error("--teacher needs --train_config and --model_config: the views, and whose outputs they are")
+    if arguments.verify not in (None, True) and (arguments.verify < 1 or not arguments.teacher):
+        parser.error(f"--verify {arguments.verify}: a number of views, 1 or more, goes with --teacher")
+    if arguments.teacher and arguments.rebuild_index:
+        parser.error("--rebuild_index is of the images; the teacher's index is made again by --teacher alone")
     return arguments
 
 
@@ -77,66 +89,123 @@ def main() -> int:
     from distillery.config import load_configs
 
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
-    if arguments.verify:
-        from distillery.verify import report_verification
-
-        return report_verification(configs.data.cache_path, _command(arguments))
+    if arguments.verify is not None:
+        return verify(configs, arguments)
     if arguments.download_only:
         return download(configs)
     if arguments.rebuild_index:
         return rebuild_indexes(configs.data)
 
+    num_jobs, job_id = share_of(arguments)
+    if arguments.dry_run:
+        return dry_run(configs, num_jobs, job_id, with_teacher=arguments.teacher)
     with StopFlag() as stop:
-        jobs = build_jobs(configs.data, arguments.num_jobs or 1, arguments.job_id or 0)
+        jobs = build_jobs(configs.data, num_jobs, job_id)
         # every folder is surveyed before anything is written anywhere
         surveys = [survey_job(job) for job in jobs]
         print_plan(jobs, surveys, configs.data)
-        if arguments.dry_run:
-            return EXIT_DONE
+        teacher = plan_teacher(configs, jobs[0]) if arguments.teacher else None
         shards_left = 0
         for job, survey in zip(jobs, surveys, strict=True):
             shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop)
+        if teacher is not None and not shards_left:
+            from distillery.teacher_pass import make_outputs
+
+            shards_left = make_outputs(teacher, stop)
         if shards_left:
             raise Interrupted(
                 f"{stop.reason}: {shards_left} shards are left to make; everything finished is saved. "
                 "Run the same command again."
             )
-        return report_outcome(jobs, configs.data)
+        status = report_outcome(jobs, configs.data)
+        if teacher is not None:
+            from distillery.teacher_pass import report_outputs
+
+            report_outputs(teacher)
+        return status
+
+
+def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
+    """(number of jobs, this one's number): --num_jobs and --job_id, else with --teacher the launcher's processes."""
+    if arguments.num_jobs is not None or not arguments.teacher:
+        return arguments.num_jobs or 1, arguments.job_id or 0
+    from distillery.distributed import world_from_environment
+
+    rank, world_size, _ = world_from_environment()
+    return world_size, rank
+
+
+def plan_teacher(configs, job: CacheJob):
+    """Load the teacher and print what its outputs over the training images will be; a teacher_pass.TeacherJob."""
+    from distillery.teacher_pass import build_teacher_job, survey_teacher, teacher_plan_lines
+
+    teacher = build_teacher_job(configs, job.plan, job.shards)
+    print("\n".join(teacher_plan_lines(teacher, survey_teacher(teacher.plan, teacher.shards))))
+    return teacher
+
+
+def verify(configs, arguments: argparse.Namespace) -> int:
+    """Every byte against its hash; with --teacher also some stored outputs against the teacher itself."""
+    from distillery.verify import report_verification
+
+    status = report_verification(configs.data.cache_path, _command(arguments))
+    if not arguments.teacher or status != EXIT_DONE:
+        return status
+    from distillery.teacher_pass import DEFAULT_REPLAYS, verify_outputs
+
+    return verify_outputs(configs, DEFAULT_REPLAYS if arguments.verify is True else arguments.verify)
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """One cache folder that the configuration asks for. arguments: of open_source; limit: rows, None for all."""
+
+    title: str
+    folder: Path
+    arguments: dict
+    limit: int | None
+    labels: bool
+
+
+def parts_of(data) -> list[CachePart]:
+    """The training cache and one cache with labels for each part of each evaluation set."""
+    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
+    limit = min((rows for rows in limits if rows), default=None)
+    labels = data.label_column is not None
+    parts = [CachePart("the training images", data.cache_path, data.source_arguments, limit, labels)]
+    for name, entry in data.eval_datasets.items():
+        for part, limit in (("train", entry.max_train), ("test", entry.max_test)):
+            folder = data.cache_path / "eval" / name / part
+            arguments = entry.source_arguments(part) | {"labels_required": True}
+            parts.append(CachePart(f"evaluation set {name}/{part}", folder, arguments, limit, True))
+    return parts
 
 
 def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
-    """The training cache and one cache with labels for each part of each evaluation set."""
+    """The share of every part that this process makes, its source opened (and downloaded where it is not here)."""
     from distillery.sources import open_source
 
-    source = open_source(**data.source_arguments)
-    limit = min(data.max_samples or len(source), (data.max_shards or len(source)) * data.cache_shard_size)
-    parts = [("the training images", data.cache_path, source, limit, data.label_column is not None)]
-    for name, entry in data.eval_datasets.items():
-        for part, limit in (("train", entry.max_train), ("test", entry.max_test)):
-            source = open_source(**entry.source_arguments(part), labels_required=True)
-            folder = data.cache_path / "eval" / name / part
-            parts.append((f"evaluation set {name}/{part}", folder, source, limit or len(source), True))
-    return [_job_of(data, *part, num_jobs, job_id) for part in parts]
+    return [_job_of(data, part, open_source(**part.arguments), num_jobs, job_id) for part in parts_of(data)]
 
 
-def _job_of(data, title: str, folder: Path, source, limit: int, labels: bool, num_jobs: int, job_id: int) -> CacheJob:
+def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int) -> CacheJob:
     from distillery.plan import CachePlan
     from distillery.preprocess import PreprocessSpec
 
     if len(source) == 0:
-        raise UserError(f"{title}: {source.describe()} holds no images.")
+        raise UserError(f"{part.title}: {source.describe()} holds no images.")
     plan = CachePlan(
-        directory=folder,
+        directory=part.folder,
         spec=PreprocessSpec(data.image_size, data.resize_mode, data.interpolation, tuple(data.mean), tuple(data.std)),
         dtype=data.cache_dtype,
         shard_size=data.cache_shard_size,
-        num_rows=min(limit, len(source)),
+        num_rows=min(part.limit or len(source), len(source)),
         source_num_samples=len(source),
         source_identity=source.identity,
-        labels=labels,
+        labels=part.labels,
     )
     share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
-    return CacheJob(title, plan, source, share)
+    return CacheJob(part.title, plan, source, share)
 
 
 def survey_job(job: CacheJob):
@@ -178,6 +247,35 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
         print("note: the cache is on a network file system; for training, stage it to a node's own disk where you can.")
 
 
+def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
+    """The plan alone: nothing is written, nothing is downloaded; a few images are decoded to tell the hours."""
+    from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
+    from distillery.sources import open_source
+    from distillery.sources_hub_facts import NotDownloadedError
+
+    data, jobs, remote = configs.data, [], []
+    for part in parts_of(data):
+        try:
+            source = open_source(**part.arguments, download=False)
+        except NotDownloadedError as error:
+            remote.append((part, error.facts))
+        else:
+            jobs.append(_job_of(data, part, source, num_jobs, job_id))
+    surveys = [survey_job(job) for job in jobs]
+    print_plan(jobs, surveys, data)
+    if with_teacher and jobs and jobs[0].plan.directory == data.cache_path:
+        plan_teacher(configs, jobs[0])
+    elif with_teacher:
+        print("the teacher's outputs: what they cost is known once the training images are here (--download_only)")
+    for part, facts in remote:
+        print("\n".join(remote_lines(part.title, facts, part.limit, data)))
+    if jobs:
+        speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, data.cache_dtype)
+        to_make = [(job.plan, [*survey.missing, *survey.doubtful]) for job, survey in zip(jobs, surveys, strict=True)]
+        print("\n".join(plan_lines(to_make, data.cache_path, data.num_workers or usable_cpus(), speed)))
+    return EXIT_DONE
+
+
 def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
     from distillery.progress import Progress
@@ -209,8 +307,7 @@ def rebuild_indexes(data) -> int:
     from distillery.upgrade import rebuild_index
 
     status = EXIT_DONE
-    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
-    limit = min((rows for rows in limits if rows), default=None)
+    limit = parts_of(data)[0].limit
     evaluation = sorted(path for path in data.cache_path.glob("eval/*/*") if path.is_dir())
     for folder in [data.cache_path, *evaluation]:
         report = rebuild_index(folder, limit if folder == data.cache_path else None)

@@ -168,7 +168,7 @@ def trainer(configs: Configs, device: torch.device, steps: int, *, stored: bool)
     loader = build_pretraining_dataloader(configs.data, configs.train, with_indices=True, raw=True)
     cache = open_teacher_cache(configs, loader) if stored else None
     teacher, student = build.build_models(configs, device, cache)
-    schedule = build.build_schedule(configs.train, steps)
+    schedule = build.build_schedule(configs.train, student, steps)
     task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
     if stored:
         teacher.load_statistics(build_facts.stored_statistics(loader, task))

@@ -21,25 +21,32 @@ class Outputs(NamedTuple):
     pooled: Tensor  # [B, D]
     spatial: Tensor  # tokens [B, P, Dt] or a map [B, Dt, h, w]
     logits: Tensor | None  # [B, C]
+    layers: tuple[Tensor, ...] = ()  # maps [B, Di, h, w] of intermediate layers
 
 
 Adapter = Callable[[nn.Module, Tensor, bool, bool], Outputs]
 
 
-def choose_adapter(model: nn.Module, img_size: tuple[int, int]) -> Adapter:
+def choose_adapter(model: nn.Module, img_size: tuple[int, int], out_indices: tuple[int, ...] = ()) -> Adapter:
     """The adapter for a model in eval mode, by the interface it offers.
 
+    Args:
+        model: the raw model.
+        img_size: height and width of its input, px.
+        out_indices: intermediate layers wanted.
     Raises:
-        UserError: it offers none that we know.
+        UserError: it offers none that we know, or not these layers.
     """
     from torchvision.models.vision_transformer import VisionTransformer
 
+    if out_indices:
+        _check_layers(model, img_size, out_indices)
     if isinstance(model, VisionTransformer):
         return torchvision_vit
     if hasattr(model, "forward_features"):
         head = getattr(model, "forward_head", None)
         pools = head is not None and "pre_logits" in inspect.signature(head).parameters
-        return functools.partial(forward_features, own_pooling=pools)
+        return functools.partial(forward_features, own_pooling=pools, out_indices=out_indices)
     if hasattr(model, "get_intermediate_layers"):
         return last_layer
     names = trunk_names(model)
@@ -54,14 +61,24 @@ INTERFACES = (
 
 
 def forward_features(
-    model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool, *, own_pooling: bool
+    model: nn.Module,
+    images: Tensor,
+    use_cls_token: bool,
+    with_logits: bool,
+    *,
+    own_pooling: bool,
+    out_indices: tuple[int, ...] = (),
 ) -> Outputs:
-    """timm's interface, which many hub models share; DINOv2's dictionary too."""
-    raw = model.forward_features(images)
+    """timm's interface, which many hub models share; DINOv2's dictionary too. out_indices: intermediate layers."""
+    if out_indices:
+        raw, layers = model.forward_intermediates(images, indices=list(out_indices))
+    else:
+        raw, layers = model.forward_features(images), ()
+    layers = tuple(layers)
     logits = model.forward_head(raw) if with_logits and hasattr(model, "forward_head") else None
     if isinstance(raw, dict) and "x_norm_patchtokens" in raw:
         patches = raw["x_norm_patchtokens"]
-        return Outputs(raw["x_norm_clstoken"] if use_cls_token else patches.mean(1), patches, logits)
+        return Outputs(raw["x_norm_clstoken"] if use_cls_token else patches.mean(1), patches, logits, layers)
     if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
         found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
         raise UserError(f"{type(model).__name__}.forward_features returned {found}: {INTERFACES}")
@@ -71,10 +88,10 @@ def forward_features(
         tokens = _last_norm(model)(raw)
         spatial = tokens[:, prefix_tokens(model) :]
         if has_class_token(model):
-            return Outputs(tokens[:, 0] if use_cls_token else spatial.mean(1), spatial, logits)
+            return Outputs(tokens[:, 0] if use_cls_token else spatial.mean(1), spatial, logits, layers)
     # the model's own: the mean, behind a norm or a layer of its own, or the attention pooling it was pretrained with
     pooled = model.forward_head(raw, pre_logits=True) if own_pooling else _mean_over_places(spatial)
-    return Outputs(pooled, spatial, logits)
+    return Outputs(pooled, spatial, logits, layers)
 
 
 def torchvision_vit(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
@@ -141,6 +158,29 @@ def _check_trunk(model: nn.Module, img_size: tuple[int, int], names: tuple[str, 
         raise UserError(f"its layers do not run one by one ({type(error).__name__}: {error}): {INTERFACES}") from error
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
         raise UserError(f"running its layers one by one gives another result than its forward: {INTERFACES}")
+
+
+@torch.no_grad()
+def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> None:
+    """Refuse layers that the model does not have, or gives in another order than they are asked for."""
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(
+            "it gives no intermediate layers (timm's forward_intermediates): leave teacher_out_indices and "
+            "student_out_indices null, or take a model of timm's"
+        )
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        return
+    images = torch.rand((2, 3, *img_size), generator=torch.Generator().manual_seed(0)).to(parameter)
+    final, every = model.forward_intermediates(images)
+    places = [index + len(every) if index < 0 else index for index in out_indices]
+    if places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < len(every):
+        raise UserError(
+            f"out_indices {list(out_indices)}: it has {len(every)} intermediate layers, 0 to {len(every) - 1} (or "
+            f"{-len(every)} to -1): give each once, the first layers first"
+        )
+    if not torch.allclose(final, model.forward_features(images), rtol=1e-3, atol=1e-4):
+        raise UserError("its forward_intermediates ends with another result than its forward_features")
 
 
 def _layers(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:

@@ -65,23 +65,40 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def draw_uniform(global_idx: Tensor, *, seed: int, epoch: int, count: int = NUM_DRAWS) -> Tensor:
+def draw_uniform(global_idx: Tensor, *, seed: int, epoch: int | Tensor, count: int = NUM_DRAWS) -> Tensor:
     """Uniform numbers in [0, 1), a pure function of (seed, epoch, global_idx, draw).
 
     Args:
         global_idx: sample numbers, int64 [B].
         seed: any 64-bit integer.
-        epoch: epoch, or number of the view.
+        epoch: epoch, or number of the view; one for all samples or, int64 [B], one for each.
         count: draws per sample; draw j is the same whatever the count.
     Returns:
         float32 [B, count], each a multiple of 2**-24.
     """
     # the key is made on the CPU: two scalars are not worth eight kernel launches
-    key = splitmix64(splitmix64(torch.tensor(_signed(seed % 2**64))) ^ epoch).item()
+    key = splitmix64(torch.tensor(_signed(seed % 2**64)))
+    key = splitmix64(key.item() ^ epoch) if isinstance(epoch, Tensor) else splitmix64(key ^ epoch).item()
     samples = splitmix64(global_idx ^ key)
     draws = torch.arange(count, device=global_idx.device)
     bits = splitmix64(samples[:, None] + draws * GOLDEN)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def view_of_epoch(global_idx: Tensor, *, seed: int, epoch: int, num_views: int) -> Tensor:
+    """Which of a sample's `num_views` views belongs to an epoch: each once in num_views epochs, from a hashed start.
+
+    Args:
+        global_idx: sample numbers, int64 [B].
+        seed: the run's seed, which decides where each sample starts.
+        epoch: from 0.
+        num_views: views that there are of each sample.
+    Returns:
+        int64 [B], from 0 to num_views - 1.
+    """
+    # as draw_uniform's bits at epoch -1, which no run has: the starts have nothing to do with what the views look like
+    start = draw_uniform(global_idx, seed=seed, epoch=-1, count=1)[:, 0]
+    return ((start * num_views).long() + epoch) % num_views
 
 
 def crop_boxes(draws: Tensor, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -241,6 +258,10 @@ class Augmentation:
         """Whether anything but the exact mirror image is asked for."""
         return self.scale is not None or max(self.color_jitter, self.grayscale, self.blur) > 0
 
+    @property
+    def _num_draws(self) -> int:
+        return NUM_DRAWS if self.changes_pixels else FLIP + 1
+
     def identity(self) -> dict:
         """All that decides the views besides (seed, epoch, sample), as plain values: for fingerprints."""
         return {
@@ -260,17 +281,45 @@ class Augmentation:
             images: [B, 3, H, W], normalised with `mean` and `std`; not changed.
             global_idx: each image's number in the source, int64 [B], on any device.
             seed: the run's seed.
-            epoch: epoch, or number of the view.
+            epoch: from 0.
         Returns:
             [B, 3, H, W], normalised, of the same dtype and device; `images` itself where everything is off.
         """
         if not self.hflip and not self.changes_pixels:
             return images
         global_idx = global_idx.to(images.device, non_blocking=True)
-        draws = draw_uniform(global_idx, seed=seed, epoch=epoch)
+        draws = draw_uniform(global_idx, seed=seed, epoch=epoch, count=self._num_draws)
+        return self._apply(images, draws, draws[:, FLIP] < 0.5)
+
+    @torch.no_grad()
+    def views(self, images: Tensor, global_idx: Tensor, view: int | Tensor, *, seed: int) -> Tensor:
+        """View number `view` of every image, of as many as one likes: those of a cache of teacher outputs.
+
+        As __call__ with the number in the place of the epoch, except that the flips are antithetic: view 1 is mirrored
+        where view 0 is not, view 3 where view 2 is not. Any even number of views has both mirror images equally often.
+
+        Args:
+            images: as in __call__.
+            global_idx: as in __call__.
+            view: from 0; one for all images or, int64 [B] on any device, one for each.
+            seed: of the views.
+        Returns:
+            As __call__.
+        """
+        if not self.hflip and not self.changes_pixels:
+            return images
+        global_idx = global_idx.to(images.device, non_blocking=True)
+        if isinstance(view, Tensor):
+            view = view.to(images.device, non_blocking=True)
+        else:
+            view = torch.full_like(global_idx, view)
+        draws = draw_uniform(global_idx, seed=seed, epoch=view, count=self._num_draws)
+        first_of_pair = draw_uniform(global_idx, seed=seed, epoch=view & ~1, count=FLIP + 1)[:, FLIP]
+        return self._apply(images, draws, (first_of_pair < 0.5) ^ (view & 1).bool())
+
+    def _apply(self, images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
         if self.hflip:
-            mirrored = (draws[:, FLIP] < 0.5)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         if not self.changes_pixels:
             return images
         # an enclosing autocast would blur with bfloat16 weights

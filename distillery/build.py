@@ -12,9 +12,13 @@ from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
-from distillery.losses import check_loss_names, fields_needed
-from distillery.models import Backbone, FrozenTeacher, StudentWithHeads, build_backbone
+from distillery.losses import check_loss_names, fields_needed, queue_size_of
+from distillery.losses_queue import EmbeddingQueue
+from distillery.models import MEMORY_FORMAT, Backbone, FrozenTeacher, StudentWithHeads, build_backbone
 from distillery.process import UserError
+from distillery.standardise import Targets
+from distillery.teacher_cache import TeacherCache
+from distillery.teacher_targets import StoredTargets, check_fields
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,7 +51,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def build_student_backbone(model: ModelConfig, data: DataConfig) -> Backbone:
+def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> Backbone:
     """The student's backbone, its weights drawn from torch's present seed unless pretrained."""
     return build_backbone(
         source=model.student_source,
@@ -64,6 +68,8 @@ def build_student_backbone(model: ModelConfig, data: DataConfig) -> Backbone:
         data_std=data.std,
         image_size=data.image_size,
         use_cls_token=model.use_cls_token,
+        out_indices=model.student_out_indices,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
@@ -84,28 +90,54 @@ def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits:
         image_size=data.image_size,
         use_cls_token=model.use_cls_token,
         with_logits=with_logits,
+        out_indices=model.teacher_out_indices,
     )
 
 
-def build_models(configs: Configs, device: torch.device) -> tuple[FrozenTeacher, StudentWithHeads]:
-    """Teacher and student with its heads, on the device; the student's initial weights depend on the seed alone."""
+def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
+    """The teacher, on the device."""
+    train = configs.train
+    with_logits = "logits" in fields_needed(train.distill_loss_weights)
+    teacher = FrozenTeacher(
+        build_teacher_backbone(configs.model, configs.data, with_logits=with_logits),
+        standardise=train.standardise_targets,
+    )
+    return _on_device(teacher, device)
+
+
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device, memory_format=MEMORY_FORMAT)
+
+
+def build_models(
+    configs: Configs, device: torch.device, cache: TeacherCache | None = None
+) -> tuple[Targets, StudentWithHeads]:
+    """Teacher and student with its heads, on the device; the student's initial weights depend on the seed alone.
+
+    cache: the teacher's stored outputs; where every step takes them, only what is known of them is returned.
+    """
     train = configs.train
     check_loss_names(train.distill_loss_weights, train.loss_options)
     fields = fields_needed(train.distill_loss_weights)
-    teacher = FrozenTeacher(
-        build_teacher_backbone(configs.model, configs.data, with_logits="logits" in fields),
-        standardise=train.standardise_targets,
-    )
+    if configs.model.teacher_out_indices and "layers" not in fields:
+        raise UserError(
+            "teacher_out_indices and student_out_indices are set, but no loss compares layers: add layers to "
+            "distill_loss_weights, or set both to null"
+        )
+    if cache is not None:
+        check_fields(cache, train.distill_loss_weights)
+    if cache is None or train.teacher_cache.mode == "hybrid":
+        teacher = build_teacher(configs, device)
+    else:
+        teacher = Targets(cache.widths, train.standardise_targets).to(device)
     torch.manual_seed(train.seed)
     student = StudentWithHeads(
-        build_student_backbone(configs.model, configs.data),
+        build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing),
         teacher.widths,
         fields,
         configs.model.projector.model_dump(),
     )
-    if device.type == "cuda":
-        teacher, student = (model.to(memory_format=torch.channels_last) for model in (teacher, student))
-    return teacher.to(device), student.to(device)
+    return teacher, _on_device(student, device)
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
@@ -120,15 +152,16 @@ def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=train.use_fused_adamw and device.type == "cuda")
 
 
-def build_schedule(train: TrainConfig, steps_in_epoch: int, steps_before: int = 0, epochs_before: int = 0) -> Schedule:
+def build_schedule(
+    train: TrainConfig, student: nn.Module, steps_in_epoch: int, steps_before: int = 0, epochs_before: int = 0
+) -> Schedule:
     """The schedule of the whole run; a warm-up longer than the run is clipped.
 
     steps_before, epochs_before: what the finished epochs took, where they may have been of another length.
     """
     total = steps_before + steps_in_epoch * max(0, train.num_epochs - epochs_before)
     warmup = 0.05 * total if train.warmup_epochs is None else train.warmup_epochs * steps_in_epoch
-    global_batch = global_batch_size(train)
-    learning_rate = train.learning_rate or default_learning_rate(global_batch)
+    learning_rate = train.learning_rate or default_learning_rate(global_batch_size(train), student)
     return Schedule(learning_rate, min(train.min_lr, learning_rate), min(total, round(warmup)), total)
 
 
@@ -158,7 +191,8 @@ def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int,
     """What the run will do, in lines for the console: steps, images seen, warm-up, learning rate."""
     train = configs.train
     seen = steps_in_epoch * global_batch_size(train)
-    rule = "" if train.learning_rate else " (learning_rate: null: 1e-3 x sqrt(global batch / 64), at most 4e-3)"
+    rule = "2e-3 x sqrt(global batch / 64), at most 4e-3; half of it without batch norm"
+    rule = "" if train.learning_rate else f" (learning_rate: null: {rule})"
     lines = [
         f"schedule: {train.num_epochs} epochs x {steps_in_epoch} steps = {schedule.total_steps} steps of "
         f"{global_batch_size(train)} images (batch_size {train.batch_size} x {distributed.world_size()} processes x "
@@ -177,13 +211,17 @@ def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int,
 
 def build_task(
     configs: Configs,
-    teacher: FrozenTeacher,
+    teacher: Targets,
     student: StudentWithHeads,
     schedule: Schedule,
     normalized: bool,
     device: torch.device,
+    cache: TeacherCache | None = None,
 ) -> Task:
-    """Everything a training step touches. normalized: whether the loader's float batches are normalised already."""
+    """Everything a training step touches.
+
+    normalized: whether the loader's float batches are normalised already; cache: the teacher's stored outputs.
+    """
     data, train = configs.data, configs.train
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (data.mean, data.std))
@@ -194,6 +232,7 @@ def build_task(
         return images.float() if normalized else (images.float() - mean) / std
 
     depth = StochasticDepth(student)
+    queue_size = queue_size_of(train.distill_loss_weights, train.loss_options)
     return Task(
         student=student,
         student_call=_wrap_student(student, train, device),
@@ -212,9 +251,10 @@ def build_task(
         seed=train.seed,
         ema=Ema(student.student.model, train.ema_decay) if train.ema_decay else None,
         depth=depth,
+        queue=queue_size and EmbeddingQueue(queue_size, teacher.widths["pooled"], device),
+        stored=None if cache is None else StoredTargets(cache, teacher, augmentation, train),
         max_bad_steps=train.max_bad_steps,
-        # the order in which tensor cores take convolutions; a ViT, with one convolution in all, does not mind
-        memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format,
+        memory_format=MEMORY_FORMAT,
     )
 
 

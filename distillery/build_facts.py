@@ -1,16 +1,27 @@
 """What a run says of itself: the data and the teacher it is bound to, what was compiled, what to do without memory."""
 
+import itertools
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from distillery.build import choose_precision
-from distillery.config import DataConfig, TrainConfig
+from distillery.build import build_teacher, choose_precision
+from distillery.config import Configs, DataConfig, TrainConfig
 from distillery.engine import Task
 from distillery.files import format_bytes, sha256_of
+from distillery.metrics import pack_numbers
+from distillery.models import Backbone, FrozenTeacher
+from distillery.process import UserError
+from distillery.sampling import EpochOrder
+from distillery.standardise import PHI_S, Targets
+from distillery.teacher_cache import TeacherCache
+from distillery.teacher_records import teacher_command
 
 
 def compiled_graphs() -> str:
@@ -35,6 +46,27 @@ def shards_of(loader: Any) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "shards": list(names), "rows": list(rows) if names else [sum(rows)]}
 
 
+def epoch_facts(loader: Any, epoch: int) -> dict[str, Any]:
+    """What an epoch reads, for its row of metrics.jsonl: images, and of a cache the places of the shards in the run's
+    list, packed (metrics.unpack_numbers).
+    """
+    order = loader.sampling.order(epoch)
+    if loader.shard_names is None:
+        return {"images": len(order)}
+    shards = order.shards
+    if order.total - len(order) >= loader.sampling.step_rows:  # a cap ends it early, maybe before some of its shards
+        shards = np.concatenate([np.unique(shards) for shards in _shards_by_window(order)])
+    return {"images": len(order), "shards": pack_numbers(np.unique(shards).tolist())}
+
+
+def _shards_by_window(order: EpochOrder) -> Iterator[np.ndarray]:
+    position = 0
+    while position < len(order):
+        end = order.window_bounds(position)[1]
+        yield order.rows(position, end)[0]
+        position = end
+
+
 def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfig:
     """The data configuration that gives a run's own images again, whatever has been added since it was started."""
     if frozen is None:
@@ -46,8 +78,12 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
 
 def plan_of(task: Task, num_images: int) -> dict[str, int]:
     """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
-    models = {"student": task.student.student.model, "teacher": task.teacher_module.backbone.model}
+    models = {"student": task.student.student.model}
+    if isinstance(task.teacher_module, FrozenTeacher):
+        models["teacher"] = task.teacher_module.backbone.model
     sizes = {f"{side}_parameters": sum(p.numel() for p in model.parameters()) for side, model in models.items()}
+    if "teacher" not in models:
+        sizes["teacher_parameters"] = task.stored.cache.identity["resolved"]["num_parameters"]
     return {"total_steps": task.schedule.total_steps, "num_images": num_images, **sizes}
 
 
@@ -66,6 +102,73 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
+    """weights_hash of the run's teacher, loaded or not.
+
+    Raises:
+        UserError: it is loaded, and its outputs have been stored with other weights.
+    """
+    if not isinstance(teacher, FrozenTeacher):
+        return cache.weights_hash
+    found = weights_hash(teacher.backbone.model)
+    if cache is not None and cache.weights_hash != found:
+        raise UserError(
+            f"the teacher has other weights than the one whose outputs are in {cache.directory}. Put "
+            f"teacher_checkpoint or teacher_repo back, or store its outputs: {teacher_command()}"
+        )
+    return found
+
+
+def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | None, device: torch.device) -> Backbone:
+    """The teacher's backbone, to be evaluated; read from its weights where the run itself does without it."""
+    if not isinstance(teacher, FrozenTeacher):
+        teacher = build_teacher(configs, device)
+        teacher_hash(teacher, cache)
+    return teacher.backbone
+
+
+def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: TeacherCache | None) -> None:
+    """Raise UserError when a checkpoint's teacher or stored outputs are not the present ones; now: teacher_hash."""
+    if state["teacher_hash"] != now:
+        raise UserError(
+            f"the teacher has other weights than when the run in {run_dir} was started. Put teacher_checkpoint or "
+            "teacher_repo back, or give another checkpoint_dir."
+        )
+    before, found = state.get("teacher_cache"), cache and cache.fingerprint
+    if before != found:
+        raise UserError(
+            f"the run in {run_dir} was started on other teacher outputs: fingerprint {(before or 'none')[:12]}, now "
+            f"{(found or 'none')[:12]}. Put the teacher_cache block and cache_dir back, or give another checkpoint_dir."
+        )
+
+
+def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
+    """A few images, normalised, their global_idx and their stored outputs, for engine.check_first_step."""
+    if task.stored is None:
+        images = next(spread_batches(loader.dataset, 8, 8, task.device))
+        return images, torch.arange(len(images), device=task.device)
+    batches = iter(loader)
+    images, global_idx = next(batches)
+    batches.close()
+    stored = task.stored.read(global_idx, epoch=0)
+    images, *others = (values[:8].to(task.device) for values in (images, global_idx, *stored))
+    return task.to_float(images), *others
+
+
+def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[str, Tensor]:
+    """Statistics of stored outputs, for Targets.load_statistics.
+
+    The pass that stored them has means and deviations over all images and views. PHI-S needs covariances too: those
+    come from one view of the first num_images of the loader's order.
+    """
+    if task.teacher_module.standardise != PHI_S:
+        return task.stored.cache.statistics
+    batches = itertools.islice(loader, math.ceil(num_images / loader.batch_size))
+    return task.teacher_module.statistics_of(
+        task.stored.features(task.stored.read(global_idx, epoch=0)) for _, global_idx in batches
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,6 +190,8 @@ def memory_advice(train: TrainConfig, image_size: int, device: torch.device, ste
     text += ". The checkpoints are intact; run the same command with"
     if batch % 2 == 0:
         text += f" --set batch_size={batch // 2} --set grad_accumulation_steps={2 * steps} (the same global batch),"
+    if not train.gradient_checkpointing:
+        text += " --set gradient_checkpointing=true (slower),"
     if precision == "fp32" and device.type == "cuda":
         text += " precision: bf16 (a new run),"
     return text + " a smaller student or teacher_img_size, or on more memory."

@@ -38,7 +38,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     start.add_argument("--no_resume", action="store_true", help="start afresh; what the run folder holds is set aside")
     parser.add_argument("--max_steps_per_epoch", type=int, metavar="N", help="overrides the key of the same name")
     parser.add_argument("--max_minutes", type=float, metavar="M", help="save and leave with status 75 after M minutes")
-    parser.add_argument("--dry_run", action="store_true", help="print the schedule and stop; nothing is written")
+    parser.add_argument("--dry_run", action="store_true", help="print schedule, hours, advice and stop; writes nothing")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                         help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
     arguments = parser.parse_args()

@@ -155,6 +155,15 @@ def wait_for_all() -> None:
         dist.barrier(group=_hosts)
 
 
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """Rows [n, ...] of every rank one after the other, in the order of the ranks; n is the same on all of them."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Element-wise mean of a tensor that every rank has, on its device."""
     if world_size() > 1:

@@ -1,7 +1,7 @@
 """The training step and the epoch: knows neither YAML nor paths nor names of losses; it is handed objects."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +13,17 @@ from distillery import distributed
 from distillery.drop_path import StochasticDepth
 from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
-from distillery.losses import check_gradients, total_loss
-from distillery.models import FrozenTeacher, StudentWithHeads, align_teacher
+from distillery.losses import check_gradients, needs_second_view, total_loss
+from distillery.losses_queue import EmbeddingQueue
+from distillery.models import StudentWithHeads, align
 from distillery.process import StopFlag
+from distillery.standardise import Targets
+from distillery.teacher_targets import StoredTargets
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10
+# added to the epoch for the draws of a sample's second view: no run has so many epochs
+SECOND_VIEW = 2**31
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,16 @@ class Schedule:
         return self.min_lr + (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def default_learning_rate(global_batch_size: int) -> float:
-    """The rule behind `learning_rate: null`: 1e-3 x sqrt(batch / 64), at most 4e-3, for AdamW.
+def default_learning_rate(global_batch_size: int, student: nn.Module) -> float:
+    """The rule behind `learning_rate: null`: 2e-3 x sqrt(batch / 64), at most 4e-3; half of it without batch norm.
 
-    The square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287); with the value at 64
-    the runs under Results in README.md were made.
+    Under batch norm the scale of the weights does not matter, and they take larger steps (arXiv:1706.05350). The
+    square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287); with the value at 64 the
+    runs under Results in README.md were made.
     """
-    return min(4e-3, 1e-3 * math.sqrt(global_batch_size / 64))
+    rate = min(4e-3, 2e-3 * math.sqrt(global_batch_size / 64))
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+    return rate if has_batch_norm else rate / 2
 
 
 @dataclass
@@ -70,13 +78,15 @@ class Task:
 
     student_call: what is called (the student itself, or wrapped for DDP or compiled); teacher: frozen; augment: from
     (images, global_idx, epoch) to images; to_float: from the loader's batch to normalised float32 on the device; depth:
-    the student's stochastic depth, where it has any.
+    the student's stochastic depth, where it has any; stored: what makes views and targets of batches that come with the
+    teacher's outputs. teacher_module: the statistics of the targets, and the teacher where it has been loaded; queue:
+    past teacher features, where a loss compares with them.
     """
 
     student: StudentWithHeads
     student_call: nn.Module
     teacher: Callable[[Tensor], Any]
-    teacher_module: FrozenTeacher
+    teacher_module: Targets
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     loss_weights: dict[str, float]
@@ -90,12 +100,16 @@ class Task:
     seed: int
     ema: "Ema | None" = None
     depth: StochasticDepth | None = None
+    stored: StoredTargets | None = None
+    queue: EmbeddingQueue | None = None
     max_bad_steps: int = 0
     memory_format: torch.memory_format = torch.contiguous_format
     scaler: torch.amp.GradScaler = field(init=False)
     bad_steps: BadSteps = field(init=False)
+    clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
+        self.clock = StepClock(self.device)
         # fp16 needs its scaling; at scale 1 the scaler still has a use: a step whose gradients are not finite is left
         # out on the device, without the host having to look
         scale = {} if self.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
@@ -132,28 +146,52 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63)
 
 
-def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> dict[str, Tensor]:
-    """One view of a batch through teacher and student.
+def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int, *stored: Tensor) -> dict[str, Tensor]:
+    """One view of a batch through the student, and through the teacher where its outputs have not been stored.
 
     Args:
         task: models, losses, augmentation.
         images: as the loader yields them, [B, 3, H, W], on the device.
         global_idx: int64 [B]; with the epoch it determines the view.
         epoch: from 0.
+        stored: what task.stored added to the batch; nothing where the teacher is to be run.
 
     Returns:
         {"loss", "loss/<name>", ...}: float32 scalars.
     """
-    view = task.augment(task.to_float(images), global_idx, epoch).contiguous(memory_format=task.memory_format)
+    return _losses_of_view(task, task.student_call, task.to_float(images), global_idx, epoch, stored)
+
+
+def _losses_of_view(
+    task: Task, student: nn.Module, images: Tensor, global_idx: Tensor, epoch: int, stored: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    view = task.stored.view(images, global_idx, stored) if stored else task.augment(images, global_idx, epoch)
+    view = view.contiguous(memory_format=task.memory_format)
     if task.depth is not None:
         task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
-    with task.autocast():
-        targets = task.teacher(view)
-        outputs = task.student_call(view)
-    return total_loss(outputs, align_teacher(targets, outputs.grid), task.loss_weights, task.loss_options)
+    with task.clock.part("teacher"), task.autocast():
+        targets = task.stored.targets(stored) if stored else task.teacher(view)
+        second = None
+        if needs_second_view(task.loss_weights):
+            second = task.stored.second_view(stored) if stored else _second_view(task, images, global_idx, epoch)
+    with task.clock.part("student"):
+        with task.autocast():
+            outputs = student(view)
+        outputs, targets = align(outputs, targets, task.stored and task.stored.grid)
+        past = None if task.queue is None else task.queue.rows
+        losses = total_loss(outputs, targets, task.loss_weights, task.loss_options, second_view=second, queue=past)
+        if task.queue is not None and task.student.training:
+            task.queue.push(targets.pooled)
+        return losses
 
 
-def train_step(task: Task, batches: list[tuple[Tensor, Tensor]], step: int, epoch: int) -> dict[str, Tensor]:
+def _second_view(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> Any:
+    """The teacher's features of another view of each image than the student's."""
+    view = task.augment(images, global_idx, epoch + SECOND_VIEW)
+    return task.teacher(view.contiguous(memory_format=task.memory_format))
+
+
+def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: int) -> dict[str, Tensor]:
     """One optimiser step over `accumulation_steps` batches; nothing here waits for the device.
 
     Returns:
@@ -165,23 +203,25 @@ def train_step(task: Task, batches: list[tuple[Tensor, Tensor]], step: int, epoc
     statistics = _running_statistics(task) if task.max_bad_steps else []
     before = [value.clone() for value in statistics]
     totals: dict[str, Tensor] = {}
-    for number, (images, global_idx) in enumerate(batches, start=1):
+    for number, (images, global_idx, *stored) in enumerate(batches, start=1):
         is_last = number == len(batches)
         with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
-            losses = forward_losses(task, images, global_idx, epoch)
-            task.scaler.scale(losses["loss"] / len(batches)).backward()
+            losses = forward_losses(task, images, global_idx, epoch, *stored)
+            with task.clock.part("student"):
+                task.scaler.scale(losses["loss"] / len(batches)).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
-    task.scaler.unscale_(task.optimizer)
-    max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
-    totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
-    is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([global_idx for _, global_idx in batches]))
-    undo_where(is_bad, statistics, before)
-    task.scaler.step(task.optimizer)
-    task.scaler.update()
-    task.optimizer.zero_grad(set_to_none=True)
-    if task.ema is not None:
-        task.ema.update(task.student.student.model)
+    with task.clock.part("optimizer"):
+        task.scaler.unscale_(task.optimizer)
+        max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
+        totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch[1] for batch in batches]))
+        undo_where(is_bad, statistics, before)
+        task.scaler.step(task.optimizer)
+        task.scaler.update()
+        task.optimizer.zero_grad(set_to_none=True)
+        if task.ema is not None:
+            task.ema.update(task.student.student.model)
     return totals
 
 
@@ -190,18 +230,15 @@ def _running_statistics(task: Task) -> list[Tensor]:
     return [value for value in task.student.buffers() if value.is_floating_point()]
 
 
-def check_first_step(task: Task, images: Tensor, global_idx: Tensor) -> None:
+def check_first_step(task: Task, images: Tensor, global_idx: Tensor, *stored: Tensor) -> None:
     """Every weighted loss term must be finite and have a gradient into the student, else an error names it.
 
-    images: normalised, float32 [B, 3, H, W], on the device.
+    images: normalised, float32 [B, 3, H, W], on the device; stored: as in forward_losses.
     """
     was_training = task.student.training
     task.student.eval()  # the check must not touch batch-norm statistics
     try:
-        view = task.augment(images, global_idx, 0)
-        with task.autocast():
-            targets, outputs = task.teacher(view), task.student(view)
-        terms = total_loss(outputs, align_teacher(targets, outputs.grid), task.loss_weights, task.loss_options)
+        terms = _losses_of_view(task, task.student, images, global_idx, 0, stored)
         check_gradients(terms, task.student.student.parameters())
     finally:
         task.student.train(was_training)
@@ -222,7 +259,7 @@ def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list
 
 def train_one_epoch(
     task: Task,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     progress: Progress,
     stop: StopFlag,
     *,
@@ -234,7 +271,7 @@ def train_one_epoch(
 
     Args:
         task: models, optimiser, losses.
-        batches: (images, global_idx) on the device, from progress.samples on.
+        batches: (images, global_idx) on the device, from progress.samples on; stored outputs of the teacher follow.
         progress: moved along after every step.
         stop: looked at after every step; all ranks stop together.
         steps_in_epoch: optimiser steps of a whole epoch.
@@ -244,14 +281,15 @@ def train_one_epoch(
     Raises:
         FloatingPointError: a loss or gradient is not finite.
     """
-    clock, groups = StepClock(task.device), batches_by_step(batches, task.accumulation_steps)
+    clock, groups = task.clock, batches_by_step(batches, task.accumulation_steps)
+    clock.restart()
     epoch_end = progress.epoch_start + steps_in_epoch
     while progress.step < epoch_end:
-        with clock.waiting():
+        with clock.part("wait"):
             group = next(groups, None)
         assert group is not None, f"the loader ended at step {progress.step}, the epoch at {epoch_end}"
         losses = train_step(task, group, progress.step, progress.epoch)
-        num_images = sum(len(images) for images, _ in group)
+        num_images = sum(len(batch[0]) for batch in group)
         clock.count(num_images)
         is_logged = (progress.step + 1) % log_every == 0
         # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it

@@ -19,6 +19,7 @@ def state_of(task: Task, progress: Progress) -> dict[str, Any]:
         "progress": {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples},
         "scaler": task.scaler.state_dict(),
         "target_statistics": task.teacher_module.statistics_state(),
+        "queue": task.queue.state() if task.queue else None,
         "num_bad_steps": task.bad_steps.count.item(),
         "learning_rate": task.schedule.at(max(0, progress.step - 1)),
     }
@@ -37,6 +38,8 @@ def restore(task: Task, progress: Progress, state: dict[str, Any], global_batch:
     task.bad_steps.count.fill_(state["num_bad_steps"])
     if state["target_statistics"]:
         task.teacher_module.load_statistics(state["target_statistics"])
+    if task.queue is not None and state.get("queue") is not None:
+        task.queue.load_state(state["queue"])
     if task.ema is not None and state["ema"] is not None:
         task.ema.state = {name: value.to(task.device) for name, value in state["ema"].items()}
     place = state["progress"]

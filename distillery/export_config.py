@@ -98,8 +98,9 @@ def _recipe(student: Student) -> dict[str, Any]:
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     recipe = {name: train[name] for name in _RECIPE if name in train}
     if student.global_batch_size:
-        recipe["learning_rate"] = train["learning_rate"] or default_learning_rate(student.global_batch_size)
-        recipe["global_batch_size"] = student.global_batch_size
+        size = student.global_batch_size
+        recipe["learning_rate"] = train["learning_rate"] or default_learning_rate(size, student.backbone)
+        recipe["global_batch_size"] = size
     return recipe | {"image_size": data["image_size"], "teacher_img_size": model.get("teacher_img_size")}
 
 

@@ -1,9 +1,9 @@
-"""What the student is pulled towards: pure functions of its features and the teacher's, and their weighted sum.
+"""What the student is pulled towards: the losses by name, their weighted sum, and what they need.
 
-A loss is one function `(student, teacher, *, options) -> scalar` and one line in LOSSES. Every one is zero where the
-student equals the teacher, gives no gradient to the teacher and computes in float32 whatever it is handed.
+A loss is one function `(student, teacher, *, options) -> scalar` in losses_terms.py and one line in LOSSES.
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -13,12 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from distillery.losses_terms import (
+    barlow,
+    cosine,
+    cosine_smooth_l1,
+    kl_logits,
+    layers,
+    mse,
+    patch_similarity,
+    rkd_angle,
+    rkd_distance,
+    similarity,
+    similarity_queue,
+    smooth_l1,
+)
 from distillery.process import UserError
 
 # norms at the first step: a constant written as a loss 1e-15 to 3e-8 (rounding), the weakest working loss 2e-5
 ZERO_GRADIENT_NORM = 1e-7
+# an option, but of the queue that the training keeps: no function sees it
+QUEUE_SIZE = "queue_size"
+FIELD_REMEDIES = {
+    "tokens": "have patch tokens stored (teacher_cache.tokens)",
+    "logits": "take a teacher with a classifier",
+    "layers": "set teacher_out_indices and student_out_indices",
+}
 
 
 @dataclass(frozen=True)
@@ -26,155 +46,23 @@ class Features:
     """What a model says about a batch: B images, P = h * w patches in row-major order, D channels, C classes."""
 
     pooled: Tensor  # [B, D]: class token or pooled map
-    tokens: Tensor  # [B, P, D]: patch tokens or the cells of a feature map
+    tokens: Tensor | None  # [B, P, D]: patch tokens or the cells of a feature map; None: not stored
     grid: tuple[int, int]  # (h, w)
     logits: Tensor | None = None  # [B, C]
+    layers: tuple[Tensor, ...] = ()  # [B, P, D] each: intermediate layers
+    layer_grids: tuple[tuple[int, int], ...] = ()  # (h, w) of each of them
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor there is by name; the layers as layers_0, layers_1 and so on."""
+        named = {"pooled": self.pooled, "tokens": self.tokens, "logits": self.logits}
+        named |= {f"layers_{i}": layer for i, layer in enumerate(self.layers)}
+        return {name: value for name, value in named.items() if value is not None}
 
-def check_same_shape(name: str, student: Tensor, teacher: Tensor, *, remedy: str) -> None:
-    """Refuse two tensors that do not match: broadcasting or cutting would compare unlike things in silence.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if student.shape != teacher.shape:
-        raise UserError(f"{name}: student {list(student.shape)} and teacher {list(teacher.shape)} differ: {remedy}")
-
-
-REMEDY = "project the student to the teacher's width (StudentWithHeads) and resample the grid (align_teacher)"
-
-
-def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
-    # with two images there is one pair: its normalised distance or similarity is a constant, the gradient zero
-    if student.shape[:-1] != teacher.shape[:-1] or len(student) < 3:
-        raise UserError(
-            f"{name} compares the images of a batch with each other: it needs the same 3 or more of student and "
-            f"teacher, got {list(student.shape)} and {list(teacher.shape)}: raise batch_size"
-        )
-
-
-def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine similarity along the last axis, mean over the others; [..., D] each."""
-    check_same_shape("cosine", student, teacher, remedy=REMEDY)
-    return (1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1)).mean()
-
-
-def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over all elements; [..., D] each."""
-    check_same_shape("mse", student, teacher, remedy=REMEDY)
-    return F.mse_loss(student.float(), teacher.detach().float())
-
-
-def smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
-    """Mean Huber-like difference, quadratic below `beta` (in the features' unit); [..., D] each.
-
-    Source: Girshick 2015, arXiv:1504.08083.
-    """
-    check_same_shape("smooth_l1", student, teacher, remedy=REMEDY)
-    return F.smooth_l1_loss(student.float(), teacher.detach().float(), beta=beta)
-
-
-def cosine_smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
-    """Half `cosine`, half `smooth_l1`: direction and size at once; [..., D] each, the teacher's standardised.
-
-    Source: UNIC, arXiv:2408.05088, section 3; also DUNE, arXiv:2503.14405.
-    """
-    return 0.5 * cosine(student, teacher) + 0.5 * smooth_l1(student, teacher, beta=beta)
-
-
-def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """KL(teacher || student) over softened class probabilities.
-
-    Args:
-        student: raw logits, [B, C].
-        teacher: raw logits, [B, C]; receives no gradient.
-        temperature: > 0, no unit; softens both sides.
-    Returns:
-        Scalar in nats, mean over B, times temperature**2 so the gradient scale does not shrink with it.
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
-    """
-    check_same_shape("kl_logits", student, teacher, remedy="the student's head must have the teacher's num_classes")
-    return _softmax_kl(student.float(), teacher.detach().float(), temperature) * temperature**2
-
-
-def patch_similarity(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """KL between the rows of both models' token Gram matrices; [B, P, D] each, the widths may differ.
-
-    Each patch's cosine similarities to all patches of its image, softened by `temperature`; mean over B and P.
-    Source: LightlyTrain distillationv3.
-    """
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise UserError(
-            f"patch_similarity: student {list(student.shape)} and teacher {list(teacher.shape)} have different "
-            "batches or grids: resample the teacher's with align_teacher"
-        )
-    gram_s = _cosine_gram(student.float())  # [B, P, P]
-    gram_t = _cosine_gram(teacher.detach().float())
-    return _softmax_kl(gram_s.flatten(0, 1), gram_t.flatten(0, 1), temperature)
-
-
-def similarity(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """KL between each image's softened cosine similarities to the batch's other images; [B, D], B >= 3.
-
-    CompRess and SEED compare with a queue of past images; here the batch is the whole set of anchors, so that the loss
-    stays a pure function. Large batches make it sharper.
-    Source: CompRess, arXiv:2010.14713; SEED, arXiv:2101.04731.
-    """
-    _check_batch("similarity", student, teacher)
-    gram_s = _without_diagonal(_cosine_gram(student.float()))  # [B, B-1]
-    gram_t = _without_diagonal(_cosine_gram(teacher.detach().float()))
-    return _softmax_kl(gram_s, gram_t, temperature)
-
-
-def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """SmoothL1 between the batch's pairwise distances, each in units of its model's mean distance; [B, D], B >= 3.
-
-    Source: Park et al. 2019, arXiv:1904.05068, section 3.2.1.
-    """
-    _check_batch("rkd_distance", student, teacher)
-    return F.smooth_l1_loss(_relative_distances(student.float()), _relative_distances(teacher.detach().float()))
-
-
-def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """SmoothL1 between the cosines of the angles of all triplets of the batch; [B, D], B >= 3.
-
-    Memory grows as B * B * (B + D) floats: 3 GB at B = 1024 and D = 768 before autograd's copies.
-    Source: Park et al. 2019, arXiv:1904.05068, section 3.2.2.
-    """
-    _check_batch("rkd_angle", student, teacher)
-    return F.smooth_l1_loss(_triplet_cosines(student.float()), _triplet_cosines(teacher.detach().float()))
-
-
-def _softmax_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of softmax(x / temperature) along the last axis; mean over the rows of [N, C]."""
-    log_s = F.log_softmax(student / temperature, dim=-1)
-    log_t = F.log_softmax(teacher / temperature, dim=-1)
-    # batchmean: dividing by C as well would tie the loss weight to the class or patch count
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-
-
-def _cosine_gram(features: Tensor) -> Tensor:
-    """Cosine similarities of the rows of [..., N, D] -> [..., N, N]."""
-    unit = F.normalize(features, dim=-1)
-    return unit @ unit.transpose(-1, -2)
-
-
-def _without_diagonal(square: Tensor) -> Tensor:
-    """[N, N] -> [N, N - 1]: an image's similarity to itself says nothing and would outweigh all the rest."""
-    n = len(square)
-    return square.flatten()[:-1].view(n - 1, n + 1)[:, 1:].reshape(n, n - 1)
-
-
-def _relative_distances(features: Tensor) -> Tensor:
-    # differences, not the matrix product: the latter loses all digits of the distance of two close points
-    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # [B, B]
-    n = len(features)
-    return distances / (distances.sum() / (n * (n - 1))).clamp(min=1e-12)
-
-
-def _triplet_cosines(features: Tensor) -> Tensor:
-    edges = F.normalize(features.unsqueeze(0) - features.unsqueeze(1), dim=-1)  # [B, B, D]
-    return edges @ edges.transpose(1, 2)  # [B, B, B]
+    def with_tensors(self, named: Mapping[str, Tensor]) -> "Features":
+        """The same with some tensors changed, named as in tensors()."""
+        changed = tuple(named.get(f"layers_{i}", layer) for i, layer in enumerate(self.layers))
+        fields = {name: value for name, value in named.items() if not name.startswith("layers_")}
+        return dataclasses.replace(self, layers=changed, **fields)
 
 
 @dataclass(frozen=True)
@@ -182,13 +70,16 @@ class LossTerm:
     """A loss and the field of Features that it compares."""
 
     function: Callable[..., Tensor]
-    field: str  # "pooled", "tokens" or "logits"
+    field: str  # "pooled", "tokens", "logits" or "layers"
+    second_view: bool = False  # whether the teacher's side is of another view than the student's
+    queue_size: int | None = None  # past teacher rows it is handed as a third argument unless told; None: none
 
     @property
     def options(self) -> list[str]:
         """Names of the options it takes; each is a number above zero."""
         parameters = inspect.signature(self.function).parameters.values()
-        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return names if self.queue_size is None else [*names, QUEUE_SIZE]
 
 
 LOSSES = {
@@ -201,9 +92,12 @@ LOSSES = {
     "patch_mse": LossTerm(mse, "tokens"),
     "patch_smooth_l1": LossTerm(smooth_l1, "tokens"),
     "patch_similarity": LossTerm(patch_similarity, "tokens"),
+    "layers": LossTerm(layers, "layers"),
     "similarity": LossTerm(similarity, "pooled"),
+    "similarity_queue": LossTerm(similarity_queue, "pooled", queue_size=8192),
     "rkd_distance": LossTerm(rkd_distance, "pooled"),
     "rkd_angle": LossTerm(rkd_angle, "pooled"),
+    "barlow": LossTerm(barlow, "pooled", second_view=True),
     "kl_logits": LossTerm(kl_logits, "logits"),
 }
 
@@ -233,6 +127,8 @@ def check_loss_names(weights: Mapping[str, float], options: Mapping[str, Mapping
                 raise UserError(f"loss_options: {name} has no option {option!r}; {takes}")
             if not _is_number(value) or value <= 0:
                 raise UserError(f"loss_options: {name}: {option} {value!r} is not a number above 0")
+            if option == QUEUE_SIZE and not isinstance(value, int):
+                raise UserError(f"loss_options: {name}: {option} {value!r} is not a whole number")
 
 
 def _is_number(value: Any) -> bool:
@@ -245,11 +141,29 @@ def fields_needed(weights: Mapping[str, float]) -> set[str]:
     return {LOSSES[name].field for name, weight in weights.items() if weight}
 
 
+def needs_second_view(weights: Mapping[str, float]) -> bool:
+    """Whether a loss of non-zero weight compares the student with the teacher's features of another view."""
+    return any(LOSSES[name].second_view for name, weight in weights.items() if weight)
+
+
+def queue_size_of(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None) -> int | None:
+    """How many past teacher rows losses of non-zero weight want at most; None: no loss wants any."""
+    wanted = [
+        ((options or {}).get(name) or {}).get(QUEUE_SIZE, LOSSES[name].queue_size)
+        for name, weight in weights.items()
+        if weight and LOSSES[name].queue_size is not None
+    ]
+    return max(wanted, default=None)
+
+
 def total_loss(
     student: Features,
     teacher: Features,
     weights: Mapping[str, float],
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    second_view: Features | None = None,
+    queue: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The weighted sum of the chosen losses, and each of them unweighted.
 
@@ -258,6 +172,8 @@ def total_loss(
         teacher: on the student's grid; receives no gradient.
         weights: loss name -> weight; a weight of zero is not computed.
         options: loss name -> its options, e.g. {"kl_logits": {"temperature": 2}}.
+        second_view: the teacher's features of another view of the same images, where needs_second_view says so.
+        queue: pooled teacher features of earlier batches, [K, D], where queue_size_of gives a number.
     Returns:
         {"loss": the sum, "loss/<name>": the term before its weight, ...}, float32 scalars on the device.
     Raises:
@@ -269,19 +185,33 @@ def total_loss(
     with torch.autocast(device_type=student.pooled.device.type, enabled=False):
         for name, weight in weights.items():
             if weight:
-                field = LOSSES[name].field
-                pair = _field_of(student, field, name, "student"), _field_of(teacher, field, name, "teacher")
-                terms[name] = LOSSES[name].function(*pair, **((options or {}).get(name) or {}))
+                own_options = dict((options or {}).get(name) or {})
+                own_options.pop(QUEUE_SIZE, None)
+                terms[name] = LOSSES[name].function(
+                    *_arguments_of(name, student, teacher, second_view, queue), **own_options
+                )
         total = sum(weights[name] * term for name, term in terms.items())
     return {"loss": total} | {f"loss/{name}": term for name, term in terms.items()}
 
 
-def _field_of(features: Features, field: str, loss: str, role: str) -> Tensor:
+def _arguments_of(
+    name: str, student: Features, teacher: Features, second_view: Features | None, queue: Tensor | None
+) -> tuple[Any, ...]:
+    """What a loss compares, in its own order."""
+    loss = LOSSES[name]
+    if loss.second_view and second_view is None:
+        raise UserError(f"{name} needs the teacher's features of a second view, and was given none")
+    targets = second_view if loss.second_view else teacher
+    pair = _field_of(student, loss.field, name, "student"), _field_of(targets, loss.field, name, "teacher")
+    return pair if loss.queue_size is None else (*pair, queue)
+
+
+def _field_of(features: Features, field: str, loss: str, role: str) -> Any:
     value = getattr(features, field)
-    if value is None:
+    if value is None or (field == "layers" and not value):
         raise UserError(
-            f"{loss} needs {field}, which the {role} does not give: take a teacher with a classifier, "
-            f"or leave {loss} out of distill_loss_weights"
+            f"{loss} needs {field}, which the {role} does not give: {FIELD_REMEDIES[field]}, or leave {loss} out of "
+            "distill_loss_weights"
         )
     return value
 

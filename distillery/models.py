@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillery.adapters import choose_adapter
-from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, load_weights
+from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, use_gradient_checkpointing
+from distillery.backbones_weights import load_weights
 from distillery.losses import Features
 from distillery.process import UserError
+from distillery.standardise import Targets
 
-# a channel that varies less than this share of the root mean square over channels carries no signal
-DEAD_CHANNEL_SHARE = 1e-3
 PROJECTORS = ("mlp", "linear")
+# the order in which tensor cores and oneDNN take convolutions: on two CPU cores a ResNet-56 ran 2.4 times as fast, a
+# training step of a ResNet-20 1.2 times; a ViT, with one convolution in all, does not mind
+MEMORY_FORMAT = torch.channels_last
 
 
 def build_backbone(
@@ -38,6 +41,8 @@ def build_backbone(
     use_cls_token: bool = True,
     drop_path_rate: float | None = None,
     with_logits: bool = False,
+    out_indices: Sequence[int] | None = None,
+    gradient_checkpointing: bool = False,
 ) -> "Backbone":
     """A model by name, at the input size that image_size (px) asks for.
 
@@ -58,9 +63,11 @@ def build_backbone(
             the pooling of the model's own, where it has no class token).
         drop_path_rate: passed on where the (timm) model takes it.
         with_logits: keep the classifier and give its output.
+        out_indices: intermediate layers that Features.layers gets, as timm's forward_intermediates numbers them.
+        gradient_checkpointing: keep only what enters a block, and compute the rest again in the backward pass.
     Raises:
         UserError: unknown names, arguments the model does not take, weights that cannot be had or do not fit, an input
-            size it cannot take, no classifier although logits are wanted.
+            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks.
     """
     if source not in BUILDERS:
         raise UserError(f"unknown model source {source!r}; known: {', '.join(BUILDERS)}")
@@ -74,13 +81,17 @@ def build_backbone(
         mean=tuple(mean or built.mean or data_mean),
         std=tuple(std or built.std or data_std),
     )
+    label = f"{source} model {name!r}"
+    if gradient_checkpointing:
+        use_gradient_checkpointing(built.model, label)
     return Backbone(
         built,
-        label=f"{source} model {name!r}",
+        label=label,
         data_mean=data_mean,
         data_std=data_std,
         use_cls_token=use_cls_token,
         with_logits=with_logits,
+        out_indices=out_indices,
     )
 
 
@@ -136,6 +147,7 @@ class Backbone(nn.Module):
         data_std: Iterable[float],
         use_cls_token: bool = True,
         with_logits: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = built.model
@@ -145,7 +157,7 @@ class Backbone(nn.Module):
         data_mean, data_std = tuple(data_mean), tuple(data_std)
         self.mean, self.std = tuple(built.mean or data_mean), tuple(built.std or data_std)
         self._set_renormalisation(data_mean, data_std)
-        self._probe(label)
+        self._probe(label, tuple(out_indices or ()))
 
     def _set_renormalisation(self, data_mean: tuple[float, ...], data_std: tuple[float, ...]) -> None:
         """((x * data_std + data_mean) - mean) / std as one scale and one shift per channel."""
@@ -156,13 +168,13 @@ class Backbone(nn.Module):
         self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def _probe(self, label: str) -> None:
+    def _probe(self, label: str, out_indices: tuple[int, ...]) -> None:
         """Run one black image to read the widths and the grid, and to fail now rather than in the first step."""
         black = torch.zeros((1, 3, *self.img_size), device=self.scale.device)
         try:
             with eval_mode(self.model):  # batch-norm statistics stay as they are, and no dropout draws random numbers
-                self._adapter = choose_adapter(self.model, self.img_size)
-                pooled, spatial, logits = self._adapter(self.model, black, self.use_cls_token, self.with_logits)
+                self._adapter = choose_adapter(self.model, self.img_size, out_indices)
+                pooled, spatial, logits, layers = self._adapter(self.model, black, self.use_cls_token, self.with_logits)
         except UserError as error:
             raise UserError(f"{label}: {error}") from error
         except Exception as error:
@@ -184,6 +196,15 @@ class Backbone(nn.Module):
             self.token_width, self.grid = spatial.shape[1], tuple(spatial.shape[2:])
         else:
             self.token_width, self.grid = spatial.shape[2], self._grid_of(spatial.shape[1], label)
+        self.layer_widths = tuple(layer.shape[1] for layer in layers)
+        self.layer_grids = tuple(tuple(layer.shape[2:]) for layer in layers)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each tensor of Features.tensors(); logits only where they are given."""
+        widths = {"pooled": self.pooled_width, "tokens": self.token_width}
+        widths |= {f"layers_{i}": width for i, width in enumerate(self.layer_widths)}
+        return widths if self.num_classes is None else widths | {"logits": self.num_classes}
 
     def _grid_of(self, num_tokens: int, label: str) -> tuple[int, int]:
         """The (h, w) of so many row-major tokens: the model's own word, else the input's proportions."""
@@ -195,15 +216,19 @@ class Backbone(nn.Module):
             raise UserError(f"{label} gives {num_tokens} patch tokens, which make no grid over {self.img_size} px")
         return height, num_tokens // height
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of images [B, 3, H, W] that are normalised with data_mean and data_std."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the raw model is given for images as forward takes them: at its size, with its own normalisation."""
         if images.shape[-2:] != self.img_size:
             images = F.interpolate(images, self.img_size, mode="bilinear", antialias=True, align_corners=False)
-        if self._renormalise:
-            images = images * self.scale + self.shift
-        pooled, spatial, logits = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
+        return images * self.scale + self.shift if self._renormalise else images
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of images [B, 3, H, W] that are normalised with data_mean and data_std."""
+        images = self.prepare(images)
+        pooled, spatial, logits, layers = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
         tokens = spatial.flatten(2).transpose(1, 2) if spatial.ndim == 4 else spatial
-        return Features(pooled, tokens, self.grid, logits)
+        maps = tuple(layer.flatten(2).transpose(1, 2) for layer in layers)
+        return Features(pooled, tokens, self.grid, logits, maps, self.layer_grids)
 
 
 def _is_same(logits: Tensor, pooled: Tensor) -> bool:
@@ -211,28 +236,13 @@ def _is_same(logits: Tensor, pooled: Tensor) -> bool:
     return logits.shape == pooled.shape and torch.allclose(logits, pooled)
 
 
-class FrozenTeacher(nn.Module):
-    """A backbone that never learns: eval mode, no gradient, targets standardised per channel once statistics are set.
+class FrozenTeacher(Targets):
+    """A backbone that never learns: eval mode, no gradient, targets standardised once statistics are set."""
 
-    Standardising keeps the few channels that carry most of a DINO model's variance from being all that is learnt.
-    Source: UNIC, arXiv:2408.05088, section 3.
-    """
-
-    def __init__(self, backbone: Backbone, standardise: bool = True) -> None:
-        super().__init__()
+    def __init__(self, backbone: Backbone, standardise: bool | str = True) -> None:
+        super().__init__(backbone.widths, standardise)
         self.backbone = backbone.requires_grad_(False)
-        self.standardise = standardise
-        self.has_statistics = False
-        for field, width in (("pooled", backbone.pooled_width), ("tokens", backbone.token_width)):
-            self.register_buffer(f"{field}_mean", torch.zeros(width), persistent=False)
-            self.register_buffer(f"{field}_std", torch.ones(width), persistent=False)
         self.eval()
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Field of Features -> its width, for StudentWithHeads; logits only where they are given."""
-        widths = {"pooled": self.backbone.pooled_width, "tokens": self.backbone.token_width}
-        return widths if self.backbone.num_classes is None else widths | {"logits": self.backbone.num_classes}
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Stays in eval mode, whatever is asked: batch norm and dropout would change the targets."""
@@ -241,69 +251,18 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def forward(self, images: Tensor) -> Features:
         """Targets for images [B, 3, H, W] as Backbone takes them."""
-        features = self.backbone(images)
-        if not self.standardise:
-            return features
-        return dataclasses.replace(
-            features,
-            pooled=(features.pooled - self.pooled_mean) / self.pooled_std,
-            tokens=(features.tokens - self.tokens_mean) / self.tokens_std,
-        )
+        return self.of(self.backbone(images))
 
     @torch.no_grad()
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Mean and standard deviation of every channel over batches of images [B, 3, H, W]; summed in float64.
+        """Set the statistics to those of batches of images [B, 3, H, W].
 
         Several processes must end with the same: let one gather, and hand its statistics_state to the others.
 
         Raises:
             UserError: fewer than two images, or the same output for every image.
         """
-        count = {"pooled": 0, "tokens": 0}
-        total, squares = dict(count), dict(count)
-        for images in batches:
-            features = self.backbone(images)
-            for field, values in (("pooled", features.pooled), ("tokens", features.tokens)):
-                values = values.flatten(0, -2).double()
-                count[field] += len(values)
-                total[field] += values.sum(0)
-                squares[field] += values.square().sum(0)
-        if count["pooled"] < 2:
-            raise UserError(f"the teacher's statistics need at least 2 images, got {count['pooled']}")
-        state = {}
-        for field in count:
-            mean = total[field] / count[field]
-            state[f"{field}_mean"] = mean
-            state[f"{field}_std"] = (squares[field] / count[field] - mean.square()).clamp(min=0).sqrt()
-        if not state["pooled_std"].max() > 1e-6 * state["pooled_mean"].abs().max():
-            raise UserError(
-                f"the teacher gives the same output for each of {count['pooled']} images: look at its weights "
-                "(teacher_pretrained, teacher_checkpoint) and at the images"
-            )
-        self.load_statistics(state)
-
-    def statistics_state(self) -> dict[str, Tensor]:
-        """Tensors for the checkpoint; empty before statistics are set."""
-        names = [f"{field}_{what}" for field in ("pooled", "tokens") for what in ("mean", "std")]
-        return {name: getattr(self, name).clone() for name in names} if self.has_statistics else {}
-
-    def load_statistics(self, state: Mapping[str, Tensor]) -> None:
-        """Set the statistics that gather_statistics found, or that statistics_state gave.
-
-        Raises:
-            UserError: they are another teacher's.
-        """
-        for field, width in (("pooled", self.backbone.pooled_width), ("tokens", self.backbone.token_width)):
-            mean, std = state[f"{field}_mean"], state[f"{field}_std"]
-            if mean.shape != (width,) or std.shape != (width,):
-                raise UserError(
-                    f"teacher statistics: {field} has {len(mean)} channels, this teacher {width}: not its own"
-                )
-            # dividing by the tiny spread of a dead channel would make noise the largest target of all
-            floor = DEAD_CHANNEL_SHARE * std.double().square().mean().sqrt()
-            getattr(self, f"{field}_mean").copy_(mean)
-            getattr(self, f"{field}_std").copy_(std.clamp(min=max(floor.item(), 1e-12)))
-        self.has_statistics = True
+        self.load_statistics(self.statistics_of(self.backbone(images) for images in batches))
 
 
 class StudentWithHeads(nn.Module):
@@ -314,8 +273,9 @@ class StudentWithHeads(nn.Module):
     would satisfy every loss.
 
     Args:
-        teacher_widths: field -> width to project to (FrozenTeacher.widths).
-        fields: the fields that losses need (losses.fields_needed); other fields come out as the student has them.
+        teacher_widths: tensor of Features -> width to project to (FrozenTeacher.widths).
+        fields: the fields that losses need (losses.fields_needed); other fields come out as the student has them. Of
+            the layers each has a head of its own.
         projector: {"type": "mlp" | "linear", "hidden_dim": int | None}; None: twice the teacher's width.
     Raises:
         UserError: an unknown projector, or a field that the teacher does not have.
@@ -330,13 +290,9 @@ class StudentWithHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.student = backbone
-        own = {"pooled": backbone.pooled_width, "tokens": backbone.token_width, "logits": backbone.pooled_width}
+        own = backbone.widths | {"logits": backbone.pooled_width}
         self.heads = nn.ModuleDict()
-        for field in sorted(fields):
-            if field not in teacher_widths:
-                raise UserError(
-                    f"a loss compares {field}, which the teacher does not give (it gives {[*teacher_widths]})"
-                )
+        for field in _tensors_of(fields, teacher_widths, own):
             if field == "logits":
                 self.heads[field] = nn.Linear(own[field], teacher_widths[field])
             else:
@@ -346,8 +302,8 @@ class StudentWithHeads(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """Features of images [B, 3, H, W] in the teacher's widths, on the student's grid."""
         own = self.student(images)
-        inputs = {"pooled": own.pooled, "tokens": own.tokens, "logits": own.pooled}
-        return dataclasses.replace(own, **{field: head(inputs[field]) for field, head in self.heads.items()})
+        inputs = own.tensors() | {"logits": own.pooled}
+        return own.with_tensors({field: head(inputs[field]) for field, head in self.heads.items()})
 
     def _freeze_unreached(self) -> list[str]:
         """Freeze what no loss can reach (a classifier, a mask token): DistributedDataParallel would wait for it."""
@@ -356,12 +312,31 @@ class StudentWithHeads(nn.Module):
             raise UserError("the student has no trainable parameters")
         with eval_mode(self), torch.enable_grad():
             features = self(torch.zeros((1, 3, *self.student.img_size), device=self.student.scale.device))
-            outputs = sum(getattr(features, field).float().sum() for field in self.heads)
+            outputs = sum(features.tensors()[field].float().sum() for field in self.heads)
             gradients = torch.autograd.grad(outputs, list(parameters.values()), allow_unused=True)
         unreached = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
         for name in unreached:
             parameters[name].requires_grad_(False)
         return unreached
+
+
+def _tensors_of(fields: Iterable[str], teacher_widths: Mapping[str, int], own: Mapping[str, int]) -> list[str]:
+    """The tensors of Features in some of its fields, in a fixed order; UserError where the models do not match."""
+    names = []
+    for field in sorted(fields):
+        if field == "layers":
+            layers, own_layers = ([n for n in widths if n.startswith("layers_")] for widths in (teacher_widths, own))
+            if not layers or layers != own_layers:
+                raise UserError(
+                    f"a loss compares layers: the teacher gives {len(layers)} and the student {len(own_layers)}. Set "
+                    "teacher_out_indices and student_out_indices to as many each"
+                )
+            names += layers
+        elif field not in teacher_widths:
+            raise UserError(f"a loss compares {field}, which the teacher does not give (it gives {[*teacher_widths]})")
+        else:
+            names.append(field)
+    return names
 
 
 def build_projector(width: int, teacher_width: int, *, type: str = "mlp", hidden_dim: int | None = None) -> nn.Module:
@@ -379,9 +354,29 @@ def build_projector(width: int, teacher_width: int, *, type: str = "mlp", hidden
     )
 
 
-def align_teacher(teacher: Features, grid: tuple[int, int]) -> Features:
-    """The teacher's features with its tokens on the student's grid."""
-    return dataclasses.replace(teacher, tokens=resample_tokens(teacher.tokens, teacher.grid, grid), grid=grid)
+def align_teacher(
+    teacher: Features, grid: tuple[int, int], layer_grids: Sequence[tuple[int, int]] | None = None
+) -> Features:
+    """The teacher's features with its tokens on the student's grid, and its layers on those of the student's layers.
+
+    layer_grids: as many as it has layers; None leaves the layers as they are.
+    """
+    tokens = None if teacher.tokens is None else resample_tokens(teacher.tokens, teacher.grid, grid)
+    changed = {"grid": grid, "tokens": tokens}
+    if layer_grids is not None:
+        moves = zip(teacher.layers, teacher.layer_grids, layer_grids, strict=True)
+        changed |= {"layers": tuple(resample_tokens(*move) for move in moves), "layer_grids": tuple(layer_grids)}
+    return dataclasses.replace(teacher, **changed)
+
+
+def align(student: Features, teacher: Features, at_most: tuple[int, int] | None = None) -> tuple[Features, Features]:
+    """Both models' features with their tokens on the student's grid.
+
+    at_most: cells along each axis; where the student has more, both are pooled by area to these. Stored tokens come
+    on a coarse grid: interpolating them would teach the student a smoothness that the teacher does not have.
+    """
+    grid = student.grid if at_most is None else tuple(map(min, student.grid, at_most))
+    return align_teacher(student, grid), align_teacher(teacher, grid, student.layer_grids if teacher.layers else None)
 
 
 def resample_tokens(tokens: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

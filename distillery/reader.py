@@ -284,7 +284,10 @@ class ShardFiles:
             raise RunError(f"{path}: cannot be opened: {os.strerror(error.errno or 0)}.") from error
         size, expected = os.fstat(opened.fd).st_size, int(self.index.shard_bytes[shard])
         if size != expected:
-            raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
+            # the layout may have been read before a longer shard came in this one's place
+            opened.layout = self._load_layout(shard)
+            if opened.layout.num_bytes != size:
+                raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
         if self.mode == "mmap":
             opened.map_rows(self.row_bytes)
         return opened

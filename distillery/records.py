@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,11 @@ def read_record(path: Path) -> dict:
         FileNotFoundError: there is none.
         UserError: it is damaged, or of a future format (FutureFormatError).
     """
+    return check_record(read_guarded(path), path)
+
+
+def read_guarded(path: Path) -> dict:
+    """A file that record_text wrote, every byte checked with the hash it carries; errors as read_record."""
     text = read_regular(path, _MAX_RECORD_BYTES)
     record = parse_json(path, text)
     check_version(record, path)
@@ -71,7 +76,7 @@ def read_record(path: Path) -> dict:
         is_intact = False
     if not is_intact:
         raise UserError(f"{path}: damaged: its text is not the one its record_hash was taken of.")
-    return check_record(record, path)
+    return record
 
 
 def record_text(record: dict) -> bytes:
@@ -171,10 +176,24 @@ def _refuse_constant(text: str) -> float:
 
 
 class RecordScan:
-    """All readable records of a folder whose shards are there; a second look reads only the files that changed."""
+    """All readable records of a folder whose shards are there; a second look reads only the files that changed.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Args:
+        directory: the folder.
+        pattern: what a shard's name matches.
+        read: gives a record, checked; errors as read_record.
+        bulk: the key that is left out: needed only by whoever reads the rows.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        pattern: re.Pattern = SHARD_PATTERN,
+        read: Callable[[Path], dict] = read_record,
+        bulk: str = "row_checksums",
+    ) -> None:
+        self.directory, self.pattern, self.read, self.bulk = directory, pattern, read, bulk
         self._seen: dict[str, tuple[tuple, dict | None]] = {}
 
     def records(self) -> list[dict]:
@@ -187,7 +206,7 @@ class RecordScan:
         found = []
         for name, entry in entries.items():
             shard = name.removesuffix(".json") + ".pt"
-            if not name.endswith(".json") or shard not in entries or not SHARD_PATTERN.fullmatch(shard):
+            if not name.endswith(".json") or shard not in entries or not self.pattern.fullmatch(shard):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -200,15 +219,14 @@ class RecordScan:
                 found.append(record)
         return sorted(found, key=lambda record: record["global_start"])
 
-    @staticmethod
-    def _read(path: Path) -> dict | None:
+    def _read(self, path: Path) -> dict | None:
         try:
-            record = read_record(path)
+            record = self.read(path)
         except (FutureFormatError, PermissionError):
             raise
         except (UserError, OSError):
             return None
-        del record["row_checksums"]  # the bulk of a record, needed only by whoever reads the rows
+        del record[self.bulk]
         return record
 
 
@@ -257,6 +275,25 @@ def write_views(directory: Path, scan: RecordScan, num_target: int | None = None
     Raises:
         UserError: the records are of two configurations: two jobs wrote here at the same time.
     """
+
+    def views_of(records: list[dict]) -> tuple[dict, dict[Path, bytes]]:
+        index = index_of(records, num_target)
+        return index, {directory / FAILURES_NAME: failures_of(records), directory / INDEX_NAME: index_text(index)}
+
+    return keep_views(scan, views_of)
+
+
+def keep_views(scan: RecordScan, views_of: Callable[[list[dict]], tuple[dict, dict[Path, bytes]]]) -> dict | None:
+    """Write what views_of makes of a folder's records, again until no other writer published meanwhile.
+
+    Args:
+        scan: of the folder.
+        views_of: gives the index, and path -> content of each file that is a view; one without content is removed.
+    Returns:
+        The index; None where there are no records.
+    Raises:
+        UserError: as write_views.
+    """
     while True:
         records = scan.records()
         if not records:
@@ -264,14 +301,11 @@ def write_views(directory: Path, scan: RecordScan, num_target: int | None = None
         for record in records[1:]:
             if record["fingerprint"] != records[0]["fingerprint"]:
                 raise UserError(
-                    f"{directory}: {records[0]['shard_path']} and {record['shard_path']} were made with different "
+                    f"{scan.directory}: {records[0]['shard_path']} and {record['shard_path']} were made with different "
                     "configurations, by two jobs at the same time. Remove the ones you do not want."
                 )
-        index = index_of(records, num_target)
-        for path, content in (
-            (directory / FAILURES_NAME, failures_of(records)),
-            (directory / INDEX_NAME, index_text(index)),
-        ):
+        index, views = views_of(records)
+        for path, content in views.items():
             if not content:
                 path.unlink(missing_ok=True)
             elif not _holds(path, content):

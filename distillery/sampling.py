@@ -12,7 +12,7 @@ How well that mixes, for the defaults, 224 px, batches of 64 and 1.28 M images (
     other rows of a row's batch that come from its run        float32 0.35     uint8 0.45     full shuffle 0
     chance that batch-mates are so again in the next epoch    float32 0.029 %  uint8 0.014 %  full shuffle 0.005 %
 
-Memory: 16 bytes per chosen shard and 24 per row of a window; nothing per row of the data set. 500 M uint8 images of
+Memory: 16 bytes per chosen shard and per row of two windows; nothing per row of the data set. 500 M uint8 images of
 224 px in 244,000 shards: 4 MB, and two windows of 3,500 rows; a resume at any position computes one window.
 """
 

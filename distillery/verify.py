@@ -26,6 +26,7 @@ from distillery.records import (
 )
 from distillery.records_hash import record_of_shard, rehash_record
 from distillery.shard_format import read_regular
+from distillery.teacher_records import find_teacher_problems, teacher_command, teacher_folders
 
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
 
@@ -189,7 +190,7 @@ def repair_command(problems: list[Problem], stage1: str) -> str:
 
 
 def report_verification(directory: Path, repair: str) -> int:
-    """Verify a folder with its evaluation caches and print the outcome; returns the exit status."""
+    """Verify a folder with its evaluation caches and teacher outputs and print the outcome; returns the exit status."""
     problems, shards, size, verified, upgraded = [], 0, 0, True, False
     for folder in folders_of(directory):
         found = find_problems(folder)
@@ -198,16 +199,22 @@ def report_verification(directory: Path, repair: str) -> int:
         size += sum(path.stat().st_size for path in folder.glob("images_*.pt"))
         verified = verified and (bool(found) or load_index(folder).verified)
         upgraded = upgraded or any(map(is_predecessors, RecordScan(folder).records()))
-    for problem in problems:
+    outputs = [Problem(*found) for folder in teacher_folders(directory) for found in find_teacher_problems(folder)]
+    for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
+    if outputs:
+        print(f"{len(outputs)} problems of teacher outputs. Repair: {repair_command(outputs, teacher_command())}")
     command = repair_command(problems, repair)
     if problems and upgraded:
         print(f"{len(problems)} problems. Shards of an earlier format's program cannot be made again:")
         print(f"bring the bad files back from a copy, or leave them out: {command} --rebuild_index")
     elif problems:
         print(f"{len(problems)} problems. Repair (makes again exactly what is bad): {command}")
-    if problems:
+    if problems or outputs:
         return EXIT_ERROR
+    for folder in teacher_folders(directory):
+        shards += len(list(folder.glob("teacher_*.pt")))
+        size += sum(path.stat().st_size for path in folder.glob("teacher_*.pt"))
     hashes = "every byte as its hash says" if verified else "no hashes to compare: unverified"
     print(f"OK   {directory}: {shards} shards, {size} bytes, {hashes}")
     return EXIT_DONE

@@ -14,6 +14,7 @@ from distillery.augment import (
     draw_uniform,
     gaussian_blur,
     splitmix64,
+    view_of_epoch,
 )
 from distillery.process import UserError
 
@@ -183,6 +184,67 @@ def test_a_crop_that_is_no_share_of_the_area_is_refused(crop):
 def test_a_strength_outside_0_to_1_is_refused(name):
     with pytest.raises(UserError, match=rf"augment\.{name} is 1\.5; expected a number from 0"):
         build(**{name: 1.5})
+
+
+# views by number
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_views_with_a_number_for_each_sample_are_those_made_one_number_at_a_time(name):
+    augment, images, idx = build(**SETTINGS[name]), random_images(12), torch.arange(12) * 1_000_003
+    number = torch.arange(12) % 4
+    mixed = augment.views(images, idx, number, seed=7)
+    for view in range(4):
+        alone = augment.views(images, idx, view, seed=7)
+        torch.testing.assert_close(mixed[number == view], alone[number == view], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_view_is_that_of_the_epoch_of_its_number_but_for_the_flips_of_odd_ones(name):
+    augment, images, idx = build(**SETTINGS[name]), random_images(8), torch.arange(8)
+    for view in range(4):
+        if view % 2 == 0 or not augment.hflip:
+            assert torch.equal(augment.views(images, idx, view, seed=3), augment(images, idx, seed=3, epoch=view))
+
+
+def test_every_pair_of_views_has_both_mirror_images_of_every_sample():
+    images, idx = random_images(400, side=5), torch.arange(400)
+    views = [build(hflip=True).views(images, idx, view, seed=0) for view in range(4)]
+    for first, second in (views[:2], views[2:]):
+        assert torch.equal(first, second.flip(-1))
+        assert 160 < (first == images).flatten(1).all(1).sum() < 240  # four standard deviations
+    assert not torch.equal(views[0], views[2])
+
+
+def test_draws_for_an_epoch_of_each_sample_are_those_of_the_epoch_bit_for_bit():
+    idx = torch.arange(40) * 1_000_003
+    epochs = torch.arange(40) % 5
+    mixed = draw_uniform(idx, seed=2**63, epoch=epochs)
+    for epoch in range(5):
+        assert torch.equal(mixed[epochs == epoch], draw_uniform(idx, seed=2**63, epoch=epoch)[epochs == epoch])
+
+
+def test_draws_are_those_of_the_first_version():
+    # a change here would give runs that are resumed, and caches of teacher outputs, other views than they began with
+    draws = draw_uniform(torch.tensor([0, 1281166]), seed=3, epoch=5, count=2)
+    assert (draws * 2**24).long().tolist() == [[4995256, 3579698], [13753524, 6060749]]
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 3, 8])
+def test_num_views_epochs_have_every_view_of_a_sample_once(num_views):
+    idx = torch.arange(100) * 7
+    seen = torch.stack([view_of_epoch(idx, seed=5, epoch=epoch, num_views=num_views) for epoch in range(num_views)])
+    assert torch.equal(seen.sort(dim=0).values, torch.arange(num_views)[:, None].expand(num_views, 100))
+    again = view_of_epoch(idx, seed=5, epoch=num_views, num_views=num_views)
+    assert torch.equal(again, seen[0])
+
+
+def test_samples_start_at_any_view_equally_often_and_another_seed_moves_them():
+    idx = torch.arange(8000)
+    one, other = (view_of_epoch(idx, seed=seed, epoch=0, num_views=4) for seed in (0, 1))
+    for start in (one, other):
+        assert (start.bincount(minlength=4) - 2000).abs().max() < 160  # four standard deviations
+    assert ((one == other).float().mean() - 0.25).abs() < 0.02
 
 
 # flip

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from distillery.backbones import load_weights, patch_size_of, round_to_patch
+from distillery.backbones import patch_size_of, round_to_patch
+from distillery.backbones_weights import load_weights
 from distillery.models import build_backbone, download_weights
 from distillery.process import MissingFileError, UserError
 

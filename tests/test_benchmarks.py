@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
     "name, contenders",
     [
         ("precompute", {"ours", "seed-style"}),
-        ("loader", {"ours", "ceiling: bare preadv", "torch.load"}),
+        ("loader", {"ours", "ours, read_mode: mmap", "ceiling: bare preadv", "torch.load"}),
         ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
+        ("teacher", {"student alone", "ours, stored outputs", "ours, live teacher"}),
     ],
 )
 def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, contenders):
-    peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"], "dtypes": []}[name]
+    peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"], "dtypes": [], "teacher": []}[
+        name
+    ]
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--dir", str(tmp_path), "--out", str(tmp_path), *peers],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -28,3 +31,13 @@ def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, co
     assert {row["name"] for row in result["results"]} == contenders
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.slow
+def test_a_tiny_footprint_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.footprint", "--tiny", "--dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for said in ("the index: ", "the order of an epoch", "comparing its checksum", "record of 2048 rows"):
+        assert said in done.stdout
+    assert not list(tmp_path.iterdir())

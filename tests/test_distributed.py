@@ -57,7 +57,8 @@ class Runs:
         for rank in range(processes):
 
             def prepare(rank: int = rank) -> None:
-                distill_trainer.write_plots = distill_trainer.write_report = lambda _dir: ""
+                distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
+                distill_trainer.Run.draw_features = lambda _self: None
                 distill_trainer.summary_table = lambda _dir: ""
                 if before is not None:
                     before(rank)

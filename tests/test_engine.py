@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from distillery.engine import (
+    SECOND_VIEW,
     Ema,
     Progress,
     Schedule,
@@ -17,7 +18,9 @@ from distillery.engine import (
     train_step,
 )
 from distillery.engine_numbers import check_weights
+from distillery.engine_state import restore, state_of
 from distillery.losses import Features
+from distillery.losses_queue import EmbeddingQueue
 from distillery.models import FrozenTeacher, StudentWithHeads, build_backbone
 from distillery.process import StopFlag, UserError
 
@@ -99,9 +102,13 @@ def test_schedule_equals_the_formula():
     assert schedule.at(60) == pytest.approx(0.01 + 0.09 * 0.5 * (1 + math.cos(math.pi * 50 / 99)))
 
 
-def test_the_learning_rate_rule_grows_with_the_root_of_the_batch_and_is_capped():
-    assert default_learning_rate(256) == pytest.approx(2 * default_learning_rate(64))
-    assert default_learning_rate(1 << 20) == default_learning_rate(4096)
+def test_the_learning_rate_rule_grows_with_the_root_of_the_batch_is_capped_and_halved_without_batch_norm():
+    convolutional, transformer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.LayerNorm(4)
+    assert default_learning_rate(64, convolutional) == 2e-3
+    assert default_learning_rate(128, convolutional) == pytest.approx(math.sqrt(2) * 2e-3)
+    assert default_learning_rate(1 << 20, convolutional) == default_learning_rate(1024, convolutional) == 4e-3
+    assert default_learning_rate(64, transformer) == 1e-3
+    assert default_learning_rate(1024, transformer) == 2e-3
 
 
 def test_a_few_steps_bring_the_loss_down():
@@ -243,3 +250,53 @@ def test_a_stop_request_ends_the_epoch_after_the_step_and_resuming_equals_the_st
     run_epoch(task, progress, batches(4)[progress.samples // 8 :], steps=4)
     for a, b in zip(straight.student.state_dict().values(), task.student.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def queue_task() -> Task:
+    return build_task(
+        weights={"cls": 1.0, "similarity_queue": 1.0},
+        queue=EmbeddingQueue(20, FrozenTeacher(backbone("test_resnet")).widths["pooled"], torch.device("cpu")),
+    )
+
+
+def test_a_queue_is_filled_with_the_targets_of_the_steps_and_not_by_the_first_step_check():
+    task, data = queue_task(), batches(3)
+    check_first_step(task, *data[0])
+    assert len(task.queue.rows) == 0
+    train_step(task, data[:1], 0, 0)
+    assert torch.equal(task.queue.rows, task.teacher_module(data[0][0]).pooled)
+    train_step(task, data[1:2], 1, 0)
+    train_step(task, data[2:3], 2, 0)
+    assert len(task.queue.rows) == 20
+
+
+def test_a_run_with_a_queue_resumes_to_the_same_bits(tmp_path):
+    straight, stopped, later = queue_task(), queue_task(), queue_task()
+    run_epoch(straight, Progress(), batches(4), steps=4)
+    progress = Progress()
+    run_epoch(stopped, progress, batches(2), steps=2)
+    torch.save(state_of(stopped, progress), tmp_path / "state.pt")
+    resumed = Progress()
+    restore(later, resumed, torch.load(tmp_path / "state.pt", weights_only=True), 8)
+    run_epoch(later, resumed, batches(4)[2:], steps=4)
+    assert torch.equal(straight.queue.rows, later.queue.rows)
+    for a, b in zip(straight.student.state_dict().values(), later.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weight, epochs", [(0.0, [3]), (0.1, [3, 3 + SECOND_VIEW])])
+def test_a_second_view_is_drawn_under_a_number_of_its_own_and_only_for_losses_that_need_it(weight, epochs):
+    drawn, seen = [], []
+
+    def augment(images, global_idx, epoch):
+        drawn.append(epoch)
+        return images + (epoch >= SECOND_VIEW)
+
+    task = build_task(weights={"cls": 1.0, "barlow": weight}, augment=augment)
+    task.teacher = lambda view: seen.append(view[0, 0, 0, 0].item()) or task.teacher_module(view)
+    images, rows = batches(1)[0]
+    losses = train_step(task, [(images, rows)], 0, 3)
+    assert sorted(drawn) == epochs
+    first = images[0, 0, 0, 0].item()
+    assert sorted(seen) == pytest.approx([first, first + 1][: len(epochs)])
+    assert ("loss/barlow" in losses) == (len(epochs) == 2)

@@ -5,6 +5,7 @@ the host fails there; copies between host and device are counted. The backward p
 """
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from distillery.config import load_configs
 from distillery.engine import Progress, Schedule, train_step
 from distillery.engine_state import state_of
 from distillery.losses import Features
+from distillery.standardise import Targets
+from distillery.teacher_targets import StoredTargets
 
 CUDA = torch.device("cuda", 0)
 
@@ -46,6 +49,8 @@ def pretended_cuda(monkeypatch):
     """torch thinks that there is a GPU with bfloat16; caches of tensors are emptied, that no fake one stays."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_args: True)
+    # the clock's events; only reading them, once every log_every steps, makes the host wait
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
     augment._constant.cache_clear()
     yield
     augment._constant.cache_clear()
@@ -105,6 +110,25 @@ def test_a_step_of_the_default_pair_stays_on_the_gpu_and_never_makes_the_host_wa
     assert {value.dtype for value in student.parameters()} == {torch.float32}
     moments = [value for state in task.optimizer.state.values() for value in state.values()]
     assert {value.device for value in (*moments, *task.ema.state.values(), task.bad_steps.count)} == {CUDA}
+
+
+def test_views_and_targets_of_stored_outputs_stay_on_the_gpu(pretended_cuda):
+    settings = {"checkpoint_dir": "none", "teacher_cache": {"enabled": True}}
+    settings["augment"] = {"random_resized_crop": [0.3, 1.0], "color_jitter": 0.5, "grayscale": 0.2, "blur": 0.5}
+    configs = load_configs({"dataset_name": "parquet", "cache_dir": "none"}, settings, {})
+    data, cache = configs.data, SimpleNamespace(widths={"pooled": 768, "tokens": 768}, grid=(8, 8), num_views=4)
+    with FakeTensorMode():
+        targets = Targets(cache.widths, True)
+        move_to_fake(targets)
+        augmentation = augment.Augmentation(**settings["augment"], mean=data.mean, std=data.std)
+        stored = StoredTargets(cache, targets, augmentation, configs.train)
+        images, rows = torch.zeros((4, 3, 224, 224), device=CUDA), torch.arange(4, device=CUDA)
+        batch = [rows % 4, torch.zeros((4, 768), device=CUDA), torch.zeros((4, 64, 768), device=CUDA)]
+        stored.view(images, rows, batch)  # constants go to the device once
+        with Copies() as copies:
+            found = stored.view(images, rows, batch), *stored.targets(batch).tensors().values()
+    assert copies.waits == []
+    assert {value.device for value in found} == {CUDA}
 
 
 def small_configs(**train):

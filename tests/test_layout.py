@@ -10,17 +10,19 @@ ROOMS = [
     {"process"},
     {"files", "distributed", "progress"},
     {"config", "preprocess", "shard_format"},
-    {"records", "sources", "losses", "augment", "measures", "adapters"},
-    {"cache", "plan", "decode", "backbones"},
+    {"records", "sources", "losses", "standardise", "augment", "measures", "adapters"},
+    {"cache", "plan", "decode", "backbones", "teacher_records"},
     {"verify", "writer", "upgrade", "reader", "sampling", "stream", "raw_images", "models", "checkpoint", "metrics",
      "run_folder", "drop_path"},
-    {"report", "engine"},
-    {"loader", "build", "command_line"},
-    {"evaluate", "export"},
+    {"report", "engine", "cached_dataset",
+     "teacher_identity", "teacher_cache", "teacher_outputs", "teacher_images", "teacher_survey",
+     "teacher_basis", "teacher_writer", "teacher_verify", "teacher_targets", "teacher_plan"},
+    {"loader", "build", "command_line", "planner"},
+    {"evaluate", "export", "teacher_pass", "pictures"},
 ]  # fmt: skip
 # what runs before anything slow is imported: configuration errors and --help answer in about a second
 LIGHT = ["process", "files", "progress", "config", "preprocess", "shard_format", "records", "cache", "plan", "decode",
-         "sources", "writer", "verify", "command_line"]  # fmt: skip
+         "sources", "writer", "verify", "command_line", "teacher_records", "planner", "planner_cache"]  # fmt: skip
 
 
 def level_of(module: str) -> int:

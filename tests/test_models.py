@@ -297,7 +297,8 @@ def test_teacher_outputs_can_be_saved_for_the_students_backward_pass():
     images = random_images(4, 64)
     target = align_teacher(teacher(images), student.student.grid)
     assert not target.pooled.requires_grad and not target.pooled.is_inference()
-    total_loss(student(images), target, {name: 1.0 for name in LOSSES if name != "kl_logits"})["loss"].backward()
+    weights = {name: 1.0 for name in LOSSES if name not in ("kl_logits", "layers")}
+    total_loss(student(images), target, weights, second_view=target)["loss"].backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -375,16 +376,18 @@ PAIRS = list(itertools.product(["test_vit", "test_efficientnet", "test_mambaout"
 @pytest.mark.parametrize("projector", [None, {"type": "linear"}, {"type": "mlp", "hidden_dim": 24}])
 @pytest.mark.parametrize("teacher_name, student_name", PAIRS)
 def test_any_pair_of_widths_and_grids_trains_every_parameter(teacher_name, student_name, projector):
-    teacher = frozen(teacher_name, image_size=64, with_logits=True)
+    teacher = frozen(teacher_name, image_size=64, with_logits=True, out_indices=[0, -1])
     weights = dict.fromkeys(LOSSES, 1.0)
-    student = StudentWithHeads(timm_backbone(student_name, 96), teacher.widths, fields_needed(weights), projector)
+    backbone = timm_backbone(student_name, 96, out_indices=[1, -1])
+    student = StudentWithHeads(backbone, teacher.widths, fields_needed(weights), projector)
     images = random_images(4, 64)
     teacher.gather_statistics([images])
     out = student(images)
-    target = align_teacher(teacher(images), student.student.grid)
+    target = align_teacher(teacher(images), backbone.grid, backbone.layer_grids)
     assert out.pooled.shape == target.pooled.shape and out.tokens.shape == target.tokens.shape
     assert out.logits.shape == target.logits.shape == (4, 1000)
-    terms = total_loss(out, target, weights)
+    assert [layer.shape for layer in out.layers] == [layer.shape for layer in target.layers]
+    terms = total_loss(out, target, weights, second_view=target)
     assert min(check_gradients(terms, student.student.parameters()).values()) > 1e-6
     terms["loss"].backward()
     assert [name for name, p in student.named_parameters() if p.grad is None and p.requires_grad] == []

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import distillery.progress as progress_module
-from distillery.progress import Progress, format_field, format_seconds
+from distillery.progress import Progress, epoch_line, format_field, format_seconds, training_fields
 
 
 class Terminal(io.StringIO):
@@ -104,6 +104,29 @@ def test_a_message_is_a_line_of_its_own_in_a_log_file():
     stream = io.StringIO()
     Progress(4, "steps", "train", stream=stream).message("epoch 1 done")
     assert stream.getvalue() == "epoch 1 done\n"
+
+
+ROW = {"loss": 0.5, "lr": 1e-3, "images_per_second": 500.0, "step_seconds": 0.1, "data_wait_fraction": 0.012,
+       "teacher_fraction": 0.38, "student_fraction": 0.52, "optimizer_fraction": 0.06}  # fmt: skip
+
+
+def test_the_console_says_loss_rate_speed_and_where_the_time_went(clock):
+    stream = io.StringIO()
+    with Progress(4, "steps", "training", every_s=5, stream=stream) as progress:
+        clock[0] += 6
+        progress.advance(2, **training_fields(ROW))
+    assert stream.getvalue().splitlines()[0] == (
+        "training:  50 % | 2/4 steps | 0.33 steps/s | ETA 0:06 | loss 0.5 | lr 0.001 | images/s 500 | "
+        "data/teacher/student/optimizer 1/38/52/6 %"
+    )
+
+
+def test_an_epoch_is_one_line_with_the_means_of_its_rows_and_the_last_learning_rate():
+    rows = [ROW, ROW | {"loss": 0.3, "lr": 2e-3}]
+    assert epoch_line(3, 100, 1500, rows) == (
+        "epoch 3 of 100: step 1,500 | loss 0.4 | lr 0.002 | images/s 500 | data/teacher/student/optimizer 1/38/52/6 %"
+    )
+    assert epoch_line(1, 2, 5, []) == "epoch 1 of 2: step 5"
 
 
 @pytest.mark.parametrize(

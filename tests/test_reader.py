@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from caches import make_test_cache, normalised, stored_images
+from stage1 import SmallSource, run_stage1, small_plan
 
 from distillery import reader
 from distillery.cache import load_index
@@ -207,6 +208,20 @@ def test_a_shard_replaced_by_a_longer_one_is_read_on_as_it_was(tmp_path):
     os.replace(tmp_path / "longer" / "images_shard_00001.pt", tmp_path / "images_shard_00001.pt")
     files.look_again()
     assert (read_all(files)[2] == before).all()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_last_shard_that_grew_before_it_was_opened_gives_the_rows_the_index_lists(tmp_path, known):
+    source = SmallSource()
+    run_stage1(small_plan(tmp_path, source, max_samples=12), source)
+    files, record = ShardFiles(load_index(tmp_path)), tmp_path / "images_shard_00001.json"
+    before, short = read_all(ShardFiles(files.index))[2], record.read_bytes()
+    if known:
+        files.layout(1)
+    run_stage1(small_plan(tmp_path, source), source)
+    assert (read_all(files)[2] == before).all()
+    record.write_bytes(short)  # the moment between the longer shard and its record
+    assert (read_all(ShardFiles(files.index))[2] == before).all()
 
 
 def test_an_unreadable_row_is_an_error_with_its_file(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def cached(tmp_path_factory, png_images) -> Workplace:
 def trained(cached) -> Workplace:
     done = cached.distill()
     assert done.returncode == 0, done.stderr
-    cached.straight_output = done.stdout
+    cached.straight_output, cached.straight_log = done.stdout, done.stderr
     return cached
 
 
@@ -120,6 +121,47 @@ def test_training_rows_have_the_fields_of_the_contract_and_the_loss_falls(traine
     assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "lr", "grad_norm", "images_per_second",
             "step_seconds", "data_wait_fraction", "time"} <= rows[0].keys()  # fmt: skip
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_shards_of_every_epoch_and_the_end_are_on_record(trained):
+    assert [(row["epoch"], row["step"], row["images"]) for row in trained.rows("epoch")] == [
+        (0, 0, 96), (1, 12, 96), (2, 24, 96)
+    ]  # fmt: skip
+    assert all(row["shards"] == [[0, 3]] for row in trained.rows("epoch"))
+    assert [(row["step"], row["reason"]) for row in trained.rows("end")] == [(36, "done")]
+
+
+def test_the_report_of_a_finished_run_shows_what_the_models_see(trained):
+    plots = trained.folder / "run" / "plots"
+    assert {"pca.png", "neighbours.png", "shards.png", "time_shares.png"} <= {path.name for path in plots.iterdir()}
+    text = (trained.folder / "run" / "report.html").read_text()
+    assert "32 images of small (test); student at step 36" in text
+    assert "Shards trained on: 4 of 4" in text
+
+
+def test_the_report_is_made_again_with_its_pictures_and_without_a_cache_says_why_there_are_none(trained, tmp_path):
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
+        (tmp_path / name).symlink_to(trained.folder / "run" / name)
+    done = run("distillery.report", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {"pca.png", "neighbours.png"} <= {path.name for path in (tmp_path / "plots").iterdir()}
+    assert "32 images of small (test); student at step 36" in (tmp_path / "report.html").read_text()
+    shutil.rmtree(tmp_path / "plots")
+    (trained.folder / "cache").rename(trained.folder / "elsewhere")
+    try:
+        done = run("distillery.report", str(tmp_path))
+    finally:
+        (trained.folder / "elsewhere").rename(trained.folder / "cache")
+    assert done.returncode == 0, done.stderr
+    assert "No pictures of the features: eval_datasets.small: " in (tmp_path / "report.html").read_text()
+
+
+def test_the_log_of_a_run_has_a_line_for_each_epoch_and_no_carriage_return(trained):
+    lines = trained.straight_log.splitlines()
+    assert "\r" not in trained.straight_log
+    for epoch in (1, 2, 3):
+        (line,) = (line for line in lines if line.startswith(f"epoch {epoch} of 3: step {12 * epoch} | loss "))
+        assert "| lr " in line and "| images/s " in line and "data/teacher/student/optimizer" in line
 
 
 def test_the_schedule_is_printed_before_the_first_step(trained):

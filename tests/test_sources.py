@@ -169,6 +169,7 @@ def test_reads_of_any_range_in_any_order_equal_the_whole(arguments, monkeypatch)
         start = rng.randrange(NUM_IMAGES + 1)
         stop = rng.randrange(start, NUM_IMAGES + 1)
         assert source.read(start, stop) == IMAGES[start:stop]
+        assert source.read_views(start, stop) == IMAGES[start:stop]
         index = rng.randrange(NUM_IMAGES)
         assert source.encoded(index) == IMAGES[index]
 
@@ -177,6 +178,16 @@ def test_reads_of_any_range_in_any_order_equal_the_whole(arguments, monkeypatch)
 def test_rows_outside_the_source_are_an_index_error(tmp_path, start, stop):
     with pytest.raises(IndexError, match=f"of a source of {NUM_IMAGES}"):
         open_source(**make_imagefolder(tmp_path)).read(start, stop)
+    with pytest.raises(IndexError, match=f"of a source of {NUM_IMAGES}"):
+        open_source(**make_imagefolder(tmp_path)).read_views(start, stop)
+
+
+def test_views_stay_what_they_were_while_other_rows_are_read(arguments, monkeypatch):
+    monkeypatch.setattr(sources_tables, "_WINDOW_BYTES", 2000)
+    source = open_source(**arguments)
+    views = [source.read_views(start, start + 2) for start in range(0, NUM_IMAGES - 1, 2)]
+    source.read(0, NUM_IMAGES)
+    assert [bytes(view) for pair in views for view in pair] == IMAGES[: 2 * len(views)]
 
 
 def test_a_source_pickles_and_copies_before_and_after_use(arguments):

@@ -208,7 +208,9 @@ def send(number: signal.Signals) -> Callable[[], None]:
 def comparable(row: dict) -> dict:
     """A metrics row without what a clock put in."""
     return {
-        k: v for k, v in row.items() if k not in {"time", "images_per_second", "step_seconds", "data_wait_fraction"}
+        k: v
+        for k, v in row.items()
+        if k not in {"time", "images_per_second", "step_seconds"} and not k.endswith("_fraction")
     }
 
 

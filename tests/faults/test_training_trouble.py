@@ -25,12 +25,12 @@ def nan_in_teacher_at(step: int):
     """The teacher's features of one step are NaN, every time it is tried."""
 
     def hit() -> None:
-        align, train_step, now = engine.align_teacher, engine.train_step, {}
+        align, train_step, now = engine.align, engine.train_step, {}
 
-        def broken(features, grid):
+        def broken(student, teacher, *at_most):
             if now["step"] == step:
-                features.pooled.fill_(float("nan"))
-            return align(features, grid)
+                teacher.pooled.fill_(float("nan"))
+            return align(student, teacher, *at_most)
 
         def noting(task, batches, number, epoch):
             now["step"] = number
@@ -38,7 +38,7 @@ def nan_in_teacher_at(step: int):
 
         engine.train_step = noting
         now["step"] = -1
-        engine.align_teacher = broken
+        engine.align = broken
 
     return hit
 

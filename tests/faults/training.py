@@ -33,7 +33,8 @@ def without_report() -> None:
     """Leave out plots and report, which take longer than these runs."""
     import distill_trainer
 
-    distill_trainer.write_plots = distill_trainer.write_report = distill_trainer.summary_table = lambda _dir: ""
+    distill_trainer.write_plots = distill_trainer.write_report = distill_trainer.summary_table = lambda *_, **__: ""
+    distill_trainer.Run.draw_features = lambda _self: None
 
 
 def start(
@@ -73,7 +74,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     a, b = first.last_checkpoint(), second.last_checkpoint()
     for key in COMPARED:
         assert_same_tensors(a[key], b[key])
-    for kind in ("train", "eval", "start"):
+    for kind in ("train", "eval", "epoch", "start"):
         assert [comparable(row) for row in first.rows(kind)] == [comparable(row) for row in second.rows(kind)]
 
 

@@ -1,0 +1,161 @@
+"""What a teacher's features become for the student: brought to mean 0 and variance 1, channel by channel or rotated."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distillery.losses import Features
+from distillery.process import UserError
+from distillery.standardise_phi_s import phi_s_rotation
+
+# a channel that varies less than this share of the root mean square over channels carries no signal
+DEAD_CHANNEL_SHARE = 1e-3
+PHI_S = "phi_s"
+
+
+class Moments:
+    """Mean and variance of rows that come in batches, summed in float64; with_covariance: of each pair of channels."""
+
+    def __init__(self, *, with_covariance: bool = False) -> None:
+        self.with_covariance = with_covariance
+        self.count = 0
+        self._total: Tensor | int = 0
+        self._products: Tensor | int = 0
+
+    def add(self, values: Tensor) -> None:
+        """Take in values [..., D]."""
+        rows = values.flatten(0, -2).double()
+        self.count += len(rows)
+        self._total = self._total + rows.sum(0)
+        self._products = self._products + (rows.T @ rows if self.with_covariance else rows.square().sum(0))
+
+    @property
+    def mean(self) -> Tensor:
+        """[D], float64."""
+        return self._total / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """[D], float64, of all rows (divided by their number)."""
+        squares = self._products.diagonal() if self.with_covariance else self._products
+        return (squares / self.count - self.mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D], float64; only with_covariance."""
+        return self._products / self.count - torch.outer(self.mean, self.mean)
+
+
+class Targets(nn.Module):
+    """What a teacher's features become for the student: standardised once statistics are set.
+
+    Standardising keeps the few channels that carry most of a DINO model's variance from being all that is learnt.
+    Source: UNIC, arXiv:2408.05088, section 3; PHI-S, arXiv:2410.01680.
+
+    Args:
+        widths: tensor of Features -> its width, for StudentWithHeads; only those that the teacher gives.
+        standardise: true: each channel by its own mean and deviation; "phi_s": rotated so that all channels have the
+            same variance, then one scale for all; false: as they are.
+    """
+
+    def __init__(self, widths: Mapping[str, int], standardise: bool | str) -> None:
+        super().__init__()
+        if standardise not in (True, False, PHI_S):
+            raise UserError(f"standardise_targets: {standardise!r} is neither true, false nor {PHI_S}")
+        self.widths, self.standardise = dict(widths), standardise
+        self.has_statistics = False
+        for field in self.standardised_fields:
+            self.register_buffer(f"{field}_mean", torch.zeros(widths[field]), persistent=False)
+            self.register_buffer(f"{field}_std", torch.ones(widths[field]), persistent=False)
+            self.register_buffer(f"{field}_divisor", torch.ones(widths[field]), persistent=False)
+            if standardise == PHI_S:
+                self.register_buffer(f"{field}_rotation", torch.eye(widths[field]), persistent=False)
+
+    @property
+    def standardised_fields(self) -> list[str]:
+        """Tensors of Features that have statistics: logits have a scale of their own."""
+        return [field for field in self.widths if field != "logits"]
+
+    @property
+    def _statistics(self) -> tuple[str, ...]:
+        return ("mean", "std", "rotation") if self.standardise == PHI_S else ("mean", "std")
+
+    def of(self, features: Features) -> Features:
+        """The targets that a teacher's features make; fields that are None stay so."""
+        if not self.standardise:
+            return features
+        given = features.tensors()
+        return features.with_tensors({f: self._scaled(f, given[f]) for f in self.standardised_fields if f in given})
+
+    def _scaled(self, field: str, values: Tensor) -> Tensor:
+        mean = getattr(self, f"{field}_mean")
+        if self.standardise != PHI_S:
+            return (values - mean) / getattr(self, f"{field}_divisor")
+        # autocast would run the product in bfloat16 and round the targets to 3 digits
+        with torch.autocast(device_type=values.device.type, enabled=False):
+            return (values.float() - mean) @ getattr(self, f"{field}_rotation").T
+
+    @torch.no_grad()
+    def statistics_of(self, batches: Iterable[Features]) -> dict[str, Tensor]:
+        """Statistics of a teacher's own features, for load_statistics; fields that are None are left out.
+
+        Raises:
+            UserError: fewer than two images, or the same output for every image.
+        """
+        moments = {field: Moments(with_covariance=self.standardise == PHI_S) for field in self.standardised_fields}
+        for features in batches:
+            for field, values in features.tensors().items():
+                if field in moments:
+                    moments[field].add(values)
+        pooled = moments["pooled"]
+        if pooled.count < 2:
+            raise UserError(f"the teacher's statistics need at least 2 images, got {pooled.count}")
+        if not pooled.std.max() > 1e-6 * pooled.mean.abs().max():
+            raise UserError(
+                f"the teacher gives the same output for each of {pooled.count} images: look at its weights "
+                "(teacher_pretrained, teacher_checkpoint) and at the images"
+            )
+        state = {}
+        for field, found in moments.items():
+            if found.count:
+                state[f"{field}_mean"], state[f"{field}_std"] = found.mean, found.std
+                if found.with_covariance:
+                    state[f"{field}_rotation"] = phi_s_rotation(found.covariance)
+        return state
+
+    def statistics_state(self) -> dict[str, Tensor]:
+        """Tensors for the checkpoint; empty before statistics are set."""
+        names = [f"{field}_{what}" for field in self.standardised_fields for what in self._statistics]
+        return {name: getattr(self, name).clone() for name in names} if self.has_statistics else {}
+
+    def load_statistics(self, state: Mapping[str, Tensor]) -> None:
+        """Set the statistics that statistics_of found, or that statistics_state gave.
+
+        A field that they leave out, because no loss compares it, stays as it is.
+
+        Raises:
+            UserError: they are another teacher's, or of another kind.
+        """
+        for field in self.standardised_fields:
+            if f"{field}_mean" in state:
+                self._load_field(field, state)
+        self.has_statistics = True
+
+    def _load_field(self, field: str, state: Mapping[str, Tensor]) -> None:
+        width = self.widths[field]
+        mean, std = state[f"{field}_mean"], state[f"{field}_std"]
+        if mean.shape != (width,) or std.shape != (width,):
+            raise UserError(f"teacher statistics: {field} has {len(mean)} channels, this teacher {width}: not its own")
+        if self.standardise == PHI_S and f"{field}_rotation" not in state:
+            raise UserError(
+                f"teacher statistics: {field} has no rotation, which standardise_targets: {PHI_S} needs: they were "
+                "gathered with standardise_targets: true"
+            )
+        # std is kept as it is: what a checkpoint gives back must make the same divisor to the last bit
+        mean, std = getattr(self, f"{field}_mean").copy_(mean), getattr(self, f"{field}_std").copy_(std)
+        # dividing by the tiny spread of a dead channel would make noise the largest target of all
+        floor = DEAD_CHANNEL_SHARE * std.double().square().mean().sqrt()
+        getattr(self, f"{field}_divisor").copy_(std.clamp(min=max(floor.item(), 1e-12)))
+        if self.standardise == PHI_S:
+            getattr(self, f"{field}_rotation").copy_(state[f"{field}_rotation"])

@@ -1,0 +1,298 @@
+"""Teacher outputs on disk as training reads them: for every image K views, each with what the teacher says of it.
+
+A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache; its shards are aligned row by
+row with the images'. View k of an image is Augmentation.views(images, global_idx, k, seed=...): a mirrored view is a
+view of its own, with outputs of its own. Written by distillery.teacher_writer.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from distillery.cache import ShardLayout
+from distillery.plan import differences
+from distillery.process import MissingFileError, UserError
+from distillery.reader import ShardFiles
+from distillery.records import FutureFormatError, decode_checksums, parse_json, record_path
+from distillery.shard_format import open_regular, read_blocks, read_regular
+from distillery.shard_format_fields import FIELD_DTYPES
+from distillery.teacher_identity import token_grid_of
+from distillery.teacher_records import (
+    BASIS_NAME,
+    FOLDER_NAME,
+    STATISTICS_NAME,
+    fields_of,
+    meta_inside,
+    read_teacher_index,
+    read_teacher_record,
+    teacher_command,
+    teacher_folders,
+)
+
+_MAX_BASIS_BYTES = 1 << 30
+
+
+def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any]) -> "TeacherCache":
+    """The folder of teacher outputs below an image cache that a configuration asks for.
+
+    Args:
+        cache_dir: the image cache.
+        wanted: configured_identity, and under "resolved" whatever of teacher_facts is known as well.
+    Raises:
+        MissingFileError: there are none at all. UserError: there are only others, with what differs from the nearest.
+    """
+    found, unreadable = [], None
+    for folder in teacher_folders(Path(cache_dir)):
+        try:
+            index = read_teacher_index(folder)
+        except UserError as error:
+            unreadable = unreadable or error
+            continue
+        differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
+        found.append((len(differing), not index["complete"], folder.name, differing, folder))
+    if not found:
+        if unreadable is not None:
+            raise unreadable
+        raise MissingFileError(
+            f"{Path(cache_dir) / FOLDER_NAME}: no teacher outputs there. Run: {teacher_command()}, "
+            "or set teacher_cache.enabled: false to run the teacher in every step."
+        )
+    count, _, _, differing, folder = min(found)
+    if count:
+        lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differing]
+        raise UserError(
+            f"no teacher outputs of this configuration below {cache_dir}; the nearest, {folder}, differ:\n"
+            + "\n".join(lines)
+            + f"\nPut the values back, or make them: {teacher_command()}"
+        )
+    return TeacherCache(folder)
+
+
+def _part(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:
+    """The identity as far as it is asked for; below "resolved" key by key."""
+    part = {key: identity.get(key) for key in wanted}
+    if "resolved" in wanted:
+        part["resolved"] = {key: identity["resolved"].get(key) for key in wanted["resolved"]}
+    return part
+
+
+@dataclass(frozen=True)
+class _FieldIndex:
+    """One tensor of every shard as ShardFiles wants to see it: a row is one view of one image."""
+
+    directory: Path
+    name: str
+    fingerprint: str
+    row_bytes: int
+    num_views: int
+    shard_names: list[str]
+    shard_starts: np.ndarray
+    shard_rows: np.ndarray
+    shard_bytes: np.ndarray
+    verified: bool = True
+
+    def shard_path(self, s: int) -> Path:
+        """The file of the s-th shard listed."""
+        return self.directory / self.shard_names[s]
+
+
+class _FieldFiles(ShardFiles):
+    """The vectors of one field; rows are numbered image * num_views + view."""
+
+    def _load_layout(self, shard: int) -> ShardLayout:
+        index, path = self.index, self.index.shard_path(shard)
+        try:
+            record = read_teacher_record(record_path(path))
+        except FutureFormatError:
+            raise
+        except (FileNotFoundError, UserError):
+            record = self._meta_of(path)
+        rows = record["num_samples"] * record["num_views"]
+        if (record["fingerprint"], record["global_start"], rows, record["num_views"]) != (
+            index.fingerprint,
+            index.shard_starts[shard],
+            index.shard_rows[shard],
+            index.num_views,
+        ):
+            raise UserError(f"{path}: is not the shard that index.json lists. Run: {self._command()}")
+        field = next((field for field in fields_of(record) if field.name == index.name), None)
+        if field is None or field.view_bytes != index.row_bytes:
+            raise UserError(f"{path}: holds other tensors than index.json says. Run: {self._command()}")
+        return ShardLayout(field.offset, np.ones(rows, bool), decode_checksums(record["checksums"][index.name]))
+
+    def _meta_of(self, path: Path) -> dict:
+        try:
+            return meta_inside(path)[0]
+        except FileNotFoundError as error:
+            if isinstance(error, UserError):
+                raise
+            raise MissingFileError(f"{path}: listed in the index, but not there. Run: {self._command()}") from error
+
+    def _row_name(self, shard: int, row: int) -> str:
+        local, view = divmod(row, self.index.num_views)
+        start = self.index.shard_starts[shard]
+        return f"{self.index.name} of row {local}, view {view} (global_idx {start + local}"
+
+    def _command(self) -> str:
+        return teacher_command()
+
+    def _advice(self) -> str:
+        cache_dir = self.index.directory.parent.parent
+        return f"Run: python -m distillery.cache verify {cache_dir}, then {teacher_command()}"
+
+
+class TeacherCache:
+    """The teacher's outputs for K views of every image. Threads may share one; a fork opens the files for itself.
+
+    directory: its folder; num_views: K; identity: all that decided it; weights_hash: of the teacher; widths: field ->
+    width as training sees it; grid: (h, w) of the tokens, or None; statistics: pooled_mean and so on, float64 [D];
+    bytes_per_view: on disk, of one view of one image.
+
+    Args:
+        directory: cache_dir/teacher/<12 hex>.
+        verify: as ShardFiles: the checksum of a vector is compared when this process first reads it.
+    Raises:
+        MissingFileError: no teacher outputs there. UserError: damaged, or of a later version.
+    """
+
+    def __init__(self, directory: Path, *, verify: str = "first") -> None:
+        self.directory = Path(directory)
+        self.index = read_teacher_index(self.directory)
+        self.identity, self.num_views = self.index["identity"], self.index["num_views"]
+        self.fingerprint = self.index["fingerprint"]
+        self.weights_hash = self.identity["resolved"]["weights_hash"]
+        self.grid = token_grid_of(self.identity)
+        self._dtypes = {name: entry["dtype"] for name, entry in self.index["fields"].items()}
+        self._shapes = {name: tuple(entry["view_shape"]) for name, entry in self.index["fields"].items()}
+        self.widths = {name: shape[-1] for name, shape in self._shapes.items()}
+        self.basis = None
+        if self.index["basis_hash"] is not None:
+            self.basis = load_basis(self.directory / BASIS_NAME, self.index["basis_hash"])
+            self.widths["tokens"] = len(self.basis["mean"])
+        rows = self.index["shards"]
+        self._starts = np.array([row["global_start"] for row in rows], np.int64)
+        self._rows = np.array([row["num_samples"] for row in rows], np.int64)
+        self._files = {name: self._files_of(name, rows, verify) for name in self._shapes}
+        self.bytes_per_view = sum(files.row_bytes for files in self._files.values())
+
+    def _files_of(self, name: str, rows: list[dict], verify: str) -> _FieldFiles:
+        row_bytes = int(np.prod(self._shapes[name])) * np.dtype(FIELD_DTYPES[self._dtypes[name]]).itemsize
+        index = _FieldIndex(
+            directory=self.directory,
+            name=name,
+            fingerprint=self.fingerprint,
+            row_bytes=row_bytes,
+            num_views=self.num_views,
+            shard_names=[row["shard_path"] for row in rows],
+            shard_starts=self._starts,
+            shard_rows=self._rows * self.num_views,
+            shard_bytes=np.array([row["bytes"] for row in rows], np.int64),
+        )
+        return _FieldFiles(index, verify=verify)
+
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
+        """pooled_mean, pooled_std, tokens_mean, tokens_std: float64 [D], over all images and views.
+
+        Raises:
+            UserError: statistics.json is missing or damaged; it is made again from the shards' records.
+        """
+        path = self.directory / STATISTICS_NAME
+        try:
+            found = parse_json(path, read_regular(path))
+            facts = self.identity["resolved"]
+            widths = {"pooled": facts["pooled_width"], "tokens": facts["token_width"]}
+            state = {f"{name}_{what}": found[f"{name}_{what}"] for name in widths for what in ("mean", "std")}
+            state = {name: torch.tensor(values, dtype=torch.float64) for name, values in state.items()}
+            if any(values.shape != (widths[name.split("_")[0]],) for name, values in state.items()):
+                raise ValueError("its lengths are not the teacher's widths")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: missing or damaged ({error}). Run: {teacher_command()}") from error
+        return state
+
+    def check_covers(self, starts: np.ndarray, rows: np.ndarray) -> None:
+        """Raise UserError unless the images of these ranges have outputs: int64 [S] first rows, int64 [S] how many."""
+        for start, count in zip(starts.tolist(), rows.tolist(), strict=True):
+            found = self._rows_from(start, count)
+            if found < count:
+                raise UserError(
+                    f"{self.directory}: no teacher outputs for the images from {start + found} on (the shard of "
+                    f"{start}..{start + count - 1}): the image cache has grown, or the pass is not done. "
+                    f"Run: {teacher_command()}"
+                )
+
+    def _rows_from(self, start: int, count: int) -> int:
+        """How many rows from `start` on, at most `count`, are there without a gap."""
+        done = 0
+        while done < count:
+            shard = int(np.searchsorted(self._starts, start + done, side="right")) - 1
+            left = 0 if shard < 0 else int(self._starts[shard] + self._rows[shard]) - start - done
+            if left <= 0:
+                break
+            done = min(count, done + left)
+        return done
+
+    def read(self, global_idx: np.ndarray, view: np.ndarray, fields: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """What the teacher says of these views.
+
+        Args:
+            global_idx: int64 [B], images whose rows are valid.
+            view: int64 [B], from 0 to num_views - 1.
+            fields: of these only; None: all there are.
+        Returns:
+            field -> float32, pooled [B, Dt], tokens [B, P, Dt], logits [B, C].
+        Raises:
+            UserError: an image has no outputs, or they are damaged. MissingFileError: a shard is gone. RunError: the
+                system could not read it. All name the file.
+        """
+        shards = np.searchsorted(self._starts, global_idx, side="right") - 1
+        local = global_idx - self._starts[shards]
+        missing = (shards < 0) | (local >= self._rows[shards])
+        if missing.any():
+            self.check_covers(global_idx[missing][:1], np.ones(1, np.int64))
+        if view.min(initial=0) < 0 or view.max(initial=0) >= self.num_views:
+            raise UserError(f"{self.directory}: views {view.min()}..{view.max()} of {self.num_views} were asked for.")
+        rows, found = local * self.num_views + view, {}
+        for name in self._files if fields is None else fields:
+            out = np.empty((len(rows), self._files[name].row_bytes), np.uint8)
+            self._files[name].read(shards, rows, out)
+            found[name] = self._decode(name, out)
+        return found
+
+    def _decode(self, name: str, out: np.ndarray) -> Tensor:
+        stored = torch.from_numpy(out).view(getattr(torch, self._dtypes[name])).view(len(out), *self._shapes[name])
+        return stored.float() if stored.dtype != torch.int8 else decode_tokens(stored, self.basis)
+
+
+def load_basis(path: Path, expected_hash: str) -> dict[str, Tensor]:
+    """The token basis beside the shards: mean [Dt], components [d, Dt], scale [d], float32.
+
+    Raises:
+        UserError: it is missing, or not the one the shards were made with.
+    """
+    try:
+        with open_regular(path) as file:
+            data = b"".join(map(bytes, read_blocks(file, _MAX_BASIS_BYTES)))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path}: not there. Run: {teacher_command()}") from error
+    if f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}" != expected_hash:
+        raise UserError(f"{path}: is not the basis that the shards were made with. Run: {teacher_command()}")
+    return torch.load(path, weights_only=True)
+
+
+def decode_tokens(stored: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
+    """int8 [B, P, d] in a basis -> float32 [B, P, Dt]."""
+    return (stored.float() * (basis["scale"] / 127)) @ basis["components"] + basis["mean"]
+
+
+def encode_tokens(tokens: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
+    """float32 [B, P, Dt] -> int8 [B, P, d]; what lies beyond the scale is clipped to it."""
+    codes = (tokens - basis["mean"]) @ basis["components"].T * (127 / basis["scale"])
+    return codes.round().clamp(-127, 127).to(torch.int8)

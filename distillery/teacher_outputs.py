@@ -1,0 +1,138 @@
+"""What is stored of the teacher: its features of a view, cut to the form that the specification asks for."""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillery.augment import Augmentation
+from distillery.losses import Features
+from distillery.models import MEMORY_FORMAT, resample_tokens
+from distillery.process import UserError
+from distillery.teacher_cache import encode_tokens
+from distillery.teacher_identity import TeacherCacheSpec
+
+# what a code of 127 stands for; a step is then 0.06 deviations, and nothing but freak tokens is cut off
+_SCALE_STDS = 8.0
+_SMALLEST_SCALE = 1e-12
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The teacher as the pass and its verification run it: frozen, in eval mode, on the device.
+
+    backbone: models.Backbone; seed: of the views; precision: bf16, fp16 or fp32.
+    """
+
+    backbone: nn.Module
+    augmentation: Augmentation
+    seed: int
+    device: torch.device
+    precision: str
+
+    @torch.inference_mode()
+    def features(self, images: Tensor, global_idx: Tensor, view: int | Tensor) -> Features:
+        """What it says of views, float32 on the device; arguments as Augmentation.views, float32 images."""
+        images = self.augmentation.views(images.to(self.device), global_idx, view, seed=self.seed)
+        with self._autocast():
+            features = self.backbone(images.contiguous(memory_format=MEMORY_FORMAT))
+        return features.with_tensors({name: value.float() for name, value in features.tensors().items()})
+
+    def _autocast(self) -> Any:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+
+def encode_features(
+    features: Features, spec: TeacherCacheSpec, basis: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The tensors of one view as they are stored: field -> [B, ...] of view_fields' dtype and shape.
+
+    Args:
+        features: float32.
+        spec: what is stored, in which form.
+        basis: of the tokens, on their device; for the form pca.
+    Raises:
+        UserError: a value is not finite, or too large for the dtype.
+    """
+    found = {"pooled": features.pooled, "logits": features.logits}
+    if spec.token_grid is not None:
+        found["tokens"] = resample_tokens(features.tokens, features.grid, spec.token_grid)
+    encoded = {}
+    for name, (dtype, shape) in spec.view_fields.items():
+        values = found[name]
+        stored = encode_tokens(values, basis) if dtype == "int8" else values.to(getattr(torch, dtype))
+        if not (torch.isfinite(values).all() and torch.isfinite(stored).all()):
+            largest = values.abs().max().item()
+            raise UserError(
+                f"the teacher's {name} are not finite as {dtype} (largest {largest:.3g}): set teacher_cache.dtype: "
+                "float32, precision: fp32 where it is fp16, or look at the teacher's weights"
+            )
+        encoded[name] = stored.reshape(len(stored), *shape)
+    return encoded
+
+
+def fit_basis(batches: Iterable[Tensor], num_dims: int) -> dict[str, Tensor]:
+    """The principal components of tokens [B, P, Dt], from their covariance, summed in float64.
+
+    Returns:
+        mean [Dt], components [d, Dt] (rows orthonormal, largest variance first), scale [d] (what a code of 127 stands
+        for); float32 on the CPU.
+    """
+    count, total, products = 0, 0.0, 0.0
+    for tokens in batches:
+        rows = tokens.flatten(0, 1).double()
+        count, total, products = count + len(rows), total + rows.sum(0), products + rows.T @ rows
+    mean = total / count
+    values, vectors = torch.linalg.eigh((products / count - torch.outer(mean, mean)).cpu())
+    num_dims = min(num_dims, len(values))
+    components = vectors.T.flip(0)[:num_dims]
+    # an eigenvector's sign is free: the largest entry is made positive
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    components = components * largest.sign()
+    scale = _SCALE_STDS * values.flip(0)[:num_dims].clamp(min=0).sqrt()
+    return {
+        "mean": mean.cpu().float(),
+        "components": components.float().contiguous(),
+        "scale": scale.float().clamp(min=_SMALLEST_SCALE),
+    }
+
+
+def basis_bytes(basis: Mapping[str, Tensor]) -> bytes:
+    """A basis as a file for torch.load(weights_only=True); the same bytes for the same tensors."""
+    buffer = io.BytesIO()
+    torch.save(dict(basis), buffer)
+    return buffer.getvalue()
+
+
+class FieldSums:
+    """Number, sum and sum of squares of the vectors of a field, float64, in the order they come in."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(width, dtype=torch.float64)
+        self.squares = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Take in vectors [..., D]."""
+        rows = values.flatten(0, -2).double()
+        self.count += len(rows)
+        self.total += rows.sum(0).cpu()
+        self.squares += rows.square().sum(0).cpu()
+
+
+def to_device(basis: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
+    """A basis on a device."""
+    return None if basis is None else {name: value.to(device) for name, value in basis.items()}
+
+
+def valid_features(features: Features, valid: Tensor) -> Features:
+    """The images of a batch that could be decoded; valid: bool [B] on any device."""
+    valid = valid.to(features.pooled.device)
+    return dataclasses.replace(features, pooled=features.pooled[valid], tokens=features.tokens[valid])

@@ -1,0 +1,367 @@
+"""What a folder of teacher outputs says about itself: a record beside each shard; index.json and statistics.json.
+
+As distillery.records for images: the views follow from the records, a record from its shard, a shard from the images
+and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from distillery.files import sha256_of
+from distillery.process import MissingFileError, UserError
+from distillery.records import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    FutureFormatError,
+    RecordScan,
+    check_version,
+    decode_checksums,
+    index_text,
+    keep_views,
+    parse_json,
+    read_guarded,
+    record_path,
+)
+from distillery.shard_format import open_regular, read_blocks, read_meta, read_regular
+from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
+
+FOLDER_NAME = "teacher"
+STATISTICS_NAME = "statistics.json"
+BASIS_NAME = "token_basis.pt"
+TEACHER_PATTERN = re.compile(r"teacher_shard_\d{5,}\.pt")
+# in the order in which they stand in a shard
+FIELD_NAMES = ("pooled", "tokens", "logits")
+_MAX_COUNT = 1 << 53
+_FRAME_BYTES_PER_VIEW = 64  # checksums and the valid flag, with room to spare
+_MAX_FRAME_BYTES = 64 << 20
+
+
+def teacher_shard_name(shard_idx: int) -> str:
+    """teacher_shard_00007.pt for 7."""
+    return f"teacher_shard_{shard_idx:05d}.pt"
+
+
+def teacher_folders(cache_dir: Path) -> list[Path]:
+    """The folders of teacher outputs below an image cache."""
+    return sorted(path for path in (cache_dir / FOLDER_NAME).glob("*") if path.is_dir())
+
+
+def teacher_scan(directory: Path) -> RecordScan:
+    """The records of a folder of teacher outputs, without their checksums."""
+    return RecordScan(directory, pattern=TEACHER_PATTERN, read=read_teacher_record, bulk="checksums")
+
+
+def read_teacher_record(path: Path) -> dict:
+    """A teacher shard's record, checked; errors as records.read_record."""
+    return check_teacher_record(read_guarded(path), path)
+
+
+def file_hash(path: os.PathLike) -> str:
+    """XXH3-128 of a file's bytes, "xxh3_128:<hex>"."""
+    digest = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        for block in read_blocks(file, os.fstat(file.fileno()).st_size):
+            digest.update(block)
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def encode_sums(count: int, total: np.ndarray, squares: np.ndarray) -> dict:
+    """Sums over a shard's vectors, float64 [D], as they stand in its record, exactly."""
+    return {"count": count, "sum": _encode(total), "squares": _encode(squares)}
+
+
+def _encode(values: np.ndarray) -> str:
+    return base64.b64encode(np.asarray(values, "<f8").tobytes()).decode()
+
+
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f8")
+
+
+def fields_of(record: dict) -> list[Field]:
+    """Where the tensors of a shard are: in the order of FIELD_NAMES."""
+    entries = sorted(record["fields"].items(), key=lambda item: FIELD_NAMES.index(item[0]))
+    return place_fields({name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries})
+
+
+def valid_teacher_rows(record: dict) -> np.ndarray:
+    """bool [N]: the rows whose image could be decoded."""
+    valid = np.ones(record["num_samples"], bool)
+    valid[record["failed_rows"]] = False
+    return valid
+
+
+def check_teacher_record(record: dict, path: Path) -> dict:
+    """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
+    try:
+        is_consistent = _is_consistent(record, path.with_suffix(".pt").name)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        raise UserError(f"{path}: not a teacher shard's record ({type(error).__name__}: {error}).") from error
+    if not is_consistent:
+        raise UserError(f"{path}: its fields contradict each other or the file's name.")
+    return record
+
+
+def _is_consistent(record: dict, name: str) -> bool:
+    counts = [record[key] for key in ("shard_idx", "global_start", "num_samples", "num_views", "bytes")]
+    shapes = [entry["shape"] for entry in record["fields"].values()]
+    if not all(type(value) is int and 0 <= value < _MAX_COUNT for value in [*counts, *sum(shapes, [])]):
+        return False
+    rows, views, failed = record["num_samples"], record["num_views"], record["failed_rows"]
+    return bool(
+        record["format_version"] == FORMAT_VERSION
+        and TEACHER_PATTERN.fullmatch(name)
+        and record["shard_path"] == name == teacher_shard_name(record["shard_idx"])
+        and min(rows, views) > 0
+        and "pooled" in record["fields"]
+        and set(record["fields"]) <= set(FIELD_NAMES)
+        and all(entry["dtype"] in FIELD_DTYPES for entry in record["fields"].values())
+        and all(shape[:2] == [rows, views] and len(shape) in (3, 4) and min(shape) > 0 for shape in shapes)
+        and sum(field.size for field in fields_of(record)) < record["bytes"]
+        and set(record["checksums"]) == set(record["fields"])
+        and all(len(decode_checksums(entry)) == rows * views for entry in record["checksums"].values())
+        and all(type(row) is int and 0 <= row < rows for row in failed)
+        and sorted(set(failed)) == failed
+        and set(record["sums"]) <= {"pooled", "tokens"}
+        and all(len(_decode(sums["sum"])) == len(_decode(sums["squares"])) for sums in record["sums"].values())
+        and all(type(sums["count"]) is int for sums in record["sums"].values())
+        and all(type(version) is str for version in record["libraries"].values())
+        and record["fingerprint"] == sha256_of(record["identity"])
+        and _is_hash(record["images_hash"])
+        and (record["basis_hash"] is None or _is_hash(record["basis_hash"]))
+        and _is_hash(record["hash"])
+    )
+
+
+def _is_hash(text: str) -> bool:
+    return re.fullmatch(r"xxh3_128:[0-9a-f]{32}", text) is not None
+
+
+def meta_inside(path: Path) -> tuple[dict, str]:
+    """(what a shard says of itself, checked, which leaves its own size and hash open; its JSON text).
+
+    Raises:
+        UserError: damaged, or no such shard. FutureFormatError: of a later version.
+    """
+    text = read_meta(path)
+    meta = parse_json(path, text)
+    check_version(meta, path)
+    placeholders = {"bytes": path.lstat().st_size, "hash": "xxh3_128:" + "0" * 32}
+    check_teacher_record(meta | placeholders, path)
+    return meta, text
+
+
+def record_of_teacher_shard(path: Path) -> dict:
+    """The record of a shard from the shard alone, every byte of it compared with what it should be.
+
+    Raises:
+        UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
+    """
+    meta, text = meta_inside(path)
+    fields = fields_of(meta)
+    limit = _MAX_FRAME_BYTES + _FRAME_BYTES_PER_VIEW * meta["num_samples"] * meta["num_views"]
+    digest = digest_file(path, fields, limit)
+    for name, checksums in digest.checksums.items():
+        wrong = np.flatnonzero(checksums != decode_checksums(meta["checksums"][name]))
+        if len(wrong):
+            row, view = divmod(int(wrong[0]), meta["num_views"])
+            raise UserError(
+                f"{path}: damaged: {len(wrong)} vectors of {name} differ from their checksums, "
+                f"the first is row {row}, view {view}."
+            )
+    if digest.frame != frame_of(fields, digest.crcs, valid_teacher_rows(meta), text):
+        raise UserError(f"{path}: damaged: the bytes around its tensors are not those of this shard.")
+    return meta | {"bytes": digest.size, "hash": digest.hash}
+
+
+def teacher_index_of(records: list[dict], num_target: int) -> dict:
+    """index.json's content: a pure function of the records and of how many rows there shall be."""
+    first = records[0]
+    wanted_rows = sum(
+        max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
+        for record in records
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "num_samples": sum(record["num_samples"] for record in records),
+        "num_views": first["num_views"],
+        "complete": wanted_rows >= num_target,
+        "fingerprint": first["fingerprint"],
+        "identity": first["identity"],
+        "basis_hash": first["basis_hash"],
+        "fields": {
+            name: {"dtype": entry["dtype"], "view_shape": entry["shape"][2:]} for name, entry in first["fields"].items()
+        },
+        "shards": [
+            {key: record[key] for key in ("shard_path", "global_start", "num_samples", "bytes", "hash", "images_hash")}
+            | {"num_failed": len(record["failed_rows"])}
+            for record in records
+        ],
+    }
+
+
+def statistics_of(records: list[dict]) -> dict:
+    """statistics.json's content: mean and standard deviation per dimension over all images and views, float64.
+
+    The shards' sums are added in the order of the shards: the result does not depend on which job made which.
+    """
+    found = {}
+    for name in records[0]["sums"]:
+        count = sum(record["sums"][name]["count"] for record in records)
+        total = np.sum([_decode(record["sums"][name]["sum"]) for record in records], axis=0)
+        squares = np.sum([_decode(record["sums"][name]["squares"]) for record in records], axis=0)
+        mean = total / max(1, count)
+        found[f"{name}_mean"] = mean.tolist()
+        found[f"{name}_std"] = np.sqrt(np.maximum(squares / max(1, count) - mean**2, 0)).tolist()
+        found[f"{name}_count"] = count
+    return found
+
+
+def _views_of(directory: Path, records: list[dict], num_target: int) -> tuple[dict, dict[Path, bytes]]:
+    index = teacher_index_of(records, num_target)
+    statistics = json.dumps(statistics_of(records), indent=1).encode() + b"\n"
+    return index, {directory / STATISTICS_NAME: statistics, directory / INDEX_NAME: index_text(index)}
+
+
+def write_teacher_views(directory: Path, scan: RecordScan, num_target: int) -> dict | None:
+    """Write index.json and statistics.json from the records; as records.write_views."""
+    return keep_views(scan, lambda records: _views_of(directory, records, num_target))
+
+
+def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
+    """(what is wrong in a folder of teacher outputs, the file to remove before it is made again or None).
+
+    Every byte is compared with its hash and every view with the records; writes nothing.
+    """
+    shards = {path.stem: path for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
+    shards |= {path.stem: path.with_suffix(".pt") for path in directory.glob("teacher_shard_*.json")}
+    for path in (shards[stem] for stem in sorted(shards)):
+        yield from _shard_problems(path)
+    records = teacher_scan(directory).records()
+    if not records:
+        return
+    try:
+        index = read_teacher_index(directory)
+        _, views = _views_of(directory, records, _rows_of_complete(records, index))
+    except FutureFormatError:
+        raise
+    except UserError as error:
+        yield str(error), None
+        return
+    for path, content in views.items():
+        try:
+            if read_regular(path, len(content)) != content:
+                yield f"{path}: differs from the records", None
+        except (UserError, OSError) as error:
+            yield f"{path}: {error}", None
+    yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
+    yield from _foreign_files(directory, index)
+
+
+def _rows_of_complete(records: list[dict], index: dict) -> int:
+    """How many rows make the index say `complete` as it does: the records do not know how many there shall be."""
+    rows = sum(record["num_samples"] for record in records)
+    return rows if index.get("complete") else rows + 1
+
+
+def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
+    try:
+        found = record_of_teacher_shard(path)
+    except FutureFormatError:
+        raise
+    except (UserError, OSError) as error:
+        yield str(error) if str(path) in str(error) else f"{path}: {error}", path
+        return
+    try:
+        record = read_teacher_record(record_path(path))
+    except FutureFormatError:
+        raise
+    except (UserError, OSError) as error:
+        yield str(error) if str(path.parent) in str(error) else f"{record_path(path)}: {error}", record_path(path)
+        return
+    if found != record:
+        yield f"{path}: differs from its record", path
+
+
+def _basis_problems(path: Path, expected: str | None) -> Iterator[tuple[str, Path | None]]:
+    try:
+        if expected is not None and file_hash(path) != expected:
+            yield f"{path}: damaged, or not the basis that the shards were made with", path
+    except (UserError, OSError) as error:
+        yield f"{path}: {error}", None
+
+
+def _foreign_files(directory: Path, index: dict) -> Iterator[tuple[str, Path | None]]:
+    basis = {BASIS_NAME} if index["basis_hash"] else set()
+    for entry in os.scandir(directory):
+        is_known = entry.name in {INDEX_NAME, STATISTICS_NAME} | basis
+        is_known = is_known or TEACHER_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
+        if not is_known and not entry.name.startswith(".nfs"):
+            reason = "left by a killed run; stage 1 removes it" if ".tmp-" in entry.name else "not part of a cache"
+            yield f"{entry.path}: {reason}", None
+
+
+def read_teacher_index(directory: Path) -> dict:
+    """index.json of a folder of teacher outputs, every field checked before it is used.
+
+    Raises:
+        MissingFileError: there is none. UserError: damaged or hostile. FutureFormatError: of a later version.
+    """
+    path = directory / INDEX_NAME
+    try:
+        index = parse_json(path, read_regular(path))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"Index file not found: {path}. Run: {teacher_command()}") from error
+    check_version(index, path)
+    try:
+        is_sound = _is_sound(index)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). Run: {teacher_command()}") from error
+    if not is_sound:
+        raise UserError(f"{path}: damaged: its fields contradict each other. Run: {teacher_command()}")
+    return index
+
+
+def _is_sound(index: dict) -> bool:
+    rows = index["shards"]
+    counts = [row[key] for row in rows for key in ("global_start", "num_samples", "num_failed", "bytes")]
+    extents = [extent for entry in index["fields"].values() for extent in entry["view_shape"]]
+    if not all(type(value) is int and 0 <= value < _MAX_COUNT for value in [*counts, *extents, index["num_views"]]):
+        return False
+    ends = [row["global_start"] + row["num_samples"] for row in rows]
+    view_bytes = sum(
+        math.prod(entry["view_shape"]) * np.dtype(FIELD_DTYPES[entry["dtype"]]).itemsize
+        for entry in index["fields"].values()
+    )
+    return bool(
+        rows
+        and index["num_views"] > 0
+        and "pooled" in index["fields"]
+        and set(index["fields"]) <= set(FIELD_NAMES)
+        and all(extent > 0 for extent in extents)
+        and all(len(entry["view_shape"]) in (1, 2) for entry in index["fields"].values())
+        and all(TEACHER_PATTERN.fullmatch(row["shard_path"]) and row["num_samples"] > 0 for row in rows)
+        and all(row["num_samples"] * index["num_views"] * view_bytes < row["bytes"] for row in rows)
+        and all(_is_hash(row["hash"]) and _is_hash(row["images_hash"]) for row in rows)
+        and all(end <= row["global_start"] for end, row in zip(ends, rows[1:], strict=False))
+        and index["num_samples"] == sum(row["num_samples"] for row in rows)
+        and index["fingerprint"] == sha256_of(index["identity"])
+        and (index["basis_hash"] is None or _is_hash(index["basis_hash"]))
+    )
+
+
+def teacher_command() -> str:
+    """The command that makes and repairs teacher outputs, for error messages."""
+    return (
+        "python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml "
+        "--model_config model_config_kd.yaml"
+    )

@@ -1,0 +1,120 @@
+"""What the teacher outputs over an image cache shall be, and what a folder already holds of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillery.plan import CachePlan, Survey, is_untouched
+from distillery.process import UserError
+from distillery.records import RecordScan
+from distillery.teacher_identity import TeacherCacheSpec
+from distillery.teacher_records import BASIS_NAME, file_hash, teacher_command, teacher_scan, teacher_shard_name
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What the teacher outputs over an image cache shall be."""
+
+    images: CachePlan
+    spec: TeacherCacheSpec
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the outputs."""
+        return self.spec.folder(self.images.directory)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all views of one image."""
+        return self.spec.view_bytes * self.spec.num_views
+
+    @property
+    def num_shards(self) -> int:
+        """As many as the images have."""
+        return self.images.num_shards
+
+    def rows_of(self, shard_idx: int) -> tuple[int, int]:
+        """(first image, image after the last) of a shard."""
+        return self.images.rows_of(shard_idx)
+
+    def shard_path(self, shard_idx: int) -> Path:
+        """Where the shard is published."""
+        return self.directory / teacher_shard_name(shard_idx)
+
+    @property
+    def uses_basis(self) -> bool:
+        """Whether tokens are stored in a basis of their own."""
+        return self.spec.identity["stored"]["tokens"]["form"] == "pca"
+
+
+def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:
+    """What a folder holds of a plan's shards; reads records and file sizes only, writes nothing.
+
+    A shard counts as finished when its record parses, its size agrees, it was not touched since its record was written
+    and the image shard is still the one it was made of; one of an image shard that has changed is made again.
+
+    Raises:
+        UserError: the folder holds outputs of another configuration; or of a later format.
+    """
+    if not plan.directory.is_dir():
+        return Survey([], [], list(shards))
+    records = {record["shard_idx"]: record for record in teacher_scan(plan.directory).records()}
+    for record in records.values():
+        check_fingerprint(plan, record)
+    images, basis = image_hashes(plan), basis_hash(plan)
+    done, doubtful, missing = [], [], []
+    for shard_idx in shards:
+        path, record = plan.shard_path(shard_idx), records.get(shard_idx)
+        if not path.exists():
+            missing.append(shard_idx)
+        elif record is None or not is_untouched(path, record):
+            doubtful.append(shard_idx)
+        elif is_current(plan, record, images, basis):
+            done.append(shard_idx)
+        else:
+            missing.append(shard_idx)
+    return Survey(done, doubtful, missing)
+
+
+def is_current(plan: TeacherPlan, record: dict, images: dict[int, str], basis: str | None) -> bool:
+    """Whether a shard is of the images and in the basis that there are now."""
+    start, stop = plan.rows_of(record["shard_idx"])
+    return (
+        record["images_hash"] == images.get(record["shard_idx"])
+        and record["num_samples"] >= stop - start
+        and record["basis_hash"] == basis
+    )
+
+
+def check_fingerprint(plan: TeacherPlan, record: dict) -> None:
+    """Raise UserError when a record is of another configuration than the folder's name."""
+    if record["fingerprint"] != plan.spec.fingerprint:
+        raise UserError(
+            f"{plan.directory / record['shard_path']} was made with another configuration than its folder is named "
+            "after: somebody moved it there. Move it away."
+        )
+
+
+def image_hashes(plan: TeacherPlan) -> dict[int, str]:
+    """shard_idx -> file hash of the image shards that are there."""
+    if not plan.images.directory.is_dir():
+        return {}
+    return {record["shard_idx"]: record["hash"] for record in RecordScan(plan.images.directory).records()}
+
+
+def basis_hash(plan: TeacherPlan) -> str | None:
+    """File hash of the token basis; None where there is or needs to be none."""
+    path = plan.directory / BASIS_NAME
+    return file_hash(path) if plan.uses_basis and path.is_file() else None
+
+
+def check_images(plan: TeacherPlan, shards: list[int]) -> None:
+    """Raise UserError unless the image shards are there, with all the rows that the plan gives them."""
+    rows = {record["shard_idx"]: record["num_samples"] for record in RecordScan(plan.images.directory).records()}
+    for shard_idx in shards:
+        start, stop = plan.rows_of(shard_idx)
+        if rows.get(shard_idx, 0) < stop - start:
+            raise UserError(
+                f"{plan.images.shard_path(shard_idx)}: has {rows.get(shard_idx, 0)} images, {stop - start} are wanted. "
+                f"Make the images first: {teacher_command()} does, with the same configuration."
+            )

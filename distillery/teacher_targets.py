@@ -1,0 +1,244 @@
+"""Training on stored outputs of the teacher: which view a sample has in an epoch, and what the teacher gave for it.
+
+    open_teacher_cache   the stored outputs that a configuration asks for
+    StoredTargets        the views and targets of batches that come with stored outputs, for the engine
+    TargetLoader         a loader's batches with the stored outputs of their views, read one batch ahead
+
+A batch is (images, global_idx), or with stored outputs (images, global_idx, view int64 [B], field [B, ...], ...); where
+a loss compares with a second view, its pooled vectors come last.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillery import distributed
+from distillery.augment import Augmentation, draw_uniform, view_of_epoch
+from distillery.cache import stage1_command
+from distillery.config import Configs, TrainConfig
+from distillery.losses import LOSSES, Features, fields_needed, needs_second_view
+from distillery.process import RunError, UserError
+from distillery.standardise import Targets
+from distillery.teacher_cache import TeacherCache, find_teacher_cache
+from distillery.teacher_identity import configured_identity
+from distillery.teacher_records import teacher_command
+
+# in the place of an epoch in draw_uniform: no epoch, view or start of a view has this number
+_LIVE_STEPS = -2
+
+
+def open_teacher_cache(configs: Configs, loader: Any) -> TeacherCache | None:
+    """The stored outputs that the configuration asks for; None where every step runs the teacher.
+
+    Args:
+        configs: data, train and model.
+        loader: the run's PretrainingLoader, on the shards that it trains on.
+    Raises:
+        MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
+    """
+    if not configs.train.teacher_cache.enabled:
+        return None
+    if loader.shard_names is None:
+        raise UserError(
+            "teacher_cache.enabled is true, and this run decodes raw images: stored outputs belong to a cache of "
+            f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
+        )
+    # process 0 alone looks through the folders: two nodes may not see the same files yet
+    wanted = wanted_outputs(configs, loader.fingerprint)
+    cache = TeacherCache(
+        distributed.decided_by_main(lambda: find_teacher_cache(configs.data.cache_path, wanted).directory)
+    )
+    index = getattr(loader.dataset, "base_dataset", loader.dataset).index
+    cache.check_covers(index.shard_starts, index.shard_rows)
+    return cache
+
+
+def wanted_outputs(configs: Configs, images: str) -> dict:
+    """What the configuration says of the teacher's outputs; images: the image cache's fingerprint."""
+    data, train = configs.data, configs.train
+    return configured_identity(
+        configs.model.model_dump(),
+        train.teacher_cache.model_dump(),
+        precision=train.precision,
+        augmentation=Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std),
+        images=images,
+        loss_fields=fields_needed(train.distill_loss_weights),
+    )
+
+
+class StoredTargets:
+    """A teacher cache in the place of the teacher, for all steps or for most.
+
+    Args:
+        cache: the teacher's outputs for a few views of every image.
+        targets: their statistics, on the device.
+        augmentation: makes the views.
+        train: losses, seeds and the `teacher_cache` block.
+    Raises:
+        UserError: a loss compares what has not been stored.
+    """
+
+    def __init__(self, cache: TeacherCache, targets: Targets, augmentation: Augmentation, train: TrainConfig) -> None:
+        check_fields(cache, train.distill_loss_weights)
+        needed = fields_needed(train.distill_loss_weights)
+        self.cache, self._targets, self._augmentation = cache, targets, augmentation
+        self.fields = ["pooled", *sorted(needed - {"pooled"})]
+        self.has_second_view = needs_second_view(train.distill_loss_weights)
+        self.grid = cache.grid if "tokens" in needed else None
+        self.seed, self.view_seed = train.seed, train.teacher_cache.seed
+        self.live_fraction = train.teacher_cache.live_fraction if train.teacher_cache.mode == "hybrid" else 0.0
+        self.accumulation_steps = train.grad_accumulation_steps
+
+    def is_live(self, step: int) -> bool:
+        """Whether a step runs the teacher itself on views of its own: a function of (seed, step) alone."""
+        if not self.live_fraction:
+            return False
+        draw = draw_uniform(torch.tensor([step]), seed=self.seed, epoch=_LIVE_STEPS, count=1)
+        return draw.item() < self.live_fraction
+
+    def read(self, global_idx: Tensor, epoch: int) -> list[Tensor]:
+        """What a batch gets besides images and global_idx (int64 [B], on the CPU): each one's view, then the fields."""
+        view = view_of_epoch(global_idx, seed=self.seed, epoch=epoch, num_views=self.cache.num_views)
+        values = self.cache.read(global_idx.numpy(), view.numpy(), self.fields)
+        stored = [view, *(values[field] for field in self.fields)]
+        if self.has_second_view:
+            # half way round: with four views or more never the mirror image of the first
+            other = (view + self.cache.num_views // 2) % self.cache.num_views
+            stored.append(self.cache.read(global_idx.numpy(), other.numpy(), ["pooled"])["pooled"])
+        return stored
+
+    def batches(self, loader: Any, *, epoch: int, step: int) -> "TargetLoader":
+        """The loader's batches with their stored outputs; step: the one that the loader's next batch belongs to."""
+        return TargetLoader(loader, self, epoch=epoch, step=step)
+
+    def view(self, images: Tensor, global_idx: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """The views that the stored outputs are of; images [B, 3, H, W], normalised."""
+        return self._augmentation.views(images, global_idx, stored[0], seed=self.view_seed)
+
+    def features(self, stored: Sequence[Tensor]) -> Features:
+        """The stored outputs as they came from the teacher."""
+        values = dict(zip(self.fields, stored[1:], strict=False))
+        return Features(values["pooled"], values.get("tokens"), self.grid or (1, 1), values.get("logits"))
+
+    def targets(self, stored: Sequence[Tensor]) -> Features:
+        """What FrozenTeacher would have given for the views: the stored outputs, standardised."""
+        return self._targets.of(self.features(stored))
+
+    def second_view(self, stored: Sequence[Tensor]) -> Features:
+        """The pooled targets of another view of each image, where a loss compares with them."""
+        return self._targets.of(Features(stored[-1], None, (1, 1)))
+
+
+def check_fields(cache: TeacherCache, weights: dict[str, float]) -> None:
+    """Raise UserError when a loss of non-zero weight compares what the cache does not hold."""
+    for name, weight in weights.items():
+        field = LOSSES[name].field
+        if weight and LOSSES[name].second_view and cache.num_views < 2:
+            raise UserError(
+                f"distill_loss_weights.{name} compares two views of an image, and {cache.directory} holds 1 of each. "
+                f"Raise teacher_cache.views and run: {teacher_command()}"
+            )
+        if weight and field == "layers":
+            raise UserError(
+                f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds. "
+                f"Set {name}: 0, or teacher_cache.enabled: false to run the teacher in every step."
+            )
+        if weight and field not in cache.widths:
+            remedy = "set teacher_cache.tokens: auto and run: " if field == "tokens" else "Run: "
+            raise UserError(
+                f"distill_loss_weights.{name} is {weight:g} and compares {field}, but {cache.directory} holds "
+                f"{', '.join(cache.widths)} only. For stored {field} {remedy}{teacher_command()}; or set {name}: 0, or "
+                "teacher_cache.enabled: false to run the teacher in every step."
+            )
+
+
+class TargetLoader:
+    """A loader's batches with the stored outputs of their views, read by a thread one batch ahead.
+
+    Batches of steps that run the teacher itself pass as they are. state_dict(): the loader's position as of the batch
+    handed out last, not of the one already fetched.
+
+    Args:
+        loader: yields (images, global_idx) in host memory.
+        stored: what to add.
+        epoch: that the loader stands in.
+        step: that its next batch belongs to.
+        stall_s: a read that takes longer is an error.
+    """
+
+    def __init__(self, loader: Any, stored: StoredTargets, *, epoch: int, step: int, stall_s: float = 60.0) -> None:
+        self.loader, self.stored, self.epoch, self.step, self.stall_s = loader, stored, epoch, step, stall_s
+        self._pins = getattr(loader, "pin_memory", False) and torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._state = self._loader_state()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> dict:
+        """The position after the batch that was handed out last."""
+        return dict(self._state)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        wanted, found = queue.SimpleQueue(), queue.SimpleQueue()
+        _start_thread(self._read_all, wanted, found)
+        ahead: deque[tuple] = deque()
+        try:
+            for number, batch in enumerate(self.loader):
+                is_live = self.stored.is_live(self.step + number // self.stored.accumulation_steps)
+                if not is_live:
+                    wanted.put(batch[1])
+                ahead.append((batch, is_live, self._loader_state()))
+                del batch
+                if len(ahead) > 1:
+                    yield self._completed(*ahead.popleft(), found)
+            while ahead:
+                yield self._completed(*ahead.popleft(), found)
+        finally:
+            wanted.put(None)
+
+    def _completed(self, batch: tuple, is_live: bool, state: dict, found: queue.SimpleQueue) -> tuple[Tensor, ...]:
+        self._state = state
+        if is_live:
+            return tuple(batch)
+        try:
+            stored = found.get(timeout=self.stall_s)
+        except queue.Empty:
+            raise RunError(
+                f"{self.stored.cache.directory}: a read has not come back for {self.stall_s:.0f} s. The disk or "
+                "network file system that holds it does not answer; check it, then run the same command again."
+            ) from None
+        if isinstance(stored, BaseException):
+            raise stored
+        return *batch, *stored
+
+    def _read_all(self, wanted: queue.SimpleQueue, found: queue.SimpleQueue) -> None:
+        while (global_idx := wanted.get()) is not None:
+            try:
+                stored = self.stored.read(global_idx, self.epoch)
+                found.put([value.pin_memory() for value in stored] if self._pins else stored)
+            except BaseException as error:
+                found.put(error)
+
+    def _loader_state(self) -> dict:
+        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+
+
+def _start_thread(work: Any, *arguments: Any) -> None:
+    """Run `work` in a thread that computes on one core and keeps nobody from ending."""
+    num_threads, is_set = torch.get_num_threads(), threading.Event()
+
+    def run() -> None:
+        # torch's own threads would compete with the training step
+        torch.set_num_threads(1)
+        is_set.set()
+        work(*arguments)
+
+    threading.Thread(target=run, name="read-targets", daemon=True).start()
+    is_set.wait()
+    # what the thread set for itself is also what every thread to come would get
+    torch.set_num_threads(num_threads)

@@ -1,0 +1,242 @@
+"""The teacher pass: every image of a cache, in K views, through the teacher, into shards aligned with the images'.
+
+    image shards (a thread reads ahead, checksums compared) -> teacher, TEACHER_BATCH images of one view at a time ->
+    a thread writes the vectors to their places in the shard's temporary file -> hash, fsync, publish, record -> views
+
+Which images share a forward pass depends on the shard alone: on one machine, a shard is a pure function of the
+specification and its number. A pass that was killed goes on where it was, and ends with the same bytes.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillery.files import ATTEMPTS_AFTER, make_directory
+from distillery.process import RunError, StopFlag, UserError
+from distillery.records import FutureFormatError, RecordScan, record_path
+from distillery.teacher_basis import ensure_basis
+from distillery.teacher_cache import load_basis
+from distillery.teacher_identity import TeacherCacheSpec
+from distillery.teacher_images import ImageRows
+from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, to_device, valid_features
+from distillery.teacher_records import BASIS_NAME, read_teacher_record, teacher_scan, write_teacher_views
+from distillery.teacher_survey import (
+    TeacherPlan,
+    check_fingerprint,
+    check_images,
+    image_hashes,
+    is_current,
+    survey_teacher,
+)
+from distillery.teacher_writer_shard import OpenTeacherShard, adopt_teacher_shard
+from distillery.writer import CacheReport, explain_write_error
+from distillery.writer_shard import is_being_made, remove_leftovers
+
+# a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
+_GRACE_S = 15
+
+
+@dataclass
+class _Pass:
+    """The shards of one call, and what has become of them."""
+
+    plan: TeacherPlan
+    teacher: LiveTeacher
+    stop: StopFlag
+    on_rows: Callable[[int, int], None]
+    images: ImageRows
+    repairs: set[int] = field(default_factory=set)
+    made: set[int] = field(default_factory=set)
+    found: set[int] = field(default_factory=set)
+    basis: dict[str, Tensor] | None = None
+    basis_hash: str | None = None
+    _stop_seen: float | None = None
+
+    def run(self, shards: Iterable[int], scan: RecordScan) -> None:
+        """Make the shards in order until done or told to stop; one that another process makes is left for the end."""
+        hashes = image_hashes(self.plan)
+        later, deferred = deque(shards), set()
+        while later and not self.stop.requested:
+            shard_idx = later.popleft()
+            if shard_idx not in self.repairs and self._is_published(shard_idx, hashes):
+                self.found.add(shard_idx)
+            elif shard_idx not in deferred and is_being_made(self.plan, shard_idx):
+                deferred.add(shard_idx)
+                later.append(shard_idx)
+            elif self._make(shard_idx, hashes[shard_idx]):
+                self.made.add(shard_idx)
+                self.on_rows(0, len(self.made))
+                write_teacher_views(self.plan.directory, scan, self.plan.images.num_rows)
+
+    def _is_published(self, shard_idx: int, hashes: dict[int, str]) -> bool:
+        path = self.plan.shard_path(shard_idx)
+        try:
+            record = read_teacher_record(record_path(path))
+            is_whole = path.lstat().st_size == record["bytes"]
+        except FutureFormatError:
+            raise
+        except (OSError, UserError):
+            return False
+        check_fingerprint(self.plan, record)
+        return is_whole and is_current(self.plan, record, hashes, self.basis_hash)
+
+    def _make(self, shard_idx: int, images_hash: str) -> bool:
+        """Compute, write and publish a shard; False when the grace after a stop request ran out on the way."""
+        s = self.images.position(self.plan.images.shard_path(shard_idx).name)
+        start, stop = self.plan.rows_of(shard_idx)
+        shard = OpenTeacherShard(
+            self.plan.shard_path(shard_idx),
+            self.plan.spec,
+            shard_idx=shard_idx,
+            global_start=start,
+            num_rows=stop - start,
+            images_hash=images_hash,
+            basis_hash=self.basis_hash,
+        )
+        writing: Future | None = None
+        sums = {name: FieldSums(width) for name, width in _sum_widths(self.plan.spec).items()}
+        basis = to_device(self.basis, self.teacher.device)
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
+                for first, images, valid in self.images.batches(s, stop - start):
+                    encoded = self._outputs(images, valid, start + first, basis, sums)
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(shard.write, first, encoded, valid.numpy())
+                    self.on_rows(len(valid), len(self.made))
+                    if self._grace_is_over():
+                        return False
+                writing.result()
+            shard.publish(sums, is_repair=shard_idx in self.repairs)
+        finally:
+            shard.close()
+        return True
+
+    def _outputs(
+        self, images: Tensor, valid: Tensor, start: int, basis: dict[str, Tensor] | None, sums: dict[str, FieldSums]
+    ) -> dict[str, np.ndarray]:
+        """All views of a batch as they are stored: field -> [n, K, ...]; adds them to the sums."""
+        global_idx = torch.arange(start, start + len(images))
+        images, views = images.to(self.teacher.device), []
+        for view in range(self.plan.spec.num_views):
+            features = self.teacher.features(images, global_idx, view)
+            views.append(encode_features(features, self.plan.spec, basis))
+            kept = valid_features(features, valid)
+            sums["pooled"].add(kept.pooled)
+            sums["tokens"].add(kept.tokens)
+        return {name: torch.stack([one[name] for one in views], dim=1).cpu().numpy() for name in views[0]}
+
+    def _grace_is_over(self) -> bool:
+        if self._stop_seen is None and self.stop.requested:
+            self._stop_seen = time.monotonic()
+        return self._stop_seen is not None and time.monotonic() - self._stop_seen > _GRACE_S
+
+
+def _sum_widths(spec: TeacherCacheSpec) -> dict[str, int]:
+    return {"pooled": spec.resolved["pooled_width"], "tokens": spec.resolved["token_width"]}
+
+
+def make_teacher_cache(
+    plan: TeacherPlan,
+    teacher: LiveTeacher,
+    *,
+    shards: Iterable[int],
+    stop: StopFlag,
+    on_rows: Callable[[int, int], None] = lambda rows, shards_made: None,
+) -> CacheReport:
+    """Make the shards of a range that are missing; run again, it goes on where it was.
+
+    Args:
+        plan: what the outputs shall be; the images of the range must be there.
+        teacher: the one that the plan's specification describes.
+        shards: the shard numbers this call is to make (all, or an array task's share).
+        stop: looked at between batches.
+        on_rows: called with (images done just now, shards made so far).
+    Raises:
+        RunError: the disk is full or fails, the images cannot be read; what is published stays, the same command goes
+            on.
+        UserError: the folder cannot be written to, images are missing, or the outputs do not fit the dtype.
+    """
+    shards = list(shards)
+    images, scan = ImageRows(plan.images.directory, plan.images.fingerprint), teacher_scan(plan.directory)
+    work = _Pass(plan, teacher, stop, on_rows, images)
+    messages, to_make, unchecked = [], shards, []
+    try:
+        make_directory(plan.directory)
+        remove_leftovers(plan.directory, all_done=False)
+        if plan.uses_basis:
+            work.basis_hash = ensure_basis(plan, teacher, images)
+            work.basis = load_basis(plan.directory / BASIS_NAME, work.basis_hash)
+        survey = survey_teacher(plan, shards)
+        to_make, unchecked = list(survey.missing), list(survey.doubtful)
+        check_images(plan, [*to_make, *unchecked])
+        for shard_idx in survey.missing:
+            if not plan.shard_path(shard_idx).exists():
+                record_path(plan.shard_path(shard_idx)).unlink(missing_ok=True)
+        work.repairs |= {shard_idx for shard_idx in survey.missing if plan.shard_path(shard_idx).exists()}
+        messages = _adopt(work, unchecked)
+        to_make = sorted({*to_make, *work.repairs})
+        _run_with_retries(work, to_make, scan)
+        index = write_teacher_views(plan.directory, scan, plan.images.num_rows)
+        remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
+    except UserError:
+        raise
+    except (OSError, RunError) as error:
+        with contextlib.suppress(OSError, UserError):  # what was published is listed, if the disk still takes that
+            write_teacher_views(plan.directory, scan, plan.images.num_rows)
+        if isinstance(error, RunError):
+            raise
+        left = sorted({*to_make, *unchecked} - work.made - work.found)
+        raise explain_write_error(plan, error, left, 1) from error
+    left = len(set(to_make) - work.made - work.found) + len(unchecked)
+    return CacheReport(len(work.made), len(survey.doubtful) - len(unchecked) - len(messages), left, messages)
+
+
+def _adopt(work: _Pass, unchecked: list[int]) -> list[str]:
+    """Hash the doubtful shards, taking each from `unchecked` when done; those that are bad join the repairs."""
+    messages, hashes = [], image_hashes(work.plan)
+    for shard_idx in list(unchecked):
+        if work.stop.requested:
+            break
+        unchecked.remove(shard_idx)
+        path = work.plan.shard_path(shard_idx)
+        try:
+            record = adopt_teacher_shard(path, work.plan.spec)
+            if is_current(work.plan, record, hashes, work.basis_hash):
+                start, stop = work.plan.rows_of(shard_idx)
+                work.on_rows(stop - start, len(work.made))
+                continue
+            messages.append(f"{path}: is of other images than there are now. It is made again.")
+        except UserError as error:
+            if isinstance(error, FutureFormatError):
+                raise
+            messages.append(f"{error} It is made again.")
+        record_path(path).unlink(missing_ok=True)
+        work.repairs.add(shard_idx)
+    return messages
+
+
+def _run_with_retries(work: _Pass, to_make: list[int], scan: RecordScan) -> None:
+    """Run the pass; after an I/O error the shards it hit are made once more, in new files."""
+    failures: dict[int, int] = {}
+    while True:
+        left = [shard_idx for shard_idx in to_make if shard_idx not in work.made | work.found]
+        if not left or work.stop.requested:
+            return
+        try:
+            work.run(left, scan)
+            return
+        except UserError:
+            raise
+        except OSError as error:
+            # never fsync the same file again: after a failed fsync the kernel may call lost pages clean
+            failures[error.errno] = failures.get(error.errno, 0) + 1
+            if failures[error.errno] >= ATTEMPTS_AFTER.get(error.errno, 1):
+                raise

@@ -1,0 +1,111 @@
+"""Teacher outputs for tests, made by the real pass over a small image cache with a teacher of 6 channels."""
+
+from pathlib import Path
+
+import torch
+from caches import MEAN, STD, Images, make_test_cache
+from torch import nn
+
+from distillery.augment import Augmentation
+from distillery.backbones import BuiltModel
+from distillery.build_facts import weights_hash
+from distillery.models import Backbone
+from distillery.plan import CachePlan, survey_cache
+from distillery.preprocess import PreprocessSpec
+from distillery.process import StopFlag
+from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts
+from distillery.teacher_outputs import LiveTeacher
+from distillery.teacher_survey import TeacherPlan
+from distillery.teacher_writer import make_teacher_cache
+from distillery.writer import CacheReport, make_cache
+
+MODEL = {
+    "teacher_source": "torch_hub", "teacher_name": "tiny", "teacher_repo": "someone/somewhere",
+    "teacher_pretrained": True, "teacher_checkpoint": None, "teacher_kwargs": {}, "teacher_img_size": None,
+    "teacher_mean": None, "teacher_std": None, "use_cls_token": True,
+}  # fmt: skip
+TEACHER_CACHE = {"views": 2, "seed": 0, "tokens": "none", "token_grid": 8, "token_dims": 4, "dtype": "float16"}
+
+
+class TinyTeacher(nn.Module):
+    """6 channels on a 4 x 4 grid over 8 px, 3 classes; weights from a seed."""
+
+    num_features = 6
+
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.BatchNorm2d(6), nn.Tanh())
+            self.fc = nn.Linear(6, 3)
+
+    def forward_features(self, x):
+        return self.stem(x)
+
+    def forward_head(self, x, pre_logits: bool = False):
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def tiny_backbone(seed: int = 1) -> Backbone:
+    """TinyTeacher as the pass takes it."""
+    built = BuiltModel(TinyTeacher(seed), (8, 8))
+    return Backbone(built, label="tiny", data_mean=MEAN, data_std=STD, with_logits=True).requires_grad_(False).eval()
+
+
+def images_plan(
+    directory: Path, num_rows: int = 40, *, source_rows: int | None = None, shard_size: int = 8
+) -> CachePlan:
+    """The plan that make_test_cache follows."""
+    source_rows = source_rows or num_rows
+    spec, source = PreprocessSpec(8, "squash", "bicubic", MEAN, STD), Images(source_rows, 8)
+    return CachePlan(directory, spec, "float32", shard_size, num_rows, source_rows, source.identity, False)
+
+
+def make_images(plan: CachePlan, bad: tuple[int, ...] = ()) -> None:
+    """Stage 1 of a plan, which may want the first of the images only."""
+    source, shards = Images(plan.source_num_samples, 8, bad), range(plan.num_shards)
+    survey = survey_cache(plan, shards)
+    with StopFlag() as stop:
+        make_cache(plan, source, shards=shards, survey=survey, batch_size=8, num_workers=1, stop=stop)
+
+
+def live_teacher(seed: int = 1, augmentation: Augmentation | None = None) -> LiveTeacher:
+    """The teacher of a seed on the CPU."""
+    augmentation = augmentation or Augmentation(random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
+    return LiveTeacher(tiny_backbone(seed), augmentation, 0, torch.device("cpu"), "fp32")
+
+
+def teacher_plan(images: CachePlan, teacher: LiveTeacher, *, fields: tuple[str, ...] = (), **changes) -> TeacherPlan:
+    """The plan of a teacher over an image cache; changes: other values of the teacher_cache block."""
+    configured = configured_identity(
+        MODEL,
+        TEACHER_CACHE | changes,
+        precision="auto",
+        augmentation=teacher.augmentation,
+        images=images.fingerprint,
+        loss_fields=fields,
+    )
+    facts = teacher_facts(teacher.backbone, weights_hash(teacher.backbone.model), teacher.precision)
+    return TeacherPlan(images, TeacherCacheSpec(configured, facts))
+
+
+def run_pass(plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None) -> CacheReport:
+    """The pass, as precompute_cache.py --teacher does it."""
+    shards = range(plan.num_shards) if shards is None else shards
+    with StopFlag() if stop is None else stop as flag:
+        return make_teacher_cache(plan, teacher, shards=shards, stop=flag)
+
+
+def make_teacher_test_cache(
+    directory: Path, num_rows: int = 40, *, bad: tuple[int, ...] = (), **changes
+) -> TeacherPlan:
+    """An image cache and the teacher's outputs over it; changes: as teacher_plan. Returns the plan."""
+    make_test_cache(directory, num_rows, bad=bad)
+    teacher = live_teacher()
+    plan = teacher_plan(images_plan(directory, num_rows), teacher, **changes)
+    run_pass(plan, teacher)
+    return plan

@@ -1,0 +1,326 @@
+"""Training on stored teacher outputs, with a cache in memory in the place of the one on disk."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import MEAN, STD, build_task, images_of, run_epoch
+
+from distillery import build
+from distillery.augment import Augmentation, view_of_epoch
+from distillery.config import TrainConfig, load_configs
+from distillery.engine import Progress, check_first_step, forward_losses, train_step
+from distillery.loader import DevicePrefetcher
+from distillery.models import FrozenTeacher, align, resample_tokens
+from distillery.process import RunError, UserError
+from distillery.standardise import Targets
+from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields
+
+AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
+NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9
+
+
+class MemoryCache:
+    """What TeacherCache gives, of a teacher that is run for every view at the start; stored as float32."""
+
+    directory = Path("teacher/0123456789ab")
+    num_views, weights_hash, fingerprint = NUM_VIEWS, "hash", "0123456789ab"
+
+    def __init__(self, teacher: FrozenTeacher, token_grid: tuple[int, int] | None = None, with_tokens: bool = True):
+        images, rows = images_of(range(NUM_IMAGES)), torch.arange(NUM_IMAGES)
+        self.values = {"pooled": [], "tokens": []} if with_tokens else {"pooled": []}
+        with torch.no_grad():
+            for view in range(NUM_VIEWS):
+                given = teacher.backbone(AUGMENTATION.views(images, rows, view, seed=VIEW_SEED))
+                self.values["pooled"].append(given.pooled)
+                if with_tokens:
+                    tokens = resample_tokens(given.tokens, given.grid, token_grid or given.grid)
+                    self.values["tokens"].append(tokens)
+        self.grid = (token_grid or given.grid) if with_tokens else None
+        self.widths = {field: values[0].shape[-1] for field, values in self.values.items()}
+        self.statistics = teacher.statistics_state()
+        self.asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def read(self, global_idx, view, fields):
+        self.asked.append((global_idx, view))
+        stacked = {field: torch.stack(self.values[field]) for field in fields}
+        return {
+            field: values[torch.from_numpy(view), torch.from_numpy(global_idx)] for field, values in stacked.items()
+        }
+
+
+def train_config(mode: str = "cached", *, live_fraction: float = 0.5, weights=None, **changes) -> TrainConfig:
+    block = {"enabled": True, "views": NUM_VIEWS, "mode": mode, "live_fraction": live_fraction, "seed": VIEW_SEED}
+    weights = weights or {"cls": 1.0, "patch": 0.5}
+    return TrainConfig(teacher_cache=block, distill_loss_weights=weights, seed=3, **changes)
+
+
+def stored_task(mode: str = "cached", *, token_grid=None, with_tokens=True, config=None, **changes):
+    """A task on stored outputs; its cache is task.stored.cache."""
+    task = build_task(**changes)
+    cache = MemoryCache(task.teacher_module, token_grid, with_tokens)
+    targets = task.teacher_module
+    if mode == "cached":
+        targets = Targets(cache.widths, True)
+        targets.load_statistics(cache.statistics)
+        task.teacher, task.teacher_module = None, targets
+    task.stored = StoredTargets(cache, targets, AUGMENTATION, config or train_config(mode))
+    return task
+
+
+class Loader:
+    """Batches of 8 of the 32 images, in order, with a position."""
+
+    def __init__(self, start: int = 0, epoch: int = 0):
+        self.epoch, self.done = epoch, start
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "samples": 8 * self.done}
+
+    def __iter__(self):
+        while self.done < 4:
+            rows = range(8 * self.done, 8 * self.done + 8)
+            self.done += 1
+            yield images_of(rows), torch.tensor(rows)
+
+
+def epoch_of(task, epoch: int, start: int = 0, step: int | None = None):
+    first = 4 * epoch + start if step is None else step
+    return task.stored.batches(Loader(start, epoch), epoch=epoch, step=first)
+
+
+def test_a_batch_comes_with_the_outputs_of_the_view_that_the_student_sees():
+    task = stored_task()
+    teacher = build_task().teacher_module
+    for epoch in range(2):
+        for images, global_idx, *stored in epoch_of(task, epoch):
+            view = task.stored.view(images, global_idx, stored)
+            with torch.no_grad():
+                live = teacher(view)
+            found = task.stored.targets(stored)
+            torch.testing.assert_close(found.pooled, live.pooled, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(found.tokens, live.tokens, atol=1e-4, rtol=1e-3)
+            assert found.grid == live.grid
+
+
+def test_as_many_epochs_as_views_ask_for_each_view_of_each_image_once():
+    task = stored_task()
+    asked = set()
+    for epoch in range(NUM_VIEWS):
+        for _ in epoch_of(task, epoch):
+            pass
+    for global_idx, view in task.stored.cache.asked:
+        asked |= set(zip(global_idx.tolist(), view.tolist(), strict=True))
+    assert len(asked) == NUM_IMAGES * NUM_VIEWS == sum(len(view) for _, view in task.stored.cache.asked)
+
+
+def test_the_losses_on_stored_outputs_are_those_of_the_live_teacher_on_the_same_views():
+    # the teacher's grid is that of this student: where it is coarser, live steps enlarge it, stored tokens never are
+    stored, live = stored_task(student_name="test_resnet"), build_task(student_name="test_resnet")
+    live.augment = lambda images, rows, epoch: AUGMENTATION.views(
+        images, rows, view_of_epoch(rows, seed=3, epoch=epoch, num_views=NUM_VIEWS), seed=VIEW_SEED
+    )
+    for epoch in range(2):
+        for images, rows, *others in epoch_of(stored, epoch):
+            found = forward_losses(stored, images, rows, epoch, *others)
+            for name, value in forward_losses(live, images, rows, epoch).items():
+                torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_an_interrupted_epoch_resumed_equals_the_straight_one_bit_for_bit():
+    for mode in ("cached", "hybrid"):
+        straight, resumed = stored_task(mode), stored_task(mode)
+        run_epoch(straight, Progress(), epoch_of(straight, 0), steps=4)
+        progress = Progress()
+        run_epoch(resumed, progress, epoch_of(resumed, 0), steps=2)
+        run_epoch(resumed, progress, epoch_of(resumed, 0, start=2), steps=4)
+        for a, b in zip(straight.student.state_dict().values(), resumed.student.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_steps_of_the_live_teacher_are_a_function_of_the_seed_and_the_step():
+    task = stored_task("hybrid", config=train_config("hybrid", live_fraction=0.25))
+    live = [task.stored.is_live(step) for step in range(400)]
+    assert 66 < sum(live) < 134  # four standard deviations
+    again = stored_task("hybrid", config=train_config("hybrid", live_fraction=0.25))
+    assert live == [again.stored.is_live(step) for step in range(400)]
+    cached = stored_task("cached", config=train_config("cached", live_fraction=0.25))
+    assert not any(cached.stored.is_live(step) for step in range(100))
+
+
+def test_a_live_step_reads_nothing_and_runs_the_teacher_on_a_view_of_its_own():
+    task = stored_task("hybrid", config=train_config("hybrid", live_fraction=0.5))
+    seen = []
+    task.augment = lambda images, rows, epoch: seen.append(epoch) or images
+    lengths = []
+    for step, batch in enumerate(epoch_of(task, 0)):
+        lengths.append(len(batch))
+        train_step(task, [batch], step, 0)
+    live = [task.stored.is_live(step) for step in range(4)]
+    assert 0 < sum(live) < 4  # else this seed shows nothing
+    assert lengths == [2 if is_live else 5 for is_live in live]
+    assert len(seen) == sum(live) and len(task.stored.cache.asked) == 4 - sum(live)
+
+
+def test_the_batches_of_an_accumulated_step_are_all_live_or_all_stored():
+    config = train_config("hybrid", grad_accumulation_steps=2)
+    task = stored_task("hybrid", config=config)
+    lengths = [len(batch) for batch in epoch_of(task, 0, step=10)]
+    assert lengths == [2 if task.stored.is_live(step) else 5 for step in (10, 10, 11, 11)]
+
+
+def test_tokens_on_a_coarser_grid_are_compared_there_and_the_student_is_pooled_by_area():
+    task = stored_task(token_grid=(1, 1), student_name="test_vit")
+    batch = next(iter(epoch_of(task, 0)))
+    view = task.stored.view(*batch[:2], batch[2:])
+    outputs = task.student(view)
+    assert outputs.grid == (2, 2)
+    student, teacher = align(outputs, task.stored.targets(batch[2:]), task.stored.grid)
+    assert student.grid == teacher.grid == (1, 1)
+    torch.testing.assert_close(student.tokens, outputs.tokens.mean(1, keepdim=True))
+    check_first_step(task, *batch)
+
+
+def test_live_steps_of_a_run_on_coarse_tokens_compare_on_the_coarse_grid_as_well():
+    task = stored_task("hybrid", token_grid=(1, 1), config=train_config("hybrid", live_fraction=1.0))
+    task.augment = lambda images, rows, epoch: AUGMENTATION.views(images, rows, 0, seed=VIEW_SEED)
+    images, rows = images_of(range(8)), torch.arange(8)
+    live = train_step(task, [(images, rows)], 0, 0)
+    other = stored_task("hybrid", token_grid=(1, 1))
+    values = other.stored.cache.read(rows.numpy(), np.zeros(8, np.int64), ["pooled", "tokens"])
+    stored = [torch.zeros(8, dtype=torch.int64), *(values[field] for field in other.stored.fields)]
+    torch.testing.assert_close(
+        train_step(other, [(images, rows, *stored)], 0, 0)["loss/patch"], live["loss/patch"], atol=1e-4, rtol=1e-3
+    )
+
+
+def test_the_check_of_the_first_step_looks_at_stored_outputs():
+    task = stored_task()
+    batch = next(iter(epoch_of(task, 0)))
+    check_first_step(task, *batch)
+    for parameter in task.student.heads["tokens"].parameters():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(UserError, match="loss/patch"):
+        check_first_step(task, *batch)
+
+
+def test_a_patch_loss_without_stored_tokens_is_refused_with_the_command():
+    cache = MemoryCache(build_task().teacher_module, with_tokens=False)
+    with pytest.raises(UserError, match=r"patch is 0.5 and compares tokens, but teacher.* pooled only.*--teacher"):
+        check_fields(cache, {"cls": 1.0, "patch": 0.5})
+    check_fields(cache, {"cls": 1.0, "patch": 0.0})
+
+
+def test_only_fields_that_a_loss_compares_are_read():
+    task = stored_task(config=train_config(weights={"cls": 1.0}), weights={"cls": 1.0})
+    assert task.stored.fields == ["pooled"]
+    batch = next(iter(epoch_of(task, 0)))
+    assert len(batch) == 4
+    train_step(task, [batch], 0, 0)
+
+
+def test_targets_are_read_one_batch_ahead_while_the_batch_before_is_worked_on():
+    task = stored_task()
+    cache, is_reading = task.stored.cache, threading.Event()
+    read = cache.read
+    cache.read = lambda *args: is_reading.set() or read(*args)
+    batches = iter(epoch_of(task, 0))
+    next(batches)
+    # nobody has asked for the second batch, and its targets are being read
+    is_reading.clear()
+    next(batches)
+    assert is_reading.wait(timeout=5.0)
+    batches.close()
+
+
+def test_a_loss_on_a_second_view_gets_the_outputs_of_another_stored_view():
+    weights = {"cls": 1.0, "barlow": 0.1}
+    task = stored_task(config=train_config(weights=weights), weights=weights)
+    teacher = build_task().teacher_module
+    for images, rows, *stored in epoch_of(task, 0):
+        other = (stored[0] + NUM_VIEWS // 2) % NUM_VIEWS
+        with torch.no_grad():
+            live = teacher(AUGMENTATION.views(images, rows, other, seed=VIEW_SEED))
+        torch.testing.assert_close(task.stored.second_view(stored).pooled, live.pooled, atol=1e-4, rtol=1e-3)
+    losses = train_step(task, [(images, rows, *stored)], 0, 0)
+    assert torch.isfinite(losses["loss/barlow"])
+
+
+def test_a_loss_on_a_second_view_is_refused_where_only_one_view_is_stored():
+    cache = MemoryCache(build_task().teacher_module)
+    cache.num_views = 1
+    with pytest.raises(UserError, match="barlow compares two views.*holds 1.*teacher_cache.views"):
+        check_fields(cache, {"cls": 1.0, "barlow": 0.1})
+
+
+def test_time_spent_reading_counts_as_waiting_for_data():
+    task = stored_task()
+    read = task.stored.cache.read
+    task.stored.cache.read = lambda *args: time.sleep(0.1) or read(*args)
+    rows = run_epoch(task, Progress(), DevicePrefetcher(epoch_of(task, 0), "cpu"), steps=1)
+    assert rows[0]["data_wait_fraction"] * rows[0]["step_seconds"] > 0.05
+
+
+def test_an_error_while_reading_reaches_the_training():
+    task = stored_task()
+
+    def fail(*_args):
+        raise UserError("teacher_shard_00003.pt: damaged")
+
+    task.stored.cache.read = fail
+    with pytest.raises(UserError, match="teacher_shard_00003.pt"):
+        list(epoch_of(task, 0))
+
+
+def test_a_read_that_does_not_come_back_is_an_error_that_names_the_folder():
+    task = stored_task()
+    task.stored.cache.read = lambda *_args: time.sleep(5)
+    with pytest.raises(RunError, match=r"teacher/0123456789ab: a read has not come back"):
+        list(TargetLoader(Loader(), task.stored, epoch=0, step=0, stall_s=0.05))
+
+
+def test_the_position_is_that_of_the_batch_handed_out_last():
+    task = stored_task()
+    batches = epoch_of(task, 0)
+    positions = [batches.state_dict()["samples"] for _ in batches]
+    assert positions == [8, 16, 24, 32]
+
+
+def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early():
+    task = stored_task()
+    before = threading.active_count()
+    list(epoch_of(task, 0))
+    batches = iter(epoch_of(task, 1))
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_reading_targets_leaves_the_number_of_computing_threads_alone():
+    task, before = stored_task(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        next(iter(epoch_of(task, 0)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_student_of_a_cached_run_starts_as_that_of_a_live_run_and_no_teacher_is_built(monkeypatch):
+    train = {"checkpoint_dir": "none", "teacher_cache": {"enabled": True}}
+    model = {"teacher_name": "test_resnet", "teacher_pretrained": False, "student_name": "test_vit",
+             "student_kwargs": {"img_size": 32}}  # fmt: skip
+    configs = load_configs({"dataset_name": "parquet", "cache_dir": "none", "image_size": 32}, train, model)
+    teacher, live = build.build_models(configs, torch.device("cpu"))
+    cache = MemoryCache(teacher)
+    monkeypatch.setattr(build, "build_teacher_backbone", None)
+    targets, cached = build.build_models(configs, torch.device("cpu"), cache)
+    assert targets.widths == teacher.widths
+    for a, b in zip(live.state_dict().values(), cached.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
