@@ -10,7 +10,6 @@ else. A new loss is a function in distillery/losses_terms.py and a line in losse
 distillery/models.py; this file only puts the parts together.
 """
 
-import contextlib
 import functools
 import os
 from typing import Any
@@ -38,13 +37,13 @@ from distillery.config import dump_configs
 from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
-from distillery.evaluate import evaluate_on_folders
 from distillery.files import expand_path, make_directory, write_atomic
 from distillery.metrics import RunLog, read_rows
 from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
 from distillery.progress import Progress as ConsoleProgress
 from distillery.progress import epoch_line, training_fields
 from distillery.report import summary_table, write_plots, write_report
+from distillery.run_evaluation import RunEvaluation
 from distillery.run_folder_start import find_start, prepare_folder
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_plan import describe_cache, describe_saving
@@ -74,8 +73,6 @@ class Run:
         self.shards = build_facts.shards_of(self.loader)
         if frozen is not None:
             run_folder.check_shards(frozen, self.shards, self.data.cache_dir)
-        is_evaluated = self.training.eval_every_epochs and not isinstance(self.loader, SyntheticLoader)
-        self.eval_folders = build.eval_folders(self.data) if is_evaluated else {}
         self.steps_in_epoch = build.steps_per_epoch(
             self.training, self.loader.valid_rows_per_shard, self.data.shards_per_epoch
         )
@@ -85,6 +82,7 @@ class Run:
         self.task = build.build_task(
             self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device, self.cache
         )
+        self.evaluation = self._build_evaluation()
         self.progress = Progress()
         self.last_good = self.begin.checkpoint
         self.tells_compilation = self.training.compile_student or self.training.compile_teacher
@@ -135,6 +133,19 @@ class Run:
                 raise
             self.notes.append(str(error))
             return None
+
+    def _build_evaluation(self) -> RunEvaluation:
+        is_evaluated = self.training.eval_every_epochs and not isinstance(self.loader, SyntheticLoader)
+        return RunEvaluation(
+            self.dir,
+            build.eval_folders(self.data) if is_evaluated else {},
+            self.student,
+            self.teacher,
+            lambda: build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device),
+            k=self.training.knn_k,
+            device=self.device,
+            is_stopped=lambda: self.stop.requested,
+        )
 
     def _finished_epochs(self) -> tuple[int, int]:
         """(steps, epochs) before the present epoch; on other shards, epochs may have been of another length."""
@@ -328,24 +339,16 @@ class Run:
         if not every or self.progress.samples or not (epoch % every == 0 or epoch == self.training.num_epochs):
             return True
         rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
-        measured = {(row.get("dataset"), row.get("model")) for row in rows}
+        done = {(row.get("dataset"), row.get("model")) for row in rows}
         names = ["untrained", "teacher"] if step == 0 else ["student"]
-        # a run on stored outputs has no teacher: this one is gone as soon as it has been measured
-        teacher = functools.cache(
-            lambda: build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
-        )
-        for dataset, (train, test) in self.eval_folders.items():
-            for name in names:
-                if (dataset, name) in measured:
-                    continue
-                model = teacher() if name == "teacher" else self.student.student
-                try:
-                    with self._ended_by_stop(model):
-                        row = evaluate_on_folders(model, train, test, k=self.training.knn_k, device=self.device)
-                except Interrupted:
-                    return False
+        # the linear probe takes seconds to minutes: for the baselines and the outcome
+        with_probe = step == 0 or epoch == self.training.num_epochs
+        try:
+            for dataset, name, row in self.evaluation.measure(names, done, linear=with_probe):
                 log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
                 console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
+        except Interrupted:
+            return False
         if step > 0 and not rows and self.training.tensorboard:
             self.show_models(log, build_facts.first_images(self.loader, self.task))
         return True
@@ -360,32 +363,6 @@ class Run:
             weights = {f"weights/{name}": value for name, value in self.student.student.model.named_parameters()}
             log.write_histograms(weights, step)
 
-    def draw_features(self) -> str | None:
-        """Pictures of what both models make of images; why there are none, where it has not worked."""
-
-        def draw() -> None:
-            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
-            pool = pictures.choose_pool(self.eval_folders, self.data)
-            pictures.write_pictures(
-                self.dir, teacher, self.student.student, pool, step=self.progress.step, device=self.device
-            )
-
-        return pictures.why_not(draw)
-
-    @contextlib.contextmanager
-    def _ended_by_stop(self, model: torch.nn.Module):
-        """Inside, a request to stop raises Interrupted at the model's next batch: an evaluation may take minutes."""
-
-        def look(*_args) -> None:
-            if self.stop.requested:
-                raise Interrupted
-
-        hook = model.register_forward_pre_hook(look)
-        try:
-            yield
-        finally:
-            hook.remove()
-
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""
         log.write_end(self.progress.step, "done" if is_done else self.stop.reason or "a request to stop")
@@ -394,7 +371,8 @@ class Run:
             if self.is_main:
                 write_plots(self.dir)
                 print(summary_table(self.dir))
-                print(f"report: {write_report(self.dir, no_pictures=self.draw_features())}")
+                why_no_pictures = self.evaluation.draw_features(self.data, self.progress.step)
+                print(f"report: {write_report(self.dir, no_pictures=why_no_pictures)}")
             distributed.wait_for_all()  # srun --wait counts from the first that leaves
             return EXIT_DONE
         reason, step = self.stop.reason or "asked to stop", self.progress.step

@@ -18,7 +18,7 @@ import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
 import distill_trainer
-from distillery import distributed, engine
+from distillery import distributed, engine, run_evaluation
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -58,7 +58,7 @@ class Runs:
 
             def prepare(rank: int = rank) -> None:
                 distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-                distill_trainer.Run.draw_features = lambda _self: None
+                run_evaluation.RunEvaluation.draw_features = lambda _self, _data, _step: None
                 distill_trainer.summary_table = lambda _dir: ""
                 if before is not None:
                     before(rank)
@@ -188,7 +188,7 @@ def fail() -> None:
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
         (1, distill_trainer, "check_first_step", 1),
-        (0, distill_trainer, "evaluate_on_folders", 3),
+        (0, run_evaluation, "evaluate_features", 3),
         (0, distill_trainer, "save_checkpoint", 1),
     ],
 )
@@ -218,7 +218,7 @@ def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
         distributed.dist.init_process_group = lambda *args, **options: begin(
             *args, **options, timeout=timedelta(seconds=2)
         )
-        at_call(distill_trainer, "evaluate_on_folders", 1, lambda: time.sleep(4))
+        at_call(run_evaluation, "evaluate_features", 1, lambda: time.sleep(4))
 
     runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
 

@@ -12,7 +12,7 @@ import torch
 from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, comparable, send
 
 import distill_trainer
-from distillery import build, build_facts, engine
+from distillery import build, build_facts, engine, run_evaluation
 from distillery.config import load_dumped_configs
 from distillery.evaluate import evaluate_run
 from distillery.process import UserError
@@ -36,7 +36,7 @@ def start(place: Workplace, run_dir: Path, settings: dict, *flags: str, before=N
 
     def prepare() -> None:
         distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-        distill_trainer.Run.draw_features = lambda _self: None
+        run_evaluation.RunEvaluation.draw_features = lambda _self, _data, _step: None
         distill_trainer.summary_table = lambda _dir: ""
         if before is not None:
             before()

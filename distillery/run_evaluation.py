@@ -1,0 +1,152 @@
+"""What a run measures of its models: baselines before the first step, the student on the way, pictures at the end."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from distillery import pictures
+from distillery.cache import load_index
+from distillery.cached_dataset import load_labelled
+from distillery.config import DataConfig
+from distillery.evaluate import (
+    BATCH_SIZE,
+    MAX_COMPARED_ROWS,
+    STUDENT,
+    TEACHER,
+    compare_with_teacher,
+    evaluate_features,
+    extract_features,
+)
+from distillery.files import make_directory, write_atomic
+from distillery.losses import Features
+from distillery.models import Backbone, StudentWithHeads
+from distillery.process import Interrupted
+from distillery.standardise import Targets
+
+# the teacher's features of the test rows, which the student's are compared with: a run on stored outputs has no teacher
+FEATURES_DIR = "teacher_features"
+
+
+class RunEvaluation:
+    """Measures a run's models on its evaluation sets.
+
+    Args:
+        run_dir: the run folder; the teacher's test features are kept there.
+        folders: name of an evaluation set -> caches of its train and test split.
+        student: the student with its heads.
+        targets: what the teacher's features become for the student.
+        load_teacher: the teacher, read from its weights where the run itself does without it.
+        k: neighbours.
+        device: where the models run.
+        is_stopped: asked before each batch: an evaluation may take minutes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        folders: dict[str, tuple[Path, Path]],
+        student: StudentWithHeads,
+        targets: Targets,
+        load_teacher: Callable[[], Backbone],
+        *,
+        k: int,
+        device: torch.device,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self.run_dir, self.folders, self.student, self.targets = run_dir, folders, student, targets
+        self.k, self.device, self.is_stopped = k, device, is_stopped
+        self._load_teacher = load_teacher
+
+    def measure(self, names: list[str], done: set[tuple[str, str]], *, linear: bool) -> Iterator[tuple[str, str, dict]]:
+        """(data set, model, row of metrics.jsonl) for each of the models `names` and each evaluation set.
+
+        Args:
+            names: of teacher, untrained and student; the last two are the student as it is now.
+            done: (data set, model) that are left out.
+            linear: fit the linear probe too.
+        Raises:
+            Interrupted: a request to stop came; nothing of the row in hand is kept.
+        """
+        # where the run does without the teacher, this one is gone as soon as it has been measured
+        teacher = functools.cache(self._load_teacher)
+        for dataset in self.folders:
+            for name in names:
+                if (dataset, name) not in done:
+                    model = teacher() if name == TEACHER else self.student.student
+                    yield dataset, name, self._row(dataset, name, model, teacher, linear=linear)
+
+    def _row(self, dataset: str, name: str, model: Backbone, teacher: Callable[[], Backbone], *, linear: bool) -> dict:
+        with self._ended_by_stop(model):
+            train, test = (self._extract(model, folder) for folder in self.folders[dataset])
+            row = evaluate_features(*train, *test, k=self.k, linear=linear, device=self.device)
+            if name == TEACHER:
+                self._keep(dataset, test[0])
+        return row | self._agreement(dataset, test[0], teacher) if name == STUDENT else row
+
+    def _agreement(self, dataset: str, student_x: Tensor, teacher: Callable[[], Backbone]) -> dict[str, Any]:
+        """compare_with_teacher on the test rows."""
+        teacher_x = self._kept(dataset)
+        if teacher_x is None:
+            with self._ended_by_stop(model := teacher()):
+                teacher_x = self._keep(dataset, self._extract(model, self.folders[dataset][1])[0])
+        aligned = ()
+        if "pooled" in self.student.heads:
+            with self._ended_by_stop(self.student):
+                projected = self._extract(self.student, self.folders[dataset][1])[0][: len(teacher_x)]
+            target = self.targets.of(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
+            aligned = (projected, target)
+        return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
+
+    def _extract(self, model: nn.Module, folder: Path) -> tuple[Tensor, Tensor]:
+        return extract_features(model, load_labelled(folder, BATCH_SIZE), self.device)
+
+    def _keep(self, dataset: str, features: Tensor) -> Tensor:
+        kept = features[:MAX_COMPARED_ROWS].contiguous()
+        path = self.run_dir / FEATURES_DIR / f"{dataset}.safetensors"
+        make_directory(path.parent)
+        write_atomic(path, safetensors.torch.save({"pooled": kept}, {"images": self._images_of(dataset)}))
+        return kept
+
+    def _kept(self, dataset: str) -> Tensor | None:
+        """The teacher's features of the test rows, where those that were kept are of these images."""
+        path = self.run_dir / FEATURES_DIR / f"{dataset}.safetensors"
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return file.get_tensor("pooled") if file.metadata() == {"images": self._images_of(dataset)} else None
+        except (OSError, safetensors.SafetensorError):  # not there, or damaged: they can be made again
+            return None
+
+    def _images_of(self, dataset: str) -> str:
+        index = load_index(self.folders[dataset][1])
+        return f"{index.num_samples} of {index.fingerprint}"
+
+    def draw_features(self, data: DataConfig, step: int) -> str | None:
+        """Pictures of what both models make of images; why there are none, where it has not worked."""
+
+        def draw() -> None:
+            pool = pictures.choose_pool(self.folders, data)
+            student = self.student.student
+            pictures.write_pictures(self.run_dir, self._load_teacher(), student, pool, step=step, device=self.device)
+
+        return pictures.why_not(draw)
+
+    @contextlib.contextmanager
+    def _ended_by_stop(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a request to stop raises Interrupted at the model's next batch."""
+
+        def look(*_args: Any) -> None:
+            if self.is_stopped():
+                raise Interrupted
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
