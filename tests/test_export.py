@@ -261,7 +261,7 @@ def test_the_card_tells_results_and_data_of_the_exported_step_only(tmp_path):
     assert "50.0%" not in card and "`abc123` (2 shards)" in card
     assert "40 steps, 640 images seen; losses 1 x cls, 0.5 x patch; last weights" in card
     assert "| weight_decay | `0.04` |" in card
-    assert "| learning_rate | `0.0005` |" in card, "the rule's value, not null"
+    assert "| learning_rate | `0.001` |" in card, "the rule's value, not null"
 
 
 def front_matter(out_dir):
