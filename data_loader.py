@@ -33,7 +33,8 @@ from distillery.loader import DevicePrefetcher, PretrainingLoader
 from distillery.preprocess import PreprocessSpec
 from distillery.process import MissingFileError, UserError, usable_cpus
 from distillery.raw_images import RUN_ROWS, WINDOW_RUNS, ImageDecoder, RawRows
-from distillery.reader import CachedRows, ShardFiles
+from distillery.reader import ShardFiles
+from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.sources import open_source
 

@@ -46,7 +46,6 @@ from distillery.report import summary_table, write_plots, write_report
 from distillery.run_evaluation import RunEvaluation
 from distillery.run_folder_start import find_start, prepare_folder
 from distillery.teacher_cache import TeacherCache
-from distillery.teacher_plan import describe_cache, describe_saving
 from distillery.teacher_targets import open_teacher_cache
 
 
@@ -108,7 +107,9 @@ class Run:
             where = begin.checkpoint if given else self.dir
             harmless = run_folder.compare_configs(where, state["config"], config)
             notes += [f"changed since then: {line}" for line in harmless]
-            run_folder.check_global_batch(state, build.global_batch_size(self.training), self._global_batch_text())
+            run_folder.check_global_batch(
+                state, build.global_batch_size(self.training), build.describe_batch(self.training)
+            )
         if not begin.fresh and not self.training.refresh_shards:
             frozen = run_folder.frozen_shards(self.dir) or (state or {}).get("shards")
         return begin, state, frozen, notes
@@ -126,10 +127,11 @@ class Run:
         return plan_loader(self.configs, build_loader) if is_plan_only else build_loader()
 
     def _open_teacher_cache(self) -> TeacherCache | None:
+        is_plan, fingerprint = self.arguments.dry_run, self.state and self.state.get("teacher_cache")
         try:
-            return open_teacher_cache(self.configs, self.loader)
+            return open_teacher_cache(self.configs, self.loader, fingerprint=fingerprint, told_by_all=is_plan)
         except UserError as error:
-            if not self.arguments.dry_run:  # which says what it costs to make it
+            if not is_plan:  # which says what it costs to make it
                 raise
             self.notes.append(str(error))
             return None
@@ -170,14 +172,9 @@ class Run:
                 )
         elif self.training.standardise_targets and not self.arguments.dry_run:
             # one process gathers, so that all have the same to the last bit
-            self.teacher.load_statistics(distributed.decided_by_main(self._gather_statistics))
+            gather = functools.partial(build_facts.gather_statistics, self.loader, self.task)
+            self.teacher.load_statistics(distributed.decided_by_main(gather))
         self.state = None  # weights and moments on the CPU, of no more use
-
-    def _gather_statistics(self) -> dict[str, torch.Tensor]:
-        if self.cache is not None:
-            return build_facts.stored_statistics(self.loader, self.task)
-        self.teacher.gather_statistics(build_facts.spread_batches(self.loader.dataset, 2048, 64, self.device))
-        return {name: value.cpu() for name, value in self.teacher.statistics_state().items()}
 
     def train(self) -> int:
         """Everything, with the advice that an error deserves."""
@@ -257,19 +254,9 @@ class Run:
         """Say what will be done."""
         if not self.is_main:
             return
-        print("\n".join(self.notes))
-        model, plan = self.configs.model, build_facts.plan_of(self.task, sum(self.shards["rows"]))
-        print(
-            f"teacher {model.teacher_name} ({plan['teacher_parameters'] / 1e6:.2f} M parameters) -> student "
-            f"{model.student_name} ({plan['student_parameters'] / 1e6:.2f} M) on {self.device}, {self.task.precision}"
-        )
-        lines = build.describe_schedule(self.configs, self.schedule, self.steps_in_epoch, plan["num_images"])
-        if self.arguments.dry_run:
-            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
-            lines += describe_saving(self.configs, teacher, self.student, self.cache, plan["num_images"])
-        elif self.cache is not None:
-            lines.append(describe_cache(self.cache, self.configs, plan["num_images"]))
-        print("\n".join(lines), flush=True)
+        num_images, is_plan = sum(self.shards["rows"]), self.arguments.dry_run
+        lines = build_facts.describe_run(self.configs, self.task, self.steps_in_epoch, num_images, is_plan=is_plan)
+        print("\n".join([*self.notes, *lines]), flush=True)
 
     def announce_plan(self) -> None:
         """How long it will take and what it needs, from a few steps that every process makes; advice."""
@@ -305,11 +292,6 @@ class Run:
         write_atomic(self.dir / run_folder.CONFIG_NAME, dump_configs(self.configs).encode())
         run_folder.freeze_shards(self.dir, self.shards)
 
-    def _global_batch_text(self) -> str:
-        train, size = self.training, build.global_batch_size(self.training)
-        factors = f"{train.batch_size} x {distributed.world_size()} processes x {train.grad_accumulation_steps}"
-        return f"{size} images (batch_size x processes x grad_accumulation_steps = {factors})"
-
     def save(self, log: RunLog) -> None:
         """Write a checkpoint of this moment; numbers that are not finite are an error instead."""
         check_numbers(self.task)
@@ -321,7 +303,7 @@ class Run:
                 "teacher_hash": self.teacher_hash,
                 "teacher_cache": self.cache and self.cache.fingerprint,
                 "global_batch_size": build.global_batch_size(self.training),
-                "global_batch_text": self._global_batch_text(),
+                "global_batch_text": build.describe_batch(self.training),
             }
             best = log.best_step("knn_top1")
             keep, protect = self.training.keep_checkpoints, () if best is None else (best,)

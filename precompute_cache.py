@@ -217,34 +217,13 @@ def survey_job(job: CacheJob):
 
 def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
     """What will be made, how much room it takes, how much there is."""
-    from distillery.files import format_bytes, free_bytes, is_network_file_system
-    from distillery.preprocess import library_versions
+    from distillery.planner_cache import bytes_to_write, job_lines, room_lines
 
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
-        plan, spec = job.plan, job.plan.spec
-        size = sum(after - first for first, after in map(plan.rows_of, survey.missing)) * plan.row_bytes
-        total += size
-        how = f"{spec.image_size} px ({spec.resize_mode}, {spec.interpolation}), {plan.dtype}"
-        shards = f"{plan.num_shards} shards of {plan.shard_size}, {format_bytes(plan.num_rows * plan.row_bytes)}"
-        state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.doubtful)} to go"
-        if survey.doubtful:
-            state += f", {len(survey.doubtful)} of them to check"
-        if len(job.shards) < plan.num_shards:
-            state = f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; {state}"
-        print(f"{job.title}: {job.source.describe()}")
-        print(f"  -> {plan.directory}")
-        print(f"  {plan.num_rows} of {plan.source_num_samples} images, {how}: {shards}")
-        print(f"  {state}; {format_bytes(size)} to write")
-        for note in survey.notes:
-            print(f"  WARNING: {note}")
-    free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
-    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    print(f"free space: {format_bytes(free)} (a quota may be less); {workers} decode workers; {versions}")
-    if total > free:
-        print(f"WARNING: {format_bytes(total)} are to be written, {format_bytes(free)} are free.")
-    if is_network_file_system(data.cache_path.parent):
-        print("note: the cache is on a network file system; for training, stage it to a node's own disk where you can.")
+        print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey)))
+        total += bytes_to_write(job.plan, survey)
+    print("\n".join(room_lines(data, total)))
 
 
 def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:

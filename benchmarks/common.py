@@ -1,5 +1,6 @@
-"""What the benchmarks share: images to work on, and a chart of who reached what."""
+"""What the benchmarks share: images and caches to work on, and a chart of who reached what."""
 
+import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,50 @@ def write_parquet(images: Sequence[bytes], count: int, path: Path) -> None:
         for start in range(0, count, 1000):
             rows = [{"bytes": images[i % len(images)], "path": None} for i in range(start, min(count, start + 1000))]
             writer.write_table(pa.table({"image": rows}, schema=schema))
+
+
+class RepeatedJpegs:
+    """A source of `count` images: 64 different JPEGs again and again."""
+
+    identity = {"kind": "benchmark"}
+
+    def __init__(self, count: int, size_px: int) -> None:
+        self.count, self.images = count, synthetic_jpegs(64, size_px)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, start: int, stop: int) -> list[bytes]:
+        """Encoded images start..stop-1."""
+        return [self.images[i % len(self.images)] for i in range(start, stop)]
+
+    def read_views(self, start: int, stop: int) -> list[bytes]:
+        """The same: nothing is copied."""
+        return self.read(start, stop)
+
+    def labels(self, start: int, stop: int) -> None:
+        """There are none."""
+
+
+def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = 512) -> None:
+    """A cache by the project's own stage 1; arguments: images, size (px), dtype, tiny."""
+    from distillery.plan import CachePlan, survey_cache
+    from distillery.preprocess import PreprocessSpec
+    from distillery.process import StopFlag, usable_cpus
+    from distillery.writer import make_cache
+
+    source = RepeatedJpegs(arguments.images, arguments.size)
+    spec = PreprocessSpec(arguments.size, "squash", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    shard_rows = min(max_shard_rows, max(1, arguments.images // 4))
+    plan = CachePlan(
+        directory, spec, arguments.dtype, shard_rows, arguments.images, arguments.images, source.identity, False
+    )
+    shards = range(plan.num_shards)
+    with StopFlag() as stop:
+        make_cache(
+            plan, source, shards=shards, survey=survey_cache(plan, shards), batch_size=64,
+            num_workers=1 if arguments.tiny else usable_cpus(), stop=stop,
+        )  # fmt: skip
 
 
 def draw_bars(

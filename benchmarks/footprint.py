@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.loader import write_cache
+from benchmarks.common import write_cache
 from data_loader import build_pretraining_dataloader
 from distillery.cache import CacheIndex, load_index, load_shard_layout
 from distillery.files import format_bytes

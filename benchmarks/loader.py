@@ -6,8 +6,9 @@
 
 All contenders read the same images, shuffled, as [64, 3, H, W] batches of the stored dtype, with two threads or worker
 processes. They take turns, `--rounds` times; a turn lasts at least `--seconds` of whole epochs, the first four batches
-of each left out. The figure is the median of the turns. The ceiling is what two threads reach with bare os.preadv of
-single rows, in random order, into buffers that are reused and were touched before.
+of each left out. The figure is the median of the turns. "first pass" is ours while it compares each row's checksum: one
+epoch, once, before the turns. The ceiling is what two threads reach with bare os.preadv of single rows, in random
+order, into buffers that are reused and were touched before.
 
 --cold drops each contender's own files from the page cache before every epoch (posix_fadvise, no root needed) and takes
 one epoch per turn; its ceiling is a sequential read of the same files by four threads.
@@ -17,7 +18,6 @@ Writes loader.json and loader.png into --out. Peers that are not installed are l
 """
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -35,20 +35,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.common import draw_bars, write_cache
 from benchmarks.loader_peers import PEERS
 from data_loader import CachedTensorDataset, build_pretraining_dataloader
 from distillery.cache import load_index, load_shard_layout
 from distillery.files import file_system_of, format_bytes
-from distillery.plan import CachePlan, survey_cache
-from distillery.preprocess import PreprocessSpec
-from distillery.process import StopFlag, usable_cpus
-from distillery.writer import make_cache
+from distillery.process import usable_cpus
 
 WARM_UP_BATCHES = 4
-SHARD_ROWS = 512
 THREADS = 2
 SEQUENTIAL_THREADS = 4
 
@@ -73,35 +69,6 @@ class Contender:
     files: Path
     batches: Callable[[], Iterator[Tensor]] | None = None
     rates: list[float] = field(default_factory=list)
-
-
-class RepeatedJpegs:
-    """A source of `count` images: 64 different JPEGs again and again."""
-
-    identity = {"kind": "benchmark"}
-
-    def __init__(self, count: int, size: int) -> None:
-        rng = np.random.default_rng(0)
-        self.count, self.images = count, []
-        for _ in range(64):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            buffer = io.BytesIO()
-            coarse.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-            self.images.append(buffer.getvalue())
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, start: int, stop: int) -> list[bytes]:
-        """Encoded images start..stop-1."""
-        return [self.images[i % len(self.images)] for i in range(start, stop)]
-
-    def read_views(self, start: int, stop: int) -> list[bytes]:
-        """The same: nothing is copied."""
-        return self.read(start, stop)
-
-    def labels(self, start: int, stop: int) -> None:
-        """There are none."""
 
 
 def main() -> int:
@@ -153,7 +120,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict:
         f"{file_system_of(work)}; page cache {'cold' if arguments.cold else 'hot'}; batches of {arguments.batch_size}"
     )
     own_batches = ours(setting, "pread")
-    first_pass = time_epochs(own_batches, 0.0, warm_up=0)
+    if not setting.cold:
+        read_into_page_cache(setting.cache)  # stage 1 lets go of what it wrote
+    first_pass = time_epochs(own_batches, 0.0, warm_up=0 if setting.cold else WARM_UP_BATCHES)
     contenders = [ceiling(setting), contender("ours", own_batches, setting.cache, setting)]
     if not setting.cold:
         mapped_batches = ours(setting, "mmap")
@@ -187,28 +156,6 @@ def add_peers(contenders: list[Contender], names: list[str], setting: Setting) -
         contenders.append(contender(name, batches, files if files.exists() else setting.cache, setting))
         print(f"  {name}: prepared in {time.perf_counter() - began:.1f} s")
     return skipped
-
-
-def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = SHARD_ROWS) -> None:
-    """Stage 1, by the project's own writer."""
-    source = RepeatedJpegs(arguments.images, arguments.size)
-    spec = PreprocessSpec(arguments.size, "squash", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    shard_rows = min(max_shard_rows, max(1, arguments.images // 4))
-    plan = CachePlan(
-        directory, spec, arguments.dtype, shard_rows, arguments.images, arguments.images, source.identity, False
-    )
-    shards = range(plan.num_shards)
-    workers = 1 if arguments.tiny else usable_cpus()
-    with StopFlag() as stop:
-        make_cache(
-            plan,
-            source,
-            shards=shards,
-            survey=survey_cache(plan, shards),
-            batch_size=64,
-            num_workers=workers,
-            stop=stop,
-        )
 
 
 # ---- ours, and the limit -----------------------------------------------------------------------------------------
@@ -317,6 +264,15 @@ def time_epochs(batches: Callable, seconds: float, *, warm_up: int, at_most: int
     return images / timed
 
 
+def read_into_page_cache(folder: Path) -> None:
+    """Read every shard in the folder once."""
+    memory = bytearray(8 << 20)
+    for path in folder.glob("*.pt"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(memory):
+                pass
+
+
 def drop_from_page_cache(folder: Path) -> None:
     """Write back and forget the pages of every file in the folder."""
     for path in folder.rglob("*"):
@@ -378,29 +334,12 @@ def report(
 
 def draw(result: dict, path: Path) -> None:
     """A bar for each contender, the ceiling as a line."""
-    from matplotlib.figure import Figure
-
     limit, *rows = result["results"]
-    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    rows.sort(key=lambda row: row["images_per_second"])
-    bars = axes.barh(
-        [row["name"] for row in rows],
-        [row["images_per_second"] for row in rows],
-        color=["tab:orange" if row["name"].startswith("ours") else "tab:blue" for row in rows],
-    )
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.axvline(limit["images_per_second"], color="black", linestyle="--", label=limit["name"])
     setting = result["setting"]
-    axes.set_xlabel("images/s")
-    axes.set_title(
-        f"{setting['dtype']}, {setting['size']} px, batches of {setting['batch_size']}, shuffled, "
-        f"{'cold' if setting['cold'] else 'hot'} page cache, {setting['cpus']} CPUs",
-        fontsize=10,
-    )
-    axes.legend(loc="lower right")
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=120)
+    heading = f"{setting['dtype']}, {setting['size']} px, batches of {setting['batch_size']}, shuffled"
+    title = f"{'cold' if setting['cold'] else 'hot'} page cache, {setting['cpus']} CPUs"
+    bars = {row["name"]: row["images_per_second"] for row in rows}
+    draw_bars([(heading, bars)], path, unit="images/s", limits={limit["name"]: limit["images_per_second"]}, title=title)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
 from distillery.losses import check_loss_names, fields_needed, queue_size_of
 from distillery.losses_queue import EmbeddingQueue
-from distillery.models import MEMORY_FORMAT, Backbone, FrozenTeacher, StudentWithHeads, build_backbone
+from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
+from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
@@ -168,6 +169,12 @@ def build_schedule(
 def global_batch_size(train: TrainConfig) -> int:
     """Images per optimiser step over all processes."""
     return train.batch_size * distributed.world_size() * train.grad_accumulation_steps
+
+
+def describe_batch(train: TrainConfig) -> str:
+    """The images of a step and what makes their number, in words."""
+    factors = f"{train.batch_size} x {distributed.world_size()} processes x {train.grad_accumulation_steps}"
+    return f"{global_batch_size(train)} images (batch_size x processes x grad_accumulation_steps = {factors})"
 
 
 def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_epoch: int | None) -> int:

@@ -11,16 +11,18 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from distillery.build import build_teacher, choose_precision
+from distillery.build import build_teacher, choose_precision, describe_schedule
 from distillery.config import Configs, DataConfig, TrainConfig
 from distillery.engine import Task
 from distillery.files import format_bytes, sha256_of
 from distillery.metrics import pack_numbers
-from distillery.models import Backbone, FrozenTeacher
+from distillery.models import Backbone
+from distillery.models_pair import FrozenTeacher
 from distillery.process import UserError
 from distillery.sampling import EpochOrder
 from distillery.standardise import PHI_S, Targets
 from distillery.teacher_cache import TeacherCache
+from distillery.teacher_plan import describe_cache, describe_saving
 from distillery.teacher_records import teacher_command
 
 
@@ -85,6 +87,23 @@ def plan_of(task: Task, num_images: int) -> dict[str, int]:
     if "teacher" not in models:
         sizes["teacher_parameters"] = task.stored.cache.identity["resolved"]["num_parameters"]
     return {"total_steps": task.schedule.total_steps, "num_images": num_images, **sizes}
+
+
+def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:
+    """What a run will do, in lines for the console; is_plan: also what the teacher's stored outputs cost and save."""
+    model, sizes = configs.model, plan_of(task, num_images)
+    cache = task.stored and task.stored.cache
+    lines = [
+        f"teacher {model.teacher_name} ({sizes['teacher_parameters'] / 1e6:.2f} M parameters) -> student "
+        f"{model.student_name} ({sizes['student_parameters'] / 1e6:.2f} M) on {task.device}, {task.precision}",
+        *describe_schedule(configs, task.schedule, steps_in_epoch, num_images),
+    ]
+    if is_plan:
+        teacher = loaded_teacher(configs, task.teacher_module, cache, task.device)
+        lines += describe_saving(configs, teacher, task.student, cache, num_images)
+    elif cache is not None:
+        lines.append(describe_cache(cache, configs, num_images))
+    return lines
 
 
 def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -155,6 +174,14 @@ def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
     stored = task.stored.read(global_idx, epoch=0)
     images, *others = (values[:8].to(task.device) for values in (images, global_idx, *stored))
     return task.to_float(images), *others
+
+
+def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
+    """Statistics of the teacher's features, on the CPU, for Targets.load_statistics."""
+    if task.stored is not None:
+        return stored_statistics(loader, task)
+    task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
+    return {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
 
 
 def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[str, Tensor]:

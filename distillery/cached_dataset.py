@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from distillery.cache import CacheIndex, load_index, load_labels, stage1_command
 from distillery.process import UserError
-from distillery.reader import CachedRows
+from distillery.reader_rows import CachedRows
 from distillery.sampling import ShardDraws
 
 _DEFAULT_SUBSET_SEED = 42

@@ -17,15 +17,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distillery.config_errors import explain_error, owner_of, shown, unknown_key
-from distillery.config_keys import (
-    ALIASES,
-    FILE_NAMES,
-    MODELS,
-    REQUIRED_KEYS,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS
+from distillery.config_keys_data import DataConfig
+from distillery.config_keys_model import ModelConfig
+from distillery.config_keys_train import TrainConfig
 from distillery.config_types import StrictModel
 from distillery.config_yaml import Dumper, parse_yaml, read_yaml
 from distillery.files import expand_path

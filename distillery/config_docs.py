@@ -1,4 +1,4 @@
-"""The meaning of every key, as config_keys.py has it, put beside the keys in the YAML files and into tables."""
+"""The meaning of every key, as config_keys_*.py have it, put beside the keys in the YAML files and into tables."""
 
 import re
 import textwrap
@@ -25,7 +25,7 @@ _HEADING = re.compile(r"# -{4} (.*?) -{4,}\Z")
 _PAGE = """\
 # Configuration
 
-Made from `distillery/config_keys.py` by `make schemas`; edit that file, not this one.
+Made from `distillery/config_keys_*.py` by `make schemas`; edit those files, not this one.
 
 - Every key stands in exactly one of the three files; `--set KEY=VALUE` (dots for nesting, YAML for the value) finds it.
 - A key left out has its default. An unknown key is an error that names the nearest known one.

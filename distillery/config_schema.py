@@ -1,8 +1,8 @@
-"""What is derived from the keys in config_keys.py: JSON Schemas for editors, the YAML files' comments, the tables.
+"""What is derived from the keys in config_keys_*.py: JSON Schemas for editors, the YAML files' comments, the tables.
 
     python -m distillery.config_schema      # writes what is not current (make schemas)
 
-config_keys.py alone says what a key means; after a change there this command carries it everywhere.
+config_keys_*.py alone say what a key means; after a change there this command carries it everywhere.
 """
 
 import json

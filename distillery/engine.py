@@ -15,7 +15,7 @@ from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
 from distillery.losses import check_gradients, needs_second_view, total_loss
 from distillery.losses_queue import EmbeddingQueue
-from distillery.models import StudentWithHeads, align
+from distillery.models_pair import StudentWithHeads, align
 from distillery.process import StopFlag
 from distillery.standardise import Targets
 from distillery.teacher_targets import StoredTargets

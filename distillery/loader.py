@@ -17,7 +17,7 @@ from distillery import distributed
 from distillery.cache import CacheIndex
 from distillery.process import UserError
 from distillery.raw_images import RawRows
-from distillery.reader import CachedRows
+from distillery.reader_rows import CachedRows
 from distillery.sampling import EpochOrder, Sampling, rank_slice
 from distillery.stream import Batch, BatchMemory, BatchStream
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distillery import measures
 from distillery.engine import Task
-from distillery.models import Backbone, eval_mode, resample_tokens
+from distillery.models import Backbone, eval_mode
+from distillery.models_pair import resample_tokens
 from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
 from distillery.process import MissingFileError, RunError, UserError
 from distillery.report_facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME

@@ -1,4 +1,4 @@
-"""Stage 1's plan: a few images decoded to tell how long all of them take, and what the hub says without a download."""
+"""Stage 1's plan in words; a few images decoded to tell the hours, and what the hub says without a download."""
 
 import os
 from collections.abc import Iterable
@@ -9,20 +9,68 @@ import numpy as np
 from distillery.config import DataConfig
 from distillery.decode import Unit, write_unit
 from distillery.decode_pool import SLOT_BYTES, needs_resampler
-from distillery.files import format_bytes
-from distillery.plan import CachePlan
+from distillery.files import format_bytes, free_bytes, is_network_file_system
+from distillery.plan import CachePlan, Survey
 from distillery.planner import CacheWork, DecodeSpeed, cache_lines, free_inodes
 from distillery.preprocess import (
     DecodeError,
     PreprocessSpec,
     decode_image,
+    library_versions,
     load_resampler,
 )
+from distillery.process import usable_cpus
 from distillery.shard_format import DTYPES
 from distillery.sources_base import Source
 from distillery.sources_hub_facts import HubFacts
 
 _FIRST = 8
+
+
+def bytes_to_write(plan: CachePlan, survey: Survey) -> int:
+    """Of the shards that are missing."""
+    return sum(stop - start for start, stop in map(plan.rows_of, survey.missing)) * plan.row_bytes
+
+
+def job_lines(title: str, source: Source, plan: CachePlan, shards: range, survey: Survey) -> list[str]:
+    """What one process will make of one cache.
+
+    Args:
+        title: what the cache is of.
+        source: where its images come from.
+        plan: what it shall be.
+        shards: this process's share.
+        survey: what is there of them.
+    """
+    spec = plan.spec
+    state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.doubtful)} to go"
+    if survey.doubtful:
+        state += f", {len(survey.doubtful)} of them to check"
+    if len(shards) < plan.num_shards:
+        state = f"this job's share: shards {shards.start}..{shards.stop - 1}; {state}"
+    return [
+        f"{title}: {source.describe()}",
+        f"  -> {plan.directory}",
+        f"  {plan.num_rows} of {plan.source_num_samples} images, {spec.image_size} px ({spec.resize_mode}, "
+        f"{spec.interpolation}), {plan.dtype}: {plan.num_shards} shards of {plan.shard_size}, "
+        f"{format_bytes(plan.num_rows * plan.row_bytes)}",
+        f"  {state}; {format_bytes(bytes_to_write(plan, survey))} to write",
+        *(f"  WARNING: {note}" for note in survey.notes),
+    ]
+
+
+def room_lines(data: DataConfig, num_bytes: int) -> list[str]:
+    """The room there is for so many bytes, and what is used to make them."""
+    free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    lines = [f"free space: {format_bytes(free)} (a quota may be less); {workers} decode workers; {versions}"]
+    if num_bytes > free:
+        lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
+    if is_network_file_system(data.cache_path.parent):
+        lines.append(
+            "note: the cache is on a network file system; for training, stage it to a node's own disk where you can."
+        )
+    return lines
 
 
 def measure_decoding(source: Source, spec: PreprocessSpec, dtype: str, num_images: int = 64) -> DecodeSpeed | None:

@@ -234,15 +234,11 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
     """index.json's content: a pure function of the records and of how many rows the cache shall have (None: all)."""
     identity, first = records[0]["identity"], records[0]
     num_target = min(first["source_num_samples"], num_target or first["source_num_samples"])
-    wanted_rows = sum(
-        max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
-        for record in records
-    )
     return {
         "format_version": FORMAT_VERSION,
         "num_samples": sum(record["num_samples"] for record in records),
         "source_num_samples": first["source_num_samples"],
-        "complete": wanted_rows >= num_target,
+        "complete": holds_first_rows(records, num_target),
         "fingerprint": first["fingerprint"],
         "source": identity["source"],
         "preprocess": identity["preprocess"],
@@ -257,6 +253,14 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
             for record in records
         ],
     }
+
+
+def holds_first_rows(records: list[dict], num_target: int) -> bool:
+    """Whether the shards hold rows 0..num_target - 1 of the source."""
+    return num_target <= sum(
+        max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
+        for record in records
+    )
 
 
 def index_text(index: dict) -> bytes:

@@ -26,7 +26,8 @@ from distillery.evaluate import (
 )
 from distillery.files import make_directory, write_atomic
 from distillery.losses import Features
-from distillery.models import Backbone, StudentWithHeads
+from distillery.models import Backbone
+from distillery.models_pair import StudentWithHeads
 from distillery.process import Interrupted
 from distillery.standardise import Targets
 

@@ -25,27 +25,22 @@ from itertools import islice
 import numpy as np
 
 from distillery.process import UserError
+from distillery.sampling_random import (
+    FIXED,
+    INDEPENDENT,
+    OFFSET,
+    PASS,
+    ROWS,
+    SHARD_ORDER,
+    RandomOrder,
+    permutation,
+    random_words,
+)
 
 SUBSET_MODES = ("cycle", "independent", "fixed")
 SHUFFLES = ("block", "none")
 RUN_BYTES = 4 << 20
 WINDOW_BYTES = 512 << 20
-
-_WORD = 0xFFFFFFFF
-# what a random number is for; one stream each
-_PASS, _INDEPENDENT, _FIXED, _SHARD_ORDER, _OFFSET, _RUNS, _ROWS = range(7)
-_LARGEST_HELD_ORDER = 1 << 17
-
-
-def _random_words(count: int, purpose: int, seed: int, a: int = 0, b: int = 0) -> np.ndarray:
-    """uint64 [count], a pure function of its arguments on every version of numpy (raw generator output is frozen)."""
-    key = [purpose, seed & _WORD, seed >> 32 & _WORD, a & _WORD, a >> 32 & _WORD, b & _WORD, b >> 32 & _WORD]
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
-
-
-def _permutation(count: int, purpose: int, seed: int, a: int = 0, b: int = 0) -> np.ndarray:
-    # sorting random keys, not Generator.permutation: numpy may change how the latter draws
-    return np.argsort(_random_words(count, purpose, seed, a, b), kind="stable")
 
 
 class ShardDraws:
@@ -94,12 +89,12 @@ class ShardDraws:
     def __call__(self, epoch: int) -> np.ndarray:
         """int64 [about K], positions of the shards of `epoch`, in random order."""
         if self.mode == "independent":
-            drawn = _permutation(self.num_shards, _INDEPENDENT, self.seed, epoch)
+            drawn = permutation(self.num_shards, INDEPENDENT, self.seed, epoch)
             return drawn[: self._needed(drawn)]
         if self.mode == "fixed":
-            drawn = _permutation(self.num_shards, _FIXED, self.seed)
+            drawn = permutation(self.num_shards, FIXED, self.seed)
             drawn = np.sort(drawn[: self._needed(drawn)])
-            return drawn[_permutation(len(drawn), _SHARD_ORDER, self.seed, epoch)]
+            return drawn[permutation(len(drawn), SHARD_ORDER, self.seed, epoch)]
         if epoch < self._next_epoch or self._next_epoch < 0:
             self._cycle, self._next_epoch = self._passes(), 0
         drawn = next(islice(self._cycle, epoch - self._next_epoch, None))
@@ -118,14 +113,14 @@ class ShardDraws:
 
     def _passes(self) -> Iterator[np.ndarray]:
         """The draws of cycle mode, epoch by epoch, cut from one random pass over all shards after another."""
-        left = _permutation(self.num_shards, _PASS, self.seed)
+        left = permutation(self.num_shards, PASS, self.seed)
         number = 0
         while True:
             if (count := self._needed(left)) <= len(left):
                 drawn, left = left[:count], left[count:]
             else:
                 number += 1
-                fresh = _permutation(self.num_shards, _PASS, self.seed, number)
+                fresh = permutation(self.num_shards, PASS, self.seed, number)
                 # an epoch over the border of two passes holds no shard twice: those wait for the next epoch
                 candidates = np.concatenate([left, fresh[~np.isin(fresh, left)]])
                 drawn = candidates[: self._needed(candidates)]
@@ -138,36 +133,6 @@ def epoch_shards(
 ) -> np.ndarray:
     """int64 [K], positions of the shards epoch number `epoch` reads, in random order; see ShardDraws."""
     return ShardDraws(num_shards, shards_per_epoch, seed, mode)(epoch)
-
-
-class _RandomOrder:
-    """A random permutation of range(n); a large one is computed where it is asked, never held.
-
-    Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains (Feistel network, cycle walking).
-    """
-
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
-        self.n = n
-        self.held = _permutation(n, _RUNS, seed, epoch) if n <= _LARGEST_HELD_ORDER else None
-        self.keys = _random_words(6, _RUNS, seed, epoch)
-        self.half_bits = np.uint64(-(-(n - 1).bit_length() // 2))
-        self.mask = np.uint64((1 << int(self.half_bits)) - 1)
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        if self.held is not None:
-            return self.held[positions]
-        values = self._encrypt(positions.astype(np.uint64))
-        while (outside := values >= self.n).any():
-            values[outside] = self._encrypt(values[outside])
-        return values.astype(np.int64)
-
-    def _encrypt(self, values: np.ndarray) -> np.ndarray:
-        left, right = values >> self.half_bits, values & self.mask
-        for key in self.keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32)) & self.mask
-        return left << self.half_bits | right
 
 
 class EpochOrder:
@@ -207,15 +172,15 @@ class EpochOrder:
         self.num_runs = max(1, self.total // self.run_rows)
         # windows of nearly equal length: a short last one would mix too few runs
         self.num_windows = max(1, round(self.num_runs / max(1, window_runs)))
-        self.offset = int(_random_words(1, _OFFSET, seed, epoch)[0]) % max(1, self.total)
+        self.offset = int(random_words(1, OFFSET, seed, epoch)[0]) % max(1, self.total)
         self._windows: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.num_rows
 
     @cached_property
-    def _run_order(self) -> _RandomOrder:
-        return _RandomOrder(self.num_runs, self.seed, self.epoch)
+    def _run_order(self) -> RandomOrder:
+        return RandomOrder(self.num_runs, self.seed, self.epoch)
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard, nth) of the rows at positions [start, stop): int64 arrays; nth counts a shard's valid rows."""
@@ -268,7 +233,7 @@ class EpochOrder:
             # what is left of the circle is shorter than a run; which rows that is, the offset decides anew each epoch
             line = np.concatenate([line, np.arange(self.num_runs * self.run_rows, self.total)])
         line = (line + self.offset) % self.total
-        return line[_permutation(len(line), _ROWS, self.seed, self.epoch, window)]
+        return line[permutation(len(line), ROWS, self.seed, self.epoch, window)]
 
 
 def block_sizes(row_bytes: int, run_bytes: int = RUN_BYTES, window_bytes: int = WINDOW_BYTES) -> tuple[int, int]:

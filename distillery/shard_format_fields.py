@@ -12,15 +12,8 @@ import numpy as np
 import xxhash
 
 from distillery.process import UserError
-from distillery.shard_format import (
-    Member,
-    archive_tail,
-    crc32,
-    data_descriptor,
-    local_header,
-    open_regular,
-    read_blocks,
-)
+from distillery.shard_format import archive_tail, crc32, open_regular, read_blocks
+from distillery.shard_format_archive import Member, data_descriptor, local_header
 
 FIELD_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from distillery.process import MissingFileError, UserError
 from distillery.sources_base import FileList, Source, map_files, number_labels, scan_folder
+from distillery.sources_columns import feature_of, features_of, find_image_column, find_label_column, is_text
 
-LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
 # more would be no faster, and from 64 MiB on slower: fresh memory costs a page fault for every 4 KiB
 _WINDOW_BYTES = 8 << 20
 
@@ -44,7 +44,7 @@ class TableSource(Source):
         inspected = map_files(self._inspect, self._paths)
         self._starts = np.concatenate([[0], np.cumsum([rows for rows, _ in inspected])]).astype(np.int64)
         schema = inspected[0][1]
-        features = features or _features_of(schema)
+        features = features or features_of(schema)
         self._image_column = find_image_column(schema, features, image_column, self._paths[0])
         self._label_column = find_label_column(schema, features, label_column, labels_required, self._paths[0])
         for path, (_, other) in zip(self._paths, inspected, strict=True):
@@ -52,7 +52,7 @@ class TableSource(Source):
                 if column is not None and column not in other.names:
                     raise UserError(f"{path}: there is no column {column!r}, which {self._paths[0]} has.")
         self._labels: np.ndarray | None = None
-        self._names = _feature(features, self._label_column).get("names")
+        self._names = feature_of(features, self._label_column).get("names")
         identity = {
             "kind": self.kind,
             "split": split,
@@ -103,7 +103,7 @@ class TableSource(Source):
             data = _views(columns["bytes"]) if "bytes" in columns else data
             if None in data and "path" in columns:
                 paths = columns["path"].to_pylist()
-        elif _is_text(cells.type):
+        elif is_text(cells.type):
             paths = cells.to_pylist()
         else:
             data = _views(cells)
@@ -269,26 +269,6 @@ def saved_dataset_files(folder: Path, split: str) -> FileList:
     return FileList(os.path.abspath(folder), names, sizes)
 
 
-def _features_of(schema: object) -> dict:
-    """What datasets wrote about the columns: {"img": {"_type": "Image"}, ...}; {} where it wrote nothing readable."""
-    try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"] or {}
-    except (KeyError, TypeError, ValueError):
-        return {}
-
-
-def _feature(features: dict, name: str | None) -> dict:
-    """What is known of one column; {} where that is nothing, or a list of things."""
-    feature = features.get(name)
-    return feature if isinstance(feature, dict) else {}
-
-
-def _is_text(kind: object) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def _views(cells: object) -> list[memoryview | bytes | None]:
     """The values of a pyarrow array of bytes, in place; None for nulls."""
     import pyarrow as pa
@@ -303,60 +283,6 @@ def _views(cells: object) -> list[memoryview | bytes | None]:
     if cells.null_count:
         return [view if valid else None for view, valid in zip(views, cells.is_valid().to_pylist(), strict=True)]
     return views
-
-
-def _holds_images(kind: object) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return "bytes" in [field.name for field in kind]
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def find_image_column(schema: object, features: dict, wanted: str | None, where: str) -> str:
-    """The column to take images from: `wanted`, the one of feature type Image, or the first of bytes.
-
-    Raises:
-        UserError: it is not there or holds no images; the message lists the columns.
-    """
-    kinds = {field.name: field.type for field in schema}
-    if wanted is None:
-        by_feature = [name for name in kinds if _feature(features, name).get("_type") == "Image"]
-        candidates = by_feature or [name for name, kind in kinds.items() if _holds_images(kind)]
-        if not candidates:
-            raise UserError(f"{where}: no column holds images. image_column must be one of: {_listing(kinds)}.")
-        wanted = candidates[0]
-    if wanted not in kinds:
-        raise UserError(f"{where}: there is no image_column {wanted!r}. The columns are: {_listing(kinds)}.")
-    if not (_holds_images(kinds[wanted]) or _is_text(kinds[wanted])):
-        raise UserError(
-            f"{where}: image_column {wanted!r} is {kinds[wanted]}; images are bytes, {{bytes, path}} or paths. "
-            f"The columns are: {_listing(kinds)}."
-        )
-    return wanted
-
-
-def find_label_column(schema: object, features: dict, wanted: str | None, required: bool, where: str) -> str | None:
-    """The column to take labels from: `wanted`, or if required one of type ClassLabel or with a usual name.
-
-    Raises:
-        UserError: it is not there; the message lists the columns.
-    """
-    kinds = {field.name: field.type for field in schema}
-    if wanted is None and required:
-        usual = [name for name in LABEL_NAMES if name in kinds]
-        by_feature = [name for name in kinds if _feature(features, name).get("_type") == "ClassLabel"]
-        candidates = [name for name in usual if name in by_feature] + by_feature + usual
-        if not candidates:
-            raise UserError(f"{where}: no column looks like labels. label_column must be one of: {_listing(kinds)}.")
-        wanted = candidates[0]
-    if wanted is not None and wanted not in kinds:
-        raise UserError(f"{where}: there is no label_column {wanted!r}. The columns are: {_listing(kinds)}.")
-    return wanted
-
-
-def _listing(kinds: dict) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 
 def _read_beside(table_path: str, path: str) -> bytes:

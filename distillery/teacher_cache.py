@@ -39,12 +39,13 @@ from distillery.teacher_records import (
 _MAX_BASIS_BYTES = 1 << 30
 
 
-def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any]) -> "TeacherCache":
+def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: str | None = None) -> "TeacherCache":
     """The folder of teacher outputs below an image cache that a configuration asks for.
 
     Args:
         cache_dir: the image cache.
         wanted: configured_identity, and under "resolved" whatever of teacher_facts is known as well.
+        fingerprint: of several that fit, the one to take: precision: auto makes another on the CPU than on a GPU.
     Raises:
         MissingFileError: there are none at all. UserError: there are only others, with what differs from the nearest.
     """
@@ -56,7 +57,8 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any]) -> "TeacherCa
             unreadable = unreadable or error
             continue
         differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
-        found.append((len(differing), not index["complete"], folder.name, differing, folder))
+        is_other = index["fingerprint"] != fingerprint
+        found.append((len(differing), is_other, not index["complete"], folder.name, differing, folder))
     if not found:
         if unreadable is not None:
             raise unreadable
@@ -64,7 +66,7 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any]) -> "TeacherCa
             f"{Path(cache_dir) / FOLDER_NAME}: no teacher outputs there. Run: {teacher_command()}, "
             "or set teacher_cache.enabled: false to run the teacher in every step."
         )
-    count, _, _, differing, folder = min(found)
+    count, *_, differing, folder = min(found)
     if count:
         lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differing]
         raise UserError(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distillery.cache import load_index, stage1_command
 from distillery.process import MissingFileError, UserError
-from distillery.reader import ShardFiles, ToFloat
+from distillery.reader import ShardFiles
+from distillery.reader_rows import ToFloat
 
 # images of one forward pass: part of what decides the bytes, so never a setting
 TEACHER_BATCH = 64

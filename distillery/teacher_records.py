@@ -10,7 +10,6 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,14 @@ from distillery.process import MissingFileError, UserError
 from distillery.records import (
     FORMAT_VERSION,
     INDEX_NAME,
-    FutureFormatError,
     RecordScan,
     check_version,
     decode_checksums,
+    holds_first_rows,
     index_text,
     keep_views,
     parse_json,
     read_guarded,
-    record_path,
 )
 from distillery.shard_format import open_regular, read_blocks, read_meta, read_regular
 from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
@@ -186,15 +184,11 @@ def record_of_teacher_shard(path: Path) -> dict:
 def teacher_index_of(records: list[dict], num_target: int) -> dict:
     """index.json's content: a pure function of the records and of how many rows there shall be."""
     first = records[0]
-    wanted_rows = sum(
-        max(0, min(num_target, record["global_start"] + record["num_samples"]) - record["global_start"])
-        for record in records
-    )
     return {
         "format_version": FORMAT_VERSION,
         "num_samples": sum(record["num_samples"] for record in records),
         "num_views": first["num_views"],
-        "complete": wanted_rows >= num_target,
+        "complete": holds_first_rows(records, num_target),
         "fingerprint": first["fingerprint"],
         "identity": first["identity"],
         "basis_hash": first["basis_hash"],
@@ -226,7 +220,8 @@ def statistics_of(records: list[dict]) -> dict:
     return found
 
 
-def _views_of(directory: Path, records: list[dict], num_target: int) -> tuple[dict, dict[Path, bytes]]:
+def teacher_views(directory: Path, records: list[dict], num_target: int) -> tuple[dict, dict[Path, bytes]]:
+    """(index.json's content, path -> content of each file that follows from the records)."""
     index = teacher_index_of(records, num_target)
     statistics = json.dumps(statistics_of(records), indent=1).encode() + b"\n"
     return index, {directory / STATISTICS_NAME: statistics, directory / INDEX_NAME: index_text(index)}
@@ -234,80 +229,7 @@ def _views_of(directory: Path, records: list[dict], num_target: int) -> tuple[di
 
 def write_teacher_views(directory: Path, scan: RecordScan, num_target: int) -> dict | None:
     """Write index.json and statistics.json from the records; as records.write_views."""
-    return keep_views(scan, lambda records: _views_of(directory, records, num_target))
-
-
-def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
-    """(what is wrong in a folder of teacher outputs, the file to remove before it is made again or None).
-
-    Every byte is compared with its hash and every view with the records; writes nothing.
-    """
-    shards = {path.stem: path for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
-    shards |= {path.stem: path.with_suffix(".pt") for path in directory.glob("teacher_shard_*.json")}
-    for path in (shards[stem] for stem in sorted(shards)):
-        yield from _shard_problems(path)
-    records = teacher_scan(directory).records()
-    if not records:
-        return
-    try:
-        index = read_teacher_index(directory)
-        _, views = _views_of(directory, records, _rows_of_complete(records, index))
-    except FutureFormatError:
-        raise
-    except UserError as error:
-        yield str(error), None
-        return
-    for path, content in views.items():
-        try:
-            if read_regular(path, len(content)) != content:
-                yield f"{path}: differs from the records", None
-        except (UserError, OSError) as error:
-            yield f"{path}: {error}", None
-    yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
-    yield from _foreign_files(directory, index)
-
-
-def _rows_of_complete(records: list[dict], index: dict) -> int:
-    """How many rows make the index say `complete` as it does: the records do not know how many there shall be."""
-    rows = sum(record["num_samples"] for record in records)
-    return rows if index.get("complete") else rows + 1
-
-
-def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
-    try:
-        found = record_of_teacher_shard(path)
-    except FutureFormatError:
-        raise
-    except (UserError, OSError) as error:
-        yield str(error) if str(path) in str(error) else f"{path}: {error}", path
-        return
-    try:
-        record = read_teacher_record(record_path(path))
-    except FutureFormatError:
-        raise
-    except (UserError, OSError) as error:
-        yield str(error) if str(path.parent) in str(error) else f"{record_path(path)}: {error}", record_path(path)
-        return
-    if found != record:
-        yield f"{path}: differs from its record", path
-
-
-def _basis_problems(path: Path, expected: str | None) -> Iterator[tuple[str, Path | None]]:
-    try:
-        if expected is not None and file_hash(path) != expected:
-            yield f"{path}: damaged, or not the basis that the shards were made with", path
-    except (UserError, OSError) as error:
-        yield f"{path}: {error}", None
-
-
-def _foreign_files(directory: Path, index: dict) -> Iterator[tuple[str, Path | None]]:
-    basis = {BASIS_NAME} if index["basis_hash"] else set()
-    for entry in os.scandir(directory):
-        is_known = entry.name in {INDEX_NAME, STATISTICS_NAME} | basis
-        is_known = is_known or TEACHER_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
-        if not is_known and not entry.name.startswith(".nfs"):
-            reason = "left by a killed run; stage 1 removes it" if ".tmp-" in entry.name else "not part of a cache"
-            yield f"{entry.path}: {reason}", None
+    return keep_views(scan, lambda records: teacher_views(directory, records, num_target))
 
 
 def read_teacher_index(directory: Path) -> dict:

@@ -12,14 +12,18 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distillery import distributed
-from distillery.augment import Augmentation, draw_uniform, view_of_epoch
+from distillery.augment import Augmentation
+from distillery.augment_draws import draw_uniform, view_of_epoch
 from distillery.cache import stage1_command
+from distillery.cached_dataset import CachedTensorDataset
 from distillery.config import Configs, TrainConfig
 from distillery.losses import LOSSES, Features, fields_needed, needs_second_view
 from distillery.process import RunError, UserError
@@ -32,12 +36,17 @@ from distillery.teacher_records import teacher_command
 _LIVE_STEPS = -2
 
 
-def open_teacher_cache(configs: Configs, loader: Any) -> TeacherCache | None:
+def open_teacher_cache(
+    configs: Configs, loader: Any, *, fingerprint: str | None = None, told_by_all: bool = False
+) -> TeacherCache | None:
     """The stored outputs that the configuration asks for; None where every step runs the teacher.
 
     Args:
         configs: data, train and model.
         loader: the run's PretrainingLoader, on the shards that it trains on.
+        fingerprint: of the outputs that the run was started on, where it goes on.
+        told_by_all: every process raises when there are none, for a caller that goes on without them; else process 0
+            does and the others end with it.
     Raises:
         MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
     """
@@ -48,14 +57,32 @@ def open_teacher_cache(configs: Configs, loader: Any) -> TeacherCache | None:
             "teacher_cache.enabled is true, and this run decodes raw images: stored outputs belong to a cache of "
             f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
         )
-    # process 0 alone looks through the folders: two nodes may not see the same files yet
     wanted = wanted_outputs(configs, loader.fingerprint)
-    cache = TeacherCache(
-        distributed.decided_by_main(lambda: find_teacher_cache(configs.data.cache_path, wanted).directory)
-    )
-    index = getattr(loader.dataset, "base_dataset", loader.dataset).index
-    cache.check_covers(index.shard_starts, index.shard_rows)
+
+    def find() -> Path | UserError:
+        try:
+            return find_teacher_cache(configs.data.cache_path, wanted, fingerprint).directory
+        except UserError as error:
+            if not told_by_all:
+                raise
+            return error
+
+    # process 0 alone looks through the folders: two nodes may not see the same files yet
+    found = distributed.decided_by_main(find)
+    if isinstance(found, UserError):
+        raise found
+    cache = TeacherCache(found)
+    images = getattr(loader.dataset, "base_dataset", loader.dataset)
+    cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
     return cache
+
+
+def _rows_trained_on(images: CachedTensorDataset) -> np.ndarray:
+    """int64 [S]: rows of each shard up to the last one that is trained on: max_samples may end inside a shard."""
+    rows, last = images.index.shard_rows.copy(), np.array([len(images.shard_rows) - 1])
+    if images.shard_rows[last] < rows[last] - images.index.shard_failed[last]:
+        rows[last] = images.rows.files.local_rows(last, images.shard_rows[last] - 1) + 1
+    return rows
 
 
 def wanted_outputs(configs: Configs, images: str) -> dict:

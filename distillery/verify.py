@@ -26,7 +26,8 @@ from distillery.records import (
 )
 from distillery.records_hash import record_of_shard, rehash_record
 from distillery.shard_format import read_regular
-from distillery.teacher_records import find_teacher_problems, teacher_command, teacher_folders
+from distillery.teacher_records import teacher_command, teacher_folders
+from distillery.teacher_records_problems import find_teacher_problems
 
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
 

@@ -5,17 +5,14 @@ import pytest
 import torch
 
 from distillery.augment import (
-    NUM_DRAWS,
     Augmentation,
     adjust_colours,
     colour_matrices,
     crop_and_resize,
     crop_boxes,
-    draw_uniform,
     gaussian_blur,
-    splitmix64,
-    view_of_epoch,
 )
+from distillery.augment_draws import NUM_DRAWS, draw_uniform, splitmix64, view_of_epoch
 from distillery.process import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -21,7 +21,8 @@ from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
 from distillery.losses import Features
 from distillery.losses_queue import EmbeddingQueue
-from distillery.models import FrozenTeacher, StudentWithHeads, build_backbone
+from distillery.models import build_backbone
+from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import StopFlag, UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -7,7 +7,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from distillery.backbones import BuiltModel, use_gradient_checkpointing
 from distillery.losses import total_loss
-from distillery.models import Backbone, StudentWithHeads, build_backbone
+from distillery.models import Backbone, build_backbone
+from distillery.models_pair import StudentWithHeads
 from distillery.process import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

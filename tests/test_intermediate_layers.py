@@ -7,7 +7,8 @@ import torch
 from distillery.build import build_models
 from distillery.config import load_configs
 from distillery.losses import check_gradients, total_loss
-from distillery.models import Backbone, FrozenTeacher, StudentWithHeads, align, align_teacher, build_backbone
+from distillery.models import Backbone, build_backbone
+from distillery.models_pair import FrozenTeacher, StudentWithHeads, align, align_teacher
 from distillery.process import UserError
 from distillery.teacher_targets import check_fields
 

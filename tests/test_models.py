@@ -11,14 +11,8 @@ from torch.nn import functional as F
 
 from distillery.backbones import BuiltModel
 from distillery.losses import LOSSES, Features, check_gradients, fields_needed, total_loss
-from distillery.models import (
-    Backbone,
-    FrozenTeacher,
-    StudentWithHeads,
-    align_teacher,
-    build_backbone,
-    resample_tokens,
-)
+from distillery.models import Backbone, build_backbone
+from distillery.models_pair import FrozenTeacher, StudentWithHeads, align_teacher, resample_tokens
 from distillery.process import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

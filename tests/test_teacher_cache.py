@@ -10,13 +10,13 @@ from stage1 import folder_bytes
 from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.augment import Augmentation
-from distillery.models import resample_tokens
+from distillery.models_pair import resample_tokens
 from distillery.process import MissingFileError, UserError
 from distillery.records import record_path
 from distillery.teacher_cache import TeacherCache, find_teacher_cache
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity
 from distillery.teacher_images import ImageRows
-from distillery.teacher_records import find_teacher_problems
+from distillery.teacher_records_problems import find_teacher_problems
 
 FORMS = {
     "none": {},
@@ -172,6 +172,15 @@ def test_the_nearest_of_several_folders_is_the_one_compared(plans, copy):
         find_teacher_cache(copy.parents[1], wanted(plan, views=3, seed=1))
     assert str(plan.directory) in str(error.value)
     assert "num_views" not in str(error.value)
+
+
+def test_of_several_folders_that_fit_the_one_a_run_was_started_on_is_taken(copy):
+    plans = [teacher_plan(images_plan(copy.parents[1]), live_teacher(seed=seed)) for seed in (2, 3, 4)]
+    for plan, seed in zip(plans, (2, 3, 4), strict=True):
+        run_pass(plan, live_teacher(seed=seed))
+    for plan in plans:
+        found = find_teacher_cache(copy.parents[1], wanted(plan), plan.spec.fingerprint)
+        assert found.fingerprint == plan.spec.fingerprint
 
 
 def test_no_folder_at_all_names_the_command(tmp_path):

@@ -10,12 +10,12 @@ from distillery.shard_format_fields import place_fields
 from distillery.teacher_records import (
     encode_sums,
     fields_of,
-    find_teacher_problems,
     read_teacher_record,
     record_of_teacher_shard,
     statistics_of,
     teacher_shard_name,
 )
+from distillery.teacher_records_problems import find_teacher_problems
 
 
 @pytest.fixture(scope="module")

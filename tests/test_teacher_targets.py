@@ -3,21 +3,25 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build
-from distillery.augment import Augmentation, view_of_epoch
+from distillery import build, teacher_targets
+from distillery.augment import Augmentation
+from distillery.augment_draws import view_of_epoch
+from distillery.cached_dataset import CachedTensorDataset
 from distillery.config import TrainConfig, load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
 from distillery.loader import DevicePrefetcher
-from distillery.models import FrozenTeacher, align, resample_tokens
+from distillery.models_pair import FrozenTeacher, align, resample_tokens
 from distillery.process import RunError, UserError
 from distillery.standardise import Targets
-from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields
+from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields, open_teacher_cache
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
 NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9
@@ -212,6 +216,23 @@ def test_a_patch_loss_without_stored_tokens_is_refused_with_the_command():
     with pytest.raises(UserError, match=r"patch is 0.5 and compares tokens, but teacher.* pooled only.*--teacher"):
         check_fields(cache, {"cls": 1.0, "patch": 0.5})
     check_fields(cache, {"cls": 1.0, "patch": 0.0})
+
+
+def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_alone(tmp_path, monkeypatch):
+    make_images(images_plan(tmp_path), bad=(17,))
+    plan = teacher_plan(images_plan(tmp_path, 20, source_rows=40), live_teacher())
+    run_pass(plan, live_teacher())
+    monkeypatch.setattr(teacher_targets, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    configs = SimpleNamespace(data=SimpleNamespace(cache_path=tmp_path), train=train_config())
+
+    def opened(max_samples: int):
+        dataset = CachedTensorDataset(tmp_path, max_samples=max_samples)
+        return open_teacher_cache(configs, SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset))
+
+    # image 17 cannot be decoded: the first 19 that can are among the first 20
+    assert opened(19).directory == plan.directory
+    with pytest.raises(UserError, match="no teacher outputs for the images from 20 on"):
+        opened(21)
 
 
 def test_only_fields_that_a_loss_compares_are_read():

@@ -31,7 +31,9 @@ def sets_of(settings: dict) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
-def start(place: Workplace, run_dir: Path, settings: dict, *flags: str, before=None, environment=None) -> ForkedRun:
+def start(
+    place: Workplace, run_dir: Path, settings: dict, *flags: str, before=None, environment=None, log: str = ""
+) -> ForkedRun:
     """The trainer in a fork, without plots and report, which take longer than the run."""
 
     def prepare() -> None:
@@ -43,7 +45,7 @@ def start(place: Workplace, run_dir: Path, settings: dict, *flags: str, before=N
 
     arguments = [*place.flags("data", "train", "model"), "--device", "cpu", *sets_of(settings),
                  "--set", f"checkpoint_dir={run_dir}", *flags]  # fmt: skip
-    return ForkedRun(arguments, run_dir.parent / f"{run_dir.name}.log", before=prepare, environment=environment)
+    return ForkedRun(arguments, run_dir.parent / f"{run_dir.name}{log}.log", before=prepare, environment=environment)
 
 
 def rows_of(run_dir: Path, kind: str) -> list[dict]:
@@ -134,19 +136,21 @@ def test_a_cached_run_that_goes_on_never_builds_the_teacher(place, tmp_path):
     assert_same_run(place.folder / "cached", run_dir)
 
 
+def start_two(place: Workplace, run_dir: Path, settings: dict, *flags: str) -> list[ForkedRun]:
+    """Two processes of one run, process 0 first."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(place, run_dir, settings, *flags, environment=world | {"RANK": rank, "LOCAL_RANK": rank}, log=f"-{rank}")
+        for rank in ("0", "1")
+    ]
+
+
 def test_two_processes_have_the_losses_of_one(place, tmp_path):
     for mode, settings in MODES.items():
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
-        settings = settings | {"grad_accumulation_steps": 1}
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        run_dirs = [tmp_path / mode, tmp_path / mode]
-        both = [
-            start(place, run_dir, settings, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, run_dir in enumerate(run_dirs)
-        ]
-        for run in both:
+        for run in start_two(place, tmp_path / mode, settings | {"grad_accumulation_steps": 1}):
             assert run.wait() == 0, run.text
         found, expected = rows_of(tmp_path / mode, "train"), rows_of(place.folder / mode, "train")
         assert [row["step"] for row in found] == [row["step"] for row in expected]
@@ -163,6 +167,12 @@ def test_without_teacher_outputs_the_command_that_makes_them_is_named_and_nothin
         assert "precompute_cache.py --teacher" in run.text
         assert not (tmp_path / "run").exists()
     assert "3 views x 3.1 kB x 96 images" in run.text
+
+
+def test_a_dry_run_of_two_processes_without_teacher_outputs_says_what_it_costs_to_make_them(place, tmp_path):
+    first, second = start_two(place, tmp_path / "run", CACHED | {"teacher_cache.views": 3}, "--dry_run")
+    assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+    assert "targets: cached, but they have not been made" in first.text
 
 
 @pytest.mark.parametrize(

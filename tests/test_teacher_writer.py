@@ -18,7 +18,8 @@ from distillery.records import record_path
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import fit_basis
-from distillery.teacher_records import find_teacher_problems, statistics_of, teacher_scan
+from distillery.teacher_records import statistics_of, teacher_scan
+from distillery.teacher_records_problems import find_teacher_problems
 from distillery.teacher_survey import survey_teacher
 from distillery.teacher_verify import replay_views
 

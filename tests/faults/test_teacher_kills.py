@@ -18,7 +18,7 @@ from teachers import images_plan, live_teacher, make_images, run_pass, teacher_p
 from test_power_loss import Disk, rebuild, record
 
 from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_records import find_teacher_problems
+from distillery.teacher_records_problems import find_teacher_problems
 
 VIEWS_OF_RECORDS = {"index.json", "statistics.json"}
 

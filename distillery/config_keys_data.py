@@ -1,0 +1,135 @@
+"""Every key of data_config.yaml: its type, default, range and meaning with its unit."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from distillery.config_types import (
+    Count,
+    FilePatterns,
+    Mean,
+    PathText,
+    PositiveInt,
+    Seed,
+    Share,
+    Std,
+    StrictModel,
+    Text,
+    folder_name,
+)
+from distillery.files import expand_path
+from distillery.process import UserError
+
+
+class EvalDataset(StrictModel):
+    """One labelled data set for k-NN and the linear probe; stage 1 caches both splits with their labels."""
+
+    dataset_name: Text = Field(description="hub id, folder or kind, as for the training images")
+    data_files: FilePatterns | None = Field(None, description="path, pattern, list of them, or {split: path}")
+    data_dir: PathText | None = Field(None, description="folder with the files")
+    train_split: Text = Field("train", description="split whose features are the k-NN bank")
+    test_split: Text = Field("test", description="split whose labels are predicted")
+    image_column: Text | None = Field(None, description="column of the images; null: found by feature type")
+    label_column: Text | None = Field(None, description="column of the labels; null: found by feature type")
+    max_train: PositiveInt | None = Field(None, description="images of train_split; null: all")
+    max_test: PositiveInt | None = Field(None, description="images of test_split; null: all")
+
+    def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
+        """What sources.open_source takes for one part of the set."""
+        names = "dataset_name data_files data_dir image_column label_column"
+        split = self.train_split if part == "train" else self.test_split
+        return {name: getattr(self, name) for name in names.split()} | {"split": split}
+
+
+class DataConfig(StrictModel):
+    """data_config.yaml: the source of the images, the cache made of them, and how training reads it."""
+
+    dataset_name: Text | None = Field(
+        None,
+        description="hub id, local folder, or parquet, arrow, imagefolder, webdataset",
+    )
+    dataset_config: Text | None = Field(None, description="configuration (subset) name on the hub")
+    dataset_revision: Text | None = Field(None, description="commit, tag or branch on the hub; null: newest")
+    data_files: FilePatterns | None = Field(None, description="path, pattern, list of them, or {split: path}")
+    data_dir: PathText | None = Field(None, description="folder with the files, as in load_dataset")
+    split: Text = Field("train", description="split that is cached and trained on")
+    image_column: Text | None = Field(None, description="column of the images; null: found by feature type")
+    label_column: Text | None = Field(
+        None, description="column of labels, stored beside the images; training needs none"
+    )
+
+    image_size: PositiveInt = Field(224, description="px, stored height = width")
+    resize_mode: Literal["squash", "crop"] = Field(
+        "squash", description="squash: both sides straight to image_size; crop: shorter side, then centre"
+    )
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = Field(
+        "bicubic", description="bilinear, bicubic or lanczos, antialiased"
+    )
+    mean: Mean = Field((0.485, 0.456, 0.406), description="per channel, of pixels in 0..1")
+    std: Std = Field((0.229, 0.224, 0.225), description="per channel, of pixels in 0..1")
+
+    cache_dir: PathText | None = Field(None, description="folder of the cache; ~ and $VARIABLES are expanded")
+    use_cached: bool | None = Field(
+        None,
+        description="true: cache or error; false: raw images; null: cache when there is one",
+    )
+    cache_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = Field(
+        "float32",
+        description="float32, float16, bfloat16: stored normalised; uint8: normalised on the device",
+    )
+    cache_shard_size: PositiveInt = Field(2048, description="images per shard")
+    max_samples: PositiveInt | None = Field(
+        None, description="images, the first so many only; raise it to extend the cache; null: all"
+    )
+    max_shards: PositiveInt | None = Field(None, description="shards, the first so many only; null: all")
+    max_failed_fraction: Share = Field(0.01, description="share 0..1; more undecodable images: exit status 3")
+
+    shards_per_epoch: PositiveInt | None = Field(
+        None, description="shards, so many at random each epoch; null: every shard every epoch"
+    )
+    shard_subset_mode: Literal["cycle", "independent", "fixed"] = Field(
+        "cycle",
+        description="cycle: every shard once before any again; independent: fresh draw; fixed: always the same",
+    )
+    random_subset_seed: Seed = Field(42, description="seed of shard choice and order")
+    shuffle: Literal["block", "none"] = Field(
+        "block",
+        description="block: runs of rows in random order, mixed in a window; none: in order within a shard",
+    )
+    run_bytes: PositiveInt | None = Field(None, description="bytes read in one go; null: 4 MiB")
+    window_bytes: PositiveInt | None = Field(None, description="bytes in which rows are mixed; null: 512 MiB")
+    num_workers: Count | None = Field(
+        None, description="null: every usable CPU for decoding, 2 threads for reading; 0 counts as 1"
+    )
+    prefetch_batches: PositiveInt = Field(4, description="batches read ahead")
+    read_mode: Literal["pread", "mmap"] = Field(
+        "pread", description="mmap: faster for shards on a local disk and in memory; not on a network file system"
+    )
+    pin_memory: bool = Field(True, description="page-locked batches where CUDA is used")
+    eval_datasets: dict[Annotated[str, AfterValidator(folder_name)], EvalDataset] = Field(
+        {}, description="name -> labelled data set, cached under cache_dir/eval/NAME"
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "DataConfig":
+        if self.run_bytes and self.window_bytes and self.window_bytes < self.run_bytes:
+            raise ValueError(f"window_bytes ({self.window_bytes}) is smaller than run_bytes ({self.run_bytes})")
+        return self
+
+    @property
+    def source_arguments(self) -> dict[str, Any]:
+        """What sources.open_source takes for the training images."""
+        names = "dataset_name dataset_config dataset_revision data_files data_dir split image_column label_column"
+        return {name: getattr(self, name) for name in names.split()}
+
+    @property
+    def cache_path(self) -> Path:
+        """cache_dir with ~ and $VARIABLES expanded.
+
+        Raises:
+            UserError: cache_dir is null or names an unset variable.
+        """
+        if self.cache_dir is None:
+            raise UserError("data_config.yaml: cache_dir is required: the folder of the cache")
+        return expand_path(self.cache_dir)

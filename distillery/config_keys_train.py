@@ -1,0 +1,151 @@
+"""Every key of train_config_kd.yaml: its type, default, range and meaning with its unit."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from distillery.config_types import (
+    AreaRange,
+    Count,
+    NonNegativeNumber,
+    Number,
+    PathText,
+    PositiveInt,
+    PositiveNumber,
+    Seed,
+    Share,
+    Standardisation,
+    StrictModel,
+    Text,
+)
+from distillery.files import expand_path
+from distillery.process import UserError
+
+
+class AugmentConfig(StrictModel):
+    """Random changes made on the device, the same for teacher and student; colour works on pixels in 0..1."""
+
+    hflip: bool = Field(True, description="mirror left-right with probability 0.5")
+    random_resized_crop: AreaRange | None = Field(
+        None, description="[lo, hi], share of the image's area; null: no crop"
+    )
+    color_jitter: Share = Field(0.0, description="strength 0..1 of brightness, contrast, saturation, hue")
+    grayscale: Share = Field(0.0, description="probability 0..1")
+    blur: Share = Field(0.0, description="probability 0..1 of a Gaussian blur")
+
+
+class TeacherCacheConfig(StrictModel):
+    """The teacher's outputs for a few views of every image, made once by stage 1 and read instead of run again."""
+
+    enabled: bool = Field(False, description="true: targets are read from cache_dir/teacher")
+    views: PositiveInt = Field(4, description="of every image; even: both mirror images equally often")
+    mode: Literal["cached", "hybrid"] = Field(
+        "cached",
+        description="cached: the teacher is not loaded; hybrid: live_fraction of the steps run it on new views",
+    )
+    live_fraction: Share = Field(0.25, description="hybrid only: share of the steps, 0..1")
+    seed: Seed = Field(0, description="of the views; runs of several seeds share one cache")
+    tokens: Literal["auto", "none", "full", "grid", "pca"] = Field(
+        "auto",
+        description="patch tokens: none, full, grid (pooled), pca (int8); auto: grid if a loss needs them, else none",
+    )
+    token_grid: PositiveInt = Field(8, description="cells a side at most; grid and auto only")
+    token_dims: PositiveInt = Field(256, description="dimensions kept; pca only")
+    dtype: Literal["float16", "float32"] = Field("float16", description="of stored vectors: float16 or float32")
+
+
+class TrainConfig(StrictModel):
+    """train_config_kd.yaml: optimiser, schedule, losses, checkpoints, evaluation during training."""
+
+    batch_size: PositiveInt = Field(64, description="images per process and step")
+    num_epochs: PositiveInt = Field(100, description="epochs")
+    max_steps_per_epoch: PositiveInt | None = Field(
+        500, description="steps; an epoch ends here at the latest; null: all"
+    )
+    grad_accumulation_steps: PositiveInt = Field(1, description="batches per optimiser step")
+    seed: Seed = Field(0, description="seed of initial weights and augmentation")
+
+    learning_rate: PositiveNumber | None = Field(
+        None, description="peak; a number is taken literally; null: the recipe's rule, printed at the start"
+    )
+    min_lr: NonNegativeNumber = Field(1e-6, description="learning rate at the end of the cosine")
+    warmup_epochs: NonNegativeNumber | None = Field(
+        None, description="epochs, fractions allowed; null: 5 % of all steps"
+    )
+    weight_decay: NonNegativeNumber = Field(0.04, description="decoupled (AdamW), no unit")
+    max_grad_norm: PositiveNumber | None = Field(
+        1.0, description="gradients are clipped to this norm; null: no clipping"
+    )
+    use_fused_adamw: bool = Field(True, description="AdamW in one kernel where the device has it")
+    max_bad_steps: Count = Field(0, description="steps with a NaN or infinite loss skipped before the run stops")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="per step, e.g. 0.9999: averaged weights are kept as well; null: off"
+    )
+
+    distill_loss_weights: dict[str, NonNegativeNumber] = Field(
+        {"cls": 1.0, "patch": 0.5}, description="loss name -> weight, no unit; 0: not computed"
+    )
+    loss_options: dict[str, dict[str, JsonValue]] = Field(
+        {}, description="loss name -> its options, e.g. {kl_logits: {temperature: 4.0}}"
+    )
+    standardise_targets: Standardisation = Field(
+        True,
+        description="true: teacher's outputs to mean 0, deviation 1 per dimension; phi_s: rotated to equal deviations "
+        "first, then one scale for all; false: as they are",
+    )
+    augment: AugmentConfig = Field(AugmentConfig(), description="random changes of the images, on the device")
+    teacher_cache: TeacherCacheConfig = Field(
+        TeacherCacheConfig(), description="teacher outputs made once by stage 1 (--teacher)"
+    )
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="bf16, fp16 or fp32; auto: bf16 where CUDA has it, else fp32"
+    )
+    compile_student: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
+    compile_teacher: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
+    gradient_checkpointing: bool = Field(
+        False, description="true: less memory for the student, whose forward pass is computed twice"
+    )
+
+    checkpoint_dir: PathText | None = Field(None, description="the run's folder; ~ and $VARIABLES are expanded")
+    save_every: Count = Field(100, description="steps between checkpoints; 0: at epoch ends only")
+    keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
+    refresh_shards: bool = Field(False, description="true: a resumed run takes shards made since its start")
+    log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    eval_every_epochs: Count = Field(10, description="epochs between evaluations on eval_datasets; 0: never")
+    knn_k: PositiveInt = Field(20, description="neighbours in the k-NN evaluation")
+    tensorboard: bool = Field(True, description="TensorBoard files in the run's folder")
+    tensorboard_histograms: bool = Field(False, description="the student's weights as histograms at every evaluation")
+    wandb_project: Text | None = Field(None, description="Weights & Biases project; null: off")
+
+    @field_validator("distill_loss_weights")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not any(weight > 0 for weight in weights.values()):
+            raise ValueError("expected at least one weight > 0, e.g. {cls: 1.0, patch: 0.5}")
+        return weights
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainConfig":
+        problems = [
+            f"loss_options.{name}: distill_loss_weights has no '{name}' (it has {', '.join(self.distill_loss_weights)})"
+            for name in self.loss_options
+            if name not in self.distill_loss_weights
+        ]
+        if self.learning_rate is not None and self.min_lr > self.learning_rate:
+            problems.append(f"min_lr ({self.min_lr:g}) is above learning_rate ({self.learning_rate:g})")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """checkpoint_dir with ~ and $VARIABLES expanded.
+
+        Raises:
+            UserError: checkpoint_dir is null or names an unset variable.
+        """
+        if self.checkpoint_dir is None:
+            raise UserError("train_config_kd.yaml: checkpoint_dir is required: the run's folder")
+        return expand_path(self.checkpoint_dir)

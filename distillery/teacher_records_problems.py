@@ -1,0 +1,93 @@
+"""What is wrong in a folder of teacher outputs, found without changing it: for `python -m distillery.cache verify`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from distillery.process import UserError
+from distillery.records import INDEX_NAME, FutureFormatError, record_path
+from distillery.shard_format import read_regular
+from distillery.teacher_records import (
+    BASIS_NAME,
+    STATISTICS_NAME,
+    TEACHER_PATTERN,
+    file_hash,
+    read_teacher_index,
+    read_teacher_record,
+    record_of_teacher_shard,
+    teacher_scan,
+    teacher_views,
+)
+
+
+def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
+    """(what is wrong in a folder of teacher outputs, the file to remove before it is made again or None).
+
+    Every byte is compared with its hash and every view with the records; writes nothing.
+    """
+    shards = {path.stem: path for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
+    shards |= {path.stem: path.with_suffix(".pt") for path in directory.glob("teacher_shard_*.json")}
+    for path in (shards[stem] for stem in sorted(shards)):
+        yield from _shard_problems(path)
+    records = teacher_scan(directory).records()
+    if not records:
+        return
+    try:
+        index = read_teacher_index(directory)
+        _, views = teacher_views(directory, records, _rows_of_complete(records, index))
+    except FutureFormatError:
+        raise
+    except UserError as error:
+        yield str(error), None
+        return
+    for path, content in views.items():
+        try:
+            if read_regular(path, len(content)) != content:
+                yield f"{path}: differs from the records", None
+        except (UserError, OSError) as error:
+            yield f"{path}: {error}", None
+    yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
+    yield from _foreign_files(directory, index)
+
+
+def _rows_of_complete(records: list[dict], index: dict) -> int:
+    """How many rows make the index say `complete` as it does: the records do not know how many there shall be."""
+    rows = sum(record["num_samples"] for record in records)
+    return rows if index.get("complete") else rows + 1
+
+
+def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
+    try:
+        found = record_of_teacher_shard(path)
+    except FutureFormatError:
+        raise
+    except (UserError, OSError) as error:
+        yield str(error) if str(path) in str(error) else f"{path}: {error}", path
+        return
+    try:
+        record = read_teacher_record(record_path(path))
+    except FutureFormatError:
+        raise
+    except (UserError, OSError) as error:
+        yield str(error) if str(path.parent) in str(error) else f"{record_path(path)}: {error}", record_path(path)
+        return
+    if found != record:
+        yield f"{path}: differs from its record", path
+
+
+def _basis_problems(path: Path, expected: str | None) -> Iterator[tuple[str, Path | None]]:
+    try:
+        if expected is not None and file_hash(path) != expected:
+            yield f"{path}: damaged, or not the basis that the shards were made with", path
+    except (UserError, OSError) as error:
+        yield f"{path}: {error}", None
+
+
+def _foreign_files(directory: Path, index: dict) -> Iterator[tuple[str, Path | None]]:
+    basis = {BASIS_NAME} if index["basis_hash"] else set()
+    for entry in os.scandir(directory):
+        is_known = entry.name in {INDEX_NAME, STATISTICS_NAME} | basis
+        is_known = is_known or TEACHER_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
+        if not is_known and not entry.name.startswith(".nfs"):
+            reason = "left by a killed run; stage 1 removes it" if ".tmp-" in entry.name else "not part of a cache"
+            yield f"{entry.path}: {reason}", None
