@@ -204,6 +204,19 @@ def start_writeback(fd: int, offset: int, count: int) -> None:
         function(fd, offset, count, 2)  # SYNC_FILE_RANGE_WRITE
 
 
+def may_try_again(error: OSError, failures: dict[int, int]) -> bool:
+    """Whether what an error of the system hit is worth making anew, in new files.
+
+    Never fsync the same file again: after a failed fsync the kernel may call lost pages clean.
+
+    Args:
+        error: the present one, which is counted.
+        failures: errno -> how often it came up so far.
+    """
+    failures[error.errno] = failures.get(error.errno, 0) + 1
+    return failures[error.errno] < ATTEMPTS_AFTER.get(error.errno, 1)
+
+
 def reserve(fd: int, count: int) -> None:
     """Have Linux set room on the disk aside for the first `count` bytes; the file's size stays what it is.
 

@@ -20,7 +20,7 @@ from distillery.cache import ShardLayout
 from distillery.plan import differences
 from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
-from distillery.records import FutureFormatError, decode_checksums, parse_json, record_path
+from distillery.records import INDEX_NAME, FutureFormatError, decode_checksums, parse_json, record_path
 from distillery.shard_format import open_regular, read_blocks, read_regular
 from distillery.shard_format_fields import FIELD_DTYPES
 from distillery.teacher_identity import token_grid_of
@@ -45,7 +45,8 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
     Args:
         cache_dir: the image cache.
         wanted: configured_identity, and under "resolved" whatever of teacher_facts is known as well.
-        fingerprint: of several that fit, the one to take: precision: auto makes another on the CPU than on a GPU.
+        fingerprint: of several that fit, the one to take, where it is there; else the one that was made last. Several
+            fit when weights have changed behind the same name, or precision: auto was another on another device.
     Raises:
         MissingFileError: there are none at all. UserError: there are only others, with what differs from the nearest.
     """
@@ -57,8 +58,8 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
             unreadable = unreadable or error
             continue
         differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
-        is_other = index["fingerprint"] != fingerprint
-        found.append((len(differing), is_other, not index["complete"], folder.name, differing, folder))
+        is_other, made_at = index["fingerprint"] != fingerprint, (folder / INDEX_NAME).stat().st_mtime_ns
+        found.append((len(differing), is_other, not index["complete"], -made_at, folder, differing))
     if not found:
         if unreadable is not None:
             raise unreadable
@@ -66,7 +67,7 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
             f"{Path(cache_dir) / FOLDER_NAME}: no teacher outputs there. Run: {teacher_command()}, "
             "or set teacher_cache.enabled: false to run the teacher in every step."
         )
-    count, *_, differing, folder = min(found)
+    count, *_, folder, differing = min(found)
     if count:
         lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differing]
         raise UserError(

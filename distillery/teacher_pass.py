@@ -11,7 +11,7 @@ from distillery.build import build_teacher_backbone, choose_device, choose_preci
 from distillery.build_facts import weights_hash
 from distillery.cache import load_index
 from distillery.config import Configs
-from distillery.files import format_bytes
+from distillery.files import format_bytes, free_bytes
 from distillery.losses import fields_needed
 from distillery.models import MEMORY_FORMAT
 from distillery.plan import CachePlan, Survey
@@ -24,7 +24,7 @@ from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import LiveTeacher
 from distillery.teacher_plan import forward_flops
 from distillery.teacher_records import teacher_scan
-from distillery.teacher_survey import TeacherPlan, survey_teacher
+from distillery.teacher_survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_verify import LEAST_COSINE, replay_views
 from distillery.teacher_writer import make_teacher_cache
 
@@ -53,7 +53,11 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
     teacher, spec = build_live_teacher(configs, images.fingerprint)
     label = f"{configs.model.teacher_name} ({configs.model.teacher_source})"
     return TeacherJob(
-        TeacherPlan(images, spec), teacher, shards, label, forward_flops(teacher.backbone, configs.data.image_size)
+        TeacherPlan(images_for_training(images), spec),
+        teacher,
+        shards,
+        label,
+        forward_flops(teacher.backbone, configs.data.image_size),
     )
 
 
@@ -95,19 +99,22 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     state = f"{len(survey.done)} done, {len(to_make)} to go"
     if len(job.shards) < plan.num_shards:
         state = f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; {state}"
-    passes = rows_to_make * views
-    return [
+    passes, num_bytes, free = rows_to_make * views, rows_to_make * plan.row_bytes, free_bytes(plan.images.directory)
+    lines = [
         f"the teacher's outputs: {job.label}, {views} views of every image, {job.teacher.precision} on "
         f"{job.teacher.device.type}",
         f"  -> {plan.directory}",
         f"  of every view: {fields}",
         f"  {format_bytes(rows * spec.view_bytes)} for each view, {format_bytes(rows * plan.row_bytes)} in all; "
         f"{plan.num_shards} shards",
-        f"  {state}; {format_bytes(rows_to_make * plan.row_bytes)} to write, {passes} forward passes of the teacher to "
+        f"  {state}; {format_bytes(num_bytes)} to write, {passes} forward passes of the teacher to "
         f"run, {_format_flops(job.flops)} each: {_format_flops(passes * job.flops)}",
         f"  mode: cached then saves {rows} of them in every epoch over all images, {_format_flops(rows * job.flops)}: "
         f"the pass costs as much as {views} epochs with the live teacher",
     ]
+    if num_bytes > free:
+        lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
+    return lines
 
 
 def _format_flops(count: float) -> str:
@@ -123,7 +130,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.doubtful]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))
-    with Progress(total=rows, unit="images", desc=f"{job.label}", enabled=rows > 0) as progress:
+    with Progress(total=rows, unit="images", desc=job.label, enabled=rows > 0) as progress:
         report = make_teacher_cache(
             job.plan,
             job.teacher,

@@ -257,6 +257,8 @@ def _is_sound(index: dict) -> bool:
     rows = index["shards"]
     counts = [row[key] for row in rows for key in ("global_start", "num_samples", "num_failed", "bytes")]
     extents = [extent for entry in index["fields"].values() for extent in entry["view_shape"]]
+    facts, form = index["identity"]["resolved"], index["identity"]["stored"]["tokens"]
+    extents += [*facts["grid"], facts["pooled_width"], facts["token_width"], form.get("token_grid", 1)]
     if not all(type(value) is int and 0 <= value < _MAX_COUNT for value in [*counts, *extents, index["num_views"]]):
         return False
     ends = [row["global_start"] + row["num_samples"] for row in rows]
@@ -269,6 +271,9 @@ def _is_sound(index: dict) -> bool:
         and index["num_views"] > 0
         and "pooled" in index["fields"]
         and set(index["fields"]) <= set(FIELD_NAMES)
+        and len(facts["grid"]) == 2
+        and type(facts["weights_hash"]) is str
+        and type(form["form"]) is str
         and all(extent > 0 for extent in extents)
         and all(len(entry["view_shape"]) in (1, 2) for entry in index["fields"].values())
         and all(TEACHER_PATTERN.fullmatch(row["shard_path"]) and row["num_samples"] > 0 for row in rows)

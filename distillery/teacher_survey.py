@@ -1,7 +1,7 @@
 """What the teacher outputs over an image cache shall be, and what a folder already holds of them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distillery.plan import CachePlan, Survey, is_untouched
@@ -45,6 +45,19 @@ class TeacherPlan:
     def uses_basis(self) -> bool:
         """Whether tokens are stored in a basis of their own."""
         return self.spec.identity["stored"]["tokens"]["form"] == "pca"
+
+
+def images_for_training(images: CachePlan) -> CachePlan:
+    """The plan with as many images more as could not be decoded, where they are there, up to its last shard's end.
+
+    Stage 1 counts max_samples in rows of the source; training on a cache that has more counts those it can use.
+    """
+    if not images.directory.is_dir():
+        return images
+    records = [record for record in RecordScan(images.directory).records() if record["shard_idx"] < images.num_shards]
+    end = max((record["global_start"] + record["num_samples"] for record in records), default=0)
+    wanted = images.num_rows + sum(record["num_failed"] for record in records)
+    return replace(images, num_rows=max(images.num_rows, min(wanted, end)))
 
 
 def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.files import ATTEMPTS_AFTER, make_directory
+from distillery.files import make_directory, may_try_again
 from distillery.process import RunError, StopFlag, UserError
 from distillery.records import FutureFormatError, RecordScan, record_path
 from distillery.teacher_basis import ensure_basis
@@ -236,7 +236,5 @@ def _run_with_retries(work: _Pass, to_make: list[int], scan: RecordScan) -> None
         except UserError:
             raise
         except OSError as error:
-            # never fsync the same file again: after a failed fsync the kernel may call lost pages clean
-            failures[error.errno] = failures.get(error.errno, 0) + 1
-            if failures[error.errno] >= ATTEMPTS_AFTER.get(error.errno, 1):
+            if not may_try_again(error, failures):
                 raise

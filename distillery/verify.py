@@ -3,6 +3,7 @@
 import os
 import shlex
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,10 +66,10 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
         return _verify_seed(index)
     listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
     on_disk = {entry.name for entry in os.scandir(directory) if SHARD_PATTERN.fullmatch(entry.name)}
-    lock = threading.Lock()
+    lock, fingerprints = threading.Lock(), {}
 
     def check(name: str) -> list[Problem]:
-        found = list(_verify_shard(directory / name, index, listed.get(name)))
+        found = list(_verify_shard(directory / name, index, listed.get(name), fingerprints))
         if progress and (directory / name).exists():
             with lock:
                 progress((directory / name).stat().st_size)
@@ -77,6 +78,8 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
     with ThreadPoolExecutor(usable_cpus()) as pool:
         for found in pool.map(check, sorted(on_disk | set(listed))):
             problems += found
+    if index is None:
+        problems += _verify_agreement(directory, fingerprints)
     return problems + list(_verify_views(directory, index))
 
 
@@ -93,7 +96,23 @@ def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
         return None, [Problem(f"{directory / INDEX_NAME}: missing" if missing else str(error))]
 
 
-def _verify_shard(path: Path, index: CacheIndex | None, s: int | None) -> Iterator[Problem]:
+def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator[Problem]:
+    """Without an index: shards whose own description is of another cache than that of most."""
+    counts = Counter(fingerprints.values()).most_common(2)
+    if len(counts) < 2:
+        return
+    (most, count), (_, second) = counts
+    for name, fingerprint in sorted(fingerprints.items()):
+        if count == second:
+            yield Problem(f"{directory / name}: as many shards here are of another cache; keep those of one of them")
+        elif fingerprint != most:
+            yield Problem(f"{directory / name}: of another cache than most shards here", directory / name)
+
+
+def _verify_shard(
+    path: Path, index: CacheIndex | None, s: int | None, fingerprints: dict[str, str]
+) -> Iterator[Problem]:
+    """What is wrong with a shard and its record; `fingerprints` gets the one that the shard itself tells."""
     record, recorded = None, record_path(path)
     try:
         record = read_record(recorded)
@@ -112,6 +131,7 @@ def _verify_shard(path: Path, index: CacheIndex | None, s: int | None) -> Iterat
     except (UserError, OSError) as error:
         yield Problem(_naming(path, error), path)
         return
+    fingerprints[path.name] = remade["fingerprint"]
     if record is not None and remade != record:
         yield Problem(f"{path}: differs from its record in {_differing_keys(remade, record)}", path)
     if index is not None and s is None:

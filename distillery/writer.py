@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from distillery.decode import Unit
 from distillery.decode_pool import decode_pool, split_by_bytes
-from distillery.files import ATTEMPTS_AFTER, NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory
+from distillery.files import NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory, may_try_again
 from distillery.plan import CachePlan, Survey
 from distillery.process import RunError, StopFlag, UserError
 from distillery.records import RecordScan, record_path, write_views
@@ -303,9 +303,7 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
         except UserError:
             raise
         except OSError as error:
-            # never fsync the same file again: after a failed fsync the kernel may call lost pages clean
-            failures[error.errno] = failures.get(error.errno, 0) + 1
-            if failures[error.errno] >= ATTEMPTS_AFTER.get(error.errno, 1):
+            if not may_try_again(error, failures):
                 raise
         finally:
             pipeline.close()

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -10,6 +11,7 @@ from stage1 import folder_bytes
 from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.augment import Augmentation
+from distillery.files import sha256_of
 from distillery.models_pair import resample_tokens
 from distillery.process import MissingFileError, UserError
 from distillery.records import record_path
@@ -183,6 +185,16 @@ def test_of_several_folders_that_fit_the_one_a_run_was_started_on_is_taken(copy)
         assert found.fingerprint == plan.spec.fingerprint
 
 
+def test_of_several_folders_that_fit_the_one_made_last_is_taken(copy):
+    plans = [teacher_plan(images_plan(copy.parents[1]), live_teacher(seed=seed)) for seed in (2, 3)]
+    for plan, seed in zip(plans, (2, 3), strict=True):
+        run_pass(plan, live_teacher(seed=seed))
+    for last, before in (plans, plans[::-1]):
+        os.utime(before.directory / "index.json", ns=(0, 0))
+        os.utime(last.directory / "index.json")
+        assert find_teacher_cache(copy.parents[1], wanted(last)).fingerprint == last.spec.fingerprint
+
+
 def test_no_folder_at_all_names_the_command(tmp_path):
     with pytest.raises(MissingFileError, match="no teacher outputs there. Run: python precompute_cache.py --teacher"):
         find_teacher_cache(tmp_path, {})
@@ -290,6 +302,24 @@ def test_a_shard_of_other_outputs_under_the_same_name_is_refused(copy, plans):
 def test_a_damaged_or_hostile_index_is_refused(copy, change):
     index = json.loads((copy / "index.json").read_text())
     change(index)
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json: damaged"):
+        TeacherCache(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda identity: identity.pop("resolved"),
+        lambda identity: identity["resolved"].update(grid=[0]),
+        lambda identity: identity["resolved"].update(weights_hash=7),
+        lambda identity: identity["stored"].update(tokens=None),
+    ],
+)
+def test_an_identity_that_lacks_what_is_read_of_it_is_refused_although_its_hash_agrees(copy, change):
+    index = json.loads((copy / "index.json").read_text())
+    change(index["identity"])
+    index["fingerprint"] = sha256_of(index["identity"])
     (copy / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"index.json: damaged"):
         TeacherCache(copy)

@@ -62,6 +62,13 @@ def copy(place, tmp_path) -> Path:
     return tmp_path / "cache"
 
 
+def test_a_disk_too_small_for_the_outputs_is_told_before_the_pass(run_teacher, monkeypatch, tmp_path):
+    monkeypatch.setattr(teacher_pass, "free_bytes", lambda _folder: 1000)
+    status, output, _ = run_teacher("--dry_run", cache=tmp_path / "cache")
+    assert status == 0
+    assert re.search(r"WARNING: \S+ kB are to be written, 1.0 kB are free", output), output
+
+
 def test_one_command_makes_the_images_and_the_teachers_outputs(place):
     folder = teacher_folder(place.folder / "cache")
     index = json.loads((folder / "index.json").read_text())

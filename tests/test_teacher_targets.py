@@ -21,6 +21,7 @@ from distillery.loader import DevicePrefetcher
 from distillery.models_pair import FrozenTeacher, align, resample_tokens
 from distillery.process import RunError, UserError
 from distillery.standardise import Targets
+from distillery.teacher_survey import images_for_training
 from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields, open_teacher_cache
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
@@ -232,7 +233,13 @@ def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_
     # image 17 cannot be decoded: the first 19 that can are among the first 20
     assert opened(19).directory == plan.directory
     with pytest.raises(UserError, match="no teacher outputs for the images from 20 on"):
-        opened(21)
+        opened(20)
+    # so the pass for the first 20 takes one more
+    more = images_for_training(plan.images)
+    assert more.num_rows == 21
+    run_pass(teacher_plan(more, live_teacher()), live_teacher())
+    assert opened(20).index["num_samples"] == 21
+    assert images_for_training(images_plan(tmp_path)).num_rows == 40
 
 
 def test_only_fields_that_a_loss_compares_are_read():

@@ -129,6 +129,32 @@ def test_a_shard_of_another_cache_is_found_wherever_it_lies(cache, tmp_path):
     assert command == f"rm -f -- {cache}/images_shard_00001.pt {cache}/images_shard_00003.pt && stage1"
 
 
+def test_a_shard_of_another_cache_is_found_without_index_and_record(cache, tmp_path):
+    other = SmallSource(30)
+    run_stage1(small_plan(tmp_path / "other", other), other)
+    expected = folder_bytes(cache)
+    shutil.copy(tmp_path / "other" / "images_shard_00001.pt", cache)
+    (cache / "index.json").unlink()
+    (cache / "images_shard_00001.json").unlink()
+    with pytest.raises(UserError, match="made with another configuration"):
+        run_stage1(small_plan(cache, SOURCE), SOURCE)
+    removed = [problem.remove for problem in find_problems(cache) if problem.remove]
+    assert removed == [cache / "images_shard_00001.pt"]
+    removed[0].unlink()
+    run_stage1(small_plan(cache, SOURCE), SOURCE)
+    assert folder_bytes(cache) == expected
+
+
+def test_without_an_index_two_caches_of_as_many_shards_are_told_and_none_is_named_for_removal(cache, tmp_path):
+    other = SmallSource(30)
+    run_stage1(small_plan(tmp_path / "other", other), other)
+    shutil.copy(tmp_path / "other" / "images_shard_00001.pt", cache)
+    for name in ("index.json", "images_shard_00001.json", "images_shard_00002.json", "images_shard_00002.pt"):
+        (cache / name).unlink()
+    assert not any(problem.remove for problem in find_problems(cache))
+    assert sum("keep those of one of them" in problem.text for problem in find_problems(cache)) == 2
+
+
 def test_a_foreign_file_is_told_and_never_named_for_removal(cache):
     (cache / "notes.txt").write_text("mine")
     problems = find_problems(cache)
