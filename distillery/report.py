@@ -72,10 +72,10 @@ def summary_table(run_dir: Path) -> str:
     for dataset in datasets_of(run.rows):
         models = run.evaluation(dataset)
         shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
-        lines.append(f"{dataset:<20}" + "".join(f"{title:>16}" for _, title, _ in shown))
+        lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
         for model, row in models.items():
-            cells = "".join(f"{format_measure(row, name, form):>16}" for name, _, form in shown)
-            lines.append(f"  {MODELS[model]:<18}{cells}")
+            cells = [f"  {format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
+            lines.append(f"  {MODELS[model]:<18}{''.join(cells)}")
         if passes_teacher(models):
             lines += _wrapped(PASSING_NOTE)
         if has_collapsed(models.get("student", {})):

@@ -214,6 +214,15 @@ def test_the_table_for_the_console_has_a_line_per_model(tmp_path):
     assert "linear" not in lines[0]  # nowhere measured: no column
 
 
+def test_the_columns_of_the_table_stand_apart_however_long_their_titles(tmp_path):
+    make_run(tmp_path, steps=2, evaluated=True)
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("eval", step=2, epoch=1, dataset="digits", model="student", knn_top1=0.7, neighbour_overlap=0.1, cka=0.2)
+    lines = summary_table(tmp_path).splitlines()
+    assert "overlap@10 with teacher  CKA with teacher" in lines[0]
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
 def test_plots_are_written_and_named_after_what_they_show(tmp_path):
     paths = write_plots(make_run(tmp_path, steps=4, evaluated=True))
     assert {path.name for path in paths} == {
