@@ -10,7 +10,7 @@ from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
 import distill_trainer
-from distillery import checkpoint, engine, evaluate
+from distillery import checkpoint, engine, run_evaluation
 
 KILL = signal.SIGKILL
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
@@ -21,9 +21,9 @@ POINTS = {
     "between the two batches of a step": (engine, "forward_losses", 6),
     "after the last step of an epoch": (distill_trainer, "check_weights", 3),
     "in the last step": (engine, "forward_losses", 20),
-    "in the evaluation before the first step": (evaluate, "extract_features", 2),
-    "in the evaluation between two epochs": (evaluate, "extract_features", 6),
-    "in the evaluation at the end": (evaluate, "extract_features", 8),
+    "in the evaluation before the first step": (run_evaluation, "extract_features", 2),
+    "in the evaluation between two epochs": (run_evaluation, "extract_features", 6),
+    "in the evaluation at the end": (run_evaluation, "extract_features", 9),
     "in the writing of a checkpoint": (checkpoint.torch, "save", 2),
     "between a checkpoint and its record": (checkpoint, "write_atomic", 1),
 }
