@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from distillery.files import fsync_dir, make_directory, temporary_name, write_atomic
+from distillery.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
 from distillery.process import MissingFileError, RunError, UserError
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -104,11 +103,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 def hash_of(path: Path) -> str:
     """XXH3-128 of a file's bytes, as records have it."""
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"
+        return hash_file(file)
 
 
 def is_complete(path: Path) -> bool:

@@ -14,7 +14,9 @@ import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from distillery.process import UserError
 
@@ -304,6 +306,11 @@ def free_bytes(path: Path) -> int:
         path = path.parent
     stats = os.statvfs(path)
     return stats.f_bavail * stats.f_frsize
+
+
+def hash_file(file: BinaryIO) -> str:
+    """XXH3-128 of an open file's bytes from its present position on, "xxh3_128:<hex>" as records have it."""
+    return f"xxh3_128:{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}"
 
 
 def format_bytes(count: float) -> str:

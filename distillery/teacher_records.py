@@ -13,9 +13,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from distillery.files import sha256_of
+from distillery.files import hash_file, sha256_of
 from distillery.process import MissingFileError, UserError
 from distillery.records import (
     FORMAT_VERSION,
@@ -29,7 +28,7 @@ from distillery.records import (
     parse_json,
     read_guarded,
 )
-from distillery.shard_format import open_regular, read_blocks, read_meta, read_regular
+from distillery.shard_format import open_regular, read_meta, read_regular
 from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
 
 FOLDER_NAME = "teacher"
@@ -65,11 +64,8 @@ def read_teacher_record(path: Path) -> dict:
 
 def file_hash(path: os.PathLike) -> str:
     """XXH3-128 of a file's bytes, "xxh3_128:<hex>"."""
-    digest = xxhash.xxh3_128()
     with open_regular(path) as file:
-        for block in read_blocks(file, os.fstat(file.fileno()).st_size):
-            digest.update(block)
-    return f"xxh3_128:{digest.hexdigest()}"
+        return hash_file(file)
 
 
 def encode_sums(count: int, total: np.ndarray, squares: np.ndarray) -> dict:

@@ -12,6 +12,7 @@ import xxhash
 from distillery.files import (
     create_temporary,
     fsync_dir,
+    hash_file,
     publish_no_clobber,
     pwrite_all,
     reserve,
@@ -20,7 +21,7 @@ from distillery.files import (
 )
 from distillery.process import UserError
 from distillery.records import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
-from distillery.shard_format import crc32, read_blocks
+from distillery.shard_format import crc32
 from distillery.shard_format_fields import frame_of, place_fields
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_outputs import FieldSums
@@ -155,12 +156,9 @@ class OpenTeacherShard:
 
 
 def _hash_of(fd: int) -> str:
-    digest = xxhash.xxh3_128()
     with open(fd, "rb", buffering=0, closefd=False) as file:
         file.seek(0)
-        for block in read_blocks(file, os.fstat(fd).st_size):
-            digest.update(block)
-    return f"xxh3_128:{digest.hexdigest()}"
+        return hash_file(file)
 
 
 def adopt_teacher_shard(path: Path, spec: TeacherCacheSpec) -> dict:

@@ -1,6 +1,7 @@
 """The calls by which stage 1 changes a disk, counted, so that something can happen at the n-th."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,3 +51,26 @@ def watched(around: Callable, names: tuple[str, ...] = ALL_BUT_CLOSE) -> Iterato
     finally:
         for name, function in original.items():
             setattr(os, name, function)
+
+
+@contextmanager
+def killed_at(fatal: int, mode: str) -> Iterator[None]:
+    """Within, this process dies before or after its n-th change of the disk, or in the middle of its n-th write."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(n, name, call, *args):
+        if n == fatal and mode == "before":
+            die()
+        if n == fatal and mode == "half":
+            call(args[0], args[1][: len(args[1]) // 2], *args[2:])
+            die()
+        try:
+            return call(*args)
+        finally:
+            if n == fatal:
+                die()
+
+    with watched(around, ("write", "pwrite", "pwritev") if mode == "half" else ALL_BUT_CLOSE):
+        yield

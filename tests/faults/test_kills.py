@@ -1,7 +1,6 @@
 """Killed at any instant and run again, any number of times, the cache is byte for byte the uninterrupted one."""
 
 import itertools
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 from processes import FINISHED, fork, kill_group, members, use_forked_workers, wait, wait_until
 from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
-from syscalls import ALL_BUT_CLOSE, watched
+from syscalls import killed_at, watched
 
 from distillery.verify import verify_cache
 
@@ -27,26 +26,9 @@ def check_visible_shards(folder, reference) -> None:
             assert data == reference[name] or name in {"index.json", "failures.jsonl"}, f"{name} is torn"
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def run_until_call(plan, source, fatal: int, mode: str) -> None:
     """Stage 1 that is killed before or after its n-th change of the disk, or in the middle of its n-th write."""
-
-    def around(n, name, call, *args):
-        if n == fatal and mode == "before":
-            die()
-        if n == fatal and mode == "half":
-            call(args[0], args[1][: len(args[1]) // 2], *args[2:])
-            die()
-        try:
-            return call(*args)
-        finally:
-            if n == fatal:
-                die()
-
-    with watched(around, ("write", "pwrite", "pwritev") if mode == "half" else ALL_BUT_CLOSE):
+    with killed_at(fatal, mode):
         run_stage1(plan, source)
 
 

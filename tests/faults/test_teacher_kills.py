@@ -1,7 +1,6 @@
 """The teacher's pass, killed at any instant and run again, ends byte for byte like the uninterrupted one."""
 
 import itertools
-import os
 import shutil
 import signal
 import time
@@ -13,7 +12,7 @@ from caches import make_test_cache
 from processes import FINISHED, fork, kill_group, wait
 from scale import SCALE, scaled
 from stage1 import folder_bytes
-from syscalls import ALL_BUT_CLOSE, watched
+from syscalls import killed_at
 from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_power_loss import Disk, rebuild, record
 
@@ -52,26 +51,9 @@ def check_visible_files(directory: Path, reference: dict[str, bytes]) -> None:
             assert data == reference[name] or name in VIEWS_OF_RECORDS, f"{name} is torn"
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def run_until_call(plan, teacher, fatal: int, mode: str) -> None:
     """A pass that is killed before or after its n-th change of the disk, or in the middle of its n-th write."""
-
-    def around(n, name, call, *args):
-        if n == fatal and mode == "before":
-            die()
-        if n == fatal and mode == "half":
-            call(args[0], args[1][: len(args[1]) // 2], *args[2:])
-            die()
-        try:
-            return call(*args)
-        finally:
-            if n == fatal:
-                die()
-
-    with watched(around, ("write", "pwrite") if mode == "half" else ALL_BUT_CLOSE):
+    with killed_at(fatal, mode):
         run_pass(plan, teacher)
 
 
