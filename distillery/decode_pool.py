@@ -1,9 +1,9 @@
-"""Who decodes: a pool of worker processes that gets encoded images through shared memory, or this process itself.
+"""Who decodes: a pool of worker processes, or this process itself. Images go and rows come back through shared memory.
 
 Measured on two cores against threads in one process: threads reach 0.75 to 0.90 of the speed of processes, because the
 Python between the calls that release the interpreter's lock does not. What processes cost is kept small: they are forks
 of one process that has imported torch once, and images do not pass through a pipe, which took a sixth of the time that
-decoding them takes.
+decoding them takes. Rows come to lie in the memory they are written to the disk from.
 """
 
 import ctypes
@@ -12,53 +12,99 @@ import multiprocessing
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
-from distillery.decode import Unit, UnitResult, write_unit
+from distillery.decode import Unit, UnitResult, decode_unit
+from distillery.files import ALIGNMENT_BYTES
 from distillery.preprocess import DecodeError, PreprocessSpec, decode_image
 from distillery.process import STOP_SIGNALS, ignore_stop_signals
 
-SLOT_BYTES = 4 << 20
+# of a unit: encoded images at most; and rows as they are stored, unless one alone is larger
+SLOT_BYTES, STORED_BYTES = 4 << 20, 16 << 20
+# units whose rows wait for the disk, besides those that are being decoded
+WRITE_AHEAD = 4
 _IMAGES_LOOKED_AT = 4
 
 
-class InlinePool:
+@dataclass
+class Work:
+    """A unit that was given to a pool. future: of its UnitResult; memory: `gap` free bytes, then its rows."""
+
+    future: Future
+    memory: memoryview
+    slot: int
+
+
+class Pool(ABC):
+    """Decodes units into memory of its own, which each has from submit until release.
+
+    Args:
+        capacity: how many units may be decoded or wait for it; WRITE_AHEAD others may be waiting for their release.
+        row_bytes: of a row as it is stored.
+    """
+
+    def __init__(self, capacity: int, row_bytes: int) -> None:
+        self.capacity, self._row_bytes = capacity, row_bytes
+        self._slots = Slots(capacity + WRITE_AHEAD, SLOT_BYTES, stored_bytes_of(row_bytes))
+        self._free = deque(range(self._slots.count))
+
+    def submit(self, unit: Unit, gap: int) -> Work:
+        """Have a unit decoded, into memory from byte `gap` of a page on.
+
+        Raises:
+            BrokenProcessPool: a worker died.
+        """
+        slot, num_bytes = self._free.popleft(), len(unit.images) * self._row_bytes
+        memory = self._slots.stored(slot)[: gap + num_bytes]
+        return Work(self._start(unit, slot, gap), memory, slot)
+
+    def release(self, work: Work) -> None:
+        """Its rows are no longer needed."""
+        self._free.append(work.slot)
+
+    @abstractmethod
+    def _start(self, unit: Unit, slot: int, gap: int) -> Future: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop what is in hand, and the memory."""
+
+
+class InlinePool(Pool):
     """Decodes in submit: for one worker there is nothing to gain from a second process."""
 
-    capacity = 1
+    def __init__(self, row_bytes: int) -> None:
+        super().__init__(1, row_bytes)
 
-    def submit(self, unit: Unit) -> Future:
-        """A future of the UnitResult, which is done."""
+    def _start(self, unit: Unit, slot: int, gap: int) -> Future:
         future: Future = Future()
         try:
-            future.set_result(write_unit(unit))
+            future.set_result(_decode_into(self._slots, slot, gap, unit, self._row_bytes))
         except Exception as error:
             future.set_exception(error)
         return future
 
-    def close(self) -> None:
-        """There is nothing to end."""
+    def close(self) -> None:  # noqa: D102
+        self._slots.close()
 
 
-class ProcessPool:
-    """Worker processes; `capacity` units may be in flight.
+class ProcessPool(Pool):
+    """Worker processes.
 
     The workers hold the reading end of a pipe whose writing end this process alone has, and end when it closes: none
     outlives this process, however it dies, and signals to the whole process group are left to it.
     """
 
-    def __init__(self, num_workers: int, *, preload: Sequence[str] = ()) -> None:
-        # for each worker a unit in hand and one that waits
-        self.capacity = 2 * num_workers + 2
-        self._slots = Slots(self.capacity)
-        self._free = deque(range(self.capacity))
+    def __init__(self, num_workers: int, row_bytes: int, *, preload: Sequence[str] = ()) -> None:
+        super().__init__(units_in_flight(num_workers), row_bytes)
         self._unfinished: set[Future] = set()
         self._is_broken = False
         self._leash, self._leash_end = os.pipe()
@@ -76,33 +122,25 @@ class ProcessPool:
             for _ in range(num_workers):  # starts them
                 self._executor.submit(os.getpid)
 
-    def submit(self, unit: Unit) -> Future:
-        """A future of the UnitResult.
-
-        Raises:
-            BrokenProcessPool: a worker died.
-        """
-        slot, lengths = None, [len(data) for data in unit.images]
-        if sum(lengths) <= SLOT_BYTES and self._free:
-            slot = self._free.popleft()
+    def _start(self, unit: Unit, slot: int, gap: int) -> Future:
+        lengths = [len(data) for data in unit.images]
+        if sum(lengths) <= SLOT_BYTES:
             self._slots.fill(slot, unit.images)
-            task = (_write_unit_of_slot, replace(unit, images=[]), slot, lengths)
+            unit = replace(unit, images=[])
         else:
-            task = (write_unit, replace(unit, images=list(map(bytes, unit.images))))
+            unit, lengths = replace(unit, images=list(map(bytes, unit.images))), None
         try:
             with _signals_blocked():
-                future = self._executor.submit(*task)
+                future = self._executor.submit(_decode_slot, slot, gap, unit, self._row_bytes, lengths)
         except BrokenProcessPool:  # a worker died while none of its units were in flight
             self._is_broken = True
             raise
         self._unfinished.add(future)
-        future.add_done_callback(lambda future: self._on_done(future, slot))
+        future.add_done_callback(self._on_done)
         return future
 
-    def _on_done(self, future: Future, slot: int | None) -> None:
+    def _on_done(self, future: Future) -> None:
         self._is_broken |= isinstance(future.exception(), BrokenProcessPool)
-        if slot is not None:
-            self._free.append(slot)
         self._unfinished.discard(future)
 
     def close(self) -> None:
@@ -119,13 +157,28 @@ class ProcessPool:
 
 
 def decode_pool(
-    num_workers: int, spec: PreprocessSpec, dtype: str, first_images: Sequence[bytes]
+    num_workers: int, spec: PreprocessSpec, dtype: str, row_bytes: int, first_images: Sequence[bytes]
 ) -> InlinePool | ProcessPool:
     """Worker processes, or this process itself for one worker; the first images tell what the workers will need."""
     if num_workers <= 1:
-        return InlinePool()
+        return InlinePool(row_bytes)
     preload = ["torch"] if needs_resampler(spec, first_images[:_IMAGES_LOOKED_AT]) else []
-    return ProcessPool(num_workers, preload=[*preload, *(["pyarrow.compute"] if dtype != "uint8" else [])])
+    return ProcessPool(num_workers, row_bytes, preload=[*preload, *(["pyarrow.compute"] if dtype != "uint8" else [])])
+
+
+def units_in_flight(num_workers: int) -> int:
+    """Units that are decoded or wait for it: for each worker one in hand and one that waits."""
+    return 2 * num_workers + 2
+
+
+def stored_bytes_of(row_bytes: int) -> int:
+    """Memory for a unit's rows, in whole pages."""
+    return -(-(ALIGNMENT_BYTES + max(STORED_BYTES, row_bytes)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def memory_bytes(num_workers: int, row_bytes: int) -> int:
+    """What a pool's units take at the most."""
+    return (units_in_flight(num_workers) + WRITE_AHEAD) * (SLOT_BYTES + stored_bytes_of(row_bytes))
 
 
 def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
@@ -142,13 +195,14 @@ def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
     return False
 
 
-def split_by_bytes(
-    images: Sequence[bytes | memoryview], most: int = SLOT_BYTES
+def split_into_units(
+    images: Sequence[bytes | memoryview], row_bytes: int, most: int = SLOT_BYTES
 ) -> Iterator[Sequence[bytes | memoryview]]:
-    """Runs of consecutive images of at most `most` bytes; an image larger than that is a run of its own."""
+    """Runs of consecutive images of `most` bytes and STORED_BYTES of rows; what is larger alone is a run of its own."""
+    most_rows = max(1, STORED_BYTES // row_bytes)
     start = num_bytes = 0
     for i, data in enumerate(images):
-        if i > start and num_bytes + len(data) > most:
+        if i > start and (num_bytes + len(data) > most or i - start == most_rows):
             yield images[start:i]
             start, num_bytes = i, 0
         num_bytes += len(data)
@@ -157,39 +211,45 @@ def split_by_bytes(
 
 
 class Slots:
-    """Memory in pieces of SLOT_BYTES that this process fills and the worker processes read.
+    """Memory for `count` units, shared with the worker processes: encoded images, and rows as they are stored.
 
     No file and no name: nothing is left behind, and a container's small /dev/shm is no limit.
     """
 
-    def __init__(self, count: int, fd: int | None = None) -> None:
-        self._count = count
-        self._fd = os.memfd_create("encoded-images") if fd is None else fd
-        os.ftruncate(self._fd, count * SLOT_BYTES)
-        self._memory = mmap.mmap(self._fd, count * SLOT_BYTES)
+    def __init__(self, count: int, encoded_bytes: int, stored_bytes: int, fd: int | None = None) -> None:
+        self.count, self._encoded_bytes, self._stored_bytes = count, encoded_bytes, stored_bytes
+        self._fd = os.memfd_create("units") if fd is None else fd
+        num_bytes = count * (encoded_bytes + stored_bytes)
+        os.ftruncate(self._fd, num_bytes)
+        self._memory = memoryview(mmap.mmap(self._fd, num_bytes))
+
+    def stored(self, slot: int) -> memoryview:
+        """Where a unit's rows come to lie: whole pages."""
+        start = self.count * self._encoded_bytes + slot * self._stored_bytes
+        return self._memory[start : start + self._stored_bytes]
 
     def fill(self, slot: int, images: Sequence[bytes | memoryview]) -> None:
-        """Put images, SLOT_BYTES at most, one after another into a slot."""
-        position = slot * SLOT_BYTES
+        """Put images, encoded_bytes at most, one after another into a slot."""
+        position = slot * self._encoded_bytes
         for data in images:
             self._memory[position : position + len(data)] = data
             position += len(data)
 
     def read(self, slot: int, lengths: Sequence[int]) -> list[memoryview]:
         """The images, of these lengths, that a slot holds: as long as it is not filled anew."""
-        images, position, memory = [], slot * SLOT_BYTES, memoryview(self._memory)
+        images, position = [], slot * self._encoded_bytes
         for length in lengths:
-            images.append(memory[position : position + length])
+            images.append(self._memory[position : position + length])
             position += length
         return images
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
+        """Let go of the memory; it is given back with the last view of it."""
         os.close(self._fd)
+        del self._memory
 
     def __reduce__(self) -> tuple:
-        return _attach_slots, (self._count, _Descriptor(self._fd))
+        return _attach_slots, (self.count, self._encoded_bytes, self._stored_bytes, _Descriptor(self._fd))
 
 
 class _Descriptor:
@@ -206,8 +266,8 @@ def _detach(duplicate) -> int:
     return duplicate.detach()
 
 
-def _attach_slots(count: int, fd: int) -> Slots:
-    return Slots(count, fd)
+def _attach_slots(*arguments: int) -> Slots:
+    return Slots(*arguments)
 
 
 _slots: Slots | None = None
@@ -238,8 +298,15 @@ def _end_with_parent(leash: int) -> None:
     os._exit(1)
 
 
-def _write_unit_of_slot(unit: Unit, slot: int, lengths: Sequence[int]) -> UnitResult:
-    return write_unit(replace(unit, images=_slots.read(slot, lengths)))
+def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int, lengths: list[int] | None) -> UnitResult:
+    """In a worker; lengths: of the encoded images that lie in the slot, None where the unit has them itself."""
+    if lengths is not None:
+        unit = replace(unit, images=_slots.read(slot, lengths))
+    return _decode_into(_slots, slot, gap, unit, row_bytes)
+
+
+def _decode_into(slots: Slots, slot: int, gap: int, unit: Unit, row_bytes: int) -> UnitResult:
+    return decode_unit(unit, slots.stored(slot)[gap : gap + len(unit.images) * row_bytes])
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +38,8 @@ NETWORK_FILE_SYSTEMS = {
     "fuse.juicefs",
 }
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# of memory and file, for writes past the page cache: a page, and more than a sector of any usual disk
+ALIGNMENT_BYTES = 4096
 # how often a file is written anew, from its data, in all; ENOENT and ESTALE: another process took the temporary file
 # for a dead writer's leftover
 ATTEMPTS_AFTER = {errno.EIO: 2, errno.ENOENT: 5, errno.ESTALE: 5}
@@ -157,18 +158,6 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def pwritev_all(fd: int, pieces: Sequence, offset: int) -> None:
-    """pwrite_all of contiguous buffers, at most 1024 (IOV_MAX), one after another."""
-    views = [memoryview(piece).cast("B") for piece in pieces]
-    while views:
-        written = os.pwritev(fd, views, offset)
-        offset += written
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
-
-
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, complete.
 
@@ -194,6 +183,22 @@ def write_atomic(path: Path, data: bytes) -> None:
             number = error.errno if isinstance(error, OSError) else None
             if attempt >= ATTEMPTS_AFTER.get(number, 1) or not path.parent.is_dir():
                 raise
+
+
+def bypass_page_cache(fd: int, wanted: bool) -> bool:
+    """Have writes to a file go straight to the disk, or no longer; returns whether they do now.
+
+    They must then begin and end at multiples of ALIGNMENT_BYTES, in memory as in the file; where the file system cannot
+    do it, or not with pages of that size, writes go on as before or fail with EINVAL. Durable they are only after
+    fsync, as ever. Source: open(2), O_DIRECT; fcntl(2), F_SETFL.
+    """
+    direct = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~direct
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | direct if wanted else flags)
+    except OSError:
+        return False
+    return wanted and direct != 0
 
 
 def start_writeback(fd: int, offset: int, count: int) -> None:

@@ -26,7 +26,7 @@ _LOSS_OF_A_KILL_S = 1800
 class CacheWork:
     """What stage 1 is to make, over all folders and for this job alone; bytes of float or uint8 rows.
 
-    num_shards: of this job's share; num_folders: caches; unit_bytes: memory for encoded images in flight.
+    num_shards: of this job's share; num_folders: caches; unit_bytes: memory for units in flight.
     """
 
     num_images: int

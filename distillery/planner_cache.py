@@ -1,14 +1,13 @@
 """Stage 1's plan in words; a few images decoded to tell the hours, and what the hub says without a download."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from distillery.config import DataConfig
-from distillery.decode import Unit, write_unit
-from distillery.decode_pool import SLOT_BYTES, needs_resampler
+from distillery.decode import Unit, decode_unit
+from distillery.decode_pool import memory_bytes, needs_resampler
 from distillery.files import format_bytes, free_bytes, is_network_file_system
 from distillery.plan import CachePlan, Survey
 from distillery.planner import CacheWork, DecodeSpeed, cache_lines, free_inodes
@@ -85,13 +84,11 @@ def measure_decoding(source: Source, spec: PreprocessSpec, dtype: str, num_image
     needs_torch = needs_resampler(spec, images[:_FIRST])
     if needs_torch:
         load_resampler().set_num_threads(1)  # as many as a worker has
-    fd = os.memfd_create("decoded-images")
-    try:
-        # the first few pay for what is imported and allocated once
-        parts = [images[:_FIRST], *([images[_FIRST:]] if count > _FIRST else [])]
-        results = [write_unit(Unit(f"/proc/self/fd/{fd}", 0, part, spec, dtype)) for part in parts]
-    finally:
-        os.close(fd)
+    # the first few pay for what is imported and allocated once
+    parts = [images[:_FIRST], *([images[_FIRST:]] if count > _FIRST else [])]
+    row_bytes = 3 * spec.image_size**2 * np.dtype(DTYPES[dtype]).itemsize
+    memory = memoryview(bytearray(max(map(len, parts)) * row_bytes))
+    results = [decode_unit(Unit(0, part, spec, dtype), memory[: len(part) * row_bytes]) for part in parts]
     num_decoded = len(parts[-1]) - len(results[-1].failures)
     if not num_decoded:
         return None
@@ -130,7 +127,7 @@ def plan_lines(
         num_shards=sum(len(shards) for _, shards, _ in entries),
         num_folders=len(entries),
         num_workers=num_workers,
-        unit_bytes=(2 * num_workers + 2) * SLOT_BYTES,
+        unit_bytes=memory_bytes(num_workers, max((plan.row_bytes for plan, _, _ in entries), default=1)),
     )
     return cache_lines(work, speed, free_inodes(folder))
 

@@ -1,9 +1,9 @@
 """The bytes of a shard: a `.pt` file for torch.load(weights_only=True), laid out so that rows can be read in place.
 
 The file is the zip archive torch.save writes (uncompressed members, 64-byte aligned), with two liberties the format
-allows: the images come first, at a fixed offset, so that decode workers can write rows before anything else of the
-file is known; and the pickle is spelled out (shard_format_archive.py), so that no byte depends on the version of torch.
-Nothing here imports torch, and reading never unpickles.
+allows: the images come first, at a fixed offset, so that rows can be written before anything else of the file is known
+(shard_format_payload.py); and the pickle is spelled out (shard_format_archive.py), so that no byte depends on the
+version of torch. Nothing here imports torch, and reading never unpickles.
 """
 
 import contextlib
@@ -19,9 +19,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import xxhash
 
-from distillery.files import drop_written, pwrite_all, start_writeback, write_all
 from distillery.process import UserError
 from distillery.shard_format_archive import (
     PAYLOAD_OFFSET,
@@ -41,10 +39,6 @@ except ImportError:  # an accelerator only, 16 times as fast: the same numbers
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 MAX_MEMBER_BYTES = 512 << 20
 _CHUNK_BYTES = 4 << 20
-# small enough for a core's cache: the bytes are copied once and looked at twice
-_DIGEST_BYTES = 512 << 10
-# so far behind the newest bytes those lie that the disk has taken by now
-_WRITEBACK_BYTES = 64 << 20
 
 
 class ForeignShardError(UserError):
@@ -54,68 +48,6 @@ class ForeignShardError(UserError):
 def payload_header() -> bytes:
     """The first PAYLOAD_OFFSET bytes of every shard."""
     return local_header("archive/data/0", 0)
-
-
-class PayloadDigest:
-    """CRC-32 of a shard's payload and hash of its file so far, taken row by row while later rows are being made.
-
-    Args:
-        fd: the shard's file; its header is written here.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        header = payload_header()
-        pwrite_all(fd, header, 0)
-        self.file_hash, self.crc, self.position = xxhash.xxh3_128(header), 0, len(header)
-
-    def advance(self, end: int) -> None:
-        """Take in the bytes of the file up to `end`; the system begins to write them to the disk and forgets old ones.
-
-        Raises:
-            OSError: the file ends before.
-        """
-        start = self.position
-        buffer = memoryview(bytearray(max(0, min(_DIGEST_BYTES, end - start))))
-        while self.position < end:
-            count = os.preadv(self._fd, [buffer[: end - self.position]], self.position)
-            if count == 0:
-                raise OSError(
-                    errno.EIO, f"the file ends at byte {self.position} of {end}: another program truncated it"
-                )
-            self.crc = crc32(buffer[:count], self.crc)
-            self.file_hash.update(buffer[:count])
-            self.position += count
-        start_writeback(self._fd, start, self.position - start)
-        drop_written(self._fd, self.position - _WRITEBACK_BYTES)
-
-
-def finish_shard(
-    fd: int,
-    dtype: str,
-    shape: tuple[int, ...],
-    valid: np.ndarray,
-    labels: np.ndarray | None,
-    meta: str,
-    digest: PayloadDigest | None = None,
-) -> tuple[int, str]:
-    """Turn a file whose payload (`shape` rows of `dtype` from PAYLOAD_OFFSET) is written into a complete shard.
-
-    Reads the payload, or what `digest` has not taken in yet, for its CRC-32 and the file's hash, then writes what
-    follows it. Does not fsync.
-    Returns:
-        (size of the file in bytes, its hash "xxh3_128:<hex>").
-    """  # fmt: skip
-    payload_bytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-    end = PAYLOAD_OFFSET + payload_bytes
-    digest = digest or PayloadDigest(fd)
-    digest.advance(end)
-    tail = shard_tail(digest.crc, dtype, shape, valid, labels, meta)
-    digest.file_hash.update(tail)
-    os.lseek(fd, end, os.SEEK_SET)
-    write_all(fd, tail)
-    os.ftruncate(fd, end + len(tail))
-    return end + len(tail), f"xxh3_128:{digest.file_hash.hexdigest()}"
 
 
 def shard_tail(

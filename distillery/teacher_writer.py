@@ -36,7 +36,8 @@ from distillery.teacher_survey import (
     survey_teacher,
 )
 from distillery.teacher_writer_shard import OpenTeacherShard, adopt_teacher_shard
-from distillery.writer import CacheReport, explain_write_error
+from distillery.writer import CacheReport
+from distillery.writer_errors import explain_write_error
 from distillery.writer_shard import is_being_made, remove_leftovers
 
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped

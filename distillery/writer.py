@@ -1,17 +1,14 @@
 """Stage 1's engine: rows of a source become shards, whatever interrupts it.
 
-    source (main process, in order) -> units of encoded images, through shared memory -> decode workers, which write
-    their rows straight into the shard's temporary file -> finisher thread: CRC, hash and write-back as rows come in;
-    fsync, publish, record -> index.json
+    source (main process, in order) -> units of encoded images, through shared memory -> decode workers -> rows, in the
+    same memory -> disk thread: CRC, hash and write, past the page cache; fsync, publish, record -> index.json
 
-No pixel crosses a process border except through the file it has to be written to anyway, so memory is bounded by the
-encoded images in flight plus a few MiB per worker, whatever the shard size. A shard is a pure function of the plan's
-identity and its number: any two writers of one shard write the same bytes, so nothing here needs a lock to be right.
+A pixel is written to memory once, by the worker that decoded it, and goes to the disk from there, so memory is bounded
+by the units in flight, whatever the shard size. A shard is a pure function of the plan's identity and its number: any
+two writers of one shard write the same bytes, so nothing here needs a lock to be right.
 """
 
 import contextlib
-import errno
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -20,18 +17,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from distillery.decode import Unit
-from distillery.decode_pool import decode_pool, split_by_bytes
-from distillery.files import NO_SPACE_ERRNOS, format_bytes, free_bytes, make_directory, may_try_again
+from distillery.decode_pool import WRITE_AHEAD, Work, decode_pool, split_into_units
+from distillery.files import make_directory, may_try_again
 from distillery.plan import CachePlan, Survey
 from distillery.process import RunError, StopFlag, UserError
 from distillery.records import RecordScan, record_path, write_views
+from distillery.shard_format_payload import gap_before
+from distillery.writer_errors import explain_write_error
 from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
 
 # how many encoded images are read before the first are decoded, and how many bytes at a time from then on
 _FIRST_ROWS, _READ_BYTES = 32, 16 << 20
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
-_DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class CacheReport:
 
 
 class _Pipeline:
-    """Units in flight, shards being finished, and the time spent waiting for each."""
+    """Units in flight, rows being written, shards being finished, and the time spent waiting for each."""
 
     def __init__(
         self,
@@ -63,13 +61,17 @@ class _Pipeline:
         self.on_rows, self.scan, self.repairs = on_rows, scan, repairs
         self.num_workers, self.pool = num_workers, None
         self.rows_at_once = _FIRST_ROWS
-        self.finisher = ThreadPoolExecutor(1, thread_name_prefix="finish-shard")
-        self.units: deque[tuple[Future, OpenShard, float]] = deque()
-        self.finishing: deque[tuple[Future, OpenShard]] = deque()
+        self.disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        # with the seconds that submitting took
+        self.units: deque[tuple[Work, OpenShard, float]] = deque()
+        # rows being written; without work: a shard being published
+        self.writing: deque[tuple[Future, OpenShard, Work | None]] = deque()
         self.open_shards: list[OpenShard] = []
         # what this process waited for
         self.seconds = {"source": 0.0, "cpu": 0.0, "disk": 0.0}
-        self.worker_seconds = {"decode": 0.0, "write": 0.0}
+        # what the workers and the disk thread were at work for
+        self.busy_seconds = {"decode": 0.0, "write": 0.0}
+        self.began: float | None = None
         self.made: set[int] = set()
         self.found: set[int] = set()
         self._stop_seen: float | None = None
@@ -93,14 +95,14 @@ class _Pipeline:
                 break
         while self.units and not self._grace_is_over():
             self._collect_unit()
-        while self.finishing:
-            self._collect_finished()
+        while self.writing:
+            self._collect_written()
 
     def close(self) -> None:
         """End the workers and drop what is not published."""
+        self.disk.shutdown(wait=True, cancel_futures=True)
         if self.pool is not None:
             self.pool.close()
-        self.finisher.shutdown(wait=True, cancel_futures=True)
         for shard in self.open_shards:
             with contextlib.suppress(OSError):  # an error of this file is reported by what wrote it
                 shard.close()
@@ -116,20 +118,28 @@ class _Pipeline:
             count = min(self.batch_size, self.rows_at_once, stop - start - first)
             images = self._read_images(start + first, start + first + count)
             if self.pool is None:
-                self.pool = decode_pool(self.num_workers, self.plan.spec, self.plan.dtype, images)
-            for part in split_by_bytes(images):
-                while len(self.units) >= self.pool.capacity:
-                    self._collect_unit()
+                self.pool = decode_pool(self.num_workers, self.plan.spec, self.plan.dtype, self.plan.row_bytes, images)
+            for part in split_into_units(images, self.plan.row_bytes):
+                self._make_room()
                 if self._grace_is_over():
                     return False
-                self._submit(Unit(str(shard.temporary), first, part, self.plan.spec, self.plan.dtype), shard)
+                self._submit(Unit(first, part, self.plan.spec, self.plan.dtype), shard)
                 first += len(part)
         return True
 
+    def _make_room(self) -> None:
+        """Collect what is done, then wait until one more unit may be submitted."""
+        while self.writing and self.writing[0][0].done():
+            self._collect_written()
+        while len(self.units) >= self.pool.capacity:
+            self._collect_unit()
+
     def _submit(self, unit: Unit, shard: OpenShard) -> None:
         began = time.monotonic()
-        future = self.pool.submit(unit)
-        self.units.append((future, shard, time.monotonic() - began))
+        if self.began is None:
+            self.began = began
+        work = self.pool.submit(unit, gap_before(unit.first_row * self.plan.row_bytes))
+        self.units.append((work, shard, time.monotonic() - began))
 
     def _read_images(self, start: int, stop: int) -> list[bytes | memoryview]:
         began = time.monotonic()
@@ -139,7 +149,7 @@ class _Pipeline:
             raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
         # photographs of many MB are read a few at a time
         self.rows_at_once = max(1, _READ_BYTES * len(images) // max(1, sum(map(len, images))))
-        if all(future.done() for future, _, _ in self.units):  # otherwise the workers had enough to do meanwhile
+        if all(work.future.done() for work, _, _ in self.units):  # otherwise the workers had enough to do meanwhile
             self.seconds["source"] += time.monotonic() - began
         return images
 
@@ -156,30 +166,33 @@ class _Pipeline:
         return self._stop_seen is not None and time.monotonic() - self._stop_seen > _GRACE_S
 
     def _collect_unit(self) -> None:
-        future, shard, waited = self.units.popleft()
+        work, shard, waited = self.units.popleft()
         began = time.monotonic()
-        result = future.result()
-        waited += time.monotonic() - began
-        writing = result.write_seconds / max(result.seconds, 1e-9)
-        self.seconds["cpu"] += waited * (1 - writing)
-        self.seconds["disk"] += waited * writing
-        self.worker_seconds["decode"] += result.seconds - result.write_seconds
-        self.worker_seconds["write"] += result.write_seconds
+        result = work.future.result()
+        self.seconds["cpu"] += waited + time.monotonic() - began
+        self.busy_seconds["decode"] += result.seconds
         shard.note(result)
+        # units are collected in order, so all rows before this one are written
+        self.writing.append((self.disk.submit(self._timed, shard.payload.write, work.memory), shard, work))
+        if not shard.rows_left:
+            self.writing.append((self.disk.submit(self._timed, shard.publish), shard, None))
         self.on_rows(len(result.checksums), self.limit(), len(self.made))
-        if shard.rows_left:
-            # units are collected in order, so all rows before this one are there
-            self.finisher.submit(shard.take_in, shard.num_rows - shard.rows_left)
-        else:
-            self.finishing.append((self.finisher.submit(shard.publish), shard))
-            while len(self.finishing) > 2 or (self.finishing and self.finishing[0][0].done()):
-                self._collect_finished()
+        while len(self.writing) > WRITE_AHEAD:
+            self._collect_written()
 
-    def _collect_finished(self) -> None:
-        future, shard = self.finishing.popleft()
+    def _timed(self, work: Callable, *arguments) -> None:
+        began = time.monotonic()
+        work(*arguments)
+        self.busy_seconds["write"] += time.monotonic() - began
+
+    def _collect_written(self) -> None:
+        future, shard, work = self.writing.popleft()
         began = time.monotonic()
         future.result()
         self.seconds["disk"] += time.monotonic() - began
+        if work is not None:
+            self.pool.release(work)
+            return
         self.open_shards.remove(shard)
         self.made.add(shard.shard_idx)
         # after every shard, unless the index is so long that writing it would take more than a twentieth of the time
@@ -190,9 +203,11 @@ class _Pipeline:
             self._views_cost_s = self._views_written - began
 
     def limit(self) -> str:
-        """What the pipeline waits for most, 'source', 'cpu' or 'disk', and how the workers' time divides."""
-        share = self.worker_seconds["write"] / max(sum(self.worker_seconds.values()), 1e-9)
-        return f"{max(self.seconds, key=self.seconds.get)} (decode {1 - share:.0%}, write {share:.0%})"
+        """What the pipeline waits for most, 'source', 'cpu' or 'disk', and how busy the workers and the disk are."""
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        decode = min(1.0, self.busy_seconds["decode"] / elapsed / self.num_workers)
+        write = min(1.0, self.busy_seconds["write"] / elapsed)
+        return f"{max(self.seconds, key=self.seconds.get)} (decoding {decode:.0%}, writing {write:.0%} of the time)"
 
 
 @contextlib.contextmanager
@@ -309,35 +324,3 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
             pipeline.close()
             made |= pipeline.made
             found |= pipeline.found
-
-
-def explain_write_error(plan: CachePlan, error: Exception, shards_left: list[int], num_workers: int) -> Exception:
-    """An error of the system, as what it means for the user."""
-    if isinstance(error, BrokenProcessPool):
-        return RunError(
-            "a decode worker was killed, most likely by the system for want of memory. Everything published stays; "
-            f"run the same command again with fewer workers (num_workers is {num_workers})."
-        )
-    if error.errno in NO_SPACE_ERRNOS:
-        return RunError(_no_space_message(plan, error, shards_left))
-    reason = f"{error.filename or plan.directory}: {os.strerror(error.errno) if error.errno else error}"
-    if error.errno in _DENIED_ERRNOS:
-        return UserError(
-            f"the cache folder {plan.directory} cannot be written to ({reason}). Training reads it as it is; to go on "
-            "making it, have its permissions changed, or give another cache_dir."
-        )
-    return RunError(
-        f"{reason} (error {error.errno}) while writing the cache. Nothing doubtful was published; everything published "
-        "stays. When the storage works again, run the same command again."
-    )
-
-
-def _no_space_message(plan: CachePlan, error: OSError, shards_left: list[int]) -> str:
-    needed = sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * plan.row_bytes
-    what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit (ulimit -f) was reached"}
-    return (
-        f"{plan.directory}: {what.get(error.errno, 'the disk is full')} ({os.strerror(error.errno)}). "
-        f"{len(shards_left)} shards are left to make: {needed} bytes ({format_bytes(needed)}) needed, "
-        f"{free_bytes(plan.directory)} bytes ({format_bytes(free_bytes(plan.directory))}) free. "
-        "Everything published is intact; make room and run the same command again."
-    )

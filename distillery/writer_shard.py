@@ -31,7 +31,8 @@ from distillery.records import (
     record_text,
 )
 from distillery.records_hash import record_of_shard
-from distillery.shard_format import PAYLOAD_OFFSET, PayloadDigest, finish_shard
+from distillery.shard_format_archive import PAYLOAD_OFFSET
+from distillery.shard_format_payload import PayloadWriter
 
 _TEMPORARY = re.compile(
     r"\.((images|teacher)_\w+\.(pt|json)|(index|statistics)\.json|token_basis\.pt|failures\.jsonl)\.tmp-[0-9a-f]{12}"
@@ -60,19 +61,13 @@ class OpenShard:
         self.temporary = temporary_name(self.path)
         self.fd = create_temporary(self.temporary)
         reserve(self.fd, PAYLOAD_OFFSET + self.num_rows * plan.row_bytes)
-        self.digest: PayloadDigest | None = None
+        self.payload = PayloadWriter(self.fd)
 
     def note(self, result: UnitResult) -> None:
-        """Take in what a decode worker says of the rows it wrote."""
+        """Take in what a decode worker says of its rows."""
         self.checksums[result.first_row : result.first_row + len(result.checksums)] = result.checksums
         self.failures += result.failures
         self.rows_left -= len(result.checksums)
-
-    def take_in(self, num_rows: int) -> None:
-        """Hash the first num_rows rows, which are written, as far as they are not hashed yet."""
-        if self.digest is None:
-            self.digest = PayloadDigest(self.fd)
-        self.digest.advance(PAYLOAD_OFFSET + num_rows * self.plan.row_bytes)
 
     def meta(self) -> dict:
         """All the record says except the file's own size and hash."""
@@ -105,7 +100,7 @@ class OpenShard:
         valid[[row for row, _ in self.failures]] = False
         shape = (self.num_rows, *self.plan.image_shape)
         text = json.dumps(meta, sort_keys=True)
-        size, digest = finish_shard(self.fd, self.plan.dtype, shape, valid, self.labels, text, self.digest)
+        size, digest = self.payload.finish(self.plan.dtype, shape, valid, self.labels, text)
         os.fsync(self.fd)
         record = meta | {"bytes": size, "hash": digest}
         if not publish_no_clobber(self.temporary, self.path):

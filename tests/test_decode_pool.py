@@ -12,7 +12,8 @@ from PIL import Image
 from stage1 import MEAN, STD, SmallSource, folder_bytes, run_stage1, small_plan
 
 from distillery import decode_pool
-from distillery.decode_pool import SLOT_BYTES, Slots, needs_resampler, split_by_bytes
+from distillery.decode import Unit
+from distillery.decode_pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
 from distillery.preprocess import PreprocessSpec
 from distillery.process import RunError
 
@@ -29,18 +30,41 @@ def encode(height: int, width: int) -> bytes:
 def test_runs_of_images_are_all_images_in_order_and_none_is_larger_than_allowed(seed):
     rng = np.random.default_rng(seed)
     images = [bytes(int(size)) for size in rng.integers(0, 30, rng.integers(0, 40))]
-    runs = list(split_by_bytes(images, 25))
+    most_rows = 1 + seed % 4
+    runs = list(split_into_units(images, decode_pool.STORED_BYTES // most_rows, 25))
     assert [image for run in runs for image in run] == images
-    assert all(run and (len(run) == 1 or sum(map(len, run)) <= 25) for run in runs)
+    assert all(run and (len(run) == 1 or sum(map(len, run)) <= 25) and len(run) <= most_rows for run in runs)
+
+
+def test_a_row_larger_than_the_memory_of_a_unit_is_a_unit_of_its_own(monkeypatch):
+    assert list(split_into_units([b"a", b"b"], decode_pool.STORED_BYTES + 1)) == [[b"a"], [b"b"]]
+    assert decode_pool.stored_bytes_of(decode_pool.STORED_BYTES + 1) > decode_pool.STORED_BYTES + 4096
 
 
 def test_a_slot_gives_back_what_was_put_into_it_and_touches_no_other():
-    slots = Slots(3)
+    slots = Slots(3, SLOT_BYTES, 8192)
     images = [os.urandom(size) for size in (SLOT_BYTES - 10, 0, 9, 1)]
     slots.fill(1, images)
     assert slots.read(1, [len(image) for image in images]) == images
+    slots.stored(1)[:] = b"x" * 8192
+    assert slots.read(1, [len(image) for image in images]) == images
     assert not any(slots.read(0, [SLOT_BYTES])[0]) and not any(slots.read(2, [SLOT_BYTES])[0])
+    assert not any(slots.stored(0)) and not any(slots.stored(2)) and slots.stored(1) == b"x" * 8192
     slots.close()
+
+
+def test_rows_of_units_stay_until_they_are_released_and_the_memory_is_as_planned():
+    pool, spec = InlinePool(192), PreprocessSpec(8, "squash", "lanczos", MEAN, STD)
+    images, gaps = SmallSource().images[:3], (0, 8, 99)
+    works = [pool.submit(Unit(0, [data] * 2, spec, "uint8"), gap) for data, gap in zip(images, gaps, strict=True)]
+    for data, work, gap in zip(images, works, gaps, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+        assert work.memory[gap:] == np.stack([pixels, pixels]).tobytes()
+        assert len(work.future.result().checksums) == 2
+    pool.release(works[0])
+    assert {pool.submit(Unit(0, [b""], spec, "uint8"), 0).slot for _ in range(3)} == {0, 3, 4}
+    assert memory_bytes(1, 192) == 8 * (SLOT_BYTES + (16 << 20) + 4096)
+    pool.close()
 
 
 @pytest.mark.parametrize(

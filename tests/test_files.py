@@ -1,14 +1,16 @@
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from distillery import files
 from distillery.files import (
+    ALIGNMENT_BYTES,
+    bypass_page_cache,
     canonical_json,
     create_temporary,
     drop_written,
@@ -22,7 +24,6 @@ from distillery.files import (
     make_directory,
     publish_no_clobber,
     pwrite_all,
-    pwritev_all,
     reserve,
     sha256_of,
     temporary_name,
@@ -88,14 +89,29 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"0abcdefgh9"
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
-def test_short_writes_of_several_pieces_are_completed(tmp_path, monkeypatch, most):
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwritev", lambda fd, pieces, offset: pwrite(fd, b"".join(pieces)[:most], offset))
-    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
-    pwritev_all(fd, [b"abc", b"", np.array([0x6564], np.uint16), b"f"], 2)
+def test_a_file_written_past_the_page_cache_takes_pages_then_and_any_bytes_afterwards(tmp_path):
+    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    if not bypass_page_cache(fd, True):
+        pytest.skip(f"{file_system_of(tmp_path)} has no O_DIRECT")
+    pages = mmap.mmap(-1, 2 * ALIGNMENT_BYTES)
+    pages[:] = bytes(range(256)) * (2 * ALIGNMENT_BYTES // 256)
+    pwrite_all(fd, pages, 0)
+    assert not bypass_page_cache(fd, False)
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
+    write_all(fd, b"the rest")
     os.close(fd)
-    assert (tmp_path / "a").read_bytes() == b"\0\0abcdef"
+    assert (tmp_path / "a").read_bytes() == pages[:] + b"the rest"
+
+
+def test_what_cannot_bypass_the_page_cache_is_written_as_ever():
+    read_end, write_end = os.pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(os, "O_DIRECT")
+        assert not bypass_page_cache(write_end, True)
+    fd = os.open("/proc/self/comm", os.O_RDONLY)
+    assert not bypass_page_cache(fd, True)
+    for each in (read_end, write_end, fd):
+        os.close(each)
 
 
 def test_reserved_room_and_dropped_copies_change_neither_size_nor_content(tmp_path):

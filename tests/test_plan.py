@@ -13,7 +13,7 @@ from distillery.plan import survey_cache
 from distillery.preprocess import PreprocessSpec
 from distillery.process import UserError
 from distillery.records import FutureFormatError, read_record, record_text
-from distillery.shard_format import finish_shard
+from distillery.shard_format_payload import PayloadWriter
 
 SOURCE = SmallSource()
 
@@ -182,8 +182,9 @@ def test_a_cache_dir_that_is_a_link_works_and_one_that_is_a_file_is_refused(cach
 
 def make_future_shard(folder):
     with open(folder / "images_shard_00000.pt", "w+b") as file:
-        file.truncate(128 + 768)
-        finish_shard(file.fileno(), "float32", (1, 3, 8, 8), np.ones(1, bool), None, json.dumps({"format_version": 4}))
+        payload = PayloadWriter(file.fileno())
+        payload.write(memoryview(bytearray(128 + 768)))
+        payload.finish("float32", (1, 3, 8, 8), np.ones(1, bool), None, json.dumps({"format_version": 4}))
 
 
 @pytest.mark.parametrize("which", ["index", "record", "shard"])

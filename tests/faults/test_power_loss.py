@@ -122,7 +122,7 @@ def record(folder: Path, work) -> list[tuple]:
     def around(_n, call_name, call, *args):
         # a file that was renamed or unlinked meanwhile has no name to record it under: ask before the call
         before = None
-        if call_name in ("write", "pwrite", "pwritev", "ftruncate", "fsync"):
+        if call_name in ("write", "pwrite", "ftruncate", "fsync"):
             before = name_of(args[0])
             offset = os.lseek(args[0], 0, os.SEEK_CUR) if call_name == "write" else None
         result = call(*args)
@@ -134,8 +134,6 @@ def record(folder: Path, work) -> list[tuple]:
                 change = ("write", before, offset, bytes(args[1][:result]))
             case "pwrite":
                 change = ("write", before, args[2], bytes(memoryview(args[1])[:result]))
-            case "pwritev":
-                change = ("write", before, args[2], b"".join(map(bytes, args[1]))[:result])
             case "ftruncate":
                 change = ("truncate", before, args[1])
             case "fsync":
