@@ -126,7 +126,7 @@ def build_models(
             "distill_loss_weights, or set both to null"
         )
     if cache is not None:
-        check_fields(cache, train.distill_loss_weights)
+        check_fields(cache, train)
     if cache is None or train.teacher_cache.mode == "hybrid":
         teacher = build_teacher(configs, device)
     else:

@@ -177,11 +177,12 @@ def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
 
 
 def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
-    """Statistics of the teacher's features, on the CPU, for Targets.load_statistics."""
-    if task.stored is not None:
-        return stored_statistics(loader, task)
-    task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
-    return {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
+    """Statistics of the teacher's features, on the CPU, for Targets.load_statistics: of stored outputs where it can."""
+    found = {}
+    if task.stored is None or task.stored.live_fields:
+        task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
+        found = {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
+    return found if task.stored is None else found | stored_statistics(loader, task)
 
 
 def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[str, Tensor]:

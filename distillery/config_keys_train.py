@@ -42,7 +42,8 @@ class TeacherCacheConfig(StrictModel):
     views: PositiveInt = Field(4, description="of every image; even: both mirror images equally often")
     mode: Literal["cached", "hybrid"] = Field(
         "cached",
-        description="cached: the teacher is not loaded; hybrid: live_fraction of the steps run it on new views",
+        description="cached: the teacher is not loaded; hybrid: live_fraction of the steps run it on new views, and "
+        "compute what is not stored too",
     )
     live_fraction: Share = Field(0.25, description="hybrid only: share of the steps, 0..1")
     seed: Seed = Field(0, description="of the views; runs of several seeds share one cache")

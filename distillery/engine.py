@@ -179,7 +179,11 @@ def _losses_of_view(
             outputs = student(view)
         outputs, targets = align(outputs, targets, task.stored and task.stored.grid)
         past = None if task.queue is None else task.queue.rows
-        losses = total_loss(outputs, targets, task.loss_weights, task.loss_options, second_view=second, queue=past)
+        weights = task.stored.loss_weights if stored else task.loss_weights
+        losses = total_loss(outputs, targets, weights, task.loss_options, second_view=second, queue=past)
+        if len(weights) < len(task.loss_weights):
+            # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
+            losses["loss"] = losses["loss"] + 0 * sum(value.float().sum() for value in outputs.tensors().values())
         if task.queue is not None and task.student.training:
             task.queue.push(targets.pooled)
         return losses
@@ -236,10 +240,13 @@ def check_first_step(task: Task, images: Tensor, global_idx: Tensor, *stored: Te
     images: normalised, float32 [B, 3, H, W], on the device; stored: as in forward_losses.
     """
     was_training = task.student.training
+    # where some losses are computed in the steps alone that run the teacher, such a step as well
+    kinds = [stored, ()] if stored and task.stored.live_fields else [stored]
     task.student.eval()  # the check must not touch batch-norm statistics
     try:
-        terms = _losses_of_view(task, task.student, images, global_idx, 0, stored)
-        check_gradients(terms, task.student.student.parameters())
+        for given in kinds:
+            terms = _losses_of_view(task, task.student, images, global_idx, 0, given)
+            check_gradients(terms, task.student.student.parameters())
     finally:
         task.student.train(was_training)
 

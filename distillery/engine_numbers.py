@@ -20,9 +20,8 @@ class BadSteps:
     def __init__(self, device: torch.device, allowed: int, *, gradients_count: bool = True) -> None:
         self.allowed, self.gradients_count = allowed, gradients_count
         self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self._names: tuple[str, ...] = ()
-        self._values: Tensor | None = None
-        self._rows: Tensor | None = None
+        # names of the losses, which not all steps need have in common -> (is bad, step, epoch, losses), images
+        self._last: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def note(self, step: int, epoch: int, losses: dict[str, Tensor], rows: Tensor) -> Tensor:
         """See whether a step was bad.
@@ -36,14 +35,13 @@ class BadSteps:
         Returns:
             bool scalar on the device.
         """
-        self._names = tuple(losses)
-        place = [torch.full((), number, dtype=torch.float64, device=rows.device) for number in (step, epoch)]
-        now = torch.stack([*place, *(value.double() for value in losses.values())])
         is_bad = ~torch.isfinite(losses["loss"])
         if self.gradients_count:
             is_bad = is_bad | ~torch.isfinite(losses["grad_norm"])
-        self._values = now if self._values is None else torch.where(is_bad, now, self._values)
-        self._rows = rows if self._rows is None else torch.where(is_bad, rows, self._rows)
+        place = [torch.full((), number, dtype=torch.float64, device=rows.device) for number in (step, epoch)]
+        now = torch.stack([is_bad.double(), *place, *(value.double() for value in losses.values())])
+        before, rows_before = self._last.get(tuple(losses), (now, rows))
+        self._last[tuple(losses)] = torch.where(is_bad, now, before), torch.where(is_bad, rows, rows_before)
         self.count += is_bad
         return is_bad
 
@@ -55,12 +53,14 @@ class BadSteps:
         """The last bad step in words. learning_rate: from a step to its rate."""
         if self.count.item() == 0:
             return "loss or gradient is not finite on another process of this run"
-        step, epoch, *values = self._values.tolist()
-        parts = ", ".join(f"{name}={value:.4g}" for name, value in zip(self._names, values, strict=True))
+        found = [(values.tolist(), names, rows.tolist()) for names, (values, rows) in self._last.items()]
+        # the first two values order them: bad ones after good ones, then by step
+        (_, step, epoch, *values), names, rows = max(found, key=lambda each: each[0][:2])
+        parts = ", ".join(f"{name}={value:.4g}" for name, value in zip(names, values, strict=True))
         return (
             f"loss or gradient is not finite at step {int(step)} (epoch {int(epoch)}): {parts}, "
             f"lr={learning_rate(int(step)):.3e}; {self.count.item()} such steps, max_bad_steps is {self.allowed}; "
-            f"images (global_idx): {self._rows.tolist()}"
+            f"images (global_idx): {rows}"
         )
 
 

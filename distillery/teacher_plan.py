@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillery.config import Configs
 from distillery.files import format_bytes
+from distillery.losses import fields_needed
 from distillery.models import Backbone, eval_mode
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
@@ -23,6 +24,8 @@ def describe_cache(cache: TeacherCache, configs: Configs, num_images: int) -> st
     how = "the teacher is not loaded for training"
     if block.mode == "hybrid":
         how = f"{block.live_fraction:.3g} of the steps run the teacher on new views instead"
+        if live_fields := fields_needed(configs.train.distill_loss_weights) - set(cache.widths):
+            how += f", and these alone compare {', '.join(sorted(live_fields))}"
     size = format_bytes(cache.num_views * cache.bytes_per_view * num_images)
     return (
         f"targets: {block.mode}: {cache.num_views} views of each of {num_images} images, {size}, from "

@@ -111,14 +111,17 @@ class StoredTargets:
     """
 
     def __init__(self, cache: TeacherCache, targets: Targets, augmentation: Augmentation, train: TrainConfig) -> None:
-        check_fields(cache, train.distill_loss_weights)
+        check_fields(cache, train)
         needed = fields_needed(train.distill_loss_weights)
         self.cache, self._targets, self._augmentation = cache, targets, augmentation
-        self.fields = ["pooled", *sorted(needed - {"pooled"})]
+        # of the losses, those of a step that takes stored outputs
+        self.loss_weights = weights_of(cache, train.distill_loss_weights)
+        self.live_fields = needed - set(cache.widths)
+        self.fields = ["pooled", *sorted(needed - {"pooled"} - self.live_fields)]
         self.has_second_view = needs_second_view(train.distill_loss_weights)
         self.grid = cache.grid if "tokens" in needed else None
         self.seed, self.view_seed = train.seed, train.teacher_cache.seed
-        self.live_fraction = train.teacher_cache.live_fraction if train.teacher_cache.mode == "hybrid" else 0.0
+        self.live_fraction = live_fraction_of(train)
         self.accumulation_steps = train.grad_accumulation_steps
 
     def is_live(self, step: int) -> bool:
@@ -161,8 +164,22 @@ class StoredTargets:
         return self._targets.of(Features(stored[-1], None, (1, 1)))
 
 
-def check_fields(cache: TeacherCache, weights: dict[str, float]) -> None:
-    """Raise UserError when a loss of non-zero weight compares what the cache does not hold."""
+def live_fraction_of(train: TrainConfig) -> float:
+    """Share of the steps of a run on stored outputs that run the teacher itself."""
+    return train.teacher_cache.live_fraction if train.teacher_cache.mode == "hybrid" else 0.0
+
+
+def weights_of(cache: TeacherCache, weights: dict[str, float]) -> dict[str, float]:
+    """The losses that compare what a cache holds."""
+    return {name: weight for name, weight in weights.items() if LOSSES[name].field in cache.widths}
+
+
+def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
+    """Raise UserError when a loss of non-zero weight is never computed: the cache does not hold what it compares.
+
+    Steps that run the teacher (teacher_cache.mode: hybrid) compare everything.
+    """
+    weights, has_live_steps = train.distill_loss_weights, live_fraction_of(train) > 0
     for name, weight in weights.items():
         field = LOSSES[name].field
         if weight and LOSSES[name].second_view and cache.num_views < 2:
@@ -170,18 +187,25 @@ def check_fields(cache: TeacherCache, weights: dict[str, float]) -> None:
                 f"distill_loss_weights.{name} compares two views of an image, and {cache.directory} holds 1 of each. "
                 f"Raise teacher_cache.views and run: {teacher_command()}"
             )
-        if weight and field == "layers":
+        if not weight or field in cache.widths or has_live_steps:
+            continue
+        remedies = f"set teacher_cache.mode: hybrid to compute {name} in the steps that run the teacher, or {name}: 0"
+        if field == "layers":
             raise UserError(
-                f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds. "
-                f"Set {name}: 0, or teacher_cache.enabled: false to run the teacher in every step."
+                f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds: "
+                f"{remedies}, or teacher_cache.enabled: false to run it in every step."
             )
-        if weight and field not in cache.widths:
-            remedy = "set teacher_cache.tokens: auto and run: " if field == "tokens" else "Run: "
-            raise UserError(
-                f"distill_loss_weights.{name} is {weight:g} and compares {field}, but {cache.directory} holds "
-                f"{', '.join(cache.widths)} only. For stored {field} {remedy}{teacher_command()}; or set {name}: 0, or "
-                "teacher_cache.enabled: false to run the teacher in every step."
-            )
+        making = "set teacher_cache.tokens: auto and run: " if field == "tokens" else "run: "
+        raise UserError(
+            f"distill_loss_weights.{name} is {weight:g} and compares {field}, but {cache.directory} holds "
+            f"{', '.join(cache.widths)} only. For stored {field} {making}{teacher_command()}; or {remedies}, or "
+            "teacher_cache.enabled: false to run it in every step."
+        )
+    if not any(weights_of(cache, weights).values()):
+        raise UserError(
+            f"no loss of distill_loss_weights compares what {cache.directory} holds ({', '.join(cache.widths)}): most "
+            "steps would teach nothing. Add one that does, such as cls, or set teacher_cache.enabled: false."
+        )
 
 
 class TargetLoader:

@@ -40,6 +40,17 @@ def test_the_last_bad_step_is_described_whatever_came_after_it():
     assert text.endswith("images (global_idx): [30, 31, 32]")
 
 
+@pytest.mark.parametrize("bad_step", range(4))
+def test_steps_may_differ_in_their_losses_and_the_last_bad_one_is_described_with_its_own(bad_step):
+    bad = BadSteps(CPU, 0)
+    for step in range(4):
+        more = {"loss/patch": torch.tensor(step + 0.5)} if step % 2 else {}
+        bad.note(step, 0, losses(NAN if step == bad_step else 1.0) | more, torch.arange(2) + step)
+    text = bad.describe(lambda _step: 0.0)
+    assert f"at step {bad_step} (epoch 0)" in text and f"[{bad_step}, {bad_step + 1}]" in text
+    assert (f"loss/patch={bad_step + 0.5}" in text) == bool(bad_step % 2)
+
+
 def test_as_many_bad_steps_as_allowed_are_no_error():
     bad = BadSteps(CPU, 2)
     for step in range(2):

@@ -215,8 +215,56 @@ def test_the_check_of_the_first_step_looks_at_stored_outputs():
 def test_a_patch_loss_without_stored_tokens_is_refused_with_the_command():
     cache = MemoryCache(build_task().teacher_module, with_tokens=False)
     with pytest.raises(UserError, match=r"patch is 0.5 and compares tokens, but teacher.* pooled only.*--teacher"):
-        check_fields(cache, {"cls": 1.0, "patch": 0.5})
-    check_fields(cache, {"cls": 1.0, "patch": 0.0})
+        check_fields(cache, train_config(weights={"cls": 1.0, "patch": 0.5}))
+    check_fields(cache, train_config(weights={"cls": 1.0, "patch": 0.0}))
+
+
+def pooled_only_task():
+    config = train_config("hybrid", weights={"cls": 1.0, "patch": 0.5})
+    return stored_task("hybrid", with_tokens=False, config=config, weights={"cls": 1.0, "patch": 0.5})
+
+
+def test_in_hybrid_mode_what_is_not_stored_is_compared_in_the_steps_that_run_the_teacher():
+    task = pooled_only_task()
+    assert task.stored.live_fields == {"tokens"}
+    for step, batch in enumerate(epoch_of(task, 0)):
+        losses = train_step(task, [batch], step, 0)
+        stored_terms, live_terms = {"loss", "loss/cls", "grad_norm"}, {"loss", "loss/cls", "loss/patch", "grad_norm"}
+        assert set(losses) == (live_terms if task.stored.is_live(step) else stored_terms)
+    assert {task.stored.is_live(step) for step in range(4)} == {True, False}
+
+
+def test_every_parameter_has_a_gradient_in_every_step_as_distributed_training_wants_it():
+    task, seen = pooled_only_task(), set()
+    for step, batch in enumerate(epoch_of(task, 0)):
+        forward_losses(task, *batch[:2], 0, *batch[2:])["loss"].backward()
+        gradients = [p.grad for p in task.student.parameters() if p.requires_grad]
+        assert all(gradient is not None for gradient in gradients)
+        patch_head = [p.grad.abs().sum().item() for p in task.student.heads["tokens"].parameters()]
+        assert bool(sum(patch_head)) == task.stored.is_live(step)
+        seen.add(task.stored.is_live(step))
+        task.student.zero_grad(set_to_none=True)
+    assert seen == {True, False}
+
+
+def test_the_first_step_checks_the_losses_of_both_kinds_of_steps():
+    task = pooled_only_task()
+    images, global_idx, *stored = next(iter(epoch_of(task, 1)))
+    stored = stored or task.stored.read(global_idx, epoch=0)
+    check_first_step(task, images, global_idx, *stored)
+    for parameter in task.student.heads["tokens"].parameters():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(UserError, match="loss/patch .* has no gradient into the student"):
+        check_first_step(task, images, global_idx, *stored)
+
+
+def test_a_run_whose_stored_steps_would_teach_nothing_is_refused():
+    cache = MemoryCache(build_task().teacher_module, with_tokens=False)
+    with pytest.raises(UserError, match=r"no loss of distill_loss_weights compares what .* holds \(pooled\)"):
+        check_fields(cache, train_config("hybrid", weights={"patch": 0.5}))
+    with pytest.raises(UserError, match="layers.*no teacher cache holds: set teacher_cache.mode: hybrid"):
+        check_fields(cache, train_config(weights={"cls": 1.0, "layers": 0.5}))
+    check_fields(cache, train_config("hybrid", weights={"cls": 1.0, "layers": 0.5}))
 
 
 def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_alone(tmp_path, monkeypatch):
@@ -281,7 +329,7 @@ def test_a_loss_on_a_second_view_is_refused_where_only_one_view_is_stored():
     cache = MemoryCache(build_task().teacher_module)
     cache.num_views = 1
     with pytest.raises(UserError, match="barlow compares two views.*holds 1.*teacher_cache.views"):
-        check_fields(cache, {"cls": 1.0, "barlow": 0.1})
+        check_fields(cache, train_config(weights={"cls": 1.0, "barlow": 0.1}))
 
 
 def test_time_spent_reading_counts_as_waiting_for_data():

@@ -158,6 +158,30 @@ def test_two_processes_have_the_losses_of_one(place, tmp_path):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_pooled_outputs_stored_and_patches_live_interrupted_or_by_two_processes(tmp_path, png_images):
+    place, settings = Workplace(tmp_path, png_images), HYBRID | {"teacher_cache.tokens": "none", "seed": 1}
+    done = place.precompute(*place.flags("train", "model"), "--teacher", *sets_of(settings))
+    assert done.returncode == 0, done.stderr
+    straight = start(place, tmp_path / "straight", settings)
+    assert straight.wait() == 0, straight.text
+    assert "0.5 of the steps run the teacher on new views instead, and these alone compare tokens" in straight.text
+    assert {"loss/patch" in row for row in rows_of(tmp_path / "straight", "train")} == {True, False}
+    assert all("loss/cls" in row for row in rows_of(tmp_path / "straight", "train"))
+    statistics = checkpoint_of(tmp_path / "straight")["target_statistics"]
+    assert not torch.equal(statistics["tokens_std"], torch.ones_like(statistics["tokens_std"]))
+
+    stopped = start(place, tmp_path / "run", settings, before=lambda: at_call(engine, "train_step", 4, send(15)))
+    assert stopped.wait() == 75, stopped.text
+    again = start(place, tmp_path / "run", settings)
+    assert again.wait() == 0, again.text
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+    for run in start_two(place, tmp_path / "two", settings | {"grad_accumulation_steps": 1}):
+        assert run.wait() == 0, run.text
+    for a, b in zip(rows_of(tmp_path / "two", "train"), rows_of(tmp_path / "straight", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
 def test_without_teacher_outputs_the_command_that_makes_them_is_named_and_nothing_is_written(place, tmp_path):
     others = CACHED | {"teacher_cache.views": 3}
     for flags, status in (((), 2), (("--dry_run",), 0)):
