@@ -128,7 +128,7 @@ def call(arguments: list[str], log: Path, *, python: str = sys.executable, **env
 def ours(
     setting: Setting, work: Path, name: str, seed: int, *, variant: Variant | None = None, epochs: int | None = None
 ) -> dict:
-    """Stage 1 and distill_trainer.py as a user runs them, then distillery.evaluate."""
+    """Stage 1 and distill_trainer.py as a user runs them, which evaluates as it goes, with probes at both ends."""
     folder, variant = work / "runs" / f"{name.replace(' ', '_')}_{seed}", variant or Variant()
     flags = write_configs(setting, work, folder, seed, epochs or setting.epochs, variant)
     log = folder / "log.txt"
@@ -138,14 +138,13 @@ def ours(
         prepare_seconds = make_teacher_cache(work, flags, log, variant.train["teacher_cache"]["views"])
     trainer = ["-m", "benchmarks.learning_peers", "fixed-view"] if variant.fixed_view else ["distill_trainer.py"]
     started = call([*trainer, *flags], log)
-    call(["-m", "distillery.evaluate", "--run", str(folder / "run"), "--json", str(folder / "evaluation.json")], log)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
         "name": name,
         "seed": seed,
         "prepare_seconds": prepare_seconds,
         "curve": curve_of(rows, started - prepare_seconds, setting.batch_size),
-        "rows": {row["model"]: row for row in json.loads((folder / "evaluation.json").read_text())["rows"]},
+        "rows": {row["model"]: row for row in rows if row["kind"] == "eval"},
     }
 
 
