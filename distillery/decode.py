@@ -8,7 +8,14 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from distillery.preprocess import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
+from distillery.preprocess import (
+    DecodeError,
+    PreprocessSpec,
+    decode_image,
+    normalisation_table,
+    normalise_into,
+    resize_image,
+)
 from distillery.shard_format import DTYPES
 
 # so much is decoded before it is stored: what a step finds of its code and data in a core's cache, it need not fetch
@@ -29,10 +36,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """checksums: uint64 [n], XXH3-64 of each row's bytes; failures: (row in the shard, reason); seconds: it took."""
+    """What a unit's rows are.
+
+    checksums: uint64 [n], XXH3-64 of each row's bytes; source_sizes: uint32 [n, 2], height and width in px that each
+    image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took.
+    """
 
     first_row: int
     checksums: np.ndarray
+    source_sizes: np.ndarray
     failures: list[tuple[int, str]]
     seconds: float
 
@@ -81,17 +93,19 @@ def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     """Decode a unit's images into `memory`, one row after another as they are stored; bad ones become zeros."""
     began, size = time.monotonic(), unit.spec.image_size
     rows = np.frombuffer(memory, DTYPES[unit.dtype]).reshape(len(unit.images), 3, size, size)
-    checksums, failures = np.zeros(len(rows), np.uint64), []
+    checksums, sizes, failures = np.zeros(len(rows), np.uint64), np.zeros((len(rows), 2), np.uint32), []
     at_once = max(1, _DECODED_BYTES // (3 * size**2))
     for start in range(0, len(rows), at_once):
         decoded = []
-        for row, data in enumerate(unit.images[start : start + at_once], unit.first_row + start):
+        for i, data in enumerate(unit.images[start : start + at_once], start):
             try:
-                decoded.append(preprocess_image(data, unit.spec))
+                pixels = decode_image(data)
+                sizes[i] = pixels.shape[:2]
+                decoded.append(resize_image(pixels, unit.spec))
             except DecodeError as error:
                 decoded.append(None)
-                failures.append((row, str(error)))
+                failures.append((unit.first_row + i, str(error)))
         for i, pixels in enumerate(decoded, start):
             _store(pixels, unit.spec, unit.dtype, rows[i])
             checksums[i] = xxhash.xxh3_64_intdigest(rows[i])
-    return UnitResult(unit.first_row, checksums, failures, time.monotonic() - began)
+    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began)

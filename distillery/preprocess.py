@@ -106,7 +106,11 @@ def preprocess_image(data: bytes, spec: PreprocessSpec) -> np.ndarray:
     Raises:
         DecodeError: no image can be had from `data`.
     """
-    pixels = decode_image(data)
+    return resize_image(decode_image(data), spec)
+
+
+def resize_image(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """Crop or squash, and resize, the pixels of decode_image: uint8 [3, image_size, image_size], contiguous."""
     if spec.resize_mode == "crop":
         pixels = _centre_square(pixels)
     return _resize(pixels, spec.image_size, spec.interpolation)

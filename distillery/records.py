@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,16 @@ def encode_checksums(values: np.ndarray) -> dict:
 def decode_checksums(entry: dict) -> np.ndarray:
     """uint64 [N] out of a record."""
     return np.frombuffer(base64.b64decode(entry["values"], validate=True), dtype="<u8")
+
+
+def encode_sizes(values: np.ndarray) -> dict:
+    """uint32 [N, 2] as it stands in a record."""
+    return {"unit": "px, height and width", "values": base64.b64encode(values.astype("<u4").tobytes()).decode()}
+
+
+def decode_sizes(entry: dict) -> np.ndarray:
+    """uint32 [N, 2] out of a record."""
+    return np.frombuffer(base64.b64decode(entry["values"], validate=True), dtype="<u4").reshape(-1, 2)
 
 
 def read_record(path: Path) -> dict:
@@ -154,6 +164,8 @@ def _is_consistent(record: dict, name: str) -> bool:
         and all(type(row) is int and 0 <= row < rows for row in failed)
         and sorted(set(failed)) == failed
         and len(decode_checksums(record["row_checksums"])) == rows
+        # shards of earlier versions, and the predecessor's, do not have them
+        and ("source_sizes" not in record or len(decode_sizes(record["source_sizes"])) == rows)
         and record["payload_offset"] + rows * row_bytes <= record["bytes"]
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
@@ -182,7 +194,7 @@ class RecordScan:
         directory: the folder.
         pattern: what a shard's name matches.
         read: gives a record, checked; errors as read_record.
-        bulk: the key that is left out: needed only by whoever reads the rows.
+        bulk: keys that are left out: needed only by whoever reads the rows.
     """
 
     def __init__(
@@ -191,7 +203,7 @@ class RecordScan:
         *,
         pattern: re.Pattern = SHARD_PATTERN,
         read: Callable[[Path], dict] = read_record,
-        bulk: str = "row_checksums",
+        bulk: Sequence[str] = ("row_checksums", "source_sizes"),
     ) -> None:
         self.directory, self.pattern, self.read, self.bulk = directory, pattern, read, bulk
         self._seen: dict[str, tuple[tuple, dict | None]] = {}
@@ -226,8 +238,7 @@ class RecordScan:
             raise
         except (UserError, OSError):
             return None
-        del record[self.bulk]
-        return record
+        return {key: value for key, value in record.items() if key not in self.bulk}
 
 
 def index_of(records: list[dict], num_target: int | None = None) -> dict:

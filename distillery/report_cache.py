@@ -19,6 +19,7 @@ from distillery.metrics import METRICS_NAME
 from distillery.process import UserError
 from distillery.records import FAILURES_NAME, INDEX_NAME, read_record, record_path
 from distillery.report_axes import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
+from distillery.report_cache_sizes import sizes_html
 from distillery.report_html import details, escape, figure, page, table, tiles
 from distillery.shard_format import read_regular
 
@@ -72,6 +73,7 @@ def build_cache_page(index: CacheIndex) -> str:
         f"<h2>Images</h2>\n<p>{len(rows):,} rows spread evenly, as the models get them, normalisation taken back; the "
         "number is the place in the source (global_idx).</p>",
         '<div class="card contacts">' + "".join(contacts) + "</div>",
+        sizes_html(index),
         _statistics_html(index, pixels),
         _failures_html(index, failures),
         _shards_html(index),
@@ -265,10 +267,7 @@ def _shards_html(index: CacheIndex) -> str:
     left = len(index.shard_names) - len(lines)
     more = f"<p>{left:,} more, of {format_bytes(float(usual))} each as a rule.</p>" if left else ""
     head = ["shard", "rows of the source", "rows", "failed", "bytes"]
-    return (
-        "<h2>Shards</h2>\n<p>All images have one size here; the sizes they had before are not recorded.</p>\n"
-        f"{table(head, lines)}{more}"
-    )
+    return f"<h2>Shards</h2>\n{table(head, lines)}{more}"
 
 
 def _facts_html(index: CacheIndex) -> str:

@@ -54,7 +54,7 @@ def teacher_folders(cache_dir: Path) -> list[Path]:
 
 def teacher_scan(directory: Path) -> RecordScan:
     """The records of a folder of teacher outputs, without their checksums."""
-    return RecordScan(directory, pattern=TEACHER_PATTERN, read=read_teacher_record, bulk="checksums")
+    return RecordScan(directory, pattern=TEACHER_PATTERN, read=read_teacher_record, bulk=("checksums",))
 
 
 def read_teacher_record(path: Path) -> dict:

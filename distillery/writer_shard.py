@@ -26,6 +26,7 @@ from distillery.records import (
     FORMAT_VERSION,
     FutureFormatError,
     encode_checksums,
+    encode_sizes,
     read_record,
     record_path,
     record_text,
@@ -56,6 +57,7 @@ class OpenShard:
         self.num_rows = stop - self.start
         self.rows_left = self.num_rows
         self.checksums = np.zeros(self.num_rows, np.uint64)
+        self.source_sizes = np.zeros((self.num_rows, 2), np.uint32)
         self.failures: list[tuple[int, str]] = []
         self.path = plan.shard_path(shard_idx)
         self.temporary = temporary_name(self.path)
@@ -65,7 +67,8 @@ class OpenShard:
 
     def note(self, result: UnitResult) -> None:
         """Take in what a decode worker says of its rows."""
-        self.checksums[result.first_row : result.first_row + len(result.checksums)] = result.checksums
+        rows = slice(result.first_row, result.first_row + len(result.checksums))
+        self.checksums[rows], self.source_sizes[rows] = result.checksums, result.source_sizes
         self.failures += result.failures
         self.rows_left -= len(result.checksums)
 
@@ -90,6 +93,7 @@ class OpenShard:
             "image_shape": list(self.plan.image_shape),
             "payload_offset": PAYLOAD_OFFSET,
             "row_checksums": encode_checksums(self.checksums),
+            "source_sizes": encode_sizes(self.source_sizes),
             "libraries": library_versions(),
         }
 

@@ -51,3 +51,13 @@ def test_a_unit_stores_every_pixel_through_its_channels_table_and_zeros_for_bad_
     assert memory == rows.tobytes()
     assert result.checksums.tolist() == [xxhash.xxh3_64_intdigest(row) for row in rows]
     assert [row for row, _ in result.failures] == [5, 8]
+    assert result.source_sizes.tolist() == [[0, 0] if i in (0, 3) else [SIZE, SIZE] for i in range(7)]
+
+
+def test_the_size_an_image_had_is_that_of_the_image_turned_upright():
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=exif)
+    spec = PreprocessSpec(SIZE, "crop", "lanczos", MEAN, STD)
+    result = decode_unit(Unit(0, [buffer.getvalue()], spec, "uint8"), memoryview(bytearray(3 * SIZE * SIZE)))
+    assert result.source_sizes.tolist() == [[40, 30]]

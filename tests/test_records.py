@@ -15,7 +15,9 @@ from distillery.records import (
     RecordScan,
     check_record,
     decode_checksums,
+    decode_sizes,
     encode_checksums,
+    encode_sizes,
     failures_of,
     index_of,
     parse_json,
@@ -57,6 +59,19 @@ def test_a_record_names_the_rows_that_failed(cache):
 def test_row_checksums_survive_their_text():
     values = np.array([0, 1, 2**64 - 1], np.uint64)
     assert decode_checksums(json.loads(json.dumps(encode_checksums(values)))).tolist() == values.tolist()
+
+
+def test_sizes_survive_their_text_and_shards_of_earlier_versions_have_none(cache):
+    values = np.array([[0, 0], [375, 500], [2**32 - 1, 1]], np.uint32)
+    assert decode_sizes(json.loads(json.dumps(encode_sizes(values)))).tolist() == values.tolist()
+    path = cache / "images_shard_00000.json"
+    record = read_record(path)
+    assert decode_sizes(record.pop("source_sizes")).shape == (record["num_samples"], 2)
+    assert check_record(record, path) == record
+    for hostile in ({"values": "AAAAAAAAAAA="}, {"values": "AAAA"}, None, []):
+        path.write_bytes(record_text(record | {"source_sizes": hostile}))
+        with pytest.raises(UserError, match="images_shard_00000.json"):
+            read_record(path)
 
 
 def test_every_flipped_bit_of_a_record_is_noticed(cache):

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from test_report import Structure
 
 from distillery.cache import load_index
 from distillery.process import UserError
+from distillery.records import read_record, record_text
 from distillery.report_cache import CONTACTS, is_cache, sample, write_cache_report
+from distillery.report_cache_sizes import source_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +53,7 @@ def test_the_page_says_what_is_there_what_failed_and_how_to_check_it(cache, tmp_
     text = write_cache_report(cache, tmp_path / "page.html").read_text()
     assert content_of(cache) == before
     page = Structure(text)
-    assert page.tags.count("img") == CONTACTS and page.tags.count("svg") == 2
+    assert page.tags.count("img") == CONTACTS and page.tags.count("svg") == 3
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     words = " ".join("".join(page.words).split())
     assert "Complete" in words and "68of 70 in the source" in words
@@ -60,6 +63,28 @@ def test_the_page_says_what_is_there_what_failed_and_how_to_check_it(cache, tmp_
     assert "images_shard_00004.pt" in words
     for mean, std in zip(MEAN, STD, strict=True):
         assert f"<small>{mean:.3f}</small>" in text and f"<small>{std:.3f}</small>" in text
+
+
+def test_the_sizes_that_images_had_are_shown_and_small_ones_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("caches.Images.pixels", lambda _self, i: np.full((6 if i < 5 else 90, 40, 3), i, np.uint8))
+    make_test_cache(tmp_path / "cache", 20, shard_size=8, bad=(19,))
+    index = load_index(tmp_path / "cache")
+    assert source_sizes(index).tolist() == [[6, 40]] * 5 + [[90, 40]] * 14
+    text = write_cache_report(tmp_path / "cache", tmp_path / "page.html").read_text()
+    words = " ".join("".join(Structure(text).words).split())
+    assert "Of 19 images" in words and "40 x 90 px" in words and "73.7%" in words
+    assert "26.3% had a shorter side below 8 px: enlarged." in words
+    assert "smallest 6, median 40, largest 40 px" in words
+
+
+def test_a_cache_without_recorded_sizes_says_so(cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("images_shard_*.json"):
+        record = read_record(path)
+        del record["source_sizes"]
+        path.write_bytes(record_text(record))
+    text = write_cache_report(tmp_path / "cache", tmp_path / "page.html").read_text()
+    assert "Not recorded: the shards are of an earlier version." in text
 
 
 def test_an_incomplete_cache_says_so(tmp_path):
@@ -106,5 +131,5 @@ def test_chromium_shows_every_image_inside_the_page_and_without_errors(cache, tm
     seen = inspect(write_cache_report(cache, tmp_path / "page.html"), width_px, tmp_path)
     assert seen["errors"] == []
     assert seen["width"] == width_px and seen["scroll_width"] <= width_px
-    assert len(seen["svg"]) == 2 and len(seen["img"]) == CONTACTS
+    assert len(seen["svg"]) == 3 and len(seen["img"]) == CONTACTS
     assert all(box["width"] > 40 and box["right"] <= width_px for box in seen["svg"] + seen["img"])
