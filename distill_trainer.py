@@ -212,9 +212,8 @@ class Run:
     def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
         """What is left of the present epoch, or as much of it as a request to stop allows."""
         if self.progress.step == 0:
-            first = build_facts.first_images(self.loader, self.task)
-            check_first_step(self.task, *first)
-            self.show_models(log, first)
+            check_first_step(self.task, *build_facts.first_images(self.loader, self.task))
+            self.show_models(log)
         if self.is_main:
             facts = build_facts.epoch_facts(self.loader, self.progress.epoch)
             log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
@@ -318,32 +317,21 @@ class Run:
             False where a request to stop came before everything was measured.
         """
         epoch, step, every = self.progress.epoch, self.progress.step, self.training.eval_every_epochs
-        if not every or self.progress.samples or not (epoch % every == 0 or epoch == self.training.num_epochs):
+        is_last = epoch == self.training.num_epochs
+        if not every or self.progress.samples or not (epoch % every == 0 or is_last):
             return True
         rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
-        done = {(row.get("dataset"), row.get("model")) for row in rows}
-        names = ["untrained", "teacher"] if step == 0 else ["student"]
         # the linear probe takes seconds to minutes: for the baselines and the outcome
-        with_probe = step == 0 or epoch == self.training.num_epochs
-        try:
-            for dataset, name, row in self.evaluation.measure(names, done, linear=with_probe):
-                log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
-                console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
-        except Interrupted:
-            return False
-        if step > 0 and not rows and self.training.tensorboard:
-            self.show_models(log, build_facts.first_images(self.loader, self.task))
-        return True
+        is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
+        if is_whole and not rows and step > 0:
+            self.show_models(log)
+        return is_whole
 
-    def show_models(self, log: RunLog, batch: tuple[torch.Tensor, ...]) -> None:
-        """What teacher and student are given for a few images, and the student's weights, in TensorBoard."""
-        if not (self.is_main and self.training.tensorboard):
-            return
-        step = self.progress.step
-        log.write_image("inputs", pictures.model_inputs(self.task, batch, self.progress.epoch), step)
-        if self.training.tensorboard_histograms:
-            weights = {f"weights/{name}": value for name, value in self.student.student.model.named_parameters()}
-            log.write_histograms(weights, step)
+    def show_models(self, log: RunLog) -> None:
+        """What the models are given, and the student's weights, in TensorBoard."""
+        if self.is_main and self.training.tensorboard:
+            batch, histograms = build_facts.first_images(self.loader, self.task), self.training.tensorboard_histograms
+            pictures.log_models(log, self.task, batch, self.progress, with_weights=histograms)
 
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from distillery import measures
-from distillery.engine import Task
+from distillery.engine import Progress, Task
+from distillery.metrics import RunLog
 from distillery.models import Backbone, eval_mode
 from distillery.models_pair import resample_tokens
 from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
@@ -211,6 +212,14 @@ def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
         if model is not None
     ]
     return torch.cat(strips).numpy()
+
+
+def log_models(log: RunLog, task: Task, batch: Sequence[Tensor], progress: Progress, *, with_weights: bool) -> None:
+    """model_inputs of a batch and, with_weights, histograms of the student's weights, into TensorBoard."""
+    log.write_image("inputs", model_inputs(task, batch, progress.epoch), progress.step)
+    if with_weights:
+        weights = {f"weights/{name}": value for name, value in task.student.student.model.named_parameters()}
+        log.write_histograms(weights, progress.step)
 
 
 def draw_run(run_dir: Path, device: torch.device) -> list[Path]:

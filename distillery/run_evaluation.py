@@ -20,15 +20,18 @@ from distillery.evaluate import (
     MAX_COMPARED_ROWS,
     STUDENT,
     TEACHER,
+    UNTRAINED,
     compare_with_teacher,
     evaluate_features,
     extract_features,
 )
 from distillery.files import make_directory, write_atomic
 from distillery.losses import Features
+from distillery.metrics import RunLog
 from distillery.models import Backbone
 from distillery.models_pair import StudentWithHeads
 from distillery.process import Interrupted
+from distillery.progress import Progress
 from distillery.standardise import Targets
 
 # the teacher's features of the test rows, which the student's are compared with: a run on stored outputs has no teacher
@@ -64,6 +67,22 @@ class RunEvaluation:
         self.run_dir, self.folders, self.student, self.targets = run_dir, folders, student, targets
         self.k, self.device, self.is_stopped = k, device, is_stopped
         self._load_teacher = load_teacher
+
+    def record(self, log: RunLog, console: Progress, rows: list[dict], *, step: int, epoch: int, linear: bool) -> bool:
+        """Measure the baselines before the first step, the student after it, and log what is not in `rows` yet.
+
+        Returns:
+            False where a request to stop came before everything was measured.
+        """
+        done = {(row.get("dataset"), row.get("model")) for row in rows}
+        names = [UNTRAINED, TEACHER] if step == 0 else [STUDENT]
+        try:
+            for dataset, name, row in self.measure(names, done, linear=linear):
+                log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
+                console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
+        except Interrupted:
+            return False
+        return True
 
     def measure(self, names: list[str], done: set[tuple[str, str]], *, linear: bool) -> Iterator[tuple[str, str, dict]]:
         """(data set, model, row of metrics.jsonl) for each of the models `names` and each evaluation set.
