@@ -212,8 +212,9 @@ class Run:
     def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
         """What is left of the present epoch, or as much of it as a request to stop allows."""
         if self.progress.step == 0:
-            check_first_step(self.task, *build_facts.first_images(self.loader, self.task))
-            self.show_models(log)
+            first = build_facts.first_images(self.loader, self.task)
+            check_first_step(self.task, *first)
+            self.show_models(log, first)
         if self.is_main:
             facts = build_facts.epoch_facts(self.loader, self.progress.epoch)
             log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
@@ -324,14 +325,14 @@ class Run:
         # the linear probe takes seconds to minutes: for the baselines and the outcome
         is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
         if is_whole and not rows and step > 0:
-            self.show_models(log)
+            self.show_models(log, build_facts.first_images(self.loader, self.task))
         return is_whole
 
-    def show_models(self, log: RunLog) -> None:
-        """What the models are given, and the student's weights, in TensorBoard."""
+    def show_models(self, log: RunLog, batch: tuple[torch.Tensor, ...]) -> None:
+        """What the models are given for a few images, and the student's weights, in TensorBoard."""
         if self.is_main and self.training.tensorboard:
-            batch, histograms = build_facts.first_images(self.loader, self.task), self.training.tensorboard_histograms
-            pictures.log_models(log, self.task, batch, self.progress, with_weights=histograms)
+            with_weights = self.training.tensorboard_histograms
+            pictures.log_models(log, self.task, batch, self.progress, with_weights=with_weights)
 
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from distillery.cache_index import (
     MALFORMED,
+    OWN_KEYS,
     CacheIndex,
     checked_index,
     checked_preprocess,
@@ -76,7 +77,8 @@ def load_index(directory: str | os.PathLike) -> CacheIndex:
         raise UserError(f"{error} It is made again by: {stage1_command()}") from error
     check_version(index, path)
     version = index.get("format_version", 1)
-    if version in (1, 2):
+    # the predecessor's has none of these: with them, it is the version that is damaged
+    if version in (1, 2) and OWN_KEYS.isdisjoint(index):
         return index_of_seed(directory, index, index.get("shards"), normalized=True)
     try:
         if type(version) is not int or version != FORMAT_VERSION:

@@ -12,6 +12,8 @@ from distillery.shard_format import DTYPES
 
 # what a damaged or hostile index makes Python raise
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+# what an index of this project has and its predecessor's has not
+OWN_KEYS = frozenset({"complete", "fingerprint", "preprocess", "image_shape"})
 _MAX_COUNT = 1 << 53
 
 

@@ -7,13 +7,13 @@ decoding them takes. Rows come to lie in the memory they are written to the disk
 """
 
 import ctypes
+import errno
 import mmap
 import multiprocessing
 import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,9 +23,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
 from distillery.decode import Unit, UnitResult, decode_unit
-from distillery.files import ALIGNMENT_BYTES
+from distillery.files import ALIGNMENT_BYTES, format_bytes
 from distillery.preprocess import DecodeError, PreprocessSpec, decode_image
-from distillery.process import STOP_SIGNALS, ignore_stop_signals
+from distillery.process import STOP_SIGNALS, UserError, ignore_stop_signals
 
 # of a unit: encoded images at most; and rows as they are stored, unless one alone is larger
 SLOT_BYTES, STORED_BYTES = 4 << 20, 16 << 20
@@ -49,12 +49,16 @@ class Pool(ABC):
     Args:
         capacity: how many units may be decoded or wait for it; WRITE_AHEAD others may be waiting for their release.
         row_bytes: of a row as it is stored.
+        is_shared: whether other processes decode.
     """
 
-    def __init__(self, capacity: int, row_bytes: int) -> None:
+    def __init__(self, capacity: int, row_bytes: int, *, is_shared: bool = True) -> None:
         self.capacity, self._row_bytes = capacity, row_bytes
-        self._slots = Slots(capacity + WRITE_AHEAD, SLOT_BYTES, stored_bytes_of(row_bytes))
-        self._free = deque(range(self._slots.count))
+        count, stored_bytes = capacity + WRITE_AHEAD, stored_bytes_of(row_bytes)
+        fd = create_shared_memory(count * (SLOT_BYTES + stored_bytes)) if is_shared else -1
+        self._slots = Slots(count, SLOT_BYTES, stored_bytes, fd)
+        # the one released last is taken first: its memory is in use already
+        self._free = list(range(self._slots.count))
 
     def submit(self, unit: Unit, gap: int) -> Work:
         """Have a unit decoded, into memory from byte `gap` of a page on.
@@ -62,7 +66,7 @@ class Pool(ABC):
         Raises:
             BrokenProcessPool: a worker died.
         """
-        slot, num_bytes = self._free.popleft(), len(unit.images) * self._row_bytes
+        slot, num_bytes = self._free.pop(), len(unit.images) * self._row_bytes
         memory = self._slots.stored(slot)[: gap + num_bytes]
         return Work(self._start(unit, slot, gap), memory, slot)
 
@@ -82,7 +86,7 @@ class InlinePool(Pool):
     """Decodes in submit: for one worker there is nothing to gain from a second process."""
 
     def __init__(self, row_bytes: int) -> None:
-        super().__init__(1, row_bytes)
+        super().__init__(1, row_bytes, is_shared=False)
 
     def _start(self, unit: Unit, slot: int, gap: int) -> Future:
         future: Future = Future()
@@ -210,18 +214,35 @@ def split_into_units(
         yield images[start:]
 
 
-class Slots:
-    """Memory for `count` units, shared with the worker processes: encoded images, and rows as they are stored.
+def create_shared_memory(num_bytes: int) -> int:
+    """A file descriptor of memory for several processes. No name: nothing is left, a small /dev/shm is no limit.
 
-    No file and no name: nothing is left behind, and a container's small /dev/shm is no limit.
+    Raises:
+        UserError: a limit on the size of files, which counts here too, is below it.
+    """
+    fd = os.memfd_create("units")
+    try:
+        os.ftruncate(fd, num_bytes)
+    except OSError as error:
+        os.close(fd)
+        if error.errno != errno.EFBIG:
+            raise
+        raise UserError(
+            f"decode workers share {format_bytes(num_bytes)} of memory with this process, and a file-size limit "
+            "(ulimit -f) below that counts for it too. Raise the limit, or set num_workers: 1, which shares none."
+        ) from error
+    return fd
+
+
+class Slots:
+    """Memory for `count` units: encoded images, and rows as they are stored.
+
+    fd: of create_shared_memory; -1: memory of this process alone.
     """
 
-    def __init__(self, count: int, encoded_bytes: int, stored_bytes: int, fd: int | None = None) -> None:
-        self.count, self._encoded_bytes, self._stored_bytes = count, encoded_bytes, stored_bytes
-        self._fd = os.memfd_create("units") if fd is None else fd
-        num_bytes = count * (encoded_bytes + stored_bytes)
-        os.ftruncate(self._fd, num_bytes)
-        self._memory = memoryview(mmap.mmap(self._fd, num_bytes))
+    def __init__(self, count: int, encoded_bytes: int, stored_bytes: int, fd: int = -1) -> None:
+        self.count, self._encoded_bytes, self._stored_bytes, self._fd = count, encoded_bytes, stored_bytes, fd
+        self._memory = memoryview(mmap.mmap(fd, count * (encoded_bytes + stored_bytes)))
 
     def stored(self, slot: int) -> memoryview:
         """Where a unit's rows come to lie: whole pages."""
@@ -245,7 +266,8 @@ class Slots:
 
     def close(self) -> None:
         """Let go of the memory; it is given back with the last view of it."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
         del self._memory
 
     def __reduce__(self) -> tuple:

@@ -181,9 +181,10 @@ def _losses_of_view(
         past = None if task.queue is None else task.queue.rows
         weights = task.stored.loss_weights if stored else task.loss_weights
         losses = total_loss(outputs, targets, weights, task.loss_options, second_view=second, queue=past)
-        if len(weights) < len(task.loss_weights):
+        if stored and task.stored.live_fields:
             # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
-            losses["loss"] = losses["loss"] + 0 * sum(value.float().sum() for value in outputs.tensors().values())
+            trained = (p.sum() for p in task.student.parameters() if p.requires_grad)
+            losses["loss"] = losses["loss"] + 0 * sum(trained)
         if task.queue is not None and task.student.training:
             task.queue.push(targets.pooled)
         return losses

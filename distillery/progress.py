@@ -47,9 +47,9 @@ def epoch_line(epoch: int, num_epochs: int, step: int, rows: Sequence[dict[str, 
     text = f"epoch {epoch} of {num_epochs}: step {step:,}"
     if not rows:
         return text
-    # a loss may be missing in some rows: of a hybrid run, those of steps that take stored outputs
-    found = {name: [row[name] for row in rows if name in row] for name in rows[-1]}
-    mean = {name: sum(values) / len(values) for name, values in found.items()}
+    # not every row has every loss: in a hybrid run, steps that take stored outputs may have fewer
+    common = [name for name in rows[-1] if all(name in row for row in rows)]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in common}
     fields = training_fields(mean | {"lr": rows[-1]["lr"]})
     return " | ".join([text, *(f"{name} {format_field(value)}" for name, value in fields.items())])
 

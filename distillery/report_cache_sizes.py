@@ -63,7 +63,7 @@ def draw_sizes(sizes: np.ndarray, stored: int) -> Figure:
     with matplotlib.rc_context(RC):
         figure, axes = new_figure("Sides of the images in the source")
         # a little room on both sides, also where all have one size
-        edges = np.geomspace(0.8 * min(sizes.min(), stored), 1.25 * max(sizes.max(), stored), 41)
+        edges = np.geomspace(0.8 * max(1, min(sizes.min(), stored)), 1.25 * max(sizes.max(), stored), 41)
         for side, colour, name in ((sizes.min(axis=1), STUDENT, "shorter"), (sizes.max(axis=1), FOURTH, "longer")):
             axes.stairs(np.histogram(side, bins=edges)[0], edges, color=colour, label=name, linewidth=1.4)
         axes.axvline(stored, color=UNTRAINED, linewidth=1)

@@ -46,9 +46,12 @@ def draw_loss(rows: Rows) -> Figure | None:
     # a single term is the loss itself, times its weight
     for number, name in enumerate(terms if len(terms) > 1 else []):
         draw_line(axes, *series(train, name), TERM_COLOURS[number % len(TERM_COLOURS)], name.removeprefix("loss/"))
-    draw_line(axes, *series(train, "loss"), STUDENT, "weighted sum" if len(terms) > 1 else None)
+    # in a hybrid run some terms may be of the steps alone that run the teacher: sums of all terms, or of all there are
+    whole = [row for row in train if all(name in row for name in terms)] or train
+    draw_line(axes, *series(whole, "loss"), STUDENT, "weighted sum" if len(terms) > 1 else None)
     # of the curves as drawn: one lucky batch in a thousand must not stretch the axis
-    values = np.concatenate([thin(*series(train, name))[1] for name in ("loss", *terms)])
+    curves = [series(whole, "loss"), *(series(train, name) for name in terms)]
+    values = np.concatenate([thin(*curve)[1] for curve in curves])
     if values.min() > 0 and values.max() / values.min() > 5:
         use_log_axis(axes, values)
     else:

@@ -30,13 +30,14 @@ class PayloadWriter:
 
     Args:
         fd: an empty file, open for writing.
+        is_direct: False on network file systems, which answer each such write only when the server has it.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, is_direct: bool = True) -> None:
         self._fd, self._rest, self._position = fd, payload_header(), 0
         self._file_hash, self._crc = xxhash.xxh3_128(self._rest), 0
-        self._is_direct = bypass_page_cache(fd, True)
-        self._is_sound = True  # nothing that was taken in has failed to be written
+        self._is_direct = is_direct and bypass_page_cache(fd, True)
+        self._error: OSError | None = None
 
     def write(self, memory: memoryview) -> None:
         """Take in the next bytes of the payload.
@@ -48,22 +49,26 @@ class PayloadWriter:
         Raises:
             OSError: it could not be written; the file is of no use any more.
         """
-        self._check_sound()
-        gap, self._is_sound = len(self._rest), False
+        self._check_no_error()
+        gap = len(self._rest)
         for start in range(gap, len(memory), _DIGEST_BYTES):
             piece = memory[start : start + _DIGEST_BYTES]
             self._crc = crc32(piece, self._crc)
             self._file_hash.update(piece)
         memory[:gap] = self._rest
         whole = len(memory) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        self._put(memory[:whole])
+        try:
+            self._put(memory[:whole])
+        except OSError as error:
+            self._error = error
+            raise
         self._rest = bytes(memory[whole:])
         self._position += whole
-        self._is_sound = True
 
-    def _check_sound(self) -> None:
-        if not self._is_sound:
-            raise RuntimeError("earlier bytes of this file could not be written")
+    def _check_no_error(self) -> None:
+        """Bytes that could not be written are missing in this file for good: nothing may follow them."""
+        if self._error is not None:
+            raise self._error
 
     def _put(self, pages: memoryview) -> None:
         if self._is_direct:
@@ -90,7 +95,7 @@ class PayloadWriter:
         Raises:
             OSError: another program truncated the file meanwhile.
         """
-        self._check_sound()
+        self._check_no_error()
         end = PAYLOAD_OFFSET + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         assert self._position + len(self._rest) == end, f"{self._position + len(self._rest)} bytes instead of {end}"
         if (size := os.fstat(self._fd).st_size) < self._position:

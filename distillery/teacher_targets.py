@@ -189,7 +189,10 @@ def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
             )
         if not weight or field in cache.widths or has_live_steps:
             continue
-        remedies = f"set teacher_cache.mode: hybrid to compute {name} in the steps that run the teacher, or {name}: 0"
+        remedies = (
+            f"set teacher_cache.mode: hybrid (and live_fraction above 0) to compute {name} in the steps that run the "
+            f"teacher, or {name}: 0"
+        )
         if field == "layers":
             raise UserError(
                 f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds: "
@@ -203,8 +206,8 @@ def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
         )
     if not any(weights_of(cache, weights).values()):
         raise UserError(
-            f"no loss of distill_loss_weights compares what {cache.directory} holds ({', '.join(cache.widths)}): most "
-            "steps would teach nothing. Add one that does, such as cls, or set teacher_cache.enabled: false."
+            f"no loss of distill_loss_weights compares what {cache.directory} holds ({', '.join(cache.widths)}): steps "
+            "on stored outputs would teach nothing. Add such a loss, as cls is, or set teacher_cache.enabled: false."
         )
 
 

@@ -28,6 +28,8 @@ from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_pu
 
 # how many encoded images are read before the first are decoded, and how many bytes at a time from then on
 _FIRST_ROWS, _READ_BYTES = 32, 16 << 20
+# shards that may wait to be durable while the next are being made
+_PUBLISH_AHEAD = 2
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
 
@@ -61,11 +63,13 @@ class _Pipeline:
         self.on_rows, self.scan, self.repairs = on_rows, scan, repairs
         self.num_workers, self.pool = num_workers, None
         self.rows_at_once = _FIRST_ROWS
-        self.disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self.disk = ThreadPoolExecutor(1, thread_name_prefix="write-rows")
+        # apart: an fsync may take seconds
+        self.publisher = ThreadPoolExecutor(1, thread_name_prefix="publish-shards")
         # with the seconds that submitting took
         self.units: deque[tuple[Work, OpenShard, float]] = deque()
-        # rows being written; without work: a shard being published
-        self.writing: deque[tuple[Future, OpenShard, Work | None]] = deque()
+        self.writing: deque[tuple[Future, Work]] = deque()
+        self.publishing: deque[tuple[Future, OpenShard]] = deque()
         self.open_shards: list[OpenShard] = []
         # what this process waited for
         self.seconds = {"source": 0.0, "cpu": 0.0, "disk": 0.0}
@@ -97,10 +101,16 @@ class _Pipeline:
             self._collect_unit()
         while self.writing:
             self._collect_written()
+        while self.publishing:
+            self._collect_published()
 
     def close(self) -> None:
         """End the workers and drop what is not published."""
-        self.disk.shutdown(wait=True, cancel_futures=True)
+        for executor in (self.disk, self.publisher):
+            executor.shutdown(wait=True, cancel_futures=True)
+        # an error's traceback holds this object, and these the memory of the pool
+        for waiting in (self.units, self.writing, self.publishing):
+            waiting.clear()
         if self.pool is not None:
             self.pool.close()
         for shard in self.open_shards:
@@ -172,27 +182,39 @@ class _Pipeline:
         self.seconds["cpu"] += waited + time.monotonic() - began
         self.busy_seconds["decode"] += result.seconds
         shard.note(result)
-        # units are collected in order, so all rows before this one are written
-        self.writing.append((self.disk.submit(self._timed, shard.payload.write, work.memory), shard, work))
+        # units are collected in order, so all rows before these are written
+        written = self.disk.submit(self._write, shard, work.memory)
+        self.writing.append((written, work))
         if not shard.rows_left:
-            self.writing.append((self.disk.submit(self._timed, shard.publish), shard, None))
+            self.publishing.append((self.publisher.submit(self._publish, shard, written), shard))
         self.on_rows(len(result.checksums), self.limit(), len(self.made))
         while len(self.writing) > WRITE_AHEAD:
             self._collect_written()
+        while len(self.publishing) > _PUBLISH_AHEAD or (self.publishing and self.publishing[0][0].done()):
+            self._collect_published()
 
-    def _timed(self, work: Callable, *arguments) -> None:
+    def _write(self, shard: OpenShard, memory: memoryview) -> None:
         began = time.monotonic()
-        work(*arguments)
+        shard.payload.write(memory)
         self.busy_seconds["write"] += time.monotonic() - began
 
+    @staticmethod
+    def _publish(shard: OpenShard, written: Future) -> None:
+        written.result()
+        shard.publish()
+
     def _collect_written(self) -> None:
-        future, shard, work = self.writing.popleft()
+        future, work = self.writing.popleft()
         began = time.monotonic()
         future.result()
         self.seconds["disk"] += time.monotonic() - began
-        if work is not None:
-            self.pool.release(work)
-            return
+        self.pool.release(work)
+
+    def _collect_published(self) -> None:
+        future, shard = self.publishing.popleft()
+        began = time.monotonic()
+        future.result()
+        self.seconds["disk"] += time.monotonic() - began
         self.open_shards.remove(shard)
         self.made.add(shard.shard_idx)
         # after every shard, unless the index is so long that writing it would take more than a twentieth of the time

@@ -63,7 +63,7 @@ class OpenShard:
         self.temporary = temporary_name(self.path)
         self.fd = create_temporary(self.temporary)
         reserve(self.fd, PAYLOAD_OFFSET + self.num_rows * plan.row_bytes)
-        self.payload = PayloadWriter(self.fd)
+        self.payload = PayloadWriter(self.fd, is_direct=not is_network_file_system(self.path))
 
     def note(self, result: UnitResult) -> None:
         """Take in what a decode worker says of its rows."""

@@ -16,6 +16,7 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from distillery.cache import load_index, load_labels, load_shard_layout
 from distillery.process import MissingFileError, UserError
 from distillery.records import FutureFormatError, read_record, record_text
+from distillery.verify import verify_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,6 +182,27 @@ def test_a_damaged_index_is_refused_with_the_command_that_makes_it_again(cache, 
     (cache / "index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"index\.json.*It is made again by: python precompute_cache\.py"):
         load_index(cache)
+
+
+def test_an_index_whose_version_is_damaged_is_never_taken_for_the_predecessors(cache):
+    """That would be read as unverified, and uint8 pixels as normalised."""
+    path = cache / "index.json"
+    text, tried = path.read_bytes(), 0
+    start = text.index(b'"format_version"')
+    for position in range(start, text.index(b",", start)):
+        for bit in range(8):
+            damaged = bytearray(text)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(UserError):
+                load_index(cache)
+            try:
+                problems = verify_cache(cache)
+            except FutureFormatError:
+                continue
+            assert any(str(path) in problem for problem in problems), bytes(damaged[start : start + 24])
+            tried += 1
+    assert tried > 100
 
 
 def test_an_infinite_mean_is_refused(cache):

@@ -1,5 +1,6 @@
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from distillery import decode_pool
 from distillery.decode import Unit
 from distillery.decode_pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
 from distillery.preprocess import PreprocessSpec
-from distillery.process import RunError
+from distillery.process import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def test_a_row_larger_than_the_memory_of_a_unit_is_a_unit_of_its_own(monkeypatch
 
 
 def test_a_slot_gives_back_what_was_put_into_it_and_touches_no_other():
-    slots = Slots(3, SLOT_BYTES, 8192)
+    slots = Slots(3, SLOT_BYTES, 8192, decode_pool.create_shared_memory(3 * (SLOT_BYTES + 8192)))
     images = [os.urandom(size) for size in (SLOT_BYTES - 10, 0, 9, 1)]
     slots.fill(1, images)
     assert slots.read(1, [len(image) for image in images]) == images
@@ -62,9 +63,21 @@ def test_rows_of_units_stay_until_they_are_released_and_the_memory_is_as_planned
         assert work.memory[gap:] == np.stack([pixels, pixels]).tobytes()
         assert len(work.future.result().checksums) == 2
     pool.release(works[0])
-    assert {pool.submit(Unit(0, [b""], spec, "uint8"), 0).slot for _ in range(3)} == {0, 3, 4}
+    assert pool.submit(Unit(0, [b""], spec, "uint8"), 0).slot == works[0].slot
+    assert {pool.submit(Unit(0, [b""], spec, "uint8"), 0).slot for _ in range(2)} == {0, 1}
     assert memory_bytes(1, 192) == 8 * (SLOT_BYTES + (16 << 20) + 4096)
     pool.close()
+
+
+def test_a_limit_on_file_sizes_below_the_shared_memory_is_a_message_and_leaves_no_descriptor():
+    before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"share 2.1 MB of memory.*ulimit -f.*num_workers: 1"):
+            decode_pool.create_shared_memory(2 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distillery.build import build_models
-from distillery.config import load_configs
+from distillery.config import TrainConfig, load_configs
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align, align_teacher
@@ -133,4 +133,4 @@ def test_models_built_from_the_keys_train_on_their_layers():
 def test_a_teacher_cache_has_no_layers_and_says_so():
     cache = SimpleNamespace(widths={"pooled": 8, "tokens": 8}, num_views=2, directory="teacher")
     with pytest.raises(UserError, match="layers is 0.5 and compares inner layers, which no teacher cache holds"):
-        check_fields(cache, {"cls": 1.0, "layers": 0.5})
+        check_fields(cache, TrainConfig(distill_loss_weights={"cls": 1.0, "layers": 0.5}))

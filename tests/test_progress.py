@@ -147,3 +147,17 @@ def test_importing_it_loads_neither_torch_nor_tqdm():
     code = "import sys, distillery.progress; print([m for m in ('torch', 'tqdm', 'tensorboard') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_line_of_an_epoch_takes_rows_that_have_not_all_losses_in_common():
+    shares = {
+        name: 0.25 for name in ("data_wait_fraction", "teacher_fraction", "student_fraction", "optimizer_fraction")
+    }
+    rows = [{"loss": loss, "lr": 0.1, "images_per_second": 5.0} | shares for loss in (1.0, 3.0)]
+    expected = epoch_line(1, 2, 10, rows)
+    assert "loss 2 " in expected
+    for number in range(2):
+        assert (
+            epoch_line(1, 2, 10, [row | ({"loss/patch": 1.0} if i == number else {}) for i, row in enumerate(rows)])
+            == expected
+        )

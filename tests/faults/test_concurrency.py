@@ -88,7 +88,7 @@ def test_writers_at_the_same_time_make_what_one_would(folder, slow_source, slow_
 
 
 def test_overlapping_jobs_share_the_work(folder, slow_source, slow_reference, tally):
-    """Two jobs over the same range make few shards twice; nobody waits for anybody."""
+    """Two jobs over the same range make few shards twice, those in flight when the other ends; nobody waits."""
     source = SmallSource(160, slow_s=0.01)
     plan = small_plan(folder / "cache", source)
     made = []
@@ -108,7 +108,8 @@ def test_overlapping_jobs_share_the_work(folder, slow_source, slow_reference, ta
     counts = [os.read(read_end, 1)[0] for read_end in made]
     for read_end in made:
         os.close(read_end)
-    assert 20 <= sum(counts) <= 27
+    # of these small shards five are in flight at once: three of two units each being decoded, two being published
+    assert 20 <= sum(counts) <= 30
     assert min(counts) >= 5
     assert verify_cache(plan.directory) == []
     tally["rounds of 2 to 4 writers, same shares"] += 1
