@@ -323,7 +323,8 @@ class Run:
             return True
         rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
         # the linear probe takes seconds to minutes: for the baselines and the outcome
-        is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
+        with console.paused():
+            is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
         if is_whole and not rows and step > 0 and self.training.tensorboard:
             self.show_models(log, build_facts.first_images(self.loader, self.task))
         return is_whole

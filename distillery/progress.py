@@ -4,10 +4,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
-# plain lines over which a rate is taken: a pause (an evaluation, a slow first step) is forgotten after so many
+# plain lines over which a rate is taken: a slow first step is forgotten after so many
 RATE_LINES = 6
 
 
@@ -87,6 +88,7 @@ class Progress:
         self._enabled = enabled
         self._stream = stream if stream is not None else sys.stderr
         self._start = self._last_line = time.monotonic()
+        self._paused_s = 0.0
         self._marks = deque([(self._start, initial)], maxlen=RATE_LINES)
         self._shown_at: int | None = None
         self._bar = self._build_bar() if enabled and self._stream.isatty() else None
@@ -125,6 +127,19 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside, an evaluation say, is other work: its time does not count for rate and ETA."""
+        began = time.monotonic()
+        yield
+        away = time.monotonic() - began
+        self._paused_s += away
+        self._last_line += away
+        self._marks = deque(((moment + away, done) for moment, done in self._marks), maxlen=RATE_LINES)
+        if self._bar is not None:
+            self._bar.start_t += away
+            self._bar.last_print_t += away
+
     def close(self) -> None:
         """Show the final state; later calls do nothing."""
         if not self._enabled:
@@ -144,7 +159,7 @@ class Progress:
     @property
     def rate(self) -> float:
         """Units a second since this process started to count."""
-        return (self.done - self.initial) / max(time.monotonic() - self._start, 1e-9)
+        return (self.done - self.initial) / max(time.monotonic() - self._start - self._paused_s, 1e-9)
 
     def _fields_text(self, separator: str) -> str:
         return separator.join(f"{name} {format_field(value)}" for name, value in self.fields.items())

@@ -53,13 +53,29 @@ def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
 def test_a_pause_at_the_start_is_forgotten_after_a_few_lines(clock):
     stream = io.StringIO()
     progress = Progress(10_000, "steps", "train", every_s=10, stream=stream)
-    clock[0] += 600  # an evaluation before the first step
+    clock[0] += 600  # a model that is compiled in the first step
     for _ in range(20):
         clock[0] += 10
         progress.advance(100)
     lines = stream.getvalue().splitlines()
     assert "0.16 steps/s" in lines[0]
     assert "10 steps/s | ETA 13:20" in lines[-1]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log file", "terminal"])
+def test_a_pause_counts_neither_for_the_rate_nor_for_the_end(clock, monkeypatch, stream):
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with Progress(1000, "steps", "train", every_s=10, stream=stream) as progress:
+        for _ in range(5):
+            with progress.paused():
+                clock[0] += 300
+            for _ in range(20):
+                clock[0] += 1
+                progress.advance(2)
+        assert progress.rate == pytest.approx(2)
+        text = stream.getvalue()
+        assert ("2 steps/s | ETA 6:40" if not stream.isatty() else "[01:40<06:40,  2.00 steps/s]") in text
+    assert {float(rate) for rate in re.findall(r"([\d.]+) steps/s", text)} == {2}
 
 
 def test_a_stalled_start_says_that_the_end_is_not_known(clock):
