@@ -20,8 +20,6 @@ from distillery.shard_format import DTYPES
 
 # so much is decoded before it is stored: what a step finds of its code and data in a core's cache, it need not fetch
 _DECODED_BYTES = 1 << 20
-# pixels of a channel from which Arrow's look-up, which has a start to pay for, is faster than NumPy's
-_ARROW_PIXELS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -54,37 +52,12 @@ def _table(spec: PreprocessSpec, dtype: str) -> np.ndarray:
     return normalisation_table(spec.mean, spec.std, dtype)
 
 
-@lru_cache(maxsize=4)
-def _arrow_tables(spec: PreprocessSpec, dtype: str) -> list:
-    import pyarrow as pa
-
-    table = _table(spec, dtype)
-    return [pa.array(channel) for channel in table.view(f"uint{8 * table.itemsize}")]
-
-
-def _look_up(pixels: np.ndarray, tables: list, out: np.ndarray) -> None:
-    """What normalise_into does, a channel at a time; tables: a pyarrow array of bit patterns for each channel.
-
-    Arrow takes bytes as indices; np.take makes 64-bit numbers of them first, which costs as much as the rest.
-    """
-    import pyarrow as pa
-    from pyarrow.compute import take
-
-    for channel, table, stored in zip(pixels, tables, out.view(f"uint{8 * out.itemsize}"), strict=True):
-        indices = pa.Array.from_buffers(pa.uint8(), channel.size, [None, pa.py_buffer(channel)])
-        # not the default pool, which gives memory back to the system between two images
-        values = take(table, indices, boundscheck=False, memory_pool=pa.system_memory_pool())
-        stored.reshape(-1)[:] = values.to_numpy(zero_copy_only=True)
-
-
 def _store(pixels: np.ndarray | None, spec: PreprocessSpec, dtype: str, row: np.ndarray) -> None:
     """Write a decoded image, uint8 [3, H, W], to its row, [3, H, W] of what is stored; zeros where there is none."""
     if pixels is None:
         row[:] = 0
     elif dtype == "uint8":
         row[:] = pixels
-    elif pixels[0].size >= _ARROW_PIXELS:
-        _look_up(pixels, _arrow_tables(spec, dtype), row)
     else:
         normalise_into(pixels, _table(spec, dtype), row)
 

@@ -167,7 +167,7 @@ def decode_pool(
     if num_workers <= 1:
         return InlinePool(row_bytes)
     preload = ["torch"] if needs_resampler(spec, first_images[:_IMAGES_LOOKED_AT]) else []
-    return ProcessPool(num_workers, row_bytes, preload=[*preload, *(["pyarrow.compute"] if dtype != "uint8" else [])])
+    return ProcessPool(num_workers, row_bytes, preload=[*preload, *(["cv2"] if dtype != "uint8" else [])])
 
 
 def units_in_flight(num_workers: int) -> int:

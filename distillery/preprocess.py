@@ -298,9 +298,26 @@ def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: 
 
 def normalise_into(pixels: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write table[c, pixels[c]] to out[c]: pixels uint8 [3, H, W], table [3, 256], out [3, H, W] of its dtype."""
-    for channel in range(3):
-        # clip: a byte cannot leave the table, and this mode alone writes to `out` without a buffer between
-        np.take(table[channel], pixels[channel], out=out[channel], mode="clip")
+    opencv, kind = load_look_up(), np.float32 if table.itemsize == 4 else np.uint16
+    # bits are moved, whatever they mean: not every dtype is one OpenCV has
+    for channel, values, stored in zip(pixels, table.view(kind), out.view(kind), strict=True):
+        if opencv is not None:
+            opencv.LUT(channel, values, stored)
+        else:
+            # clip: a byte cannot leave the table, and this mode alone writes to `out` without a buffer between
+            np.take(values, channel, out=stored, mode="clip")
+
+
+@functools.cache
+def load_look_up():
+    """OpenCV, whose look-up takes bytes as indices; None without it: NumPy's makes 64-bit numbers of them first."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    # its pool of threads would not survive a fork, and the images are spread over the cores already
+    cv2.setNumThreads(1)
+    return cv2
 
 
 def library_versions() -> dict[str, str]:

@@ -36,14 +36,10 @@ def expected_rows(images: list[bytes], dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-@pytest.mark.parametrize("arrow_pixels", [1, 1 << 20], ids=["arrow", "numpy"])
 @pytest.mark.parametrize("at_once", [1, 2, 100])
-def test_a_unit_stores_every_pixel_through_its_channels_table_and_zeros_for_bad_images(
-    monkeypatch, dtype, arrow_pixels, at_once
-):
+def test_a_unit_stores_every_pixel_through_its_channels_table_and_zeros_for_bad_images(monkeypatch, dtype, at_once):
     images = [b"no image" if i in (0, 3) else image(i) for i in range(7)]
     rows = expected_rows(images, dtype)
-    monkeypatch.setattr(decode, "_ARROW_PIXELS", arrow_pixels)
     monkeypatch.setattr(decode, "_DECODED_BYTES", 3 * SIZE * SIZE * at_once)
     spec = PreprocessSpec(SIZE, "squash", "bicubic", MEAN, STD)
     memory = memoryview(bytearray(b"\xff" * rows.nbytes))

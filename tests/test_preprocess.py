@@ -443,9 +443,16 @@ def test_a_table_of_pixels_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_normalising_looks_every_pixel_up_in_its_channels_table(dtype):
+@pytest.mark.parametrize("library", ["OpenCV", "NumPy"])
+@pytest.mark.parametrize("size", [(1, 1), (20, 21), (600, 600)])
+def test_normalising_looks_every_pixel_up_in_its_channels_table(monkeypatch, dtype, library, size):
+    if library == "NumPy":
+        monkeypatch.setattr(preprocess, "load_look_up", lambda: None)
+    elif preprocess.load_look_up() is None:
+        pytest.skip("opencv-python-headless is not installed")
     table = normalisation_table(MEAN, STD, dtype)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 21), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)
+    pixels.flags.writeable = False  # as those of a file that is mapped
     out = np.empty(pixels.shape, table.dtype)
     normalise_into(pixels, table, out)
     for channel in range(3):
