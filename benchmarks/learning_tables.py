@@ -143,7 +143,7 @@ def draw(content: dict, path: Path) -> None:
     """k-NN over images seen and over seconds, mean and range over seeds; untrained student and teacher as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("images", "seconds"), ("images seen", "seconds"), strict=True):
         for name, runs in runs_by_name(content, "contender").items():
@@ -160,7 +160,7 @@ def draw(content: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("k-NN top-1, %")
     if panels[0].lines:
-        panels[0].legend(loc="lower right", fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     setting = content["setting"]
     figure.suptitle(f"{setting['teacher']} -> {setting['student']}, {setting['epochs']} epochs", fontsize=10)
     figure.savefig(path, dpi=120)
