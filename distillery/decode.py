@@ -18,9 +18,6 @@ from distillery.preprocess import (
 )
 from distillery.shard_format import DTYPES
 
-# so much is decoded before it is stored: what a step finds of its code and data in a core's cache, it need not fetch
-_DECODED_BYTES = 1 << 20
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -62,23 +59,28 @@ def _store(pixels: np.ndarray | None, spec: PreprocessSpec, dtype: str, row: np.
         normalise_into(pixels, _table(spec, dtype), row)
 
 
+def _decode(data: bytes | memoryview, spec: PreprocessSpec) -> tuple[np.ndarray, tuple[int, int]]:
+    """(uint8 [3, H, W] as they are stored, height and width the image had).
+
+    A function of its own: what it decoded into is free on return, and still in the core's cache for the next image.
+    """
+    pixels = decode_image(data)
+    return resize_image(pixels, spec), pixels.shape[:2]
+
+
 def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     """Decode a unit's images into `memory`, one row after another as they are stored; bad ones become zeros."""
-    began, size = time.monotonic(), unit.spec.image_size
-    rows = np.frombuffer(memory, DTYPES[unit.dtype]).reshape(len(unit.images), 3, size, size)
-    checksums, sizes, failures = np.zeros(len(rows), np.uint64), np.zeros((len(rows), 2), np.uint32), []
-    at_once = max(1, _DECODED_BYTES // (3 * size**2))
-    for start in range(0, len(rows), at_once):
-        decoded = []
-        for i, data in enumerate(unit.images[start : start + at_once], start):
-            try:
-                pixels = decode_image(data)
-                sizes[i] = pixels.shape[:2]
-                decoded.append(resize_image(pixels, unit.spec))
-            except DecodeError as error:
-                decoded.append(None)
-                failures.append((unit.first_row + i, str(error)))
-        for i, pixels in enumerate(decoded, start):
-            _store(pixels, unit.spec, unit.dtype, rows[i])
-            checksums[i] = xxhash.xxh3_64_intdigest(rows[i])
+    began, size, count = time.monotonic(), unit.spec.image_size, len(unit.images)
+    rows = np.frombuffer(memory, DTYPES[unit.dtype]).reshape(count, 3, size, size)
+    checksums, sizes, failures = np.zeros(count, np.uint64), np.zeros((count, 2), np.uint32), []
+    decoded: list[np.ndarray | None] = [None] * count
+    for i, data in enumerate(unit.images):
+        try:
+            decoded[i], sizes[i] = _decode(data, unit.spec)
+        except DecodeError as error:
+            failures.append((unit.first_row + i, str(error)))
+    # only now, all in a row: each step's code and tables stay in the core's cache
+    for i, pixels in enumerate(decoded):
+        _store(pixels, unit.spec, unit.dtype, rows[i])
+        checksums[i] = xxhash.xxh3_64_intdigest(rows[i])
     return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began)
