@@ -301,9 +301,8 @@ def normalise_into(pixels: np.ndarray, table: np.ndarray, out: np.ndarray) -> No
     opencv, kind = load_look_up(), np.float32 if table.itemsize == 4 else np.uint16
     # bits are moved, whatever they mean: not every dtype is one OpenCV has
     for channel, values, stored in zip(pixels, table.view(kind), out.view(kind), strict=True):
-        if opencv is not None:
-            opencv.LUT(channel, values, stored)
-        else:
+        # an array it cannot write to it replaces by a new one, and says nothing
+        if opencv is None or opencv.LUT(channel, values, stored) is not stored:
             # clip: a byte cannot leave the table, and this mode alone writes to `out` without a buffer between
             np.take(values, channel, out=stored, mode="clip")
 
