@@ -12,6 +12,7 @@ Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images fai
 """
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def verify(configs, arguments: argparse.Namespace) -> int:
     """Every byte against its hash; with --teacher also some stored outputs against the teacher itself."""
     from distillery.verify import report_verification
 
-    status = report_verification(configs.data.cache_path, _command(arguments))
+    status = report_verification(configs.data.cache_path, _command(arguments), _command(arguments, "--teacher"))
     if not arguments.teacher or status != EXIT_DONE:
         return status
     from distillery.teacher_pass import DEFAULT_REPLAYS, verify_outputs
@@ -332,8 +333,16 @@ def download(configs) -> int:
     return EXIT_DONE
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    return f"python precompute_cache.py --data_config {arguments.data_config}"
+def _command(arguments: argparse.Namespace, *flags: str) -> str:
+    """What to type to make what this command looks at."""
+    given = {name: getattr(arguments, name) for name in ("data_config", "train_config", "model_config")}
+    if "--teacher" in flags:
+        given = {"train_config": "train_config_kd.yaml", "model_config": "model_config_kd.yaml"} | {
+            name: path for name, path in given.items() if path is not None
+        }
+    words = [word for name, path in given.items() if path is not None for word in (f"--{name}", str(path))]
+    words += [word for override in arguments.overrides for word in ("--set", override)]
+    return shlex.join(["python", "precompute_cache.py", *flags, *words])
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def room_lines(data: DataConfig, num_bytes: int) -> list[str]:
     """The room there is for so many bytes, and what is used to make them."""
     free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    lines = [f"free space: {format_bytes(free)} (a quota may be less); {workers} decode workers; {versions}"]
+    lines = [f"free space: {format_bytes(free)} (a quota may be less); up to {workers} decode workers; {versions}"]
     if num_bytes > free:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
     if is_network_file_system(data.cache_path.parent):

@@ -90,7 +90,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._paused_s = 0.0
         self._marks = deque([(self._start, initial)], maxlen=RATE_LINES)
-        self._shown_at: int | None = None
+        self._shown: tuple[int, dict[str, object]] | None = None
         self._bar = self._build_bar() if enabled and self._stream.isatty() else None
 
     def _build_bar(self) -> object:
@@ -147,7 +147,7 @@ class Progress:
         self._enabled = False
         if self._bar is not None:
             self._bar.close()
-        elif self._shown_at != self.done:
+        elif self._shown != (self.done, self.fields):
             self._print_line()
 
     def __enter__(self) -> "Progress":
@@ -181,5 +181,5 @@ class Progress:
         if self.fields:
             parts.append(self._fields_text(" | "))
         print(f"{self.desc}: {' | '.join(parts)}", file=self._stream, flush=True)
-        self._last_line, self._shown_at = now, self.done
+        self._last_line, self._shown = now, (self.done, dict(self.fields))
         self._marks.append((now, self.done))

@@ -234,11 +234,11 @@ def _map_table(path: str) -> object:
     source = pa.memory_map(path)
     try:
         return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid:
+    except (pa.ArrowException, OSError):
         source.seek(0)
     try:
         return pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # an OSError where it ends too early
         raise UserError(f"{path}: not an arrow file, or damaged ({error}).") from error
 
 

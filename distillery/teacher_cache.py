@@ -5,7 +5,7 @@ row with the images'. View k of an image is Augmentation.views(images, global_id
 view of its own, with outputs of its own. Written by distillery.teacher_writer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +20,19 @@ from distillery.cache import ShardLayout
 from distillery.plan import differences
 from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
-from distillery.records import INDEX_NAME, FutureFormatError, decode_checksums, parse_json, record_path
-from distillery.shard_format import open_regular, read_blocks, read_regular
+from distillery.records import FutureFormatError, decode_checksums, record_path
+from distillery.shard_format import open_regular, read_blocks
 from distillery.shard_format_fields import FIELD_DTYPES
 from distillery.teacher_identity import token_grid_of
 from distillery.teacher_records import (
     BASIS_NAME,
     FOLDER_NAME,
-    STATISTICS_NAME,
     fields_of,
+    made_at,
     meta_inside,
     read_teacher_index,
     read_teacher_record,
+    statistics_of,
     teacher_command,
     teacher_folders,
 )
@@ -45,8 +46,9 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
     Args:
         cache_dir: the image cache.
         wanted: configured_identity, and under "resolved" whatever of teacher_facts is known as well.
-        fingerprint: of several that fit, the one to take, where it is there; else the one that was made last. Several
-            fit when weights have changed behind the same name, or precision: auto was another on another device.
+        fingerprint: of several that fit, the one to take, where it is there; else the one that a pass named last.
+            Several fit when weights have changed behind the same name, or precision: auto was another on another
+            device.
     Raises:
         MissingFileError: there are none at all. UserError: there are only others, with what differs from the nearest.
     """
@@ -58,8 +60,9 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
             unreadable = unreadable or error
             continue
         differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
-        is_other, made_at = index["fingerprint"] != fingerprint, (folder / INDEX_NAME).stat().st_mtime_ns
-        found.append((len(differing), is_other, not index["complete"], -made_at, folder, differing))
+        is_other, weights = index["fingerprint"] != fingerprint, index["identity"]["resolved"]["weights_hash"]
+        rank = (len(differing), is_other, not index["complete"], -made_at(folder))
+        found.append((rank, folder, differing, weights))
     if not found:
         if unreadable is not None:
             raise unreadable
@@ -67,15 +70,16 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
             f"{Path(cache_dir) / FOLDER_NAME}: no teacher outputs there. Run: {teacher_command()}, "
             "or set teacher_cache.enabled: false to run the teacher in every step."
         )
-    count, *_, folder, differing = min(found)
-    if count:
+    _, folder, differing, weights = min(found, key=lambda entry: entry[0])
+    if differing:
         lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differing]
         raise UserError(
             f"no teacher outputs of this configuration below {cache_dir}; the nearest, {folder}, differ:\n"
             + "\n".join(lines)
             + f"\nPut the values back, or make them: {teacher_command()}"
         )
-    return TeacherCache(folder)
+    others = [other for _, other, differing, its in found if not differing and its != weights]
+    return TeacherCache(folder, of_other_weights=others)
 
 
 def _part(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:
@@ -106,17 +110,28 @@ class _FieldIndex:
         return self.directory / self.shard_names[s]
 
 
+def _record_or_meta(path: Path) -> dict:
+    """A listed shard's record; where it is lost or damaged, what the shard says of itself."""
+    try:
+        return read_teacher_record(record_path(path))
+    except FutureFormatError:
+        raise
+    except (FileNotFoundError, UserError):
+        pass
+    try:
+        return meta_inside(path)[0]
+    except FileNotFoundError as error:
+        if isinstance(error, UserError):
+            raise
+        raise MissingFileError(f"{path}: listed in the index, but not there. Run: {teacher_command()}") from error
+
+
 class _FieldFiles(ShardFiles):
     """The vectors of one field; rows are numbered image * num_views + view."""
 
     def _load_layout(self, shard: int) -> ShardLayout:
         index, path = self.index, self.index.shard_path(shard)
-        try:
-            record = read_teacher_record(record_path(path))
-        except FutureFormatError:
-            raise
-        except (FileNotFoundError, UserError):
-            record = self._meta_of(path)
+        record = _record_or_meta(path)
         rows = record["num_samples"] * record["num_views"]
         if (record["fingerprint"], record["global_start"], rows, record["num_views"]) != (
             index.fingerprint,
@@ -124,19 +139,11 @@ class _FieldFiles(ShardFiles):
             index.shard_rows[shard],
             index.num_views,
         ):
-            raise UserError(f"{path}: is not the shard that index.json lists. Run: {self._command()}")
+            raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
         field = next((field for field in fields_of(record) if field.name == index.name), None)
         if field is None or field.view_bytes != index.row_bytes:
-            raise UserError(f"{path}: holds other tensors than index.json says. Run: {self._command()}")
+            raise UserError(f"{path}: holds other tensors than index.json says. Run: {teacher_command()}")
         return ShardLayout(field.offset, np.ones(rows, bool), decode_checksums(record["checksums"][index.name]))
-
-    def _meta_of(self, path: Path) -> dict:
-        try:
-            return meta_inside(path)[0]
-        except FileNotFoundError as error:
-            if isinstance(error, UserError):
-                raise
-            raise MissingFileError(f"{path}: listed in the index, but not there. Run: {self._command()}") from error
 
     def _row_name(self, shard: int, row: int) -> str:
         local, view = divmod(row, self.index.num_views)
@@ -156,17 +163,18 @@ class TeacherCache:
 
     directory: its folder; num_views: K; identity: all that decided it; weights_hash: of the teacher; widths: field ->
     width as training sees it; grid: (h, w) of the tokens, or None; statistics: pooled_mean and so on, float64 [D];
-    bytes_per_view: on disk, of one view of one image.
+    bytes_per_view: on disk, of one view of one image; of_other_weights: as given.
 
     Args:
         directory: cache_dir/teacher/<12 hex>.
+        of_other_weights: folders that the same configuration may mean, made before weights changed behind its names.
         verify: as ShardFiles: the checksum of a vector is compared when this process first reads it.
     Raises:
         MissingFileError: no teacher outputs there. UserError: damaged, or of a later version.
     """
 
-    def __init__(self, directory: Path, *, verify: str = "first") -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: Path, *, verify: str = "first", of_other_weights: Sequence[Path] = ()) -> None:
+        self.directory, self.of_other_weights = Path(directory), list(of_other_weights)
         self.index = read_teacher_index(self.directory)
         self.identity, self.num_views = self.index["identity"], self.index["num_views"]
         self.fingerprint = self.index["fingerprint"]
@@ -204,20 +212,23 @@ class TeacherCache:
     def statistics(self) -> dict[str, Tensor]:
         """pooled_mean, pooled_std, tokens_mean, tokens_std: float64 [D], over all images and views.
 
+        Of the shards' records, which carry a hash: statistics.json is what they say, for people.
+
         Raises:
-            UserError: statistics.json is missing or damaged; it is made again from the shards' records.
+            MissingFileError: a shard is gone with its record. UserError: they are not of this teacher.
         """
-        path = self.directory / STATISTICS_NAME
-        try:
-            found = parse_json(path, read_regular(path))
-            facts = self.identity["resolved"]
-            widths = {"pooled": facts["pooled_width"], "tokens": facts["token_width"]}
-            state = {f"{name}_{what}": found[f"{name}_{what}"] for name in widths for what in ("mean", "std")}
-            state = {name: torch.tensor(values, dtype=torch.float64) for name, values in state.items()}
-            if any(values.shape != (widths[name.split("_")[0]],) for name, values in state.items()):
-                raise ValueError("its lengths are not the teacher's widths")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: missing or damaged ({error}). Run: {teacher_command()}") from error
+        paths = [self.directory / row["shard_path"] for row in self.index["shards"]]
+        records = [_record_or_meta(path) for path in paths]
+        for path, record in zip(paths, records, strict=True):
+            if record["fingerprint"] != self.fingerprint:
+                raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
+        found = statistics_of(records)
+        facts = self.identity["resolved"]
+        widths = {"pooled": facts["pooled_width"], "tokens": facts["token_width"]}
+        names = [f"{name}_{what}" for name in widths for what in ("mean", "std")]
+        state = {name: torch.tensor(found.get(name, []), dtype=torch.float64) for name in names}
+        if wrong := [name for name, values in state.items() if len(values) != widths[name.partition("_")[0]]]:
+            raise UserError(f"{self.directory}: {wrong[0]} is not of the teacher's width. Run: {teacher_command()}")
         return state
 
     def check_covers(self, starts: np.ndarray, rows: np.ndarray) -> None:

@@ -48,12 +48,15 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
     Args:
         configs: all three.
         images: the cache of the training images, which may still have to be made.
-        shards: this process's share.
+        shards: this process's share of the images'; the last one's has what training takes beyond them as well.
     """
     teacher, spec = build_live_teacher(configs, images.fingerprint)
+    wanted = images_for_training(images, configs.data.max_samples)
+    if shards.stop == images.num_shards:
+        shards = range(shards.start, wanted.num_shards)
     label = f"{configs.model.teacher_name} ({configs.model.teacher_source})"
     return TeacherJob(
-        TeacherPlan(images_for_training(images), spec),
+        TeacherPlan(wanted, spec),
         teacher,
         shards,
         label,

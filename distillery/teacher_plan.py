@@ -26,10 +26,11 @@ def describe_cache(cache: TeacherCache, configs: Configs, num_images: int) -> st
         how = f"{block.live_fraction:.3g} of the steps run the teacher on new views instead"
         if live_fields := fields_needed(configs.train.distill_loss_weights) - set(cache.widths):
             how += f", and these alone compare {', '.join(sorted(live_fields))}"
-    size = format_bytes(cache.num_views * cache.bytes_per_view * num_images)
+    size, others = format_bytes(cache.num_views * cache.bytes_per_view * num_images), cache.of_other_weights
     return (
         f"targets: {block.mode}: {cache.num_views} views of each of {num_images} images, {size}, from "
         f"{cache.directory}; {how}"
+        + "".join(f"\n  WARNING: {other} fits as well, made with other weights of that name" for other in others)
     )
 
 

@@ -5,6 +5,7 @@ and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
 """
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -226,6 +227,21 @@ def teacher_views(directory: Path, records: list[dict], num_target: int) -> tupl
 def write_teacher_views(directory: Path, scan: RecordScan, num_target: int) -> dict | None:
     """Write index.json and statistics.json from the records; as records.write_views."""
     return keep_views(scan, lambda records: teacher_views(directory, records, num_target))
+
+
+def mark_as_current(directory: Path) -> None:
+    """Have no folder beside this one look newer: of several that a configuration may mean, the newest is taken."""
+    with contextlib.suppress(OSError):  # there is none yet; or it can only be read, and nothing was made
+        if any(made_at(other) >= made_at(directory) for other in directory.parent.iterdir() if other != directory):
+            os.utime(directory / INDEX_NAME)
+
+
+def made_at(directory: Path) -> int:
+    """When a folder was made or marked as current, ns; 0 where there is no index."""
+    try:
+        return (directory / INDEX_NAME).stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def read_teacher_index(directory: Path) -> dict:

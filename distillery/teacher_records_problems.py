@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from distillery.process import UserError
+from distillery.process import MissingFileError, UserError
 from distillery.records import INDEX_NAME, FutureFormatError, record_path
 from distillery.shard_format import read_regular
 from distillery.teacher_records import (
@@ -25,18 +25,28 @@ def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
 
     Every byte is compared with its hash and every view with the records; writes nothing.
     """
-    shards = {path.stem: path for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
-    shards |= {path.stem: path.with_suffix(".pt") for path in directory.glob("teacher_shard_*.json")}
-    for path in (shards[stem] for stem in sorted(shards)):
-        yield from _shard_problems(path)
+    index = problem = None
+    try:
+        index = read_teacher_index(directory)
+    except FutureFormatError:
+        raise
+    except UserError as error:
+        problem = error
+    shards = {path.stem for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
+    shards |= {path.stem for path in directory.glob("teacher_shard_*.json")}
+    shards |= {Path(row["shard_path"]).stem for row in index["shards"]} if index else set()
+    for stem in sorted(shards):
+        yield from _shard_problems(directory / f"{stem}.pt")
+    if index is None:
+        # a pass that was stopped before its first shard has left no index, and nothing is wrong
+        if shards or not isinstance(problem, MissingFileError):
+            yield str(problem), None
+        return
     records = teacher_scan(directory).records()
     if not records:
         return
     try:
-        index = read_teacher_index(directory)
         _, views = teacher_views(directory, records, _rows_of_complete(records, index))
-    except FutureFormatError:
-        raise
     except UserError as error:
         yield str(error), None
         return

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from distillery.plan import CachePlan, Survey, is_untouched
 from distillery.process import UserError
-from distillery.records import RecordScan
+from distillery.records import RecordScan, valid_rows
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_records import BASIS_NAME, file_hash, teacher_command, teacher_scan, teacher_shard_name
 
@@ -47,17 +49,29 @@ class TeacherPlan:
         return self.spec.identity["stored"]["tokens"]["form"] == "pca"
 
 
-def images_for_training(images: CachePlan) -> CachePlan:
-    """The plan with as many images more as could not be decoded, where they are there, up to its last shard's end.
+def images_for_training(images: CachePlan, max_samples: int | None) -> CachePlan:
+    """The plan up to the last image that training takes, where it is there.
 
-    Stage 1 counts max_samples in rows of the source; training on a cache that has more counts those it can use.
+    Stage 1 counts max_samples in rows of the source, training in images that can be used: on a cache that has more, it
+    takes one of the next for each that could not be decoded.
     """
-    if not images.directory.is_dir():
+    if max_samples is None or max_samples > images.num_rows or not images.directory.is_dir():
         return images
-    records = [record for record in RecordScan(images.directory).records() if record["shard_idx"] < images.num_shards]
-    end = max((record["global_start"] + record["num_samples"] for record in records), default=0)
-    wanted = images.num_rows + sum(record["num_failed"] for record in records)
-    return replace(images, num_rows=max(images.num_rows, min(wanted, end)))
+    records = {record["shard_idx"]: record for record in RecordScan(images.directory).records()}
+    left, end = max_samples, 0
+    for shard_idx in range(max(images.num_shards, len(records))):
+        start, stop = images.rows_of(shard_idx)
+        if shard_idx in records:
+            valid = valid_rows(records[shard_idx])
+        elif shard_idx < images.num_shards:  # still to be made
+            valid = np.ones(stop - start, bool)
+        else:
+            break
+        if valid.sum() >= left:
+            end = start + int(np.flatnonzero(valid)[left - 1]) + 1
+            break
+        left, end = left - int(valid.sum()), start + len(valid)
+    return replace(images, num_rows=max(images.num_rows, end))
 
 
 def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:
@@ -95,7 +109,8 @@ def is_current(plan: TeacherPlan, record: dict, images: dict[int, str], basis: s
     return (
         record["images_hash"] == images.get(record["shard_idx"])
         and record["num_samples"] >= stop - start
-        and record["basis_hash"] == basis
+        # a basis that was lost is found again, the same, before anything is made
+        and basis in (None, record["basis_hash"])
     )
 
 

@@ -59,9 +59,10 @@ def open_teacher_cache(
         )
     wanted = wanted_outputs(configs, loader.fingerprint)
 
-    def find() -> Path | UserError:
+    def find() -> tuple[Path, list[Path]] | UserError:
         try:
-            return find_teacher_cache(configs.data.cache_path, wanted, fingerprint).directory
+            cache = find_teacher_cache(configs.data.cache_path, wanted, fingerprint)
+            return cache.directory, cache.of_other_weights
         except UserError as error:
             if not told_by_all:
                 raise
@@ -71,7 +72,8 @@ def open_teacher_cache(
     found = distributed.decided_by_main(find)
     if isinstance(found, UserError):
         raise found
-    cache = TeacherCache(found)
+    directory, of_other_weights = found
+    cache = TeacherCache(directory, of_other_weights=of_other_weights)
     images = getattr(loader.dataset, "base_dataset", loader.dataset)
     cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
     return cache
@@ -80,8 +82,8 @@ def open_teacher_cache(
 def _rows_trained_on(images: CachedTensorDataset) -> np.ndarray:
     """int64 [S]: rows of each shard up to the last one that is trained on: max_samples may end inside a shard."""
     rows, last = images.index.shard_rows.copy(), np.array([len(images.shard_rows) - 1])
-    if images.shard_rows[last] < rows[last] - images.index.shard_failed[last]:
-        rows[last] = images.rows.files.local_rows(last, images.shard_rows[last] - 1) + 1
+    num_used = images.shard_rows[last]
+    rows[last] = images.rows.files.local_rows(last, num_used - 1) + 1 if num_used else 0
     return rows
 
 

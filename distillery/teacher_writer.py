@@ -26,7 +26,13 @@ from distillery.teacher_cache import load_basis
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, to_device, valid_features
-from distillery.teacher_records import BASIS_NAME, read_teacher_record, teacher_scan, write_teacher_views
+from distillery.teacher_records import (
+    BASIS_NAME,
+    mark_as_current,
+    read_teacher_record,
+    teacher_scan,
+    write_teacher_views,
+)
 from distillery.teacher_survey import (
     TeacherPlan,
     check_fingerprint,
@@ -187,6 +193,7 @@ def make_teacher_cache(
         _run_with_retries(work, to_make, scan)
         index = write_teacher_views(plan.directory, scan, plan.images.num_rows)
         remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
+        mark_as_current(plan.directory)
     except UserError:
         raise
     except (OSError, RunError) as error:

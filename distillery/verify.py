@@ -65,7 +65,10 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
     if index is not None and not index.verified:
         return _verify_seed(index)
     listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
-    on_disk = {entry.name for entry in os.scandir(directory) if SHARD_PATTERN.fullmatch(entry.name)}
+    # of shards and records: a record alone says that its shard is lost, where no index does
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    on_disk = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
+    on_disk = {name for name in on_disk if SHARD_PATTERN.fullmatch(name)}
     lock, fingerprints = threading.Lock(), {}
 
     def check(name: str) -> list[Problem]:
@@ -200,7 +203,8 @@ def _verify_seed(index: CacheIndex) -> list[Problem]:
 
 def folders_of(directory: Path) -> list[Path]:
     """A cache folder and the evaluation caches below it."""
-    below = {path.parent for pattern in (INDEX_NAME, "images_*.pt") for path in directory.glob(f"eval/*/*/{pattern}")}
+    patterns = (INDEX_NAME, "images_*.pt", "images_*.json")
+    below = {path.parent for pattern in patterns for path in directory.glob(f"eval/*/*/{pattern}")}
     return [directory, *sorted(below)]
 
 
@@ -210,8 +214,11 @@ def repair_command(problems: list[Problem], stage1: str) -> str:
     return f"rm -f -- {shlex.join(remove)} && {stage1}" if remove else stage1
 
 
-def report_verification(directory: Path, repair: str) -> int:
-    """Verify a folder with its evaluation caches and teacher outputs and print the outcome; returns the exit status."""
+def report_verification(directory: Path, repair: str, teacher_repair: str | None = None) -> int:
+    """Verify a folder with its evaluation caches and teacher outputs and print the outcome; returns the exit status.
+
+    repair, teacher_repair: the commands that make images and teacher outputs.
+    """
     problems, shards, size, verified, upgraded = [], 0, 0, True, False
     for folder in folders_of(directory):
         found = find_problems(folder)
@@ -224,7 +231,8 @@ def report_verification(directory: Path, repair: str) -> int:
     for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
     if outputs:
-        print(f"{len(outputs)} problems of teacher outputs. Repair: {repair_command(outputs, teacher_command())}")
+        command = repair_command(outputs, teacher_repair or teacher_command())
+        print(f"{len(outputs)} problems of teacher outputs. Repair: {command}")
     command = repair_command(problems, repair)
     if problems and upgraded:
         print(f"{len(problems)} problems. Shards of an earlier format's program cannot be made again:")

@@ -217,6 +217,7 @@ class _Pipeline:
         self.seconds["disk"] += time.monotonic() - began
         self.open_shards.remove(shard)
         self.made.add(shard.shard_idx)
+        self.on_rows(0, self.limit(), len(self.made))
         # after every shard, unless the index is so long that writing it would take more than a twentieth of the time
         if time.monotonic() - self._views_written >= 20 * self._views_cost_s:
             began = time.monotonic()
@@ -266,7 +267,8 @@ def make_cache(
         batch_size: images per unit of work at most (fewer of large files); changes no byte.
         num_workers: decode processes; 1 decodes in this process.
         stop: looked at between units.
-        on_rows: called with (rows decoded or hashed just now, what limits the speed, shards made so far).
+        on_rows: called with (rows decoded or hashed just now, what limits the speed, shards made so far), with 0 rows
+            when a shard is published.
 
     Raises:
         RunError: the disk is full or fails, a worker died, the source cannot be read; what is published stays, the
@@ -332,7 +334,8 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
         left = [shard_idx for shard_idx in to_make if shard_idx not in made | found]
         if not left or stop.requested:
             return
-        workers = min(num_workers, -(-len(left) * plan.shard_size // batch_size))
+        rows = sum(stop - start for start, stop in map(plan.rows_of, left))
+        workers = min(num_workers, -(-rows // min(batch_size, _FIRST_ROWS)))
         pipeline = _Pipeline(plan, source, batch_size=batch_size, num_workers=workers, stop=stop, **options)
         try:
             pipeline.run(left)

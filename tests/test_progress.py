@@ -42,6 +42,15 @@ def test_the_last_state_is_shown_even_when_no_interval_has_passed(clock):
     assert stream.getvalue() == "train: 100 % | 10/10 steps | 5 steps/s | took 0:02 | loss 0.1235 | lr 0.0003\n"
 
 
+def test_what_became_known_after_the_last_unit_is_shown_too(clock):
+    stream = io.StringIO()
+    with Progress(10, "images", "stage 1", every_s=5, stream=stream) as progress:
+        clock[0] += 5
+        progress.advance(10, shards=1)
+        progress.advance(0, shards=2)
+    assert [line.rpartition(" | ")[2] for line in stream.getvalue().splitlines()] == ["shards 1", "shards 2"]
+
+
 def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
     progress = Progress(1000, "images", "stage 1", initial=600, stream=io.StringIO())
     clock[0] += 4

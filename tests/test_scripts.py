@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,22 @@ def test_verify_passes_and_names_a_damaged_file(cached, tmp_path):
     assert "images_shard_00002.pt" in bad.stdout
     assert cached.precompute("--set", f"cache_dir={tmp_path}").returncode == 0
     assert run("distillery.cache", "verify", str(tmp_path)).returncode == 0
+
+
+def test_the_repair_that_verify_prints_is_of_this_very_cache(cached, tmp_path):
+    settings = ["--set", f"cache_dir={tmp_path}/a b", "--set", "cache_shard_size=30", "--set", "eval_datasets={}"]
+    assert cached.precompute(*settings).returncode == 0
+    shard = tmp_path / "a b" / "images_shard_00001.pt"
+    before, data = shard.read_bytes(), bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    verified = cached.precompute(*settings, "--verify")
+    assert verified.returncode == 1
+    command = verified.stdout.splitlines()[-1].split("exactly what is bad): ")[1]
+    command = command.replace("python precompute_cache.py", shlex.join([sys.executable, "precompute_cache.py"]))
+    subprocess.run(command, shell=True, check=True, cwd=ROOT, capture_output=True)
+    assert shard.read_bytes() == before
+    assert cached.precompute(*settings, "--verify").returncode == 0
 
 
 def test_too_many_bad_images_end_with_status_3_and_are_listed(tmp_path, png_images):

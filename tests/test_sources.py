@@ -234,6 +234,16 @@ def test_labels_change_the_identity(arguments):
     assert open_source(**arguments, labels_required=True).identity != open_source(**arguments).identity
 
 
+@pytest.mark.parametrize("make", [make_arrow_stream, make_arrow_file])
+def test_an_arrow_file_cut_anywhere_is_named(tmp_path, make):
+    make(tmp_path)
+    path, data = tmp_path / "b.arrow", (tmp_path / "b.arrow").read_bytes()
+    for end in range(1, len(data) - 8, len(data) // 20):
+        path.write_bytes(data[:end])
+        with pytest.raises(UserError, match=r"b\.arrow: not an arrow file, or damaged"):
+            open_source(dataset_name="arrow", data_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["parquet", "arrow_stream", "zip_deflated", "webdataset"])
 def test_exchanged_files_have_another_identity(name, tmp_path):
     arguments = MAKERS[name](tmp_path)

@@ -195,6 +195,18 @@ def test_of_several_folders_that_fit_the_one_made_last_is_taken(copy):
         assert find_teacher_cache(copy.parents[1], wanted(last)).fingerprint == last.spec.fingerprint
 
 
+def test_of_folders_that_differ_in_the_weights_the_one_the_last_pass_named_is_taken_and_the_others_are_told(copy):
+    plans = [teacher_plan(images_plan(copy.parents[1]), live_teacher(seed=seed)) for seed in (2, 3)]
+    for turn in (0, 1, 0, 1, 1):
+        run_pass(plans[turn], live_teacher(seed=turn + 2))
+        found = find_teacher_cache(copy.parents[1], wanted(plans[turn]))
+        assert found.directory == plans[turn].directory
+        others = [plan.directory for plan in plans if plan is not plans[turn] and plan.directory.exists()]
+        assert found.of_other_weights == others
+    told = find_teacher_cache(copy.parents[1], wanted(plans[0]) | {"resolved": {"weights_hash": found.weights_hash}})
+    assert (told.directory, told.of_other_weights) == (plans[1].directory, [])
+
+
 def test_no_folder_at_all_names_the_command(tmp_path):
     with pytest.raises(MissingFileError, match="no teacher outputs there. Run: python precompute_cache.py --teacher"):
         find_teacher_cache(tmp_path, {})
@@ -332,10 +344,16 @@ def test_an_index_of_a_later_version_is_refused(copy):
         TeacherCache(copy)
 
 
-def test_lost_statistics_name_the_command_and_are_made_again_by_it(copy, plans):
-    (copy / "statistics.json").write_text("{}")
-    with pytest.raises(UserError, match="statistics.json: missing or damaged"):
-        _ = TeacherCache(copy).statistics
+@pytest.mark.parametrize("lost", ["statistics", "records", "both"])
+def test_statistics_are_those_of_the_shards_whatever_statistics_json_says_and_it_is_made_again(copy, plans, lost):
+    expected = TeacherCache(plans["full"].directory).statistics
+    if lost != "records":
+        found = json.loads((copy / "statistics.json").read_text())
+        (copy / "statistics.json").write_text(json.dumps(found | {"pooled_std": [100.0] * 6}))
+    if lost != "statistics":
+        (copy / "teacher_shard_00001.json").unlink()
+    found = TeacherCache(copy).statistics
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     teacher, images = live_teacher(), images_plan(copy.parents[1])
     assert run_pass(teacher_plan(images, teacher, **FORMS["full"]), teacher).shards_made == 0
     assert folder_bytes(copy) == folder_bytes(plans["full"].directory)

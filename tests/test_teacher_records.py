@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +107,21 @@ def test_what_does_not_belong_in_the_folder_is_named(plan):
         f"{foreign}: not part of a cache",
     ]
     assert list(find_teacher_problems(plan.directory)) == []
+
+
+def test_shards_that_the_index_lists_and_the_folder_lacks_are_named(plan, tmp_path):
+    folder = shutil.copytree(plan.directory, tmp_path / "teacher" / plan.directory.name)
+    lost = sorted(folder.glob("teacher_shard_*"))
+    for path in lost:
+        path.unlink()
+    problems = [text for text, _ in find_teacher_problems(folder)]
+    assert len(problems) == len(lost) // 2 > 1
+    for path in lost:
+        assert any(str(path.with_suffix(".pt")) in text for text in problems)
+    (folder / "index.json").write_text("{")
+    assert [str(folder / "index.json") in text for text, _ in find_teacher_problems(folder)] == [True]
+    (folder / "index.json").unlink()  # as a pass leaves it that was stopped before its first shard
+    assert list(find_teacher_problems(folder)) == []
 
 
 def test_sums_of_shards_are_merged_exactly_as_one(record):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -81,6 +82,23 @@ def test_one_command_makes_the_images_and_the_teachers_outputs(place):
     # the losses of the default configuration compare patch tokens
     assert shard["pooled"].shape == (24, 2, 24)
     assert shard["tokens"].shape == (24, 2, 64, 24)
+
+
+def test_the_repair_that_verify_prints_is_of_these_very_outputs(run_teacher, copy):
+    shard = teacher_folder(copy) / "teacher_shard_00001.pt"
+    before, data = shard.read_bytes(), bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    status, output, _ = run_teacher("--verify", cache=copy)
+    assert status == 1
+    remove, _, command = output.splitlines()[-1].split("Repair: ")[1].partition(" && ")
+    assert remove == f"rm -f -- {shard}"
+    shard.unlink()
+    arguments = shlex.split(command)
+    assert arguments[:3] == ["python", "precompute_cache.py", "--teacher"]
+    assert f"cache_dir={copy}" in arguments
+    assert run_teacher(*arguments[3:], cache=copy)[0] == 0
+    assert shard.read_bytes() == before
 
 
 def test_run_again_it_changes_nothing(place, run_teacher):

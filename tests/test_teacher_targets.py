@@ -11,7 +11,7 @@ import torch
 from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build, teacher_targets
+from distillery import build, teacher_pass, teacher_targets
 from distillery.augment import Augmentation
 from distillery.augment_draws import view_of_epoch
 from distillery.cached_dataset import CachedTensorDataset
@@ -283,11 +283,39 @@ def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_
     with pytest.raises(UserError, match="no teacher outputs for the images from 20 on"):
         opened(20)
     # so the pass for the first 20 takes one more
-    more = images_for_training(plan.images)
+    more = images_for_training(plan.images, 20)
     assert more.num_rows == 21
     run_pass(teacher_plan(more, live_teacher()), live_teacher())
     assert opened(20).index["num_samples"] == 21
-    assert images_for_training(images_plan(tmp_path)).num_rows == 40
+    assert images_for_training(images_plan(tmp_path), 40).num_rows == 40
+    assert images_for_training(images_plan(tmp_path, 16, source_rows=40), None).num_rows == 16
+
+
+@pytest.mark.parametrize(
+    "max_samples, rows", [(6, 6), (7, 7), (8, 9), (14, 15), (15, 18), (17, 20), (30, 33), (37, 40), (39, 40)]
+)
+def test_the_pass_covers_what_training_takes_where_images_failed_and_the_cache_has_more(
+    tmp_path, monkeypatch, max_samples, rows
+):
+    make_images(images_plan(tmp_path), bad=(7, 15, 16))  # the last of two shards of 8, the first of the third
+    monkeypatch.setattr(teacher_pass, "build_live_teacher", lambda _configs, _images: (live_teacher(), plan.spec))
+    monkeypatch.setattr(teacher_pass, "forward_flops", lambda _backbone, _size: 0)
+    wanted = images_plan(tmp_path, max_samples, source_rows=40)
+    plan = teacher_plan(wanted, live_teacher())
+    configs = SimpleNamespace(
+        data=SimpleNamespace(cache_path=tmp_path, max_samples=max_samples, image_size=8),
+        train=train_config(),
+        model=SimpleNamespace(teacher_name="tiny", teacher_source="torch_hub"),
+    )
+    middle = wanted.num_shards // 2
+    for share in (range(middle), range(middle, wanted.num_shards)):
+        job = teacher_pass.build_teacher_job(configs, wanted, share)
+        assert job.plan.images.num_rows == rows
+        run_pass(job.plan, live_teacher(), job.shards)
+    monkeypatch.setattr(teacher_targets, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    dataset = CachedTensorDataset(tmp_path, max_samples=max_samples)
+    cache = open_teacher_cache(configs, SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset))
+    assert (cache.index["num_samples"], cache.index["complete"]) == (rows, True)
 
 
 def test_only_fields_that_a_loss_compares_are_read():

@@ -348,3 +348,12 @@ def test_a_replay_catches_the_one_shard_of_another_teacher(work):
     replays = list(replay_views(TeacherCache(plan.directory), teacher, images, 10, np.random.default_rng(0)))
     assert {replay.shard for replay in replays if replay.cosine < 0.999} == {"teacher_shard_00003.pt"}
     assert all(replay.cosine < 0.999 for replay in replays if replay.shard == "teacher_shard_00003.pt")
+
+
+def test_a_lost_basis_is_found_again_and_no_shard_counts_as_missing_without_it(tmp_path):
+    plan = make_teacher_test_cache(tmp_path, tokens="pca", token_dims=6)
+    before = folder_bytes(plan.directory)
+    (plan.directory / "token_basis.pt").unlink()
+    assert survey_teacher(plan, range(5)).done == [0, 1, 2, 3, 4]
+    assert run_pass(plan, live_teacher()).shards_made == 0
+    assert folder_bytes(plan.directory) == before

@@ -174,6 +174,25 @@ def test_no_cache_is_said(tmp_path):
         verify_cache(tmp_path)
 
 
+@pytest.mark.parametrize("index", ["lost", "damaged"])
+def test_a_lost_shard_is_named_without_an_index_too(cache, made, index):
+    (cache / "images_shard_00001.pt").unlink()
+    (cache / "index.json").unlink() if index == "lost" else (cache / "index.json").write_text("{")
+    assert f"{cache / 'images_shard_00001.pt'}: missing" in verify_cache(cache)
+    run_stage1(small_plan(cache, SOURCE), SOURCE)
+    assert folder_bytes(cache) == folder_bytes(made)
+
+
+def test_an_evaluation_cache_of_which_records_alone_are_left_is_no_good_one(cache, capsys):
+    below = cache / "eval" / "small" / "test"
+    run_stage1(small_plan(below, SOURCE), SOURCE)
+    for path in [*below.glob("*.pt"), below / "index.json"]:
+        path.unlink()
+    assert report_verification(cache, "stage1") == 1
+    said = capsys.readouterr().out
+    assert all(f"BAD  {below}/images_shard_0000{i}.pt: missing" in said for i in range(3))
+
+
 def test_evaluation_caches_below_are_verified_too(cache, capsys):
     below = cache / "eval" / "small" / "test"
     run_stage1(small_plan(below, SOURCE), SOURCE)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery import writer, writer_shard
+from distillery import decode_pool, writer, writer_shard
 from distillery.files import create_temporary, temporary_name
 from distillery.plan import survey_cache
 from distillery.preprocess import library_versions, normalisation_table, preprocess_image
@@ -41,6 +41,35 @@ def test_neither_batch_size_nor_workers_change_a_byte(tmp_path, reference, batch
     report, _ = run_stage1(small_plan(folder, SOURCE), SOURCE, batch_size=batch_size, num_workers=num_workers)
     assert folder_bytes(folder) == reference
     assert (report.shards_made, report.shards_adopted, report.shards_left, report.messages) == (3, 0, 0, [])
+
+
+@pytest.mark.parametrize(
+    "batch_size, rows, workers", [(256, 200, 7), (1000, 200, 7), (1000, 900, 8), (4, 22, 6), (256, 22, 1)]
+)
+def test_there_are_as_many_workers_as_the_images_keep_busy_whatever_the_batch_size(
+    tmp_path, monkeypatch, batch_size, rows, workers
+):
+    asked, inline = [], decode_pool.decode_pool
+
+    def build(num_workers, *arguments):
+        asked.append(num_workers)
+        return inline(1, *arguments)
+
+    monkeypatch.setattr(writer, "decode_pool", build)
+    source = SmallSource(rows)
+    run_stage1(small_plan(tmp_path, source), source, batch_size=batch_size, num_workers=8)
+    assert asked == [workers]
+
+
+def test_the_last_shard_is_counted_as_made(tmp_path):
+    plan, seen = small_plan(tmp_path, SOURCE), []
+    with StopFlag() as stop:
+        make_cache(
+            plan, SOURCE, shards=range(3), survey=survey_cache(plan, range(3)), batch_size=8, num_workers=1, stop=stop,
+            on_rows=lambda rows, _limit, shards_made: seen.append((rows, shards_made)),
+        )  # fmt: skip
+    assert sum(rows for rows, _ in seen) == 22
+    assert seen[-1] == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8"])
