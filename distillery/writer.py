@@ -267,8 +267,7 @@ def make_cache(
         batch_size: images per unit of work at most (fewer of large files); changes no byte.
         num_workers: decode processes; 1 decodes in this process.
         stop: looked at between units.
-        on_rows: called with (rows decoded or hashed just now, what limits the speed, shards made so far), with 0 rows
-            when a shard is published.
+        on_rows: called with (rows done just now, 0 for a shard published; what limits the speed; shards made so far).
 
     Raises:
         RunError: the disk is full or fails, a worker died, the source cannot be read; what is published stays, the
