@@ -83,10 +83,12 @@ class PretrainDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images `indices`, in that order."""
         rows = RawRows(self.decoder, 1, raw=False)
-        images = torch.empty((len(indices), *rows.shape))
-        wanted, none = checked_rows(indices, len(self)), np.zeros(len(indices), np.int64)
-        rows.prepare(np.unique(wanted), none[: len(np.unique(wanted))], lambda: True)
-        rows.fill(wanted, none, images.view(len(wanted), -1).numpy().view(np.uint8), none.copy())
+        # each once: a sampler with replacement may ask for one twice
+        wanted, places = np.unique(checked_rows(indices, len(self)), return_inverse=True)
+        unique, none = torch.empty((len(wanted), *rows.shape)), np.zeros(len(wanted), np.int64)
+        rows.prepare(wanted, none, lambda: True)
+        rows.fill(wanted, none, unique.view(len(wanted), -1).numpy().view(np.uint8), none.copy())
+        images = unique[torch.from_numpy(places)]
         return list(images) if self.transform is None else [self.transform(image) for image in images]
 
 

@@ -12,7 +12,7 @@ from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
-from distillery.losses import check_loss_names, fields_needed, queue_size_of
+from distillery.losses import check_batch_size, check_loss_names, fields_needed, queue_size_of
 from distillery.losses_queue import EmbeddingQueue
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
@@ -119,6 +119,7 @@ def build_models(
     """
     train = configs.train
     check_loss_names(train.distill_loss_weights, train.loss_options)
+    check_batch_size(train.distill_loss_weights, train.batch_size)
     fields = fields_needed(train.distill_loss_weights)
     if configs.model.teacher_out_indices and "layers" not in fields:
         raise UserError(

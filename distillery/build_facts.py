@@ -70,11 +70,22 @@ def _shards_by_window(order: EpochOrder) -> Iterator[np.ndarray]:
 
 
 def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfig:
-    """The data configuration that gives a run's own images again, whatever has been added since it was started."""
+    """The data configuration that gives a run's own images again, whatever has been added since it was started.
+
+    Raises:
+        UserError: use_cached asks for the other kind of images.
+    """
     if frozen is None:
         return data
+    is_cached = bool(frozen["shards"])
+    if data.use_cached not in (None, is_cached):
+        kind = "a cache" if is_cached else "raw images"
+        raise UserError(
+            f"use_cached is {str(data.use_cached).lower()}, and this run was started on {kind}. Set it to null or "
+            f"{str(is_cached).lower()} to go on with it, or give another checkpoint_dir for a new run."
+        )
     # a cache grows at its end only, by shards and by rows of the last one
-    changes = {"max_shards": None, "max_samples": sum(frozen["rows"]), "use_cached": bool(frozen["shards"])}
+    changes = {"max_shards": None, "max_samples": sum(frozen["rows"]), "use_cached": is_cached}
     return data.model_copy(update=changes)
 
 

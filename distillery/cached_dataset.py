@@ -31,7 +31,8 @@ class CachedTensorDataset(Dataset):
         max_samples: the first so many valid rows only.
 
     Raises:
-        MissingFileError, UserError: no cache there, or a damaged one; reading errors name the file and row.
+        MissingFileError, UserError: no cache there, or a damaged one; a limit below 1; reading errors name the file and
+            row.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class CachedTensorDataset(Dataset):
         max_shards: int | None = None,
         max_samples: int | None = None,
     ) -> None:
+        for name, limit in (("max_shards", max_shards), ("max_samples", max_samples)):
+            if limit is not None and limit < 1:
+                raise UserError(f"{name} is {limit}; it must be 1 or more, or None for all.")
         index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
         self.index = part_of_index(index, slice(0, max_shards))
         self.transform = transform

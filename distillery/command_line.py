@@ -1,10 +1,13 @@
 """The command line of stage 2, checked together with the three YAML files before torch is imported."""
 
 import argparse
+import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.config import Configs, load_configs
+from distillery.metrics import import_wandb
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     start.add_argument("--resume_from", type=Path, metavar="PATH", help="go on from this checkpoint file")
     start.add_argument("--no_resume", action="store_true", help="start afresh; what the run folder holds is set aside")
     parser.add_argument("--max_steps_per_epoch", type=int, metavar="N", help="overrides the key of the same name")
-    parser.add_argument("--max_minutes", type=float, metavar="M", help="save and leave with status 75 after M minutes")
+    parser.add_argument(
+        "--max_minutes", type=_minutes, metavar="M", help="save and leave with status 75 after M minutes"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print schedule, hours, advice and stop; writes nothing")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                         help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
@@ -45,4 +50,13 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     if arguments.max_steps_per_epoch is not None:
         arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    if configs.train.wandb_project is not None:
+        import_wandb(configs.train.wandb_project)
     return TrainingCommand(arguments, configs)
+
+
+def _minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of minutes above 0")

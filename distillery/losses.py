@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distillery.losses_terms import (
+    LEAST_BATCH,
     barlow,
     cosine,
     cosine_smooth_l1,
@@ -72,6 +73,7 @@ class LossTerm:
     function: Callable[..., Tensor]
     field: str  # "pooled", "tokens", "logits" or "layers"
     second_view: bool = False  # whether the teacher's side is of another view than the student's
+    least_batch: int = 1  # images of one process that it needs to compare
     queue_size: int | None = None  # past teacher rows it is handed as a third argument unless told; None: none
 
     @property
@@ -93,13 +95,27 @@ LOSSES = {
     "patch_smooth_l1": LossTerm(smooth_l1, "tokens"),
     "patch_similarity": LossTerm(patch_similarity, "tokens"),
     "layers": LossTerm(layers, "layers"),
-    "similarity": LossTerm(similarity, "pooled"),
-    "similarity_queue": LossTerm(similarity_queue, "pooled", queue_size=8192),
-    "rkd_distance": LossTerm(rkd_distance, "pooled"),
-    "rkd_angle": LossTerm(rkd_angle, "pooled"),
-    "barlow": LossTerm(barlow, "pooled", second_view=True),
+    "similarity": LossTerm(similarity, "pooled", least_batch=LEAST_BATCH),
+    "similarity_queue": LossTerm(similarity_queue, "pooled", least_batch=LEAST_BATCH, queue_size=8192),
+    "rkd_distance": LossTerm(rkd_distance, "pooled", least_batch=LEAST_BATCH),
+    "rkd_angle": LossTerm(rkd_angle, "pooled", least_batch=LEAST_BATCH),
+    "barlow": LossTerm(barlow, "pooled", second_view=True, least_batch=LEAST_BATCH),
     "kl_logits": LossTerm(kl_logits, "logits"),
 }
+
+
+def check_batch_size(weights: Mapping[str, float], batch_size: int) -> None:
+    """Refuse a batch too small for a loss that compares its images with each other.
+
+    Raises:
+        UserError: there is one of non-zero weight.
+    """
+    for name, weight in weights.items():
+        if weight and batch_size < LOSSES[name].least_batch:
+            raise UserError(
+                f"batch_size is {batch_size}, and distill_loss_weights.{name} compares the images of a batch with each "
+                f"other: it needs {LOSSES[name].least_batch} or more. Raise batch_size, or set {name}: 0"
+            )
 
 
 def check_loss_names(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:

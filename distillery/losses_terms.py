@@ -25,9 +25,12 @@ def check_same_shape(name: str, student: Tensor, teacher: Tensor, *, remedy: str
 REMEDY = "project the student to the teacher's width (StudentWithHeads) and resample the grid (align_teacher)"
 
 
+# with two images there is one pair: its normalised distance or similarity is a constant, the gradient zero
+LEAST_BATCH = 3
+
+
 def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:
-    # with two images there is one pair: its normalised distance or similarity is a constant, the gradient zero
-    if student.shape[:-1] != teacher.shape[:-1] or len(student) < 3:
+    if student.shape[:-1] != teacher.shape[:-1] or len(student) < LEAST_BATCH:
         raise UserError(
             f"{name} compares the images of a batch with each other: it needs the same 3 or more of student and "
             f"teacher, got {list(student.shape)} and {list(teacher.shape)}: raise batch_size"

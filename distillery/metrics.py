@@ -83,7 +83,7 @@ class RunLog:
             goes on with the same curves.
         is_main: whether this process is rank 0.
     Raises:
-        UserError: wandb_project is given and the package is not installed.
+        UserError: as import_wandb.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, wandb_project: str | None, is_main: bool) -> None:
@@ -216,13 +216,7 @@ class RunLog:
             writer.flush()
 
     def _open_wandb(self, project: str) -> Any:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"wandb_project is {project!r}, and the package wandb is not installed. "
-                "Run: pip install wandb, or set wandb_project: null"
-            ) from error
+        wandb = import_wandb(project)
         id_path = self.run_dir / WANDB_ID_NAME
         if not id_path.exists():
             write_atomic(id_path, uuid.uuid4().hex[:12].encode() + b"\n")
@@ -256,3 +250,19 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def import_wandb(project: str) -> Any:
+    """The package that wandb_project asks for.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"wandb_project is {project!r}, and the package wandb is not installed. "
+            "Run: pip install wandb, or set wandb_project: null"
+        ) from error
+    return wandb

@@ -73,6 +73,17 @@ def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) 
     return harmless
 
 
+def check_same_models(where: Path, before: dict[str, dict], now: dict[str, dict]) -> None:
+    """Raise UserError unless a checkpoint's configuration, `before`, has the models and losses of a run's, `now`."""
+    for section, key in [*(("model", key) for key in now["model"]), ("train", "distill_loss_weights")]:
+        old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
+        if key not in FREE_KEYS[section] and old != new:
+            raise UserError(
+                f"{where}: is of another run: its {key} is {old!r}, that of --run is {new!r}. Name the run it belongs "
+                "to, or one of this run's checkpoints."
+            )
+
+
 def _differences(key: str, old: Any, new: Any) -> list[str]:
     """'key: old -> new' where they differ; of two mappings, a line for each key that does."""
     if old == new:

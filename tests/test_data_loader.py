@@ -628,3 +628,21 @@ def test_batches_arrive_on_the_device_as_they_were(tmp_path):
     assert loader._memory.pinned
     for images, global_idx in held:
         assert torch.equal(images.cpu(), torch.stack([stored[i] for i in global_idx.cpu().tolist()]))
+
+
+def test_raw_images_may_be_asked_for_more_than_once_in_a_batch(tmp_path, raw_source):
+    raw_source(Images(8))
+    dataset = PretrainDataset(RAW | {"cache_dir": str(tmp_path)})
+    found = dataset.__getitems__([4, 1, 4, 4, 0])
+    for place, row in enumerate([4, 1, 4, 4, 0]):
+        assert torch.equal(found[place], dataset[row])
+    found[0].zero_()
+    assert found[2].any()
+
+
+@pytest.mark.parametrize("limit", ["max_shards", "max_samples"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_an_impossible_limit_is_an_error(tmp_path, limit, value):
+    make_test_cache(tmp_path, 8)
+    with pytest.raises(UserError, match=f"{limit} is {value}; it must be 1 or more, or None for all"):
+        CachedTensorDataset(tmp_path, **{limit: value})

@@ -106,6 +106,48 @@ def test_the_repair_that_verify_prints_is_of_this_very_cache(cached, tmp_path):
     assert cached.precompute(*settings, "--verify").returncode == 0
 
 
+@pytest.mark.parametrize("minutes", ["-5", "nan", "soon"])
+def test_a_time_limit_that_is_none_is_refused_and_nothing_is_written(cached, tmp_path, minutes):
+    done = cached.distill("--set", f"checkpoint_dir={tmp_path / 'run'}", f"--max_minutes={minutes}")
+    assert done.returncode == 2
+    assert f"'{minutes}': expected a number of minutes above 0" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--no_resume", "--set", "wandb_project=x"], "wandb_project is 'x', and the package wandb is not installed"),
+        (
+            ["--no_resume", "--set", "batch_size=2", "--set", "distill_loss_weights={similarity: 1.0}"],
+            "batch_size is 2, and distill_loss_weights.similarity compares the images of a batch with each other",
+        ),
+        (
+            ["--set", "use_cached=false", "--set", "num_epochs=4"],
+            "use_cached is false, and this run was started on a cache. Set it to null or true",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_finished_run_is_touched(trained, tmp_path, arguments, message):
+    folder = shutil.copytree(trained.folder / "run", tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    done = trained.distill("--set", f"checkpoint_dir={folder}", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("name, message", [("other.pt", "its student_name is 'another'"), ("no.pt", "not found")])
+def test_a_checkpoint_of_other_models_is_refused_before_anything_is_evaluated(trained, tmp_path, name, message):
+    state = trained.last_checkpoint()
+    state["config"]["model"]["student_name"] = "another"
+    torch.save(state, tmp_path / "other.pt")
+    done = run("distillery.evaluate", "--run", str(trained.folder / "run"), "--checkpoint", str(tmp_path / name))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "untrained" not in done.stderr
+
+
 def test_too_many_bad_images_end_with_status_3_and_are_listed(tmp_path, png_images):
     place = Workplace(tmp_path, [*png_images[:40], b"no image", b""])
     done = place.precompute("--set", "eval_datasets={}")
