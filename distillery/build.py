@@ -179,12 +179,12 @@ def describe_batch(train: TrainConfig) -> str:
 
 
 def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_epoch: int | None) -> int:
-    """Optimiser steps of every epoch: what the smallest possible choice of shards gives, so that no epoch is shorter.
+    """Optimiser steps of every epoch, as Sampling.epoch_rows has them: those that the K largest shards hold.
 
     Raises:
         UserError: not even one step.
     """
-    rows = sum(sorted(valid_rows)[: shards_per_epoch or len(valid_rows)])
+    rows = sum(sorted(valid_rows, reverse=True)[:shards_per_epoch])
     steps = rows // global_batch_size(train)
     if steps == 0:
         raise UserError(

@@ -83,7 +83,7 @@ def training_facts(
 ) -> TrainingFacts:
     """What the configuration and the loader say of a run."""
     data, train, rows = configs.data, configs.train, loader.valid_rows_per_shard
-    chosen = sorted(rows)[: data.shards_per_epoch or len(rows)]
+    chosen = sorted(rows, reverse=True)[: data.shards_per_epoch]
     batch = global_batch_size(train)
     weights = sum(value.numel() * value.element_size() for value in task.student.state_dict().values())
     trained = sum(value.numel() * value.element_size() for value in task.student.parameters() if value.requires_grad)

@@ -252,9 +252,9 @@ class Sampling:
     max_steps: cap of an epoch in optimiser steps, or None.
     run_rows, window_runs: see EpochOrder.
 
-    With a cap, `cycle` draws only the shards the capped epoch can read. Where the set of shards is the same each epoch
-    (`fixed`, or every shard), an epoch goes on where the one before stopped, until all full epochs' worth is read:
-    so every row has its turn, whatever the cap.
+    Every epoch has the same length: a draw with a short shard in it is made longer, and with a cap `cycle` draws only
+    the shards that the epoch can read. Where the set of shards is the same each epoch (`fixed`, or every shard), an
+    epoch goes on where the one before stopped, until all full epochs' worth is read: so every row has its turn.
     """
 
     shard_rows: np.ndarray
@@ -272,15 +272,14 @@ class Sampling:
     def __post_init__(self) -> None:
         draws = ShardDraws(
             len(self.shard_rows), self.shards_per_epoch, self.seed, self.mode,
-            shard_rows=self.shard_rows, max_rows=self.max_rows, min_rows=self.step_rows,
+            shard_rows=self.shard_rows, max_rows=self.epoch_rows, min_rows=self.epoch_rows,
         )  # fmt: skip
         object.__setattr__(self, "draws", draws)
-        largest = int(np.sort(self.shard_rows)[-draws.count :].sum())
-        if largest < self.step_rows:
+        if not self.epoch_rows:
             raise UserError(
                 f"a step takes {self.step_rows} images (batch_size x processes x grad_accumulation_steps), but an "
-                f"epoch holds at most {largest} ({draws.count} of {len(self.shard_rows)} shards). Lower batch_size, or "
-                "raise shards_per_epoch or max_samples."
+                f"epoch holds at most {self._rows_of_largest} ({draws.count} of {len(self.shard_rows)} shards). Lower "
+                "batch_size, or raise shards_per_epoch or max_samples."
             )
 
     @property
@@ -289,21 +288,23 @@ class Sampling:
         return self.global_batch * self.steps_of
 
     @property
-    def max_rows(self) -> int | None:
-        """The cap in rows."""
-        return None if self.max_steps is None else self.max_steps * self.step_rows
+    def _rows_of_largest(self) -> int:
+        return int(np.sort(self.shard_rows)[::-1][: self.shards_per_epoch].sum())
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of every epoch: what the K largest shards hold in whole steps, or the cap."""
+        steps = self._rows_of_largest // self.step_rows
+        return min(steps, self.max_steps or steps) * self.step_rows
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of the rows of epoch number `epoch`, cut to whole steps."""
         drawn_epoch, part = self._draw_and_part(epoch)
         shards = self.draws(drawn_epoch)
-        first = part * (self.max_rows or 0)
-        left = int(self.shard_rows[shards].sum()) - first
-        num_rows = left if self.max_rows is None else min(left, self.max_rows)
         return EpochOrder(
             shards, self.shard_rows[shards], seed=self.seed, epoch=drawn_epoch, shuffle=self.shuffle,
-            run_rows=self.run_rows, window_runs=self.window_runs, first=first,
-            num_rows=num_rows // self.step_rows * self.step_rows,
+            run_rows=self.run_rows, window_runs=self.window_runs, first=part * self.epoch_rows,
+            num_rows=self.epoch_rows,
         )  # fmt: skip
 
     def shards(self, epoch: int) -> np.ndarray:
@@ -311,10 +312,9 @@ class Sampling:
         return self.draws(self._draw_and_part(epoch)[0])
 
     def _draw_and_part(self, epoch: int) -> tuple[int, int]:
-        if self.max_rows is None or self.draws.mode != "fixed":
+        if self.draws.mode != "fixed":
             return epoch, 0
-        parts = max(1, int(self.shard_rows[self.draws(0)].sum()) // self.max_rows)
-        return divmod(epoch, parts)
+        return divmod(epoch, int(self.shard_rows[self.draws(0)].sum()) // self.epoch_rows)
 
     def num_batches(self, epoch: int) -> int:
         """Global batches in epoch number `epoch`."""

@@ -97,7 +97,7 @@ def test_facts_are_those_of_the_configuration(tmp_path):
     configs = configs_of(tmp_path, shards_per_epoch=2, cache_dtype="uint8")
     facts = training_facts(configs, build_task(), SyntheticLoader(1000, 300, 8, 32), 50, steps_done=7)
     assert (facts.num_images, facts.global_batch, facts.whole_steps) == (1000, 8, 125)
-    assert facts.shard_steps == 50  # the smallest choice of two shards: 100 and 300 rows
+    assert facts.shard_steps == 75  # two whole shards of 300 rows: a draw with the last one, of 100, is made longer
     assert facts.row_bytes == 3 * 32 * 32
     assert facts.steps_done == 7
     assert facts.checkpoint_bytes > 0

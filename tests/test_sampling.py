@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from distillery import sampling_random
+from distillery.build import steps_per_epoch
+from distillery.config import TrainConfig
 from distillery.process import UserError
 from distillery.sampling import (
     SUBSET_MODES,
@@ -244,6 +246,22 @@ def test_a_draw_of_small_shards_is_made_long_enough_for_a_step():
     plan = Sampling(rows, 64, shards_per_epoch=1)
     assert all(plan.num_batches(epoch) >= 1 for epoch in range(40))
     assert any(len(plan.shards(epoch)) == 2 for epoch in range(8))
+
+
+@pytest.mark.parametrize("mode", SUBSET_MODES)
+@pytest.mark.parametrize("per_epoch, images", [(1, 192), (2, 384), (3, 576), (None, 608)])
+def test_a_short_last_shard_makes_no_epoch_shorter(mode, per_epoch, images):
+    plan = Sampling(np.array([200, 200, 200, 10]), 32, shards_per_epoch=per_epoch, mode=mode, run_rows=4)
+    config = TrainConfig(checkpoint_dir="x", batch_size=32, max_steps_per_epoch=None)
+    assert steps_per_epoch(config, [200, 200, 200, 10], per_epoch) == images // 32
+    lengths, seen = set(), Counter()
+    for epoch in range(24):
+        rows = every_row(plan.order(epoch))
+        lengths.add(len(rows))
+        seen.update({shard for shard, _ in rows})
+        assert len(plan.shards(epoch)) in (per_epoch or 4, (per_epoch or 3) + 1)
+    assert lengths == {images}
+    assert mode == "fixed" and per_epoch or set(seen) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("shuffle", ["block", "none"])
