@@ -117,7 +117,10 @@ def _record_or_meta(path: Path) -> dict:
     except FutureFormatError:
         raise
     except (FileNotFoundError, UserError):
-        pass
+        return _meta_of(path)
+
+
+def _meta_of(path: Path) -> dict:
     try:
         return meta_inside(path)[0]
     except FileNotFoundError as error:
