@@ -335,12 +335,11 @@ def download(configs) -> int:
 
 def _command(arguments: argparse.Namespace, *flags: str) -> str:
     """What to type to make what this command looks at."""
-    given = {name: getattr(arguments, name) for name in ("data_config", "train_config", "model_config")}
-    if "--teacher" in flags:
-        given = {"train_config": "train_config_kd.yaml", "model_config": "model_config_kd.yaml"} | {
-            name: path for name, path in given.items() if path is not None
-        }
-    words = [word for name, path in given.items() if path is not None for word in (f"--{name}", str(path))]
+    usual = {"train_config": "train_config_kd.yaml", "model_config": "model_config_kd.yaml"}
+    words = []
+    for name in ("data_config", "train_config", "model_config"):
+        path = getattr(arguments, name) or ("--teacher" in flags and usual[name])
+        words += [f"--{name}", str(path)] if path else []
     words += [word for override in arguments.overrides for word in ("--set", override)]
     return shlex.join(["python", "precompute_cache.py", *flags, *words])
 

@@ -17,6 +17,7 @@ from distillery.losses_queue import EmbeddingQueue
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
+from distillery.sampling import rows_of_draw
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets, check_fields
@@ -179,12 +180,12 @@ def describe_batch(train: TrainConfig) -> str:
 
 
 def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_epoch: int | None) -> int:
-    """Optimiser steps of every epoch, as Sampling.epoch_rows has them: those that the K largest shards hold.
+    """Optimiser steps of every epoch.
 
     Raises:
         UserError: not even one step.
     """
-    rows = sum(sorted(valid_rows, reverse=True)[:shards_per_epoch])
+    rows = rows_of_draw(valid_rows, shards_per_epoch)
     steps = rows // global_batch_size(train)
     if steps == 0:
         raise UserError(

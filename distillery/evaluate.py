@@ -257,8 +257,6 @@ def evaluate_run(
         knn_share, linear_share, rank_share: the figure as a share of the teacher's.
     """
     from distillery.build import eval_folders
-    from distillery.checkpoint import load_checkpoint
-    from distillery.run_folder import check_same_models
 
     folders = eval_folders(configs.data)
     if not folders:
@@ -266,8 +264,6 @@ def evaluate_run(
             "this run's data configuration has no eval_datasets. Add one to the run's config.yaml, "
             "and run stage 1 with the same entry to cache it."
         )
-    for path in checkpoints:  # before anything slow is done
-        check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())
     teacher, targets, students = load_candidates(configs, checkpoints, device)
     options = {"k": configs.train.knn_k, "linear": linear, "device": device}
     references: dict[str, tuple[dict[str, Any], Tensor]] = {}
@@ -336,7 +332,11 @@ def main() -> int:
     checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
 
     from distillery.build import choose_device
+    from distillery.checkpoint import load_checkpoint
+    from distillery.run_folder import check_same_models
 
+    for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run
+        check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())
     rows = evaluate_run(configs, checkpoints, choose_device(arguments.device), linear=not arguments.no_linear)
     print(format_table(rows))
     if arguments.json is not None:

@@ -17,6 +17,7 @@ from distillery.loader import DevicePrefetcher
 from distillery.planner import StepSpeed, TrainingFacts, advice_lines, memory_left, training_advice, training_lines
 from distillery.process import UserError, slurm_seconds_left
 from distillery.records import shard_name
+from distillery.sampling import rows_of_draw
 
 _NUM_STEPS, _BUDGET_S = 5, 20.0
 _READ_BATCHES, _READ_S = 24, 2.0
@@ -83,7 +84,6 @@ def training_facts(
 ) -> TrainingFacts:
     """What the configuration and the loader say of a run."""
     data, train, rows = configs.data, configs.train, loader.valid_rows_per_shard
-    chosen = sorted(rows, reverse=True)[: data.shards_per_epoch]
     batch = global_batch_size(train)
     weights = sum(value.numel() * value.element_size() for value in task.student.state_dict().values())
     trained = sum(value.numel() * value.element_size() for value in task.student.parameters() if value.requires_grad)
@@ -91,7 +91,7 @@ def training_facts(
         num_images=sum(rows),
         global_batch=batch,
         steps_in_epoch=steps_in_epoch,
-        shard_steps=sum(chosen) // batch,
+        shard_steps=rows_of_draw(rows, data.shards_per_epoch) // batch,
         whole_steps=sum(rows) // batch,
         num_epochs=train.num_epochs,
         total_steps=task.schedule.total_steps,

@@ -17,7 +17,7 @@ Memory: 16 bytes per chosen shard and per row of two windows; nothing per row of
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -133,6 +133,11 @@ def epoch_shards(
 ) -> np.ndarray:
     """int64 [K], positions of the shards epoch number `epoch` reads, in random order; see ShardDraws."""
     return ShardDraws(num_shards, shards_per_epoch, seed, mode)(epoch)
+
+
+def rows_of_draw(shard_rows: Sequence[int] | np.ndarray, shards_per_epoch: int | None) -> int:
+    """Rows that every draw has: those of the K largest shards, as one with a smaller shard in it is made longer."""
+    return int(np.sort(shard_rows)[::-1][:shards_per_epoch].sum())
 
 
 class EpochOrder:
@@ -278,8 +283,8 @@ class Sampling:
         if not self.epoch_rows:
             raise UserError(
                 f"a step takes {self.step_rows} images (batch_size x processes x grad_accumulation_steps), but an "
-                f"epoch holds at most {self._rows_of_largest} ({draws.count} of {len(self.shard_rows)} shards). Lower "
-                "batch_size, or raise shards_per_epoch or max_samples."
+                f"epoch holds at most {rows_of_draw(self.shard_rows, self.shards_per_epoch)} ({draws.count} of "
+                f"{len(self.shard_rows)} shards). Lower batch_size, or raise shards_per_epoch or max_samples."
             )
 
     @property
@@ -288,13 +293,9 @@ class Sampling:
         return self.global_batch * self.steps_of
 
     @property
-    def _rows_of_largest(self) -> int:
-        return int(np.sort(self.shard_rows)[::-1][: self.shards_per_epoch].sum())
-
-    @property
     def epoch_rows(self) -> int:
-        """Rows of every epoch: what the K largest shards hold in whole steps, or the cap."""
-        steps = self._rows_of_largest // self.step_rows
+        """Rows of every epoch: those of a draw in whole steps, or the cap."""
+        steps = rows_of_draw(self.shard_rows, self.shards_per_epoch) // self.step_rows
         return min(steps, self.max_steps or steps) * self.step_rows
 
     def order(self, epoch: int) -> EpochOrder:
