@@ -97,6 +97,17 @@ def test_a_task_that_the_warning_meets_before_it_is_ready_is_put_back_too(tmp_pa
     assert job.note("scontrol") == "requeue 77_3"
 
 
+def test_a_warning_just_after_the_start_is_passed_on(tmp_path):
+    slow = tmp_path / "slow.sh"  # bash stops for a moment before the command that follows the start of srun
+    slow.write_text("""trap '[ -n "${!:-}" ] && [ -z "${slept:-}" ] && slept=yes && sleep 1' DEBUG\n""")
+    job = Job(tmp_path, BASH_ENV=str(slow))
+    assert job.has_started()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.status() == 0
+    assert job.note("signals") == "USR1"
+    assert job.note("scontrol") == "requeue 77_3"
+
+
 def test_a_task_that_stopped_by_its_own_clock_is_put_back_as_well(tmp_path):
     job = Job(tmp_path, ENDS_WITH="75")
     assert job.status() == 0
