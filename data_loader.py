@@ -11,6 +11,7 @@ epoch, shards), whatever the number of processes and threads (distillery/samplin
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,13 @@ from distillery.cached_dataset import (
 from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
 from distillery.files import file_system_of, format_bytes, is_network_file_system
 from distillery.loader import DevicePrefetcher, PretrainingLoader
-from distillery.preprocess import PreprocessSpec
+from distillery.preprocess import PreprocessSpec, normalisation_table, normalise_into
 from distillery.process import MissingFileError, UserError, usable_cpus
-from distillery.raw_images import RUN_ROWS, WINDOW_RUNS, ImageDecoder, RawRows
+from distillery.raw_images import ImageDecoder, RawRows
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
+from distillery.shard_format import row_bytes_of
 from distillery.sources import open_source
 
 __all__ = [
@@ -49,6 +51,8 @@ __all__ = [
 ]
 
 _READING_THREADS = 2
+# a few: each keeps the last piece it read of a parquet file in memory
+_RAW_READERS = 4
 
 
 class PretrainDataset(Dataset):
@@ -70,7 +74,9 @@ class PretrainDataset(Dataset):
         limits = [len(source), data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
         num_rows = min(limit for limit in limits if limit is not None)
         self.transform = transform
-        self.decoder = ImageDecoder(source, preprocess_spec(data), num_rows, data.max_failed_fraction)
+        spec = preprocess_spec(data)
+        self.decoder = ImageDecoder(source, spec, num_rows, data.max_failed_fraction)
+        self._table = normalisation_table(spec.mean, spec.std, "float32")
         starts = np.arange(0, num_rows, data.cache_shard_size)
         self.shard_rows = np.minimum(data.cache_shard_size, num_rows - starts)
 
@@ -82,12 +88,11 @@ class PretrainDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The images `indices`, in that order."""
-        rows = RawRows(self.decoder, 1, raw=False)
         # each once: a sampler with replacement may ask for one twice
         wanted, places = np.unique(checked_rows(indices, len(self)), return_inverse=True)
-        unique, none = torch.empty((len(wanted), *rows.shape)), np.zeros(len(wanted), np.int64)
-        rows.prepare(wanted, none, lambda: True)
-        rows.fill(wanted, none, unique.view(len(wanted), -1).numpy().view(np.uint8), none.copy())
+        unique = torch.empty((len(wanted), 3, self.decoder.spec.image_size, self.decoder.spec.image_size))
+        for out, (row, encoded) in zip(unique, chain.from_iterable(self.decoder.read(wanted)), strict=True):
+            normalise_into(self.decoder.decode(row, encoded)[0], self._table, out.numpy())
         images = unique[torch.from_numpy(places)]
         return list(images) if self.transform is None else [self.transform(image) for image in images]
 
@@ -191,10 +196,7 @@ def _cached_loader(
         index = _chosen_shards(index, shards)
     base = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
     rows = CachedRows(base.index, raw=raw, files=ShardFiles(base.index, mode=data.read_mode))
-    run_rows, window_runs = block_sizes(
-        base.index.row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
-    )
-    sampling = _sampling(data, train, base.shard_rows, run_rows, window_runs)
+    sampling = _sampling(data, train, base.shard_rows, base.index.row_bytes)
     dataset = base
     if sampling.draws.count < len(base.shard_rows):
         # the loader's own draws: with max_steps_per_epoch they are shorter than shards_per_epoch
@@ -226,12 +228,13 @@ def _raw_loader(
             f"this run was started on the shards of a cache, and {data.cache_dir} holds none. Run: {stage1_command()}"
         )
     dataset = PretrainDataset(data)
-    sampling = _sampling(data, train, dataset.shard_rows, RUN_ROWS, WINDOW_RUNS)
     size = data.image_size
+    # the order is that of the cache which stage 1 would make
+    sampling = _sampling(data, train, dataset.shard_rows, row_bytes_of((3, size, size), data.cache_dtype))
     num_threads = usable_cpus() if data.num_workers is None else max(1, data.num_workers)
     loader = PretrainingLoader(
         dataset,
-        lambda: RawRows(dataset.decoder, data.cache_shard_size, raw=raw),
+        lambda: RawRows(dataset.decoder, data.cache_shard_size, raw=raw, num_readers=min(_RAW_READERS, num_threads)),
         sampling,
         image_shape=(3, size, size),
         index=None,
@@ -247,9 +250,10 @@ def _raw_loader(
     return loader, [line, *_describe_order(data, sampling)]
 
 
-def _sampling(
-    data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, run_rows: int, window_runs: int
-) -> Sampling:
+def _sampling(data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, row_bytes: int) -> Sampling:
+    run_rows, window_runs = block_sizes(
+        row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
+    )
     return Sampling(
         shard_rows,
         train.batch_size * distributed.world_size(),

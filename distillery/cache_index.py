@@ -8,7 +8,7 @@ import numpy as np
 
 from distillery.process import UserError
 from distillery.records import INDEX_NAME, SHARD_PATTERN
-from distillery.shard_format import DTYPES
+from distillery.shard_format import DTYPES, row_bytes_of
 
 # what a damaged or hostile index makes Python raise
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
@@ -58,7 +58,7 @@ class CacheIndex:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored image."""
-        return math.prod(self.image_shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        return row_bytes_of(self.image_shape, self.dtype)
 
     @property
     def num_valid(self) -> int:

@@ -1,13 +1,10 @@
 """What a cache shall be, and what a folder already holds of it: found by reading, before anything is written."""
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
 
 from distillery.files import sha256_of
 from distillery.preprocess import PreprocessSpec, library_versions
@@ -24,7 +21,7 @@ from distillery.records import (
     record_path,
     shard_name,
 )
-from distillery.shard_format import DTYPES, ForeignShardError, read_meta, read_regular
+from distillery.shard_format import ForeignShardError, read_meta, read_regular, row_bytes_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class CachePlan:
     @property
     def row_bytes(self) -> int:
         """Bytes of a stored image."""
-        return math.prod(self.image_shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        return row_bytes_of(self.image_shape, self.dtype)
 
     @property
     def num_shards(self) -> int:

@@ -16,7 +16,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -39,6 +39,11 @@ except ImportError:  # an accelerator only, 16 times as fast: the same numbers
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 MAX_MEMBER_BYTES = 512 << 20
 _CHUNK_BYTES = 4 << 20
+
+
+def row_bytes_of(image_shape: Sequence[int], dtype: str) -> int:
+    """Bytes of one stored image; dtype: one of DTYPES."""
+    return math.prod(image_shape) * np.dtype(DTYPES[dtype]).itemsize
 
 
 class ForeignShardError(UserError):

@@ -22,7 +22,7 @@ from data_loader import (
     build_pretraining_dataloader,
     load_labelled,
 )
-from distillery import distributed
+from distillery import distributed, raw_images
 from distillery.process import MissingFileError, RunError, UserError
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8"]
@@ -479,10 +479,23 @@ def raw_source(monkeypatch):
 RAW = {"dataset_name": "test", "use_cached": False, "image_size": 8, "cache_shard_size": 8, "num_workers": 2}
 
 
-def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_source):
-    make_test_cache(tmp_path, 40)
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"shuffle": "none"},
+        {"shards_per_epoch": 4},
+        {"max_samples": 29},
+        {"max_shards": 3, "shard_subset_mode": "independent"},
+        {"run_bytes": 2000, "window_bytes": 9000},
+    ],
+    ids=str,
+)
+def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_source, keys, dtype):
+    make_test_cache(tmp_path, 40, dtype=dtype)
     raw_source(Images(40))
-    data = RAW | {"shards_per_epoch": 4, "shuffle": "none"}
+    data = RAW | {"cache_dtype": dtype} | keys
     raw = build(tmp_path, 8, data=data)
     cached = build(tmp_path, 8, data=data | {"use_cached": True})
     for epoch in range(3):
@@ -491,6 +504,24 @@ def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_
         for (a, i), (b, j) in zip(raw, cached, strict=True):
             assert torch.equal(i, j)
             assert torch.equal(a, b)
+    state = {"epoch": 1, "samples": 8}
+    raw.load_state_dict(state)
+    cached.load_state_dict(state)
+    assert indices_of(raw) == indices_of(cached)
+
+
+def test_raw_images_are_read_no_further_ahead_than_memory_is_meant_for(tmp_path, raw_source, monkeypatch):
+    source = raw_source(Images(400))
+    whole = indices_of(build(tmp_path, 4, data=RAW))
+    monkeypatch.setattr(raw_images, "_WAITING_BYTES", 40 * source.mean_bytes)
+    source.reads.clear()
+    loader = build(tmp_path, 4, data=RAW | {"prefetch_batches": 1})
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.5)
+    # two parts of 40 that wait and a few batches that were taken, of 400
+    assert sum(stop - start for start, stop in source.reads) < 120
+    assert indices_of(loader) == whole
 
 
 def test_raw_pixels_are_uint8_and_said_to_be_unnormalised(tmp_path, raw_source):
