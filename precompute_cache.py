@@ -88,8 +88,11 @@ def main() -> int:
     """Parse, plan, then make what is missing."""
     arguments = parse_arguments()
     from distillery.config import load_configs
+    from distillery.losses_table import check_losses
 
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    if configs.train is not None:
+        check_losses(configs.train.distill_loss_weights, configs.train.loss_options)
     if arguments.verify is not None:
         return verify(configs, arguments)
     if arguments.download_only:

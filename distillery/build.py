@@ -12,8 +12,8 @@ from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
-from distillery.losses import check_batch_size, check_loss_names, fields_needed, queue_size_of
 from distillery.losses_queue import EmbeddingQueue
+from distillery.losses_table import fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
@@ -119,14 +119,7 @@ def build_models(
     cache: the teacher's stored outputs; where every step takes them, only what is known of them is returned.
     """
     train = configs.train
-    check_loss_names(train.distill_loss_weights, train.loss_options)
-    check_batch_size(train.distill_loss_weights, train.batch_size)
     fields = fields_needed(train.distill_loss_weights)
-    if configs.model.teacher_out_indices and "layers" not in fields:
-        raise UserError(
-            "teacher_out_indices and student_out_indices are set, but no loss compares layers: add layers to "
-            "distill_loss_weights, or set both to null"
-        )
     if cache is not None:
         check_fields(cache, train)
     if cache is None or train.teacher_cache.mode == "hybrid":

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.config import Configs, load_configs
+from distillery.losses_table import check_losses, fields_needed
 from distillery.metrics import import_wandb
+from distillery.process import UserError
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,20 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     if arguments.max_steps_per_epoch is not None:
         arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    _check_losses(configs)
     if configs.train.wandb_project is not None:
         import_wandb(configs.train.wandb_project)
     return TrainingCommand(arguments, configs)
+
+
+def _check_losses(configs: Configs) -> None:
+    train, model = configs.train, configs.model
+    check_losses(train.distill_loss_weights, train.loss_options, train.batch_size)
+    if model.teacher_out_indices and "layers" not in fields_needed(train.distill_loss_weights):
+        raise UserError(
+            "teacher_out_indices and student_out_indices are set, but no loss compares layers: add layers to "
+            "distill_loss_weights, or set both to null"
+        )
 
 
 def _minutes(text: str) -> float:

@@ -13,8 +13,9 @@ from distillery import distributed
 from distillery.drop_path import StochasticDepth
 from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
-from distillery.losses import check_gradients, needs_second_view, total_loss
+from distillery.losses import check_gradients, total_loss
 from distillery.losses_queue import EmbeddingQueue
+from distillery.losses_table import needs_second_view
 from distillery.models_pair import StudentWithHeads, align
 from distillery.process import StopFlag
 from distillery.standardise import Targets

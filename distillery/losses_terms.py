@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distillery.losses_table import LEAST_BATCH
 from distillery.process import UserError
 
 
@@ -23,10 +24,6 @@ def check_same_shape(name: str, student: Tensor, teacher: Tensor, *, remedy: str
 
 
 REMEDY = "project the student to the teacher's width (StudentWithHeads) and resample the grid (align_teacher)"
-
-
-# with two images there is one pair: its normalised distance or similarity is a constant, the gradient zero
-LEAST_BATCH = 3
 
 
 def _check_batch(name: str, student: Tensor, teacher: Tensor) -> None:

@@ -54,8 +54,8 @@ class StudentWithHeads(nn.Module):
 
     Args:
         teacher_widths: tensor of Features -> width to project to (FrozenTeacher.widths).
-        fields: the fields that losses need (losses.fields_needed); other fields come out as the student has them. Of
-            the layers each has a head of its own.
+        fields: the fields that losses need (losses_table.fields_needed); other fields come out as the student has
+            them. Of the layers each has a head of its own.
         projector: {"type": "mlp" | "linear", "hidden_dim": int | None}; None: twice the teacher's width.
     Raises:
         UserError: an unknown projector, or a field that the teacher does not have.

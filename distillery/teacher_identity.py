@@ -37,7 +37,7 @@ def configured_identity(
         precision: as configured, `auto` included.
         augmentation: what makes the views.
         images: fingerprint of the image cache.
-        loss_fields: what the losses compare (losses.fields_needed).
+        loss_fields: what the losses compare (losses_table.fields_needed).
     Raises:
         MissingFileError: teacher_checkpoint is not there.
     """

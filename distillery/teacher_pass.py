@@ -12,7 +12,7 @@ from distillery.build_facts import weights_hash
 from distillery.cache import load_index
 from distillery.config import Configs
 from distillery.files import format_bytes, free_bytes
-from distillery.losses import fields_needed
+from distillery.losses_table import fields_needed
 from distillery.models import MEMORY_FORMAT
 from distillery.plan import CachePlan, Survey
 from distillery.process import EXIT_DONE, EXIT_ERROR, StopFlag

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillery.config import Configs
 from distillery.files import format_bytes
-from distillery.losses import fields_needed
+from distillery.losses_table import fields_needed
 from distillery.models import Backbone, eval_mode
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts

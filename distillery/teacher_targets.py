@@ -25,7 +25,8 @@ from distillery.augment_draws import draw_uniform, view_of_epoch
 from distillery.cache import stage1_command
 from distillery.cached_dataset import CachedTensorDataset
 from distillery.config import Configs, TrainConfig
-from distillery.losses import LOSSES, Features, fields_needed, needs_second_view
+from distillery.losses import Features
+from distillery.losses_table import LOSSES, fields_needed, needs_second_view
 from distillery.process import RunError, UserError
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache, find_teacher_cache

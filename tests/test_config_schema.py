@@ -9,7 +9,7 @@ from distillery.config_docs import as_yaml, find_field, with_comments
 from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
 from distillery.config_schema import build_schema, generated_files, schema_name
 from distillery.config_yaml import parse_yaml
-from distillery.losses import LOSSES
+from distillery.losses_table import LOSSES
 from distillery.process import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -108,13 +108,10 @@ def test_layers_are_standardised_per_channel():
         assert rows.std(0, correction=0).max() < 1.001
 
 
-def test_the_keys_go_together_and_with_the_loss():
+def test_the_keys_go_together():
     data, model = {"dataset_name": "parquet", "cache_dir": "none"}, {"teacher_out_indices": [1, 3]}
     with pytest.raises(UserError, match="teacher_out_indices and student_out_indices go together: as many layers"):
         load_configs(data, {"checkpoint_dir": "none"}, model | {"student_out_indices": [1]})
-    configs = load_configs(data, {"checkpoint_dir": "none"}, model | {"student_out_indices": [1, 2]})
-    with pytest.raises(UserError, match="are set, but no loss compares layers: add layers to distill_loss_weights"):
-        build_models(configs, torch.device("cpu"))
 
 
 def test_models_built_from_the_keys_train_on_their_layers():

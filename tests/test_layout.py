@@ -22,7 +22,8 @@ ROOMS = [
 ]  # fmt: skip
 # what runs before anything slow is imported: configuration errors and --help answer in about a second
 LIGHT = ["process", "files", "progress", "config", "preprocess", "shard_format", "records", "cache", "plan", "decode",
-         "sources", "writer", "verify", "command_line", "teacher_records", "planner", "planner_cache"]  # fmt: skip
+         "sources", "losses_table", "writer", "verify", "command_line", "teacher_records", "planner",
+         "planner_cache"]  # fmt: skip
 
 
 def level_of(module: str) -> int:

@@ -5,16 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.losses import (
-    LOSSES,
-    Features,
-    check_gradients,
-    check_loss_names,
-    fields_needed,
-    needs_second_view,
-    queue_size_of,
-    total_loss,
-)
+from distillery.losses import Features, check_gradients, total_loss
+from distillery.losses_table import LOSSES, check_losses, fields_needed, needs_second_view, queue_size_of
 from distillery.process import UserError
 
 # of layers two, one after the other
@@ -406,7 +398,7 @@ def test_a_field_the_teacher_does_not_give_is_named():
 )
 def test_unusable_weights_and_options_are_refused(weights, options, message):
     with pytest.raises(UserError, match=message):
-        check_loss_names(weights, options)
+        check_losses(weights, options)
     with pytest.raises(UserError, match=message):
         total_loss(random_features(1), random_features(2), weights, options)
 
@@ -414,7 +406,7 @@ def test_unusable_weights_and_options_are_refused(weights, options, message):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_an_unknown_option_names_the_loss(name):
     with pytest.raises(UserError, match=f"{name} has no option 'tempreature'"):
-        check_loss_names({name: 1.0}, {name: {"tempreature": 1.0}})
+        check_losses({name: 1.0}, {name: {"tempreature": 1.0}})
 
 
 def linear_student(seed: int = 0) -> nn.Linear:

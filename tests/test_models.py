@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distillery.backbones import BuiltModel
-from distillery.losses import LOSSES, Features, check_gradients, fields_needed, total_loss
+from distillery.losses import Features, check_gradients, total_loss
+from distillery.losses_table import LOSSES, fields_needed
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align_teacher, resample_tokens
 from distillery.process import UserError

@@ -339,14 +339,43 @@ def test_cuda_without_a_gpu_is_an_error_not_a_cpu_run(cached):
     assert "finds no usable GPU" in done.stderr
 
 
-def test_help_answers_without_importing_torch():
-    for script in ("precompute_cache.py", "distill_trainer.py"):
-        code = (
-            "import runpy, sys; sys.argv = ['x', '--help']\n"
-            f"try: runpy.run_path({script!r}, run_name='__main__')\n"
-            "except SystemExit as end: assert not end.code\n"
-            "assert 'torch' not in sys.modules"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "--data_config" in done.stdout
+def answer_without_torch(script, *arguments):
+    code = (
+        f"import runpy, sys; sys.argv = [{script!r}, *{arguments!r}]\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+SCRIPTS = ["precompute_cache.py", "distill_trainer.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_without_importing_torch(script):
+    done = answer_without_torch(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--data_config" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("cache_shard_sise=9", "did you mean 'cache_shard_size'"),
+        ("distill_loss_weights.patsh=1", "unknown loss 'patsh'; did you mean 'patch'?"),
+        ("loss_options.mse.beta=1", "loss_options.mse: distill_loss_weights has no 'mse' (it has cls, patch)"),
+    ],
+)
+def test_mistakes_answer_without_importing_torch_or_looking_at_the_data(cached, script, setting, message):
+    missing = ["--set", "data_files=/not/there.parquet", "--set", setting]
+    done = answer_without_torch(script, *cached.flags("data", "train", "model"), *missing)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
+def test_layers_that_no_loss_compares_are_refused_at_once(cached):
+    layers = ["--set", "teacher_out_indices=[0]", "--set", "student_out_indices=[0]"]
+    done = answer_without_torch("distill_trainer.py", *cached.flags("data", "train", "model"), *layers)
+    assert done.returncode == 2, done.stderr
+    assert "are set, but no loss compares layers: add layers to distill_loss_weights" in done.stderr

@@ -1,0 +1,137 @@
+"""The losses by name and what each needs; torch is not imported, so that a misspelt one is told at once.
+
+A loss is one function in losses_terms.py and one line in LOSSES.
+"""
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distillery.process import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# of a loss between the images of a batch: two are one pair, whose normalised distance is a constant, the gradient zero
+LEAST_BATCH = 3
+# an option, but of the queue that the training keeps: no function sees it
+QUEUE_SIZE = "queue_size"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss and the field of Features that it compares."""
+
+    name: str  # of the function in losses_terms.py
+    field: str  # "pooled", "tokens", "logits" or "layers"
+    second_view: bool = False  # whether the teacher's side is of another view than the student's
+    least_batch: int = 1  # images of one process that it needs to compare
+    queue_size: int | None = None  # past teacher rows it is handed as a third argument unless told; None: none
+
+    @property
+    def function(self) -> Callable[..., "Tensor"]:
+        """(student, teacher, *, options) -> float32 scalar."""
+        return getattr(importlib.import_module("distillery.losses_terms"), self.name)
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options it takes; each is a number above zero."""
+        parameters = inspect.signature(self.function).parameters.values()
+        names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return names if self.queue_size is None else [*names, QUEUE_SIZE]
+
+
+LOSSES = {
+    "cls": LossTerm("cosine_smooth_l1", "pooled"),
+    "patch": LossTerm("cosine_smooth_l1", "tokens"),
+    "cosine": LossTerm("cosine", "pooled"),
+    "mse": LossTerm("mse", "pooled"),
+    "smooth_l1": LossTerm("smooth_l1", "pooled"),
+    "patch_cosine": LossTerm("cosine", "tokens"),
+    "patch_mse": LossTerm("mse", "tokens"),
+    "patch_smooth_l1": LossTerm("smooth_l1", "tokens"),
+    "patch_similarity": LossTerm("patch_similarity", "tokens"),
+    "layers": LossTerm("layers", "layers"),
+    "similarity": LossTerm("similarity", "pooled", least_batch=LEAST_BATCH),
+    "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=LEAST_BATCH, queue_size=8192),
+    "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=LEAST_BATCH),
+    "rkd_angle": LossTerm("rkd_angle", "pooled", least_batch=LEAST_BATCH),
+    "barlow": LossTerm("barlow", "pooled", second_view=True, least_batch=LEAST_BATCH),
+    "kl_logits": LossTerm("kl_logits", "logits"),
+}
+
+
+def check_losses(
+    weights: Mapping[str, float],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Refuse weights and options that no loss would use as written, and a batch too small for one of them.
+
+    Args:
+        weights: loss name -> weight, as the key distill_loss_weights.
+        options: loss name -> its options, as the key loss_options.
+        batch_size: images of one process; None: not looked at.
+    Raises:
+        UserError: an unknown loss or option, a weight or option that is no usable number, no weight above zero, or a
+            loss of non-zero weight that compares the images of a batch, of which there are too few.
+    """
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            near = difflib.get_close_matches(name, LOSSES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"distill_loss_weights: unknown loss {name!r}{hint} Known: {', '.join(sorted(LOSSES))}")
+        if not _is_number(weight) or weight < 0:
+            raise UserError(f"distill_loss_weights: {name}: {weight!r} is not a number of 0 or more")
+        if weight and batch_size is not None and batch_size < LOSSES[name].least_batch:
+            raise UserError(
+                f"batch_size is {batch_size}, and distill_loss_weights.{name} compares the images of a batch with each "
+                f"other: it needs {LOSSES[name].least_batch} or more. Raise batch_size, or set {name}: 0"
+            )
+    if not any(weights.values()):
+        raise UserError(f"distill_loss_weights {dict(weights)}: at least one weight must be above zero")
+    for name, chosen in (options or {}).items():
+        if name not in weights:
+            raise UserError(f"loss_options: {name!r} is not among distill_loss_weights ({', '.join(weights)})")
+        _check_options(name, chosen or {})
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = LOSSES[name].options if options else []
+    for option, value in options.items():
+        if option not in known:
+            takes = f"its options: {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"loss_options: {name} has no option {option!r}; {takes}")
+        if not _is_number(value) or value <= 0:
+            raise UserError(f"loss_options: {name}: {option} {value!r} is not a number above 0")
+        if option == QUEUE_SIZE and not isinstance(value, int):
+            raise UserError(f"loss_options: {name}: {option} {value!r} is not a whole number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def fields_needed(weights: Mapping[str, float]) -> set[str]:
+    """The fields of Features that losses of non-zero weight compare; unknown names as in check_losses."""
+    check_losses(weights)
+    return {LOSSES[name].field for name, weight in weights.items() if weight}
+
+
+def needs_second_view(weights: Mapping[str, float]) -> bool:
+    """Whether a loss of non-zero weight compares the student with the teacher's features of another view."""
+    return any(LOSSES[name].second_view for name, weight in weights.items() if weight)
+
+
+def queue_size_of(weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None) -> int | None:
+    """How many past teacher rows losses of non-zero weight want at most; None: no loss wants any."""
+    wanted = [
+        ((options or {}).get(name) or {}).get(QUEUE_SIZE, LOSSES[name].queue_size)
+        for name, weight in weights.items()
+        if weight and LOSSES[name].queue_size is not None
+    ]
+    return max(wanted, default=None)
