@@ -5,6 +5,7 @@ load_dataset must convert (json, csv, hdf5, ...) is read from the arrow files it
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +25,8 @@ from distillery.sources_hub_facts import NotDownloadedError, facts_of
 
 T = TypeVar("T")
 _RETRIES = 6
+# huggingface_hub itself asks for 23 s before it says that it cannot connect: there may be no network at all
+_LOOKUP_PATIENCE_S = 30
 _LONGEST_WAIT_S = 120
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
 _NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl", "socket"}
@@ -91,6 +94,7 @@ def resolve_dataset(
             f"looking up {dataset_name}",
             # with the files at hand there is no point in waiting for a network that may not be there at all
             tries=1 if known is not None or is_offline or not download else _RETRIES,
+            patience_s=_LOOKUP_PATIENCE_S,
         )
     except Exception as error:  # load_dataset_builder raises whatever its network and file libraries raise
         if known is not None and not _is_final(error):
@@ -230,18 +234,32 @@ def _read_note(note: Path) -> Resolution | None:
 
 
 def with_retries(
-    call: Callable[[], T], what: str, *, tries: int = _RETRIES, sleep: Callable[[float], None] = time.sleep
+    call: Callable[[], T],
+    what: str,
+    *,
+    tries: int = _RETRIES,
+    patience_s: float = math.inf,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """call(), again after a wait that doubles (with jitter, or as long as the server asks) while the network fails.
 
+    Args:
+        call: what is tried.
+        what: it does, for the message.
+        tries: at most.
+        patience_s: no further try once the calls themselves, without the waits, have taken so long.
+        sleep: waits so many seconds.
     Raises:
         Exception: the call's own, at once where waiting cannot help, else after the last try.
     """
+    spent_s = 0.0
     for attempt in range(1, tries + 1):
+        began = time.monotonic()
         try:
             return call()
         except Exception as error:
-            if attempt == tries or not _is_transient(error):
+            spent_s += time.monotonic() - began
+            if attempt == tries or spent_s > patience_s or not _is_transient(error):
                 raise
             # jitter, so that the tasks of a job array do not all come back at the same moment
             wait_s = max(_retry_after_s(error), 2 ** (attempt - 1) * random.uniform(0.5, 1.5))

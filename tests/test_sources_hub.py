@@ -13,6 +13,7 @@ import urllib.parse
 import pyarrow.parquet as pq
 import pytest
 
+from distillery import sources_hub
 from distillery.sources_hub import with_retries
 from tests.test_sources import IMAGES, LABELS, NUM_IMAGES, table, write_folder, write_parquet
 
@@ -325,6 +326,21 @@ def test_retries_are_bounded_and_the_last_error_is_raised_and_said(capsys):
         with_retries(call, "downloading me/toy", tries=4, sleep=waits.append)
     assert (len(calls), len(waits)) == (4, 3)
     assert "downloading me/toy: Refused: status 503; try 4 of 4 in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call_s, tries", [(0, 6), (23, 2), (40, 1)])
+def test_calls_that_wait_long_for_nothing_are_tried_less_often(monkeypatch, call_s, tries):
+    now, calls = [0.0], []
+    monkeypatch.setattr(sources_hub.time, "monotonic", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += call_s
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        with_retries(call, "looking up x", patience_s=30, sleep=lambda seconds: now.append(now.pop() + seconds))
+    assert len(calls) == tries
 
 
 def test_a_refusal_wrapped_by_a_library_is_recognised_by_its_cause():
