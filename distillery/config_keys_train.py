@@ -40,10 +40,10 @@ class TeacherCacheConfig(StrictModel):
 
     enabled: bool = Field(False, description="true: targets are read from cache_dir/teacher")
     views: PositiveInt = Field(4, description="of every image; even: both mirror images equally often")
-    mode: Literal["cached", "hybrid"] = Field(
+    mode: Literal["live", "cached", "hybrid"] = Field(
         "cached",
-        description="cached: the teacher is not loaded; hybrid: live_fraction of the steps run it on new views, and "
-        "compute what is not stored too",
+        description="live: every step runs the teacher, as without enabled; cached: the teacher is not loaded; hybrid: "
+        "live_fraction of the steps run it on new views, and compute what is not stored too",
     )
     live_fraction: Share = Field(0.25, description="hybrid only: share of the steps, 0..1")
     seed: Seed = Field(0, description="of the views; runs of several seeds share one cache")
@@ -54,6 +54,11 @@ class TeacherCacheConfig(StrictModel):
     token_grid: PositiveInt = Field(8, description="cells a side at most; grid and auto only")
     token_dims: PositiveInt = Field(256, description="dimensions kept; pca only")
     dtype: Literal["float16", "float32"] = Field("float16", description="of stored vectors: float16 or float32")
+
+    @property
+    def is_read(self) -> bool:
+        """Whether training takes any of its targets from stored outputs."""
+        return self.enabled and self.mode != "live"
 
 
 class TrainConfig(StrictModel):

@@ -60,10 +60,11 @@ def describe_saving(
     )
     left = 1 - share + share * (block.live_fraction if block.mode == "hybrid" else 0.0)
     saved = f"{left:.0%} of the arithmetic of a live one: up to {1 / max(left, 1e-9):.3g} times faster"
-    if not block.enabled:
+    if not block.is_read:
+        mode = "cached" if block.mode == "live" else block.mode
         return [
             f"targets: live: {line}",
-            f"  stored (teacher_cache.enabled: true), {cost}, an epoch would take {saved}",
+            f"  stored (teacher_cache: {{enabled: true, mode: {mode}}}), {cost}, an epoch would take {saved}",
         ]
     if cache is not None:
         return [describe_cache(cache, configs, num_images), f"  {line}", f"  stored, {cost}, an epoch takes {saved}"]

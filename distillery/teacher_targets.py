@@ -51,7 +51,7 @@ def open_teacher_cache(
     Raises:
         MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
     """
-    if not configs.train.teacher_cache.enabled:
+    if not configs.train.teacher_cache.is_read:
         return None
     if loader.shard_names is None:
         raise UserError(

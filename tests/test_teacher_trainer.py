@@ -243,12 +243,14 @@ def test_other_teacher_outputs_than_the_runs_own_are_refused(place):
 
 def test_a_dry_run_says_what_stored_outputs_cost_and_save(place, tmp_path):
     texts = {}
-    for name, changes in {"live": {"teacher_cache.enabled": False}, "cached": {}}.items():
+    modes = {"off": {"teacher_cache.enabled": False}, "live": {"teacher_cache.mode": "live"}, "cached": {}}
+    for name, changes in modes.items():
         run = start(place, tmp_path / "run", CACHED | changes, "--dry_run")
         assert run.wait() == 0, run.text
         texts[name] = run.text
-    assert "targets: live: teacher" in texts["live"]
-    assert "stored (teacher_cache.enabled: true), 2 views x" in texts["live"]
+    for name in ("off", "live"):
+        assert "targets: live: teacher" in texts[name]
+        assert "stored (teacher_cache: {enabled: true, mode: cached}), 2 views x" in texts[name]
     assert "times faster" in texts["live"] and "times faster" in texts["cached"]
     # pooled: 24 float16; tokens: 8 x 8 cells of 24
     assert "2 views x 3.1 kB x 96 images" in texts["cached"], texts["cached"]
