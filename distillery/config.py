@@ -99,11 +99,6 @@ def check_configs(configs: Configs) -> None:
     """
     data, train = configs.data, configs.train
     problems = []
-    if data.use_cached is False and data.shards_per_epoch is not None:
-        problems.append(
-            "shards_per_epoch chooses shards of the cache, and use_cached is false: "
-            "set shards_per_epoch: null, or use_cached: true"
-        )
     if data.shards_per_epoch and data.max_shards and data.shards_per_epoch > data.max_shards:
         problems.append(
             f"shards_per_epoch ({data.shards_per_epoch}) is above max_shards ({data.max_shards}): "

@@ -569,7 +569,6 @@ def test_train_and_model_may_be_absent():
 @pytest.mark.parametrize(
     "data, train, message",
     [
-        ({"use_cached": False, "shards_per_epoch": 3}, {}, "shards_per_epoch chooses shards of the cache"),
         ({"shards_per_epoch": 3, "max_shards": 2}, {}, r"shards_per_epoch \(3\) is above max_shards \(2\)"),
         ({"max_samples": 10}, {"batch_size": 11}, "no epoch has a full batch"),
         (

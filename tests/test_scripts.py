@@ -299,10 +299,26 @@ def test_the_exported_student_loads_in_timm_with_exactly_its_keys(trained, tmp_p
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_raw_images_train_without_a_cache(cached, tmp_path):
-    done = cached.distill("--set", "use_cached=false", "--set", "eval_datasets={}", "--set", "num_epochs=1",
-                          "--set", f"checkpoint_dir={tmp_path / 'raw'}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_raw_images_train_as_those_of_the_cache_do(cached, tmp_path):
+    losses = {}
+    for use_cached in ("false", "true"):
+        done = cached.distill(
+            "--set",
+            f"use_cached={use_cached}",
+            "--set",
+            "num_epochs=1",
+            "--set",
+            "log_every=1",
+            "--set",
+            "eval_every_epochs=0",
+            "--set",
+            f"checkpoint_dir={tmp_path / use_cached}",
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / use_cached / "metrics.jsonl").read_text().splitlines()]
+        losses[use_cached] = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses["true"]) == 12
+    assert losses["false"] == pytest.approx(losses["true"], rel=1e-4)
 
 
 def test_random_shards_per_epoch_train(cached, tmp_path):
