@@ -302,18 +302,9 @@ def test_the_exported_student_loads_in_timm_with_exactly_its_keys(trained, tmp_p
 def test_raw_images_train_as_those_of_the_cache_do(cached, tmp_path):
     losses = {}
     for use_cached in ("false", "true"):
-        done = cached.distill(
-            "--set",
-            f"use_cached={use_cached}",
-            "--set",
-            "num_epochs=1",
-            "--set",
-            "log_every=1",
-            "--set",
-            "eval_every_epochs=0",
-            "--set",
-            f"checkpoint_dir={tmp_path / use_cached}",
-        )
+        settings = [f"use_cached={use_cached}", "shards_per_epoch=2", "num_epochs=2", "log_every=1",
+                    "eval_every_epochs=0", f"checkpoint_dir={tmp_path / use_cached}"]  # fmt: skip
+        done = cached.distill(*(part for setting in settings for part in ("--set", setting)))
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / use_cached / "metrics.jsonl").read_text().splitlines()]
         losses[use_cached] = [row["loss"] for row in rows if row["kind"] == "train"]
