@@ -33,7 +33,7 @@ from distillery.files import file_system_of, format_bytes, is_network_file_syste
 from distillery.loader import DevicePrefetcher, PretrainingLoader
 from distillery.preprocess import PreprocessSpec, normalisation_table, normalise_into
 from distillery.process import MissingFileError, UserError, usable_cpus
-from distillery.raw_images import ImageDecoder, RawRows
+from distillery.raw_images import ImageDecoder, RawRows, pieces_of
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
@@ -91,8 +91,10 @@ class PretrainDataset(Dataset):
         # each once: a sampler with replacement may ask for one twice
         wanted, places = np.unique(checked_rows(indices, len(self)), return_inverse=True)
         unique = torch.empty((len(wanted), 3, self.decoder.spec.image_size, self.decoder.spec.image_size))
-        for out, (row, encoded) in zip(unique, chain.from_iterable(self.decoder.read(wanted)), strict=True):
-            normalise_into(self.decoder.decode(row, encoded)[0], self._table, out.numpy())
+        with self.decoder.borrowed_source() as read:
+            encoded = chain.from_iterable(map(read, pieces_of(wanted)))
+            for row, data, out in zip(wanted.tolist(), encoded, unique, strict=True):
+                normalise_into(self.decoder.decode(row, data)[0], self._table, out.numpy())
         images = unique[torch.from_numpy(places)]
         return list(images) if self.transform is None else [self.transform(image) for image in images]
 

@@ -38,7 +38,9 @@ class Interrupted(Exception):
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: its affinity, SLURM_CPUS_PER_TASK and the cgroup's quota, whichever is least."""
+    """CPUs this process may use: its affinity, SLURM_CPUS_PER_TASK and the cgroup's quota, whichever is least; of
+    that its share where torchrun runs several processes on it.
+    """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if granted.isdigit() and int(granted) > 0:
@@ -49,6 +51,9 @@ def usable_cpus() -> int:
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass  # no cgroup v2 here: affinity and Slurm have said what there is
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if processes.isdigit() and int(processes) > 0:
+        cpus //= int(processes)
     return max(1, cpus)
 
 

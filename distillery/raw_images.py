@@ -4,7 +4,9 @@ An image that cannot be decoded moves nothing: in its place comes the next one o
 index. Each such image is reported once, and more of them than max_failed_fraction end the run.
 """
 
+import contextlib
 import copy
+import itertools
 import sys
 import threading
 import time
@@ -15,80 +17,110 @@ from typing import Any
 import numpy as np
 import torch
 
+from distillery import distributed
 from distillery.preprocess import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
 from distillery.process import UserError
 
 # encoded images that wait to be decoded; a window that holds more is read in parts of about so many bytes
 _WAITING_BYTES = 256 << 20
+# rows of the first part, whose bytes are not known yet
+_FIRST_ROWS = 256
 _TOGETHER = 64  # neighbours read at a time
 _POLL_S = 0.25
 _FEW_FAILURES = 10
+
+Read = Callable[[range], list[bytes]]
+
+
+def pieces_of(rows: np.ndarray) -> list[range]:
+    """Ascending rows, int64 [n], as runs of neighbours that are read at a time."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    edges = [(start, int(run[-1]) + 1) for run in runs for start in run[::_TOGETHER].tolist()]
+    return [range(start, min(start + _TOGETHER, end)) for start, end in edges]
 
 
 class ImageDecoder:
     """Images of a source by their index, for several threads at a time.
 
+    reading: per thread, what it is reading and since when (time.monotonic).
+
     Args:
         source: read(start, stop) -> list[bytes] of encoded images, for one thread at a time; copies open their own
-            files; mean_bytes; describe() -> str.
+            files; describe() -> str.
         spec: how pixels are made of them.
         num_rows: images of the source that are used, the first so many.
-        max_failed_fraction: share of num_rows, 0..1; a few failures are always allowed.
+        max_failed_fraction: share of this process's images, 0..1; a few failures are always allowed.
     """
 
     def __init__(self, source: Any, spec: PreprocessSpec, num_rows: int, max_failed_fraction: float) -> None:
         self.source, self.spec, self.num_rows = source, spec, num_rows
         self.max_failed_fraction = max_failed_fraction
         self.failed: dict[int, str] = {}
+        self.reading: dict[int, tuple[str, float]] = {}
         self._idle: deque[Any] = deque()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_idle": deque()}
+        return self.__dict__ | {"_idle": deque(), "reading": {}}
 
-    def read(self, rows: np.ndarray) -> Iterator[list[tuple[int, bytes]]]:
-        """Encoded images with their indices, some neighbours at a time; rows: int64 [n], ascending."""
+    @contextlib.contextmanager
+    def borrowed_source(self) -> Iterator[Read]:
+        """A source for this thread alone, as the function that reads encoded images from it."""
         try:
             source = self._idle.pop()
         except IndexError:
             source = copy.copy(self.source)
+        thread = threading.get_ident()
+
+        def read(rows: range) -> list[bytes]:
+            self.reading[thread] = (self.source.describe(), time.monotonic())
+            try:
+                return source.read(rows.start, rows.stop)
+            finally:
+                self.reading.pop(thread, None)
+
         try:
-            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-                for start in range(0, len(run), _TOGETHER):
-                    part = run[start : start + _TOGETHER].tolist()
-                    yield list(zip(part, source.read(part[0], part[-1] + 1), strict=True))
+            yield read
         finally:
             self._idle.append(source)
 
-    def decode(self, global_idx: int, data: bytes | None = None) -> tuple[np.ndarray, int]:
+    def decode(self, global_idx: int, data: bytes) -> tuple[np.ndarray, int]:
         """The image `global_idx`, or the next one that can be decoded: (uint8 [3, H, W], its index).
 
         Args:
             global_idx: in the source.
-            data: its encoded bytes, when they are at hand.
+            data: its encoded bytes.
 
         Raises:
             UserError: too many images cannot be decoded.
         """
-        while True:
-            if global_idx not in self.failed:
-                try:
-                    if data is None:
-                        [(_, data)] = next(self.read(np.array([global_idx])))
-                    return preprocess_image(data, self.spec), global_idx
-                except DecodeError as error:
-                    self._note_failure(global_idx, str(error))
-            global_idx, data = (global_idx + 1) % self.num_rows, None
+        for row in itertools.chain(range(global_idx, self.num_rows), range(global_idx)):
+            if row in self.failed:
+                continue
+            try:
+                if row != global_idx:
+                    with self.borrowed_source() as read:
+                        [data] = read(range(row, row + 1))
+                return preprocess_image(data, self.spec), row
+            except DecodeError as error:
+                self._note_failure(row, str(error))
+        raise self._too_many()
 
     def _note_failure(self, global_idx: int, reason: str) -> None:
         self.failed[global_idx] = reason
         count = len(self.failed)
         if count <= _FEW_FAILURES:
             print(f"image {global_idx} cannot be decoded ({reason}); the next one takes its place", file=sys.stderr)
-        if count > max(_FEW_FAILURES, self.max_failed_fraction * self.num_rows) or count == self.num_rows:
-            raise UserError(
-                f"{count} of {self.num_rows} images of {self.source.describe()} cannot be decoded, more than "
-                f"max_failed_fraction ({self.max_failed_fraction:g}) allows; the last was image {global_idx}: {reason}."
-            )
+        # each process meets its share of the images, and of the bad ones
+        most = self.max_failed_fraction * self.num_rows / distributed.world_size()
+        if count > max(_FEW_FAILURES, most) or count == self.num_rows:
+            raise self._too_many()
+
+    def _too_many(self) -> UserError:
+        global_idx, reason = list(self.failed.items())[-1]
+        return UserError(
+            f"{len(self.failed)} of {self.num_rows} images of {self.source.describe()} cannot be decoded, more than "
+            f"max_failed_fraction ({self.max_failed_fraction:g}) allows; the last was image {global_idx}: {reason}."
+        )
 
 
 class RawRows:
@@ -110,14 +142,14 @@ class RawRows:
         size = decoder.spec.image_size
         self.shape = (3, size, size)
         self.row_bytes = 3 * size * size * self.dtype.itemsize
-        self.reading: dict[int, tuple[str, float]] = {}
+        self.reading = decoder.reading
         self._table = normalisation_table(decoder.spec.mean, decoder.spec.std, "float32")
-        self._part_rows = max(1, int(_WAITING_BYTES / decoder.source.mean_bytes))
-        self._encoded: dict[int, bytes] = {}
-        self._encoded_bytes = 0
+        # by index: the encoded image, or the error that came instead of it
+        self._encoded: dict[int, bytes | Exception] = {}
+        self._part_rows, self._waiting_bytes = _FIRST_ROWS, 0
         lock = threading.Lock()
         self._arrived, self._taken = threading.Condition(lock), threading.Condition(lock)
-        self._problem: BaseException | None = None
+        self._end: BaseException | None = None  # why no more images will come
 
     def fill(self, shards: np.ndarray, nth: np.ndarray, out: np.ndarray, global_idx: np.ndarray) -> None:
         """Images shards[i] * shard_rows + nth[i], int64 [n], into out, uint8 [n, row_bytes]; global_idx says which."""
@@ -132,51 +164,75 @@ class RawRows:
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Read the encoded images of a window, no further ahead of the decoders than memory is meant for."""
         rows = shards * self.shard_rows + nth
-        for start in range(0, len(rows), self._part_rows):
-            self._wait_for_room(go_on)
-            spans = np.array_split(np.sort(rows[start : start + self._part_rows]), self.num_readers)
-            # daemon: a thread stuck in a dead disk's read must not keep the process from ending
-            threads = [threading.Thread(target=self._read, args=(span, go_on), daemon=True) for span in spans]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            if self._problem is not None:
-                raise self._problem
-
-    def _wait_for_room(self, go_on: Callable[[], bool]) -> None:
-        with self._taken:
-            while self._encoded_bytes > _WAITING_BYTES and go_on():
-                self._taken.wait(_POLL_S)
-
-    def _read(self, rows: np.ndarray, go_on: Callable[[], bool]) -> None:
-        thread, parts = threading.get_ident(), self.decoder.read(rows)
         try:
-            while True:
-                if not go_on():
-                    raise InterruptedError("the stream was closed")
-                self.reading[thread] = (self.decoder.source.describe(), time.monotonic())
-                part = next(parts, None)
-                if part is None:
-                    return
-                with self._arrived:
-                    self._encoded.update(part)
-                    self._encoded_bytes += sum(len(encoded) for _, encoded in part)
-                    self._arrived.notify_all()
+            while len(rows) and self._has_room(go_on):
+                part, rows = np.sort(rows[: self._part_rows]), rows[self._part_rows :]
+                num_bytes = sum(self._read_part(part, go_on))
+                self._part_rows = min(4 * self._part_rows, int(_WAITING_BYTES * len(part) / max(1, num_bytes)) + 1)
         except BaseException as error:
-            with self._arrived:
-                self._problem = error
+            self._stop(error)
+            raise
+
+    def close(self) -> None:
+        """Let go of all that waits; who is waiting for an image gets an error."""
+        self._stop(InterruptedError("the stream was closed"))
+
+    def _stop(self, reason: BaseException) -> None:
+        with self._arrived:
+            self._end = self._end or reason
+            self._encoded.clear()
+            self._arrived.notify_all()
+
+    def _has_room(self, go_on: Callable[[], bool]) -> bool:
+        """Wait until there is; False where the stream has ended meanwhile."""
+        with self._taken:
+            while go_on() and self._end is None:
+                if self._waiting_bytes <= _WAITING_BYTES:
+                    return True
+                self._taken.wait(_POLL_S)
+        return False
+
+    def _read_part(self, rows: np.ndarray, go_on: Callable[[], bool]) -> list[int]:
+        """Read ascending rows by several threads; the bytes that each has read."""
+        read_bytes: list[int] = []
+
+        def read_span(pieces: list[range]) -> None:
+            try:
+                with self.decoder.borrowed_source() as read:
+                    read_bytes.append(sum(self._read_piece(read, piece) for piece in pieces if go_on()))
+            except BaseException as error:
+                self._stop(error)
+
+        spans = np.array_split(rows, self.num_readers)
+        # daemon: a thread stuck in a dead disk's read must not keep the process from ending
+        threads = [threading.Thread(target=read_span, args=(pieces_of(span),), daemon=True) for span in spans]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return read_bytes
+
+    def _read_piece(self, read: Read, rows: range) -> int:
+        try:
+            encoded: list[bytes | Exception] = [*read(rows)]
+            num_bytes = sum(map(len, encoded))
+        except Exception as error:  # for who needs one of these images; others can be read
+            encoded, num_bytes = [error] * len(rows), 0
+        with self._arrived:
+            if self._end is None:
+                self._encoded.update(zip(rows, encoded, strict=True))
+                self._waiting_bytes += num_bytes
                 self._arrived.notify_all()
-        finally:
-            parts.close()
-            self.reading.pop(thread, None)
+        return num_bytes
 
     def _take(self, row: int) -> bytes:
         with self._arrived:
-            self._arrived.wait_for(lambda: row in self._encoded or self._problem is not None)
+            self._arrived.wait_for(lambda: row in self._encoded or self._end is not None)
             if row not in self._encoded:
-                raise self._problem
+                raise self._end
             encoded = self._encoded.pop(row)
-            self._encoded_bytes -= len(encoded)
+            if isinstance(encoded, Exception):
+                raise encoded
+            self._waiting_bytes -= len(encoded)
             self._taken.notify()
             return encoded

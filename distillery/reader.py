@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -50,6 +51,11 @@ class _OpenShard:
         os.close(self.fd)
 
 
+_all_files: weakref.WeakSet["ShardFiles"] = weakref.WeakSet()
+# a thread that is not there in the child may have held a lock when the process was forked
+os.register_at_fork(after_in_child=lambda: [files._reset() for files in list(_all_files)])
+
+
 class ShardFiles:
     """The rows of a cache's shards. Threads may share one; a copy in another process opens the files for itself.
 
@@ -74,9 +80,9 @@ class ShardFiles:
                 raise UserError(f"{name} {value!r}: expected one of {', '.join(known)}.")
         self.index, self.verify, self.max_open, self.mode = index, verify, max_open, mode
         self._reset()
+        _all_files.add(self)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self.row_bytes = self.index.row_bytes
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -93,6 +99,7 @@ class ShardFiles:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._reset()
+        _all_files.add(self)
 
     def layout(self, shard: int) -> ShardLayout:
         """Where the shard's rows are, from memory when it was read lately."""
@@ -131,8 +138,6 @@ class ShardFiles:
             local: int64 [n], rows in the shard.
             out: uint8 [n, row_bytes], contiguous; row i gets the bytes of (shards[i], local[i]).
         """
-        if os.getpid() != self._pid:  # after a fork another thread of the parent may have held the lock
-            self._reset()
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]
         unchecked = self._unchecked(shards, local)

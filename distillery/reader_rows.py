@@ -92,6 +92,9 @@ class CachedRows:
         """Have the system read these rows into its page cache."""
         self.files.advise(shards, self.files.local_rows(shards, nth), go_on)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _scratch_rows(self, count: int) -> np.ndarray:
         """uint8 [count, stored row bytes], this thread's, the same memory each time."""
         size = count * self.index.row_bytes

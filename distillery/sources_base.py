@@ -61,11 +61,6 @@ class Source(ABC):
     def __len__(self) -> int:
         return self._identity["num_rows"]
 
-    @property
-    def mean_bytes(self) -> float:
-        """Bytes of the files per image: about those of an encoded image."""
-        return max(1, self._file_bytes) / max(1, len(self))
-
     def read(self, start: int, stop: int) -> list[bytes]:
         """The encoded images start..stop-1, b"" where there is none. Consecutive calls read the disk sequentially.
 

@@ -24,6 +24,7 @@ from distillery.process import RunError
 
 _SLOW_S = 10.0
 _POLL_S = 0.25
+_LAST_READS_S = 1.0
 
 RowIds = tuple[np.ndarray, np.ndarray]
 
@@ -41,6 +42,9 @@ class Rows(Protocol):
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Get ready rows that will be asked for soon, until go_on answers False."""
+
+    def close(self) -> None:
+        """Let go of what was got ready; a fill that waits for it ends with an error."""
 
 
 class BatchMemory:
@@ -145,7 +149,7 @@ class BatchStream(Iterator[Batch]):
             target=_prepare_windows, args=(self._windows, rows, stopped), name="read-ahead", daemon=True
         )
         self._preparer.start()
-        self._end = weakref.finalize(self, _end_threads, self._tasks, num_threads, self._windows, stopped)
+        self._end = weakref.finalize(self, _end_threads, self._tasks, num_threads, self._windows, stopped, rows)
         self._end.atexit = False
 
     def _start_threads(self, row_bytes: int) -> list[threading.Thread]:
@@ -188,9 +192,10 @@ class BatchStream(Iterator[Batch]):
         self._end()
         self._batches.clear()
         self._plan = iter(())
+        deadline = time.monotonic() + _LAST_READS_S
         for thread in (*self._fillers, self._preparer):
             # the read it is in ends first; a stuck one is left to itself
-            thread.join(timeout=1.0)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _submit(self) -> None:
         while len(self._batches) <= self._ahead:
@@ -254,14 +259,15 @@ def _prepare_windows(windows: queue.SimpleQueue, rows: Rows, stopped: threading.
         try:
             rows.prepare(*window, lambda: not stopped.is_set())
         except Exception:
-            # this is only reading ahead: the thread that needs the rows meets the same error and reports it
+            # this is only reading ahead: who fills a batch with these rows meets the error and reports it
             continue
 
 
 def _end_threads(
-    tasks: queue.SimpleQueue, num_threads: int, windows: queue.SimpleQueue, stopped: threading.Event
+    tasks: queue.SimpleQueue, num_threads: int, windows: queue.SimpleQueue, stopped: threading.Event, rows: Rows
 ) -> None:
     stopped.set()
+    rows.close()
     try:
         while True:
             tasks.get_nowait()

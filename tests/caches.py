@@ -21,7 +21,6 @@ class Images:
     def __init__(self, num_rows: int, size: int = 8, bad: tuple[int, ...] = (), labels: bool = False) -> None:
         self.num_rows, self.size, self.bad, self.has_labels = num_rows, size, bad, labels
         self.identity = {"kind": "test", "num_rows": num_rows}
-        self.mean_bytes = float(len(self.encoded(0)))
         self.reads: list[tuple[int, int]] = []
 
     def __len__(self) -> int:

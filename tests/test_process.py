@@ -43,6 +43,10 @@ def test_the_fewest_cpus_of_affinity_slurm_and_cgroup_count(monkeypatch):
     assert usable_cpus() == 3
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     assert usable_cpus() == 2
+    monkeypatch.setattr(Path, "read_text", lambda _self: "max 100000\n")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # torchrun's processes on this node
+    assert usable_cpus() == 4
 
 
 @pytest.mark.parametrize("granted", ["", "0", "many", "-3"])

@@ -34,6 +34,9 @@ class NumberedRows:
     def prepare(self, shards, nth, go_on):
         self.prepared.append((shards.tolist(), nth.tolist()))
 
+    def close(self):
+        self.is_closed = True
+
 
 def plan_of(num_batches, batch_size=6, windows=lambda number: []):
     for number in range(num_batches):
@@ -134,6 +137,7 @@ def test_windows_are_prepared_in_the_order_of_the_plan():
     stream = BatchStream(plan, rows, BatchMemory(6 * ROW_BYTES), row_bytes=ROW_BYTES, num_threads=1, ahead=1)
     list(stream)
     assert rows.prepared == [([1], [2])] * 2
+    assert rows.is_closed
 
 
 def test_dropping_a_stream_ends_its_threads():
