@@ -53,6 +53,7 @@ __all__ = [
 _READING_THREADS = 2
 # a few: each keeps the last piece it read of a parquet file in memory
 _RAW_READERS = 4
+_LONG_RUN = 64
 
 
 class PretrainDataset(Dataset):
@@ -232,7 +233,8 @@ def _raw_loader(
     dataset = PretrainDataset(data)
     size = data.image_size
     # the order is that of the cache which stage 1 would make
-    sampling = _sampling(data, train, dataset.shard_rows, row_bytes_of((3, size, size), data.cache_dtype))
+    row_bytes = row_bytes_of((3, size, size), data.cache_dtype)
+    sampling = _sampling(data, train, dataset.shard_rows, row_bytes)
     num_threads = usable_cpus() if data.num_workers is None else max(1, data.num_workers)
     loader = PretrainingLoader(
         dataset,
@@ -249,7 +251,7 @@ def _raw_loader(
         f"decoding raw images, {num_threads} at a time, from {dataset.decoder.source.describe()}: {len(dataset)} "
         f"images of {size} x {size} px ({why}; a cache is many times faster: {stage1_command()})"
     )
-    return loader, [line, *_describe_order(data, sampling)]
+    return loader, [line, *_describe_order(data, sampling), *_advise_longer_runs(dataset, sampling, row_bytes)]
 
 
 def _sampling(data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, row_bytes: int) -> Sampling:
@@ -277,6 +279,16 @@ def _loader_options(data: DataConfig, train: TrainConfig, with_indices: bool) ->
         "pin_memory": data.pin_memory,
         "with_indices": with_indices,
     }
+
+
+def _advise_longer_runs(dataset: PretrainDataset, sampling: Sampling, row_bytes: int) -> list[str]:
+    """What to set where short runs of a parquet file cost most of a row group each."""
+    if dataset.decoder.source.identity["kind"] != "parquet" or sampling.run_rows >= min(_LONG_RUN, len(dataset)):
+        return []
+    return [
+        f"  of a parquet file even a run of {sampling.run_rows} rows costs most of a row group: "
+        f"run_bytes: {_LONG_RUN * row_bytes} reads less, in runs of {_LONG_RUN}, mixed from fewer places"
+    ]
 
 
 def _chosen_shards(index: CacheIndex, names: Sequence[str]) -> CacheIndex:

@@ -163,11 +163,6 @@ class RunLog:
                 writer.add_histogram(name, values, step)
             writer.flush()
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an eval row of this step stands in the file: a resumed run need not evaluate again."""
-        rows = read_rows(self.path) if self._is_main else []
-        return any(row.get("kind") == "eval" and row.get("step") == step for row in rows)
-
     def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
         """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
         values: dict[int, list[float]] = {}

@@ -257,14 +257,22 @@ class TeacherCache:
         return done
 
     def read(self, global_idx: np.ndarray, view: np.ndarray, fields: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """What the teacher says of these views.
+        """What the teacher says of these views: field -> float32, pooled [B, Dt], tokens [B, P, Dt], logits [B, C];
+        arguments and errors as in read_stored.
+        """
+        return {name: self.decode(stored) for name, stored in self.read_stored(global_idx, view, fields).items()}
+
+    def read_stored(
+        self, global_idx: np.ndarray, view: np.ndarray, fields: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """What the teacher says of these views, as they are on the disk: less to copy to a device.
 
         Args:
             global_idx: int64 [B], images whose rows are valid.
             view: int64 [B], from 0 to num_views - 1.
             fields: of these only; None: all there are.
         Returns:
-            field -> float32, pooled [B, Dt], tokens [B, P, Dt], logits [B, C].
+            field -> stored dtype, pooled [B, Dt], tokens [B, P, Dt] or int8 [B, P, d], logits [B, C].
         Raises:
             UserError: an image has no outputs, or they are damaged. MissingFileError: a shard is gone. RunError: the
                 system could not read it. All name the file.
@@ -280,12 +288,19 @@ class TeacherCache:
         for name in self._files if fields is None else fields:
             out = np.empty((len(rows), self._files[name].row_bytes), np.uint8)
             self._files[name].read(shards, rows, out)
-            found[name] = self._decode(name, out)
+            dtype = getattr(torch, self._dtypes[name])
+            found[name] = torch.from_numpy(out).view(dtype).view(len(out), *self._shapes[name])
         return found
 
-    def _decode(self, name: str, out: np.ndarray) -> Tensor:
-        stored = torch.from_numpy(out).view(getattr(torch, self._dtypes[name])).view(len(out), *self._shapes[name])
-        return stored.float() if stored.dtype != torch.int8 else decode_tokens(stored, self.basis)
+    def decode(self, stored: Tensor) -> Tensor:
+        """A field of read_stored, on any device, as float32 [..., Dt]."""
+        if stored.dtype != torch.int8:
+            return stored.float()
+        if self.basis["mean"].device != stored.device:
+            self.basis = to_device(self.basis, stored.device)
+        # autocast would multiply in bfloat16
+        with torch.autocast(stored.device.type, enabled=False):
+            return decode_tokens(stored, self.basis)
 
 
 def load_basis(path: Path, expected_hash: str) -> dict[str, Tensor]:
@@ -302,6 +317,11 @@ def load_basis(path: Path, expected_hash: str) -> dict[str, Tensor]:
     if f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}" != expected_hash:
         raise UserError(f"{path}: is not the basis that the shards were made with. Run: {teacher_command()}")
     return torch.load(path, weights_only=True)
+
+
+def to_device(basis: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
+    """A basis on a device."""
+    return None if basis is None else {name: value.to(device) for name, value in basis.items()}
 
 
 def decode_tokens(stored: Tensor, basis: Mapping[str, Tensor]) -> Tensor:

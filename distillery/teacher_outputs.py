@@ -128,11 +128,6 @@ class FieldSums:
         self.squares += rows.square().sum(0).cpu()
 
 
-def to_device(basis: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
-    """A basis on a device."""
-    return None if basis is None else {name: value.to(device) for name, value in basis.items()}
-
-
 def valid_features(features: Features, valid: Tensor) -> Features:
     """The images of a batch that could be decoded; valid: bool [B] on any device."""
     valid = valid.to(features.pooled.device)

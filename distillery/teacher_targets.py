@@ -135,14 +135,16 @@ class StoredTargets:
         return draw.item() < self.live_fraction
 
     def read(self, global_idx: Tensor, epoch: int) -> list[Tensor]:
-        """What a batch gets besides images and global_idx (int64 [B], on the CPU): each one's view, then the fields."""
+        """What a batch gets besides images and global_idx (int64 [B], on the CPU): each one's view, then the fields as
+        stored.
+        """
         view = view_of_epoch(global_idx, seed=self.seed, epoch=epoch, num_views=self.cache.num_views)
-        values = self.cache.read(global_idx.numpy(), view.numpy(), self.fields)
+        values = self.cache.read_stored(global_idx.numpy(), view.numpy(), self.fields)
         stored = [view, *(values[field] for field in self.fields)]
         if self.has_second_view:
             # half way round: with four views or more never the mirror image of the first
             other = (view + self.cache.num_views // 2) % self.cache.num_views
-            stored.append(self.cache.read(global_idx.numpy(), other.numpy(), ["pooled"])["pooled"])
+            stored.append(self.cache.read_stored(global_idx.numpy(), other.numpy(), ["pooled"])["pooled"])
         return stored
 
     def batches(self, loader: Any, *, epoch: int, step: int) -> "TargetLoader":
@@ -154,8 +156,8 @@ class StoredTargets:
         return self._augmentation.views(images, global_idx, stored[0], seed=self.view_seed)
 
     def features(self, stored: Sequence[Tensor]) -> Features:
-        """The stored outputs as they came from the teacher."""
-        values = dict(zip(self.fields, stored[1:], strict=False))
+        """The stored outputs as they came from the teacher, float32."""
+        values = dict(zip(self.fields, map(self.cache.decode, stored[1:]), strict=False))
         return Features(values["pooled"], values.get("tokens"), self.grid or (1, 1), values.get("logits"))
 
     def targets(self, stored: Sequence[Tensor]) -> Features:
@@ -164,7 +166,7 @@ class StoredTargets:
 
     def second_view(self, stored: Sequence[Tensor]) -> Features:
         """The pooled targets of another view of each image, where a loss compares with them."""
-        return self._targets.of(Features(stored[-1], None, (1, 1)))
+        return self._targets.of(Features(self.cache.decode(stored[-1]), None, (1, 1)))
 
 
 def live_fraction_of(train: TrainConfig) -> float:

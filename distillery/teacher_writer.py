@@ -22,10 +22,10 @@ from distillery.files import make_directory, may_try_again
 from distillery.process import RunError, StopFlag, UserError
 from distillery.records import FutureFormatError, RecordScan, record_path
 from distillery.teacher_basis import ensure_basis
-from distillery.teacher_cache import load_basis
+from distillery.teacher_cache import load_basis, to_device
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_images import ImageRows
-from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, to_device, valid_features
+from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, valid_features
 from distillery.teacher_records import (
     BASIS_NAME,
     mark_as_current,

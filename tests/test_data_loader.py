@@ -526,6 +526,15 @@ def test_raw_images_are_read_no_further_ahead_than_memory_is_meant_for(tmp_path,
     assert indices_of(loader) == whole
 
 
+@pytest.mark.parametrize("kind, run_bytes, is_told", [("parquet", 700, True), ("parquet", 60_000, False),
+                                                      ("imagefolder", 700, False)])  # fmt: skip
+def test_short_runs_of_parquet_files_come_with_advice(tmp_path, raw_source, capsys, kind, run_bytes, is_told):
+    raw_source(Images(400)).identity["kind"] = kind
+    build(tmp_path, 8, data=RAW | {"run_bytes": run_bytes, "cache_dtype": "uint8"})
+    told = "even a run of 3 rows costs most of a row group: run_bytes: 12288 reads less, in runs of 64"
+    assert (told in capsys.readouterr().out) == is_told
+
+
 def end_of(loader, within_s=20.0):
     """(batches, error) of an epoch that must come to its end."""
     found = []

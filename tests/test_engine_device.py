@@ -20,6 +20,7 @@ from distillery.engine import Progress, Schedule, train_step
 from distillery.engine_state import state_of
 from distillery.losses import Features
 from distillery.standardise import Targets
+from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets
 
 CUDA = torch.device("cuda", 0)
@@ -117,18 +118,23 @@ def test_views_and_targets_of_stored_outputs_stay_on_the_gpu(pretended_cuda):
     settings["augment"] = {"random_resized_crop": [0.3, 1.0], "color_jitter": 0.5, "grayscale": 0.2, "blur": 0.5}
     configs = load_configs({"dataset_name": "parquet", "cache_dir": "none"}, settings, {})
     data, cache = configs.data, SimpleNamespace(widths={"pooled": 768, "tokens": 768}, grid=(8, 8), num_views=4)
+    cache.decode = functools.partial(TeacherCache.decode, cache)
     with FakeTensorMode():
+        cache.basis = {"mean": torch.zeros(768), "components": torch.zeros(256, 768), "scale": torch.zeros(256)}
         targets = Targets(cache.widths, True)
         move_to_fake(targets)
         augmentation = augment.Augmentation(**settings["augment"], mean=data.mean, std=data.std)
         stored = StoredTargets(cache, targets, augmentation, configs.train)
         images, rows = torch.zeros((4, 3, 224, 224), device=CUDA), torch.arange(4, device=CUDA)
-        batch = [rows % 4, torch.zeros((4, 768), device=CUDA), torch.zeros((4, 64, 768), device=CUDA)]
+        pooled = torch.zeros((4, 768), dtype=torch.float16, device=CUDA)
+        batch = [rows % 4, pooled, torch.zeros((4, 64, 256), dtype=torch.int8, device=CUDA)]
         stored.view(images, rows, batch)  # constants go to the device once
+        stored.targets(batch)
         with Copies() as copies:
             found = stored.view(images, rows, batch), *stored.targets(batch).tensors().values()
     assert copies.waits == []
     assert {value.device for value in found} == {CUDA}
+    assert found[2].shape == (4, 64, 768)
 
 
 def small_configs(**train):

@@ -185,16 +185,9 @@ def test_other_ranks_write_nothing(tmp_path):
     log.write_end(6, "done")
     log.write_image("view", np.zeros((2, 2, 3), np.uint8), 6)
     log.write_histograms({"weight": torch.ones(3)}, 6)
-    assert not log.has_evaluation(6) and log.best_step() is None
+    assert log.best_step() is None
     log.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_evaluation_is_found_again_after_a_resume(tmp_path):
-    write_run(open_log(tmp_path), range(1, 21))
-    log = open_log(tmp_path)
-    log.truncate_after(15)
-    assert log.has_evaluation(10) and not log.has_evaluation(20) and not log.has_evaluation(15)
 
 
 def test_the_best_step_is_the_one_with_the_highest_mean_over_data_sets(tmp_path):

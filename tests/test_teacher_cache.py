@@ -120,6 +120,18 @@ def test_only_the_fields_asked_for_are_read(plans):
     assert set(TeacherCache(plans["full"].directory).read(*pairs(), fields=["pooled"])) == {"pooled"}
 
 
+@pytest.mark.parametrize("name, dtype", [("pca", torch.int8), ("full", torch.float16)])
+def test_what_is_copied_to_a_device_is_as_small_as_on_disk_and_decoded_in_float32_there(plans, name, dtype):
+    cache = TeacherCache(plans[name].directory)
+    stored = cache.read_stored(*pairs())
+    assert stored["tokens"].dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = {field: cache.decode(values) for field, values in stored.items()}
+    for field, values in cache.read(*pairs()).items():
+        assert values.dtype == decoded[field].dtype == torch.float32
+        assert torch.equal(values, decoded[field])
+
+
 def test_copies_in_other_processes_read_the_same(plans):
     cache = TeacherCache(plans["full"].directory)
     copied = pickle.loads(pickle.dumps(cache))

@@ -49,12 +49,15 @@ class MemoryCache:
         self.statistics = teacher.statistics_state()
         self.asked: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def read(self, global_idx, view, fields):
+    def read_stored(self, global_idx, view, fields):
         self.asked.append((global_idx, view))
         stacked = {field: torch.stack(self.values[field]) for field in fields}
         return {
             field: values[torch.from_numpy(view), torch.from_numpy(global_idx)] for field, values in stacked.items()
         }
+
+    def decode(self, stored):
+        return stored.float()
 
 
 def train_config(mode: str = "cached", *, live_fraction: float = 0.5, weights=None, **changes) -> TrainConfig:
@@ -195,7 +198,7 @@ def test_live_steps_of_a_run_on_coarse_tokens_compare_on_the_coarse_grid_as_well
     images, rows = images_of(range(8)), torch.arange(8)
     live = train_step(task, [(images, rows)], 0, 0)
     other = stored_task("hybrid", token_grid=(1, 1))
-    values = other.stored.cache.read(rows.numpy(), np.zeros(8, np.int64), ["pooled", "tokens"])
+    values = other.stored.cache.read_stored(rows.numpy(), np.zeros(8, np.int64), ["pooled", "tokens"])
     stored = [torch.zeros(8, dtype=torch.int64), *(values[field] for field in other.stored.fields)]
     torch.testing.assert_close(
         train_step(other, [(images, rows, *stored)], 0, 0)["loss/patch"], live["loss/patch"], atol=1e-4, rtol=1e-3
@@ -329,8 +332,8 @@ def test_only_fields_that_a_loss_compares_are_read():
 def test_targets_are_read_one_batch_ahead_while_the_batch_before_is_worked_on():
     task = stored_task()
     cache, is_reading = task.stored.cache, threading.Event()
-    read = cache.read
-    cache.read = lambda *args: is_reading.set() or read(*args)
+    read = cache.read_stored
+    cache.read_stored = lambda *args: is_reading.set() or read(*args)
     batches = iter(epoch_of(task, 0))
     next(batches)
     # nobody has asked for the second batch, and its targets are being read
@@ -362,8 +365,8 @@ def test_a_loss_on_a_second_view_is_refused_where_only_one_view_is_stored():
 
 def test_time_spent_reading_counts_as_waiting_for_data():
     task = stored_task()
-    read = task.stored.cache.read
-    task.stored.cache.read = lambda *args: time.sleep(0.1) or read(*args)
+    read = task.stored.cache.read_stored
+    task.stored.cache.read_stored = lambda *args: time.sleep(0.1) or read(*args)
     rows = run_epoch(task, Progress(), DevicePrefetcher(epoch_of(task, 0), "cpu"), steps=1)
     assert rows[0]["data_wait_fraction"] * rows[0]["step_seconds"] > 0.05
 
@@ -374,14 +377,14 @@ def test_an_error_while_reading_reaches_the_training():
     def fail(*_args):
         raise UserError("teacher_shard_00003.pt: damaged")
 
-    task.stored.cache.read = fail
+    task.stored.cache.read_stored = fail
     with pytest.raises(UserError, match="teacher_shard_00003.pt"):
         list(epoch_of(task, 0))
 
 
 def test_a_read_that_does_not_come_back_is_an_error_that_names_the_folder():
     task = stored_task()
-    task.stored.cache.read = lambda *_args: time.sleep(5)
+    task.stored.cache.read_stored = lambda *_args: time.sleep(5)
     with pytest.raises(RunError, match=r"teacher/0123456789ab: a read has not come back"):
         list(TargetLoader(Loader(), task.stored, epoch=0, step=0, stall_s=0.05))
 
