@@ -32,7 +32,8 @@ import torch
 
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import build, build_facts, distributed, pictures, run_folder
-from distillery.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from distillery.checkpoint import load_checkpoint
+from distillery.checkpoint_writer import CheckpointWriter
 from distillery.config import dump_configs
 from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
 from distillery.engine_numbers import check_weights
@@ -83,7 +84,8 @@ class Run:
         )
         self.evaluation = self._build_evaluation()
         self.progress = Progress()
-        self.last_good = self.begin.checkpoint
+        on_gpu = device.type == "cuda"
+        self.checkpoints = CheckpointWriter(self.dir, self.begin.checkpoint, in_background=on_gpu)
         self.tells_compilation = self.training.compile_student or self.training.compile_teacher
 
     def _look_at_folder(self) -> tuple:
@@ -181,12 +183,15 @@ class Run:
         try:
             return self._train()
         except FloatingPointError as error:
-            raise RunError(f"{error}. Last good checkpoint: {self.last_good or 'none yet'}") from error
+            last = f". Last good checkpoint: {self.checkpoints.wait() or 'none yet'}" if self.is_main else ""
+            raise RunError(f"{error}{last}") from error
         except Exception as error:
             if not build_facts.is_out_of_memory(error):
                 raise
             step, size = self.progress.step, self.data.image_size
             raise RunError(build_facts.memory_advice(self.training, size, self.device, step)) from error
+        finally:
+            self.checkpoints.close()
 
     def _train(self) -> int:
         """The epoch loop."""
@@ -293,7 +298,7 @@ class Run:
         run_folder.freeze_shards(self.dir, self.shards)
 
     def save(self, log: RunLog) -> None:
-        """Write a checkpoint of this moment; numbers that are not finite are an error instead."""
+        """Write a checkpoint of this moment, or begin to; numbers that are not finite are an error instead."""
         check_numbers(self.task)
         if self.is_main:
             check_weights(self.student)
@@ -307,8 +312,7 @@ class Run:
             }
             best = log.best_step("knn_top1")
             keep, protect = self.training.keep_checkpoints, () if best is None else (best,)
-            save_checkpoint(self.dir, state, self.progress.step, keep=keep, protect=protect)
-        self.last_good = checkpoint_path(self.dir, self.progress.step)
+            self.checkpoints.save(state, self.progress.step, keep=keep, protect=protect)
 
     def evaluate_if_due(self, log: RunLog, console: ConsoleProgress) -> bool:
         """Measure what is due at this point and not yet in the log: the baselines before the first step, the student
@@ -337,6 +341,7 @@ class Run:
 
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""
+        self.checkpoints.wait()
         log.write_end(self.progress.step, "done" if is_done else self.stop.reason or "a request to stop")
         log.close()
         if is_done:

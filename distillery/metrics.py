@@ -94,6 +94,7 @@ class RunLog:
         self._wandb = None
         self._tensorboard = tensorboard and is_main
         self._purge_step: int | None = None
+        self._evaluations: list[dict] | None = None
         if is_main and wandb_project is not None:
             self._wandb = self._open_wandb(wandb_project)
 
@@ -107,6 +108,7 @@ class RunLog:
         if not self._is_main:
             return
         self._close_file()
+        self._evaluations = None
         self._purge_step = step + 1
         found = _lines_with_rows(self.path)
         if self.path.exists():
@@ -132,6 +134,8 @@ class RunLog:
             self._file = self._open_file()
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        if kind == "eval" and self._evaluations is not None:
+            self._evaluations.append(row)
         scalars = _scalars(row)
         if kind in CURVE_KINDS and "step" in row and scalars:
             self._write_tensorboard(scalars, row["step"])
@@ -165,9 +169,12 @@ class RunLog:
 
     def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
         """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
+        if self._evaluations is None:  # read once: it is asked for at every checkpoint
+            rows = read_rows(self.path) if self._is_main else []
+            self._evaluations = [row for row in rows if row.get("kind") == "eval"]
         values: dict[int, list[float]] = {}
-        for row in read_rows(self.path) if self._is_main else []:
-            if row.get("kind") == "eval" and row.get("model") == model and row.get(metric) is not None:
+        for row in self._evaluations:
+            if row.get("model") == model and row.get(metric) is not None:
                 values.setdefault(row["step"], []).append(row[metric])
         return max(values, key=lambda step: sum(values[step]) / len(values[step]), default=None)
 

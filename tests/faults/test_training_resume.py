@@ -56,6 +56,33 @@ def test_killed_anywhere_and_run_again_equals_the_straight_run(place, folder, ta
     tally["training runs killed, then equal to the straight run"] += 1
 
 
+def write_in_background() -> None:
+    """Let this process write checkpoints as with a GPU."""
+    original = distill_trainer.CheckpointWriter
+    distill_trainer.CheckpointWriter = lambda *arguments, **_: original(*arguments, in_background=True)
+
+
+@pytest.mark.parametrize("number, status", [(KILL, -KILL), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    "point", ["in the last step", "in the writing of a checkpoint", "between a checkpoint and its record"]
+)
+def test_interrupted_while_a_thread_writes_the_checkpoints_equals_the_straight_run(
+    place, folder, tally, point, number, status
+):
+    run_dir, settings = folder / "run", STUDENTS["vit"]
+
+    def hit() -> None:
+        write_in_background()
+        at_call(*POINTS[point], send(number))
+
+    first = start(place, run_dir, settings, before=hit)
+    assert first.wait() == status, first.text
+    again = start(place, run_dir, settings, before=write_in_background)
+    assert again.wait() == 0, again.text
+    assert_same_run(straight_run(place, "vit"), run_dir)
+    tally["training runs interrupted while a thread wrote checkpoints, then equal to the straight run"] += 1
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_interrupted_three_times_in_a_row_with_other_workers_each_time_equals_the_straight_run(
     place, folder, tally, student
