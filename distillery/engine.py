@@ -184,7 +184,7 @@ def _losses_of_view(
         losses = total_loss(outputs, targets, weights, task.loss_options, second_view=second, queue=past)
         if stored and task.stored.live_fields:
             # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
-            trained = (p.sum() for p in task.student.parameters() if p.requires_grad)
+            trained = (p.sum() for p in task.student.heads.parameters() if p.requires_grad)
             losses["loss"] = losses["loss"] + 0 * sum(trained)
         if task.queue is not None and task.student.training:
             task.queue.push(targets.pooled)
