@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distillery import distributed
-from distillery.cache import CacheIndex, load_index, stage1_command
+from distillery.cache import CacheIndex, load_index
 from distillery.cached_dataset import (
     CachedTensorDataset,
     RandomShardSubsetCachedDataset,
@@ -28,6 +28,7 @@ from distillery.cached_dataset import (
     load_labelled,
     part_of_index,
 )
+from distillery.commands import stage1_command
 from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
 from distillery.files import file_system_of, format_bytes, is_network_file_system
 from distillery.loader import DevicePrefetcher, PretrainingLoader
@@ -154,7 +155,8 @@ def _find_cache(data: DataConfig, keys_given: set[str]) -> CacheIndex | None:
     try:
         index = load_index(data.cache_path)
     except MissingFileError:
-        if data.use_cached or data.dataset_name is None:
+        # shards without an index are a damaged cache, not none: stage 1 makes the index again
+        if data.use_cached or data.dataset_name is None or any(data.cache_path.glob("images_shard_*.pt")):
             raise
         return None
     _check_same_configuration(index, data, keys_given)
@@ -309,9 +311,10 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]
         f"{len(index.shard_names)} shards, {format_bytes(index.num_samples * index.row_bytes)}"
     ]
     if not index.complete and index.verified:
+        wanted = min(index.source_num_samples, data.max_samples or index.source_num_samples)
         lines.append(
-            f"  it is incomplete, training uses what is there: {index.num_samples} of {index.source_num_samples} rows. "
-            f"To complete it, run: {stage1_command()}"
+            f"  it is incomplete, training uses what is there: {index.num_samples} of {wanted} rows. To complete "
+            f"it, run: {stage1_command()} (a run in progress takes what came since with --set refresh_shards=true)"
         )
     if not index.verified:
         lines.append("  it is in the predecessor's format: its bytes carry no checksums and cannot be verified")

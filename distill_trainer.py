@@ -7,7 +7,7 @@
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
 else. A new loss is a function in distillery/losses_terms.py and a line in losses_table.py, a new kind of model goes
-into distillery/models.py; this file only puts the parts together.
+into distillery/backbones.py; this file only puts the parts together.
 """
 
 import functools
@@ -83,13 +83,14 @@ class Run:
             self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device, self.cache
         )
         self.evaluation = self._build_evaluation()
-        self.progress = Progress()
+        self.progress, self.first_step = Progress(), 0
         on_gpu = device.type == "cuda"
         self.checkpoints = CheckpointWriter(self.dir, self.begin.checkpoint, in_background=on_gpu)
         self.tells_compilation = self.training.compile_student or self.training.compile_teacher
 
     def _look_at_folder(self) -> tuple:
         """(where to begin, the checkpoint's content, the frozen shards, what to tell the user)."""
+        run_folder.check_place(self.dir)
         if not self.arguments.dry_run:
             self.lock.take(create=False)
         config = self.configs.as_dict()
@@ -176,6 +177,7 @@ class Run:
             # one process gathers, so that all have the same to the last bit
             gather = functools.partial(build_facts.gather_statistics, self.loader, self.task)
             self.teacher.load_statistics(distributed.decided_by_main(gather))
+        self.first_step = self.progress.step
         self.state = None  # weights and moments on the CPU, of no more use
 
     def train(self) -> int:
@@ -185,6 +187,10 @@ class Run:
         except FloatingPointError as error:
             last = f". Last good checkpoint: {self.checkpoints.wait() or 'none yet'}" if self.is_main else ""
             raise RunError(f"{error}{last}") from error
+        except UserError as error:
+            if self.progress.step == self.first_step:
+                raise
+            raise RunError(str(error)) from error  # found wrong after training began: status 2 says nothing is written
         except Exception as error:
             if not build_facts.is_out_of_memory(error):
                 raise
@@ -359,7 +365,8 @@ class Run:
         distributed.wait_for_all()
         if not self.is_main:
             return EXIT_INTERRUPTED
-        raise Interrupted(f"{reason}: saved at step {step} of {self.schedule.total_steps}. Run the same command again.")
+        saved = "saved at step" if self.checkpoints.last else "nothing to save yet at step"
+        raise Interrupted(f"{reason}: {saved} {step} of {self.schedule.total_steps}. Run the same command again.")
 
 
 if __name__ == "__main__":

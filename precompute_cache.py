@@ -4,18 +4,18 @@
     python precompute_cache.py --data_config data_config.yaml              # run again after any interruption: goes on
     python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3     # one eighth, an array task
     python precompute_cache.py --data_config data_config.yaml --verify     # every byte against its hash
-    python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml \
+    python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml \\
            --model_config model_config_kd.yaml         # the images, then the teacher's outputs for their views
 
 Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
-75 interrupted, run the same command again; 1 anything else.
+75 interrupted, run the same command again; 1 anything else, damage found by --verify too.
 """
 
 import argparse
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillery.commands import remember_command
 from distillery.process import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -87,6 +87,7 @@ class CacheJob:
 def main() -> int:
     """Parse, plan, then make what is missing."""
     arguments = parse_arguments()
+    remember_command(arguments)
     from distillery.config import load_configs
     from distillery.losses_table import check_losses
 
@@ -152,7 +153,7 @@ def verify(configs, arguments: argparse.Namespace) -> int:
     """Every byte against its hash; with --teacher also some stored outputs against the teacher itself."""
     from distillery.verify import report_verification
 
-    status = report_verification(configs.data.cache_path, _command(arguments), _command(arguments, "--teacher"))
+    status = report_verification(configs.data.cache_path)
     if not arguments.teacher or status != EXIT_DONE:
         return status
     from distillery.teacher_pass import DEFAULT_REPLAYS, verify_outputs
@@ -334,17 +335,6 @@ def download(configs) -> int:
         for line in download_weights(configs.model.model_dump()):
             print(line)
     return EXIT_DONE
-
-
-def _command(arguments: argparse.Namespace, *flags: str) -> str:
-    """What to type to make what this command looks at."""
-    usual = {"train_config": "train_config_kd.yaml", "model_config": "model_config_kd.yaml"}
-    words = []
-    for name in ("data_config", "train_config", "model_config"):
-        path = getattr(arguments, name) or ("--teacher" in flags and usual[name])
-        words += [f"--{name}", str(path)] if path else []
-    words += [word for override in arguments.overrides for word in ("--set", override)]
-    return shlex.join(["python", "precompute_cache.py", *flags, *words])
 
 
 if __name__ == "__main__":

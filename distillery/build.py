@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from distillery import distributed
 from distillery.augment import Augmentation
+from distillery.cache import load_index
+from distillery.commands import stage1_command
 from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
@@ -276,7 +278,7 @@ def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
         UserError: one of them has not been cached.
     """
     folders = {}
-    for name in data.eval_datasets:
+    for name, dataset in data.eval_datasets.items():
         parts = tuple(expand_path(data.cache_dir) / "eval" / name / part for part in ("train", "test"))
         for part in parts:
             if not (part / "index.json").exists():
@@ -285,4 +287,9 @@ def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
                     "data_config.yaml (it caches evaluation sets too), or remove it from eval_datasets."
                 )
         folders[name] = parts
+        for part, key in zip(parts, ("max_train", "max_test"), strict=True):
+            count, limit = load_index(part).num_samples, getattr(dataset, key)
+            if limit is not None and count > limit and distributed.is_main():
+                why = f"{part} holds {count} images, more than {key} ({limit}): all are used"
+                print(f"eval_datasets.{name}: {why}. For fewer, remove that folder and run: {stage1_command()}")
     return folders

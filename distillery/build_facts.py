@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor, nn
 
 from distillery.build import build_teacher, choose_precision, describe_schedule
+from distillery.commands import teacher_command
 from distillery.config import Configs, DataConfig, TrainConfig
 from distillery.engine import Task
 from distillery.files import format_bytes, sha256_of
@@ -23,7 +24,6 @@ from distillery.sampling import EpochOrder
 from distillery.standardise import PHI_S, Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_plan import describe_cache, describe_saving
-from distillery.teacher_records import teacher_command
 
 
 def compiled_graphs() -> str:

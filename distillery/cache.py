@@ -21,10 +21,10 @@ from distillery.cache_index import (
     checked_index,
     checked_preprocess,
     shard_arrays,
-    stage1_command,
     whole_number,
 )
 from distillery.cache_predecessor import index_of_seed, merge_slices
+from distillery.commands import remember_command, stage1_command
 from distillery.process import MissingFileError, UserError, run_command
 from distillery.records import (
     FORMAT_VERSION,
@@ -68,9 +68,7 @@ def load_index(directory: str | os.PathLike) -> CacheIndex:
     if not os.path.lexists(path):
         if slices := sorted(directory.glob("index_shard_*.json")):
             return index_of_seed(directory, *merge_slices(slices), normalized=False)
-        raise MissingFileError(
-            f"Index file not found: {path}. Run: {stage1_command(' --train_config train_config_kd.yaml')}"
-        )
+        raise MissingFileError(f"Index file not found: {path}. Run: {stage1_command()}")
     try:
         index = parse_json(path, read_regular(path))
     except UserError as error:
@@ -192,11 +190,16 @@ def main() -> int:
     verify = commands.add_parser("verify", help="compare every byte with the hashes; writes nothing")
     verify.add_argument("directory", type=Path, metavar="DIR")
     directory = parser.parse_args().directory
+    # whose configuration it is, the folder does not say: no command may fill another cache by mistake
+    unknown = argparse.Namespace(
+        data_config="YOUR_DATA_CONFIG.yaml", train_config=None, model_config=None, overrides=[]
+    )
+    remember_command(unknown)
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such folder. Give the cache_dir of your data_config.yaml.")
     from distillery.verify import report_verification  # that module reads caches through this one
 
-    return report_verification(directory, stage1_command())
+    return report_verification(directory)
 
 
 if __name__ == "__main__":

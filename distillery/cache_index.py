@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distillery.commands import stage1_command
 from distillery.process import UserError
 from distillery.records import INDEX_NAME, SHARD_PATTERN
 from distillery.shard_format import DTYPES, row_bytes_of
@@ -68,11 +69,6 @@ class CacheIndex:
     def shard_path(self, s: int) -> Path:
         """The file of the s-th shard listed."""
         return self.directory / self.shard_names[s]
-
-
-def stage1_command(what: str = "") -> str:
-    """The command that repairs a cache, for error messages."""
-    return f"python precompute_cache.py --data_config data_config.yaml{what}"
 
 
 def whole_number(row: dict, key: str) -> int:

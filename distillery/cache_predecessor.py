@@ -6,7 +6,8 @@ v2: one index_shard_NNN.json per array task with the same rows; the images are i
 
 from pathlib import Path
 
-from distillery.cache_index import MALFORMED, CacheIndex, checked_index, shard_arrays, stage1_command, whole_number
+from distillery.cache_index import MALFORMED, CacheIndex, checked_index, shard_arrays, whole_number
+from distillery.commands import stage1_command
 from distillery.process import MissingFileError, UserError
 from distillery.records import SHARD_PATTERN, parse_json
 from distillery.shard_format import DTYPES, open_regular, read_regular

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery.cache import CacheIndex, load_index, load_labels, stage1_command
+from distillery.cache import CacheIndex, load_index, load_labels
+from distillery.commands import stage1_command
 from distillery.process import UserError
 from distillery.reader_rows import CachedRows
 from distillery.sampling import ShardDraws

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillery.commands import remember_command
 from distillery.config import Configs, load_configs
 from distillery.losses_table import check_losses, fields_needed
 from distillery.metrics import import_wandb
@@ -51,6 +52,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     arguments = parser.parse_args()
     if arguments.max_steps_per_epoch is not None:
         arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
+    remember_command(arguments)
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
     _check_losses(configs)
     if configs.train.wandb_project is not None:

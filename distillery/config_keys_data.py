@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distillery.config_types import (
     Count,
@@ -110,6 +110,13 @@ class DataConfig(StrictModel):
     eval_datasets: dict[Annotated[str, AfterValidator(folder_name)], EvalDataset] = Field(
         {}, description="name -> labelled data set, cached under cache_dir/eval/NAME"
     )
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _check_unit(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if max(values) > 1:
+            raise ValueError("expected numbers of pixels in 0..1; of pixels in 0..255, divide them by 255")
+        return values
 
     @model_validator(mode="after")
     def _check_window(self) -> "DataConfig":

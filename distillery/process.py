@@ -1,8 +1,10 @@
 """What this process and the operating system have to say to each other: CPUs, signals, errors, exit status."""
 
+import errno
 import math
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -16,7 +18,11 @@ EXIT_USAGE = 2
 EXIT_TOO_MANY_FAILED = 3
 EXIT_INTERRUPTED = 75
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# what a disk or folder answers, and no program's fault
+_DISK_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE,
+}  # fmt: skip
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _ECHO_S = 1.0
 _BEFORE_SLURM_END_S = 120.0
 
@@ -68,7 +74,9 @@ def slurm_seconds_left() -> float:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 and by a time limit; the work looks at it between two steps.
+    """Set by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP and by a time limit; the work looks at it between two steps.
+
+    SIGHUP is left alone where nohup has it ignored.
 
     The same signal again, or Ctrl-C, leaves at once with status 75: everything published stays, the work in hand is
     dropped. SIGTERM after SIGUSR1 does not: Slurm warns with the one and ends with the other. Nor does an echo within a
@@ -100,7 +108,8 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -115,8 +124,19 @@ class StopFlag:
         if not self._received:
             self.reason = signal.Signals(number).name
             # os.write: print is not reentrant, and the signal may have come in the middle of one
-            os.write(2, f"\n{self.reason}: finishing the work in hand; a second one leaves at once\n".encode())
+            try:
+                os.write(2, f"\n{self.reason}: finishing the work in hand; a second one leaves at once\n".encode())
+            except OSError:
+                _leave_terminal()
         self._received.setdefault(number, now)
+
+
+def _leave_terminal() -> None:
+    """The terminal is gone: what would be written to it must not be an error of the work that is to be saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        if stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.dup2(nowhere, fd)
 
 
 def ignore_stop_signals() -> None:
@@ -152,6 +172,10 @@ def report_error(error: BaseException, prefix: str = "") -> int:
     """Say what ended a command, on standard error; returns its exit status."""
     if isinstance(error, UserError | RunError):
         message = f"error: {error}"
+    elif isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        where = f"{error.filename}: " if error.filename else ""
+        reason = os.strerror(error.errno)
+        message = f"error: {where}{reason}. What was saved before stays; mend it, then run the same command again."
     elif isinstance(error, Interrupted | KeyboardInterrupt):
         message = str(error) or "interrupted"
     else:

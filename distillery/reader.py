@@ -17,7 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from distillery.cache import CacheIndex, ShardLayout, load_shard_layout, stage1_command
+from distillery.cache import CacheIndex, ShardLayout, load_shard_layout
+from distillery.commands import stage1_command
 from distillery.process import MissingFileError, RunError, UserError
 from distillery.shard_format import open_regular
 

@@ -322,14 +322,16 @@ def keep_views(scan: RecordScan, views_of: Callable[[list[dict]], tuple[dict, di
         index, views = views_of(records)
         for path, content in views.items():
             if not content:
-                path.unlink(missing_ok=True)
-            elif not _holds(path, content):
+                if os.path.lexists(path):  # a folder that can only be read has nothing to be removed
+                    path.unlink(missing_ok=True)
+            elif not holds(path, content):
                 write_atomic(path, content)
         if scan.records() == records:
             return index
 
 
-def _holds(path: Path, content: bytes) -> bool:
+def holds(path: Path, content: bytes) -> bool:
+    """Whether there is a regular file with these very bytes."""
     try:
         return stat.S_ISREG(path.lstat().st_mode) and read_regular(path, len(content)) == content
     except (OSError, UserError):

@@ -289,8 +289,9 @@ def _facts_html(index: CacheIndex) -> str:
         **{f"evaluation set {path.parent.name}/{path.name}": f"python -m distillery.report {path}" for path in folders},
     }
     return (
-        "<h2>What it was made of</h2>\n<p>A change of any of these makes another fingerprint, and stage 1 refuses the "
-        "folder. To compare every byte with the hashes of the records: "
+        "<h2>What it was made of</h2>\n<p>A change of source or preprocessing makes another fingerprint, and stage 1 "
+        "refuses the folder; other versions of the libraries are said, not refused. To compare every byte with the "
+        "hashes of the records: "
         f"<code>python -m distillery.cache verify {escape(index.directory)}</code></p>\n"
         + details("fingerprint, source, preprocessing", facts).replace("<details ", "<details open ")
     )

@@ -168,6 +168,13 @@ def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None
     return target
 
 
+def check_place(run_dir: Path) -> None:
+    """Raise UserError where a run folder cannot be: it, or what it shall be in, is a file."""
+    found = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise UserError(f"checkpoint_dir {run_dir}: {found} is a file. Give the path of a folder, there or to be made.")
+
+
 class RunLock:
     """Keeps a second process out of a run folder, where the file system has locks; it ends with the process."""
 

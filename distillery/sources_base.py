@@ -293,7 +293,10 @@ def _files_of_folder(suffixes: Iterable[str], folder: Path, split: str) -> FileL
     splits = [split_of_name(name, split) for name in files.names]
     named = sorted({name for name in splits if name is not None})
     if not named:
-        check_split(split, ["train"] if len(files) else [], f"{folder} (no name in it speaks of a split)")
+        if not len(files):
+            raise MissingFileError(f"{folder} holds no files that could be images of this kind (it holds others: "
+                                   f"{files.num_others}).")  # fmt: skip
+        check_split(split, ["train"], f"{folder} (no name in it speaks of a split)")
         return files
     wanted = words_of(split)[0]
     check_split(wanted, named, str(folder))

@@ -265,7 +265,7 @@ def with_retries(
             wait_s = max(_retry_after_s(error), 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
             reason = " ".join(str(error).split())[:200]
             print(
-                f"{what}: {type(error).__name__}: {reason}; try {attempt + 1} of {tries} in {wait_s:.0f} s",
+                f"{what}: {type(error).__name__}: {reason}; trying again in {wait_s:.0f} s",
                 file=sys.stderr,
             )
             sleep(wait_s)

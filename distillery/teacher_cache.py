@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from distillery.cache import ShardLayout
+from distillery.commands import teacher_command
 from distillery.plan import differences
 from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
@@ -33,7 +34,6 @@ from distillery.teacher_records import (
     read_teacher_index,
     read_teacher_record,
     statistics_of,
-    teacher_command,
     teacher_folders,
 )
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.cache import load_index, stage1_command
+from distillery.cache import load_index
+from distillery.commands import stage1_command
 from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
 from distillery.reader_rows import ToFloat

@@ -25,6 +25,7 @@ from distillery.teacher_outputs import LiveTeacher
 from distillery.teacher_plan import forward_flops
 from distillery.teacher_records import teacher_scan
 from distillery.teacher_survey import TeacherPlan, images_for_training, survey_teacher
+from distillery.teacher_targets import check_storable
 from distillery.teacher_verify import LEAST_COSINE, replay_views
 from distillery.teacher_writer import make_teacher_cache
 
@@ -50,6 +51,7 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
         images: the cache of the training images, which may still have to be made.
         shards: this process's share of the images'; the last one's has what training takes beyond them as well.
     """
+    check_storable(configs.train)
     teacher, spec = build_live_teacher(configs, images.fingerprint)
     wanted = images_for_training(images, configs.data.max_samples)
     if shards.stop == images.num_shards:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distillery.commands import teacher_command
 from distillery.files import hash_file, sha256_of
 from distillery.process import MissingFileError, UserError
 from distillery.records import (
@@ -295,12 +296,4 @@ def _is_sound(index: dict) -> bool:
         and index["num_samples"] == sum(row["num_samples"] for row in rows)
         and index["fingerprint"] == sha256_of(index["identity"])
         and (index["basis_hash"] is None or _is_hash(index["basis_hash"]))
-    )
-
-
-def teacher_command() -> str:
-    """The command that makes and repairs teacher outputs, for error messages."""
-    return (
-        "python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml "
-        "--model_config model_config_kd.yaml"
     )

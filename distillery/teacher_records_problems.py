@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distillery.process import MissingFileError, UserError
-from distillery.records import INDEX_NAME, FutureFormatError, record_path
-from distillery.shard_format import read_regular
+from distillery.records import INDEX_NAME, FutureFormatError, holds, record_path
 from distillery.teacher_records import (
     BASIS_NAME,
     STATISTICS_NAME,
@@ -51,11 +50,8 @@ def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
         yield str(error), None
         return
     for path, content in views.items():
-        try:
-            if read_regular(path, len(content)) != content:
-                yield f"{path}: differs from the records", None
-        except (UserError, OSError) as error:
-            yield f"{path}: {error}", None
+        if not holds(path, content):
+            yield f"{path}: differs from the records", None
     yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
     yield from _foreign_files(directory, index)
 
@@ -71,6 +67,9 @@ def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
         found = record_of_teacher_shard(path)
     except FutureFormatError:
         raise
+    except FileNotFoundError:
+        yield f"{path}: is gone", path
+        return
     except (UserError, OSError) as error:
         yield str(error) if str(path) in str(error) else f"{path}: {error}", path
         return

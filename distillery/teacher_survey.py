@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from distillery.commands import teacher_command
 from distillery.plan import CachePlan, Survey, is_untouched
 from distillery.process import UserError
 from distillery.records import RecordScan, valid_rows
 from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_records import BASIS_NAME, file_hash, teacher_command, teacher_scan, teacher_shard_name
+from distillery.teacher_records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
 
 
 @dataclass(frozen=True)

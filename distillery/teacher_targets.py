@@ -22,8 +22,8 @@ from torch import Tensor
 from distillery import distributed
 from distillery.augment import Augmentation
 from distillery.augment_draws import draw_uniform, view_of_epoch
-from distillery.cache import stage1_command
 from distillery.cached_dataset import CachedTensorDataset
+from distillery.commands import stage1_command, teacher_command
 from distillery.config import Configs, TrainConfig
 from distillery.losses import Features
 from distillery.losses_table import LOSSES, fields_needed, needs_second_view
@@ -31,7 +31,6 @@ from distillery.process import RunError, UserError
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache, find_teacher_cache
 from distillery.teacher_identity import configured_identity
-from distillery.teacher_records import teacher_command
 
 # in the place of an epoch in draw_uniform: no epoch, view or start of a view has this number
 _LIVE_STEPS = -2
@@ -179,11 +178,29 @@ def weights_of(cache: TeacherCache, weights: dict[str, float]) -> dict[str, floa
     return {name: weight for name, weight in weights.items() if LOSSES[name].field in cache.widths}
 
 
+_REMEDIES = (
+    "set teacher_cache.mode: hybrid (and live_fraction above 0) to compute {name} in the steps that run the teacher, "
+    "or {name}: 0, or teacher_cache.mode: live to run it in every step"
+)
+
+
+def check_storable(train: TrainConfig) -> None:
+    """Raise UserError when a loss compares what no teacher cache holds, and no step runs the teacher."""
+    for name, weight in train.distill_loss_weights.items():
+        is_live = train.teacher_cache.mode == "live" or live_fraction_of(train) > 0
+        if weight and LOSSES[name].field == "layers" and not is_live:
+            raise UserError(
+                f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds: "
+                f"{_REMEDIES.format(name=name)}."
+            )
+
+
 def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
     """Raise UserError when a loss of non-zero weight is never computed: the cache does not hold what it compares.
 
     Steps that run the teacher (teacher_cache.mode: hybrid) compare everything.
     """
+    check_storable(train)
     weights, has_live_steps = train.distill_loss_weights, live_fraction_of(train) > 0
     for name, weight in weights.items():
         field = LOSSES[name].field
@@ -194,20 +211,11 @@ def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
             )
         if not weight or field in cache.widths or has_live_steps:
             continue
-        remedies = (
-            f"set teacher_cache.mode: hybrid (and live_fraction above 0) to compute {name} in the steps that run the "
-            f"teacher, or {name}: 0"
-        )
-        if field == "layers":
-            raise UserError(
-                f"distill_loss_weights.{name} is {weight:g} and compares inner layers, which no teacher cache holds: "
-                f"{remedies}, or teacher_cache.enabled: false to run it in every step."
-            )
+        remedies = _REMEDIES.format(name=name)
         making = "set teacher_cache.tokens: auto and run: " if field == "tokens" else "run: "
         raise UserError(
             f"distill_loss_weights.{name} is {weight:g} and compares {field}, but {cache.directory} holds "
-            f"{', '.join(cache.widths)} only. For stored {field} {making}{teacher_command()}; or {remedies}, or "
-            "teacher_cache.enabled: false to run it in every step."
+            f"{', '.join(cache.widths)} only. For stored {field} {making}{teacher_command()}; or {remedies}."
         )
     if not any(weights_of(cache, weights).values()):
         raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.cache import CacheIndex, load_index, load_shard_layout
+from distillery.commands import stage1_command, teacher_command
 from distillery.process import EXIT_DONE, EXIT_ERROR, MissingFileError, UserError, usable_cpus
 from distillery.records import (
     FAILURES_NAME,
@@ -27,7 +28,7 @@ from distillery.records import (
 )
 from distillery.records_hash import record_of_shard, rehash_record
 from distillery.shard_format import read_regular
-from distillery.teacher_records import teacher_command, teacher_folders
+from distillery.teacher_records import teacher_folders
 from distillery.teacher_records_problems import find_teacher_problems
 
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
@@ -214,10 +215,10 @@ def repair_command(problems: list[Problem], stage1: str) -> str:
     return f"rm -f -- {shlex.join(remove)} && {stage1}" if remove else stage1
 
 
-def report_verification(directory: Path, repair: str, teacher_repair: str | None = None) -> int:
+def report_verification(directory: Path, repair: str | None = None) -> int:
     """Verify a folder with its evaluation caches and teacher outputs and print the outcome; returns the exit status.
 
-    repair, teacher_repair: the commands that make images and teacher outputs.
+    repair: the command that makes images; None: stage 1's.
     """
     problems, shards, size, verified, upgraded = [], 0, 0, True, False
     for folder in folders_of(directory):
@@ -231,9 +232,9 @@ def report_verification(directory: Path, repair: str, teacher_repair: str | None
     for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
     if outputs:
-        command = repair_command(outputs, teacher_repair or teacher_command())
+        command = repair_command(outputs, teacher_command())
         print(f"{len(outputs)} problems of teacher outputs. Repair: {command}")
-    command = repair_command(problems, repair)
+    command = repair_command(problems, repair or stage1_command())
     if problems and upgraded:
         print(f"{len(problems)} problems. Shards of an earlier format's program cannot be made again:")
         print(f"bring the bad files back from a copy, or leave them out: {command} --rebuild_index")

@@ -1,14 +1,26 @@
 import io
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from distillery import commands
+
 
 def pytest_configure(config):
     import torch
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's choice is not that of the programs tested
     torch.set_num_threads(1)  # test tensors are tiny: threads cost more than they bring, and change no result
+
+
+@pytest.fixture(autouse=True)
+def forget_the_command():
+    """What a command that ran in this process was given is not of the next test's messages."""
+    yield
+    commands._given.clear()
+    commands._overrides.clear()
 
 
 @pytest.fixture(scope="session")

@@ -217,6 +217,7 @@ def test_exponent_numbers_inside_free_options_are_numbers_too(tmp_path):
         ("data", "split", "", "at least 1 character"),
         ("data", "mean", [0.5, 0.5], r"mean: expected three numbers \[r, g, b\], found \[0.5, 0.5\]"),
         ("data", "mean", 0.5, "expected three numbers"),
+        ("data", "mean", [123.7, 116.3, 103.5], "expected numbers of pixels in 0..1; of pixels in 0..255, divide"),
         ("data", "mean", [0.5, 0.5, "a"], "mean.2: expected a valid number"),
         ("data", "std", [0.2, 0.0, 0.2], "std.1: expected greater than 0"),
         ("data", "resize_mode", "pad", "resize_mode: expected 'squash' or 'crop', found \"pad\""),

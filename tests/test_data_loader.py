@@ -680,6 +680,14 @@ def test_null_takes_the_cache_when_there_is_one_and_says_so(tmp_path, raw_source
     assert "reading the cache" in capsys.readouterr().out
 
 
+def test_shards_without_their_index_are_not_taken_for_no_cache(tmp_path, raw_source):
+    raw_source(Images(40))
+    make_test_cache(tmp_path, 40)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(MissingFileError, match=r"Index file not found: .*Run: python precompute_cache\.py"):
+        build(tmp_path, data=RAW | {"use_cached": None})
+
+
 # ---- under torch's own DataLoader --------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    {"process"},
+    {"process", "commands"},
     {"files", "distributed", "progress"},
     {"config", "preprocess", "shard_format"},
     {"records", "sources", "losses", "standardise", "augment", "measures", "adapters"},
@@ -21,8 +21,8 @@ ROOMS = [
     {"evaluate", "export", "teacher_pass", "pictures", "run_evaluation"},
 ]  # fmt: skip
 # what runs before anything slow is imported: configuration errors and --help answer in about a second
-LIGHT = ["process", "files", "progress", "config", "preprocess", "shard_format", "records", "cache", "plan", "decode",
-         "sources", "losses_table", "writer", "verify", "command_line", "teacher_records", "planner",
+LIGHT = ["process", "commands", "files", "progress", "config", "preprocess", "shard_format", "records", "cache", "plan",
+         "decode", "sources", "losses_table", "writer", "verify", "command_line", "teacher_records", "planner",
          "planner_cache"]  # fmt: skip
 
 

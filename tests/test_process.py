@@ -95,6 +95,13 @@ def test_the_second_signal_leaves_at_once_even_when_the_work_does_not_look(secon
         (RunError("disk full"), 1, "error: disk full\n"),
         (Interrupted("go on later"), 75, "go on later\n"),
         (KeyboardInterrupt(), 75, None),
+        (
+            OSError(28, "No space left on device", "runs/a/x"),
+            1,
+            "error: runs/a/x: No space left on device. What was "
+            "saved before stays; mend it, then run the same command again.\n",
+        ),
+        (OSError(9, "Bad file descriptor"), 1, None),
         (ZeroDivisionError("oops"), 1, None),
     ],
 )
@@ -107,7 +114,32 @@ def test_each_kind_of_error_has_its_exit_status_and_only_bugs_a_traceback(capsys
     assert ended.value.code == status
     said = capsys.readouterr().err
     assert text is None or said == text
-    assert ("Traceback" in said) == isinstance(error, ZeroDivisionError)
+    assert ("Traceback" in said) == (text is None and status == 1)
+
+
+def test_a_hangup_that_nohup_ignores_is_none(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_is_no_error_of_the_work():
+    master, slave = os.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    work = WORK.replace("print(stop.reason, flush=True)", "print(stop.reason, flush=True); sys.exit(75)")
+    worker = subprocess.Popen(
+        [sys.executable, "-c", work, "obey"], env=environment, stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    assert b"ready" in os.read(master, 100)
+    os.close(master)  # what is written to the terminal now is an error
+    worker.send_signal(signal.SIGHUP)
+    assert worker.wait(timeout=20) == EXIT_INTERRUPTED
 
 
 def test_what_main_returns_is_the_exit_status_or_the_result():

@@ -7,7 +7,15 @@ from test_checkpoint import state_at
 from distillery import run_folder
 from distillery.checkpoint import checkpoint_dir, save_checkpoint
 from distillery.process import MissingFileError, UserError
-from distillery.run_folder import RunLock, check_global_batch, check_shards, compare_configs, identity_of, set_aside
+from distillery.run_folder import (
+    RunLock,
+    check_global_batch,
+    check_place,
+    check_shards,
+    compare_configs,
+    identity_of,
+    set_aside,
+)
 from distillery.run_folder_start import Start, find_start, prepare_folder
 
 CONFIG = {
@@ -191,3 +199,12 @@ def test_a_damaged_record_of_the_start_is_no_record(tmp_path, text):
     (tmp_path / "start.json").write_text(text)
     assert find_start(tmp_path, CONFIG).checkpoint is not None
     assert find_start(tmp_path, CONFIG, no_resume=True).fresh
+
+
+@pytest.mark.parametrize("below", [".", "run", "a/run"])
+def test_a_run_folder_that_is_or_lies_in_a_file_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file is a file\. Give the path of a folder"):
+        check_place(tmp_path / "file" / below)
+    check_place(tmp_path / "not" / "there")
+    check_place(tmp_path)

@@ -319,6 +319,21 @@ def test_random_shards_per_epoch_train(cached, tmp_path):
     assert "2 epochs x 6 steps = 12 steps" in done.stdout
 
 
+def test_an_evaluation_cache_larger_than_asked_for_is_said(cached, tmp_path):
+    done = cached.distill("--set", "eval_datasets.small.max_train=50", "--set", f"checkpoint_dir={tmp_path / 'run'}",
+                          "--set", "num_epochs=1", "--set", "max_steps_per_epoch=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train holds 96 images, more than max_train (50): all are used" in done.stdout
+
+
+def test_the_command_in_a_message_is_for_this_very_configuration(cached):
+    done = cached.distill("--set", "cache_dir=/not there", "--set", "use_cached=true")
+    assert done.returncode == 2
+    flags = shlex.join([str(flag) for flag in cached.flags("data", "train", "model")])
+    command = f"python precompute_cache.py {flags} --set 'cache_dir=/not there' --set use_cached=true"
+    assert command in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

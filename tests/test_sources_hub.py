@@ -325,7 +325,7 @@ def test_retries_are_bounded_and_the_last_error_is_raised_and_said(capsys):
     with pytest.raises(Refused, match="status 503"):
         with_retries(call, "downloading me/toy", tries=4, sleep=waits.append)
     assert (len(calls), len(waits)) == (4, 3)
-    assert "downloading me/toy: Refused: status 503; try 4 of 4 in" in capsys.readouterr().err
+    assert "downloading me/toy: Refused: status 503; trying again in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("call_s, tries", [(0, 6), (23, 2), (40, 1)])

@@ -55,6 +55,13 @@ def place(tmp_path_factory, png_images) -> Workplace:
     return place
 
 
+def test_a_pass_that_training_would_refuse_is_refused_before_it_is_made(run_teacher, tmp_path):
+    status, _, said = run_teacher("--set", "distill_loss_weights={cls: 1, layers: 1}", cache=tmp_path / "cache")
+    assert status == 2
+    assert "compares inner layers, which no teacher cache holds: set teacher_cache.mode: hybrid" in said
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.fixture
 def copy(place, tmp_path) -> Path:
     """A copy of the cache, to be damaged."""

@@ -1,6 +1,7 @@
 """Interrupted anywhere, by anything, and run again: the run ends as if nothing had happened, to the last bit."""
 
 import os
+import re
 import signal
 import time
 
@@ -36,7 +37,7 @@ def test_a_signal_anywhere_ends_with_status_75_and_the_same_command_goes_on_to_t
     run_dir, settings = folder / "run", STUDENTS["vit"]
     first = start(place, run_dir, settings, before=lambda: at_call(*POINTS[point], send(number)))
     assert first.wait() == 75, first.text
-    assert f"{number.name}: saved at step" in first.text
+    assert re.search(f"{number.name}: (saved|nothing to save yet) at step", first.text)
     assert (run_dir / "PREEMPTED").exists()
     again = start(place, run_dir, settings)
     assert again.wait() == 0, again.text
