@@ -117,12 +117,12 @@ def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: 
     return lines
 
 
-def spread_batches(loader: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Normalised images [B, 3, H, W] spread evenly over all that a run may see, whatever the number of processes.
+def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Normalised images [B, 3, H, W] spread evenly over a data set, the same whatever the number of processes.
 
-    Not over an epoch's shards alone: data are often sorted by class.
+    Of a data set of an epoch's shards: over all shards, as data are often sorted by class.
     """
-    dataset = getattr(loader.dataset, "base_dataset", loader.dataset)
+    dataset = getattr(dataset, "base_dataset", dataset)
     count = min(num_images, len(dataset))
     rows = [i * len(dataset) // count for i in range(count)]
     for start in range(0, count, batch_size):
@@ -181,7 +181,7 @@ def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: Te
 def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
     """A few images, normalised, their global_idx and their stored outputs, for engine.check_first_step."""
     if task.stored is None:
-        images = next(spread_batches(loader, 8, 8, task.device))
+        images = next(spread_batches(loader.dataset, 8, 8, task.device))
         return images, torch.arange(len(images), device=task.device)
     batches = iter(loader)
     images, global_idx = next(batches)
@@ -195,7 +195,7 @@ def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
     """Statistics of the teacher's features, on the CPU, for Targets.load_statistics: of stored outputs where it can."""
     found = {}
     if task.stored is None or task.stored.live_fields:
-        task.teacher_module.gather_statistics(spread_batches(loader, 2048, 64, task.device))
+        task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
         found = {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
     return found if task.stored is None else found | stored_statistics(loader, task)
 
