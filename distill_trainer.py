@@ -240,7 +240,7 @@ class Run:
             if row is not None:
                 log.write("train", step=progress.step, epoch=progress.epoch, **row)
                 rows.append(row)
-            console.advance(1, epoch=progress.epoch, **(training_fields(row) if row else {}))
+            console.advance(1, epoch=progress.epoch + 1, **(training_fields(row) if row else {}))
             if self.tells_compilation:
                 console.message(build_facts.compiled_graphs())
                 self.tells_compilation = False
@@ -353,7 +353,7 @@ class Run:
         if is_done:
             if self.is_main:
                 write_plots(self.dir)
-                print(summary_table(self.dir))
+                print(summary_table(self.dir) or "no eval_datasets: nothing was evaluated")
                 why_no_pictures = self.evaluation.draw_features(self.data, self.progress.step)
                 print(f"report: {write_report(self.dir, no_pictures=why_no_pictures)}")
             distributed.wait_for_all()  # srun --wait counts from the first that leaves
