@@ -1,12 +1,15 @@
+import errno
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
+from distillery import records
 from distillery.process import UserError
 from distillery.records import (
     FAILURES_NAME,
@@ -257,6 +260,19 @@ def test_without_failures_there_is_no_failures_file(cache):
         (cache / f"images_shard_0000{shard_idx}.pt").unlink()
     write_views(cache, RecordScan(cache))
     assert not (cache / FAILURES_NAME).exists()
+
+
+def test_views_that_agree_leave_a_folder_alone_that_can_only_be_read(cache, monkeypatch):
+    for shard_idx in (0, 2):  # those with failures: without them there is no failures file either
+        (cache / f"images_shard_0000{shard_idx}.pt").unlink()
+    write_views(cache, RecordScan(cache))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(records, "write_atomic", refuse)
+    assert write_views(cache, RecordScan(cache))["num_samples"] == 8
 
 
 def test_an_index_is_complete_when_all_rows_wanted_are_there_and_not_merely_as_many(cache):
