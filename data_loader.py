@@ -32,7 +32,7 @@ from distillery.commands import stage1_command
 from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
 from distillery.files import file_system_of, format_bytes, is_network_file_system
 from distillery.loader import DevicePrefetcher, PretrainingLoader
-from distillery.preprocess import PreprocessSpec, normalisation_table, normalise_into
+from distillery.preprocess import PreprocessSpec
 from distillery.process import MissingFileError, UserError, usable_cpus
 from distillery.raw_images import ImageDecoder, RawRows, pieces_of
 from distillery.reader import ShardFiles
@@ -54,6 +54,7 @@ __all__ = [
 _READING_THREADS = 2
 # a few: each keeps the last piece it read of a parquet file in memory
 _RAW_READERS = 4
+# rows of which a parquet file's row group is worth reading whole
 _LONG_RUN = 64
 
 
@@ -76,9 +77,7 @@ class PretrainDataset(Dataset):
         limits = [len(source), data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
         num_rows = min(limit for limit in limits if limit is not None)
         self.transform = transform
-        spec = preprocess_spec(data)
-        self.decoder = ImageDecoder(source, spec, num_rows, data.max_failed_fraction)
-        self._table = normalisation_table(spec.mean, spec.std, "float32")
+        self.decoder = ImageDecoder(source, preprocess_spec(data), num_rows, data.max_failed_fraction)
         starts = np.arange(0, num_rows, data.cache_shard_size)
         self.shard_rows = np.minimum(data.cache_shard_size, num_rows - starts)
 
@@ -96,7 +95,7 @@ class PretrainDataset(Dataset):
         with self.decoder.borrowed_source() as read:
             encoded = chain.from_iterable(map(read, pieces_of(wanted)))
             for row, data, out in zip(wanted.tolist(), encoded, unique, strict=True):
-                normalise_into(self.decoder.decode(row, data)[0], self._table, out.numpy())
+                self.decoder.normalise(self.decoder.decode(row, data)[0], out.numpy())
         images = unique[torch.from_numpy(places)]
         return list(images) if self.transform is None else [self.transform(image) for image in images]
 

@@ -87,7 +87,7 @@ class CacheJob:
 def main() -> int:
     """Parse, plan, then make what is missing."""
     arguments = parse_arguments()
-    remember_command(arguments)
+    remember_command(vars(arguments), arguments.overrides)
     from distillery.config import load_configs
     from distillery.losses_table import check_losses
 

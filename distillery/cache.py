@@ -191,10 +191,7 @@ def main() -> int:
     verify.add_argument("directory", type=Path, metavar="DIR")
     directory = parser.parse_args().directory
     # whose configuration it is, the folder does not say: no command may fill another cache by mistake
-    unknown = argparse.Namespace(
-        data_config="YOUR_DATA_CONFIG.yaml", train_config=None, model_config=None, overrides=[]
-    )
-    remember_command(unknown)
+    remember_command({"data_config": "YOUR_DATA_CONFIG.yaml"})
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such folder. Give the cache_dir of your data_config.yaml.")
     from distillery.verify import report_verification  # that module reads caches through this one

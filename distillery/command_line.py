@@ -52,7 +52,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     arguments = parser.parse_args()
     if arguments.max_steps_per_epoch is not None:
         arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
-    remember_command(arguments)
+    remember_command(vars(arguments), arguments.overrides)
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
     _check_losses(configs)
     if configs.train.wandb_project is not None:

@@ -1,23 +1,29 @@
 """What to type next, for messages: the commands with the configuration files and overrides of the present one."""
 
-import argparse
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _USUAL = {
-    "data_config": Path("data_config.yaml"),
-    "train_config": Path("train_config_kd.yaml"),
-    "model_config": Path("model_config_kd.yaml"),
+    "data_config": "data_config.yaml",
+    "train_config": "train_config_kd.yaml",
+    "model_config": "model_config_kd.yaml",
 }
 _given: dict[str, str | Path] = {}
 _overrides: list[str] = []
 
 
-def remember_command(arguments: argparse.Namespace) -> None:
-    """Let the commands of later messages have this one's configuration files and --set flags."""
+def remember_command(arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Let the commands of later messages have this one's configuration files and --set flags.
+
+    Args:
+        arguments: data_config, train_config and model_config, where they were given; others are passed over.
+        overrides: KEY=VALUE texts.
+    """
     _given.clear()
-    _given.update({name: getattr(arguments, name) for name in _USUAL if getattr(arguments, name) is not None})
-    _overrides[:] = arguments.overrides
+    _given.update({name: arguments[name] for name in _USUAL if arguments.get(name) is not None})
+    _overrides[:] = overrides
 
 
 def stage1_command(*flags: str) -> str:

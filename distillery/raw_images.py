@@ -55,6 +55,7 @@ class ImageDecoder:
     def __init__(self, source: Any, spec: PreprocessSpec, num_rows: int, max_failed_fraction: float) -> None:
         self.source, self.spec, self.num_rows = source, spec, num_rows
         self.max_failed_fraction = max_failed_fraction
+        self._table = normalisation_table(spec.mean, spec.std, "float32")
         self.failed: dict[int, str] = {}
         self.reading: dict[int, tuple[str, float]] = {}
         self._idle: deque[Any] = deque()
@@ -105,6 +106,10 @@ class ImageDecoder:
                 self._note_failure(row, str(error))
         raise self._too_many()
 
+    def normalise(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """Pixels of decode as normalised float32 [3, H, W] into out."""
+        normalise_into(pixels, self._table, out)
+
     def _note_failure(self, global_idx: int, reason: str) -> None:
         self.failed[global_idx] = reason
         count = len(self.failed)
@@ -143,7 +148,6 @@ class RawRows:
         self.shape = (3, size, size)
         self.row_bytes = 3 * size * size * self.dtype.itemsize
         self.reading = decoder.reading
-        self._table = normalisation_table(decoder.spec.mean, decoder.spec.std, "float32")
         # by index: the encoded image, or the error that came instead of it
         self._encoded: dict[int, bytes | Exception] = {}
         self._part_rows, self._waiting_bytes = _FIRST_ROWS, 0
@@ -159,7 +163,7 @@ class RawRows:
             if self.raw:
                 images[place] = pixels
             else:
-                normalise_into(pixels, self._table, images[place])
+                self.decoder.normalise(pixels, images[place])
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Read the encoded images of a window, no further ahead of the decoders than memory is meant for."""

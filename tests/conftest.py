@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distillery import commands
+from distillery.commands import remember_command
 
 
 def pytest_configure(config):
@@ -19,8 +19,7 @@ def pytest_configure(config):
 def forget_the_command():
     """What a command that ran in this process was given is not of the next test's messages."""
     yield
-    commands._given.clear()
-    commands._overrides.clear()
+    remember_command({})
 
 
 @pytest.fixture(scope="session")
