@@ -76,12 +76,13 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class CacheJob:
-    """One cache folder to make, and this process's share of its shards."""
+    """One cache folder to make, and this process's share of its shards. warnings: what is wrong with its labels."""
 
     title: str
     plan: object  # distillery.plan.CachePlan
     source: object  # distillery.sources.Source
     shards: range
+    warnings: list[str]
 
 
 def main() -> int:
@@ -163,13 +164,19 @@ def verify(configs, arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class CachePart:
-    """One cache folder that the configuration asks for. arguments: of open_source; limit: rows, None for all."""
+    """One cache folder that the configuration asks for.
+
+    arguments: of open_source; limit: rows, None for all; is_evaluation: a split of an evaluation set; bank: of a test
+    split, the folder of its train split.
+    """
 
     title: str
     folder: Path
     arguments: dict
     limit: int | None
     labels: bool
+    is_evaluation: bool = False
+    bank: Path | None = None
 
 
 def parts_of(data) -> list[CachePart]:
@@ -179,10 +186,11 @@ def parts_of(data) -> list[CachePart]:
     labels = data.label_column is not None
     parts = [CachePart("the training images", data.cache_path, data.source_arguments, limit, labels)]
     for name, entry in data.eval_datasets.items():
-        for part, limit in (("train", entry.max_train), ("test", entry.max_test)):
+        bank = data.cache_path / "eval" / name / "train"
+        for part, limit, its_bank in (("train", entry.max_train, None), ("test", entry.max_test, bank)):
             folder = data.cache_path / "eval" / name / part
             arguments = entry.source_arguments(part) | {"labels_required": True}
-            parts.append(CachePart(f"evaluation set {name}/{part}", folder, arguments, limit, True))
+            parts.append(CachePart(f"evaluation set {name}/{part}", folder, arguments, limit, True, True, its_bank))
     return parts
 
 
@@ -190,15 +198,43 @@ def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
     """The share of every part that this process makes, its source opened (and downloaded where it is not here)."""
     from distillery.sources import open_source
 
-    return [_job_of(data, part, open_source(**part.arguments), num_jobs, job_id) for part in parts_of(data)]
+    return _jobs_of(data, [(part, open_source(**part.arguments)) for part in parts_of(data)], num_jobs, job_id)
 
 
-def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int) -> CacheJob:
+def _jobs_of(data, opened: list[tuple[CachePart, object]], num_jobs: int, job_id: int) -> list[CacheJob]:
+    """The jobs of opened parts; the two splits of an evaluation set get one numbering of their classes."""
+    from distillery.sources_evaluation import label_warnings, number_as
+
+    jobs, sources = [], {}
+    for part, source in opened:
+        if len(source) == 0:
+            raise UserError(f"{part.title}: {source.describe()} holds no images.")
+        source, warnings = _rows_wanted(part, source), []
+        if (bank := sources.get(part.bank)) is not None:
+            source = number_as(bank, source, part.title)
+            labels = (of.labels(0, len(of)) for of in (bank, source))
+            warnings = label_warnings(*labels, dict(enumerate(source.class_names or [])))
+        sources[part.folder] = source
+        jobs.append(_job_of(data, part, source, num_jobs, job_id, warnings))
+    return jobs
+
+
+def _rows_wanted(part: CachePart, source):
+    """The source, or of a split that is cut for evaluation as many rows from all over it."""
+    from distillery.plan import is_made_of
+    from distillery.sources_evaluation import PartOfSource, spread_rows
+
+    is_cut = part.is_evaluation and part.limit is not None and part.limit < len(source)
+    # caches of earlier versions hold the first rows, and stay as they are
+    if not is_cut or is_made_of(part.folder, source.identity):
+        return source
+    return PartOfSource(source, rows=spread_rows(len(source), part.limit))
+
+
+def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int, warnings: list[str]) -> CacheJob:
     from distillery.plan import CachePlan
     from distillery.preprocess import PreprocessSpec
 
-    if len(source) == 0:
-        raise UserError(f"{part.title}: {source.describe()} holds no images.")
     plan = CachePlan(
         directory=part.folder,
         spec=PreprocessSpec(data.image_size, data.resize_mode, data.interpolation, tuple(data.mean), tuple(data.std)),
@@ -210,7 +246,7 @@ def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int) -> CacheJ
         labels=part.labels,
     )
     share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
-    return CacheJob(part.title, plan, source, share)
+    return CacheJob(part.title, plan, source, share, warnings)
 
 
 def survey_job(job: CacheJob):
@@ -227,6 +263,8 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
         print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey)))
+        for warning in job.warnings:
+            print(f"  WARNING: {warning}")
         total += bytes_to_write(job.plan, survey)
     print("\n".join(room_lines(data, total)))
 
@@ -237,14 +275,15 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
     from distillery.sources import open_source
     from distillery.sources_hub_facts import NotDownloadedError
 
-    data, jobs, remote = configs.data, [], []
+    data, opened, remote = configs.data, [], []
     for part in parts_of(data):
         try:
             source = open_source(**part.arguments, download=False)
         except NotDownloadedError as error:
             remote.append((part, error.facts))
         else:
-            jobs.append(_job_of(data, part, source, num_jobs, job_id))
+            opened.append((part, source))
+    jobs = _jobs_of(data, opened, num_jobs, job_id)
     surveys = [survey_job(job) for job in jobs]
     print_plan(jobs, surveys, data)
     if with_teacher and jobs and jobs[0].plan.directory == data.cache_path:

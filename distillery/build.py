@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distillery import distributed
 from distillery.augment import Augmentation
-from distillery.cache import load_index
+from distillery.cache import load_index, load_labels
+from distillery.cache_index import CacheIndex
 from distillery.commands import stage1_command
 from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
@@ -20,6 +22,7 @@ from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
 from distillery.sampling import rows_of_draw
+from distillery.sources_evaluation import label_warnings
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets, check_fields
@@ -271,6 +274,17 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
     return call
 
 
+def _label_warnings(train: CacheIndex, test: CacheIndex) -> list[str]:
+    """sources_evaluation.label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
+    if not (train.labels and test.labels):
+        return []
+    try:
+        labels = [np.concatenate([load_labels(of, s) for s in range(len(of.shard_names))]) for of in (train, test)]
+    except (OSError, UserError):
+        return []
+    return label_warnings(*labels, test.class_names)
+
+
 def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
     """name -> (train, test) cache folders of the evaluation sets.
 
@@ -292,4 +306,7 @@ def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
             if limit is not None and count > limit and distributed.is_main():
                 why = f"{part} holds {count} images, more than {key} ({limit}): all are used"
                 print(f"eval_datasets.{name}: {why}. For fewer, remove that folder and run: {stage1_command()}")
+        if distributed.is_main():
+            for warning in _label_warnings(*map(load_index, parts)):
+                print(f"WARNING: eval_datasets.{name}: {warning}")
     return folders

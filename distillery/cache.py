@@ -96,6 +96,7 @@ def load_index(directory: str | os.PathLike) -> CacheIndex:
                 image_shape=tuple(index["image_shape"]),
                 shard_size=whole_number(index, "shard_size"),
                 labels=bool(index["labels"]),
+                class_names={int(number): str(name) for number, name in index.get("class_names", {}).items()},
                 **shard_arrays(index["shards"]),
             )
         )

@@ -1,7 +1,7 @@
 """index.json in arrays, and the checks that make it safe to act on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,10 @@ _MAX_COUNT = 1 << 53
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """What index.json says, in arrays: one entry per shard (S shards), in order of global_start."""
+    """What index.json says, in arrays: one entry per shard (S shards), in order of global_start.
+
+    class_names: label -> name, where the source has names; caches of earlier versions do not say.
+    """
 
     directory: Path
     format_version: int
@@ -40,6 +43,7 @@ class CacheIndex:
     shard_rows: np.ndarray
     shard_failed: np.ndarray
     shard_bytes: np.ndarray
+    class_names: dict[int, str] = field(default_factory=dict)
 
     @property
     def normalized(self) -> bool:

@@ -32,8 +32,8 @@ class EvalDataset(StrictModel):
     test_split: Text = Field("test", description="split whose labels are predicted")
     image_column: Text | None = Field(None, description="column of the images; null: found by feature type")
     label_column: Text | None = Field(None, description="column of the labels; null: found by feature type")
-    max_train: PositiveInt | None = Field(None, description="images of train_split; null: all")
-    max_test: PositiveInt | None = Field(None, description="images of test_split; null: all")
+    max_train: PositiveInt | None = Field(None, description="images of train_split, from all over it; null: all")
+    max_test: PositiveInt | None = Field(None, description="images of test_split, from all over it; null: all")
 
     def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
         """What sources.open_source takes for one part of the set."""

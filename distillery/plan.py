@@ -1,6 +1,7 @@
 """What a cache shall be, and what a folder already holds of it: found by reading, before anything is written."""
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -219,11 +220,23 @@ def _identity_inside(path: Path) -> dict | None:
 def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> None:
     if found is None or found == plan.identity:
         return
-    lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differences(found, plan.identity)]
+    changed = list(differences(found, plan.identity))
+    if {key for key, _, _ in changed} == {"source.classes"}:
+        raise UserError(
+            f"{plan.directory} was made with its classes numbered apart from those of the train split: its labels are "
+            f"not comparable. Remove it (rm -r {shlex.quote(str(plan.directory))}) and run the same command again."
+        )
+    lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
         f"{path} was made with another configuration:\n" + "\n".join(lines) + "\n"
         "Nothing was written. Put the values back, or give another cache_dir."
     )
+
+
+def is_made_of(directory: Path, source_identity: dict) -> bool:
+    """Whether a folder holds shards of this very source."""
+    records = RecordScan(directory).records() if directory.is_dir() else []
+    return any(record["identity"]["source"] == source_identity for record in records)
 
 
 def differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:

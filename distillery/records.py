@@ -166,6 +166,7 @@ def _is_consistent(record: dict, name: str) -> bool:
         and len(decode_checksums(record["row_checksums"])) == rows
         # shards of earlier versions, and the predecessor's, do not have them
         and ("source_sizes" not in record or len(decode_sizes(record["source_sizes"])) == rows)
+        and all(number.isdecimal() and type(name) is str for number, name in record.get("class_names", {}).items())
         and record["payload_offset"] + rows * row_bytes <= record["bytes"]
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
@@ -245,6 +246,7 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
     """index.json's content: a pure function of the records and of how many rows the cache shall have (None: all)."""
     identity, first = records[0]["identity"], records[0]
     num_target = min(first["source_num_samples"], num_target or first["source_num_samples"])
+    names = {int(number): name for record in records for number, name in record.get("class_names", {}).items()}
     return {
         "format_version": FORMAT_VERSION,
         "num_samples": sum(record["num_samples"] for record in records),
@@ -257,6 +259,7 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
         "image_shape": first["image_shape"],
         "shard_size": identity["shard_size"],
         "labels": identity["labels"],
+        **({"class_names": {str(number): names[number] for number in sorted(names)}} if names else {}),
         "cache_image_size": first["image_shape"][1],
         "cache_dtype": first["dtype"],
         "shards": [

@@ -44,9 +44,11 @@ class Source(ABC):
 
     Attributes:
         class_names: the classes by label number where they are known, else None.
+        named_by_feature: whether these names come from a description of the column, and the labels are numbers.
     """
 
     class_names: list[str] | None = None
+    named_by_feature: bool = False
 
     def __init__(self, identity: dict, file_bytes: int) -> None:
         self._identity = identity
@@ -57,6 +59,11 @@ class Source(ABC):
     def identity(self) -> dict:
         """JSON that changes when the rows do: names, sizes and edges of the files; no absolute path, time or host."""
         return self._identity
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all the files."""
+        return self._file_bytes
 
     def __len__(self) -> int:
         return self._identity["num_rows"]

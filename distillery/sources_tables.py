@@ -53,6 +53,7 @@ class TableSource(Source):
                     raise UserError(f"{path}: there is no column {column!r}, which {self._paths[0]} has.")
         self._labels: np.ndarray | None = None
         self._names = feature_of(features, self._label_column).get("names")
+        self.named_by_feature = self._names is not None
         identity = {
             "kind": self.kind,
             "split": split,

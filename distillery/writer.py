@@ -120,8 +120,10 @@ class _Pipeline:
     def _feed(self, shard_idx: int) -> bool:
         """Submit a shard's units; False when the grace after a stop request ran out on the way."""
         start, stop = self.plan.rows_of(shard_idx)
-        labels = self._read_labels(start, stop) if self.plan.labels else None
-        shard = OpenShard(self.plan, shard_idx, labels, is_repair=shard_idx in self.repairs)
+        labels, names = None, None
+        if self.plan.labels:
+            labels, names = self._read_labels(start, stop), self.source.class_names
+        shard = OpenShard(self.plan, shard_idx, labels, class_names=names, is_repair=shard_idx in self.repairs)
         self.open_shards.append(shard)
         first = 0
         while first < stop - start:
@@ -261,7 +263,7 @@ def make_cache(
 
     Args:
         plan: what the cache shall be.
-        source: has read(start, stop) -> list[bytes], labels(start, stop) -> int64 array or None, and describe().
+        source: a sources_base.Source.
         shards: the shard numbers this call is to make (all, or an array task's share).
         survey: of these shards, by survey_cache.
         batch_size: images per unit of work at most (fewer of large files); changes no byte.

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,21 @@ class OpenShard:
         plan: what the cache shall be.
         shard_idx: which of its shards.
         labels: int64 [N] or None.
+        class_names: the classes by label, where the source knows them.
         is_repair: whatever stands under the shard's name was found bad, and is to be replaced.
     """
 
-    def __init__(self, plan: CachePlan, shard_idx: int, labels: np.ndarray | None, *, is_repair: bool) -> None:
+    def __init__(
+        self,
+        plan: CachePlan,
+        shard_idx: int,
+        labels: np.ndarray | None,
+        *,
+        class_names: Sequence[str] | None = None,
+        is_repair: bool,
+    ) -> None:
         self.plan, self.shard_idx, self.labels, self.is_repair = plan, shard_idx, labels, is_repair
+        self.class_names = _names_of(labels, class_names)
         self.start, stop = plan.rows_of(shard_idx)
         self.num_rows = stop - self.start
         self.rows_left = self.num_rows
@@ -95,6 +106,7 @@ class OpenShard:
             "row_checksums": encode_checksums(self.checksums),
             "source_sizes": encode_sizes(self.source_sizes),
             "libraries": library_versions(),
+            **({"class_names": self.class_names} if self.class_names else {}),
         }
 
     def publish(self) -> None:
@@ -143,6 +155,13 @@ class OpenShard:
                 os.close(fd)
             finally:
                 self.temporary.unlink(missing_ok=True)
+
+
+def _names_of(labels: np.ndarray | None, class_names: Sequence[str] | None) -> dict[str, str]:
+    """label -> name of the classes that a shard holds; JSON has only texts as keys."""
+    if labels is None or class_names is None:
+        return {}
+    return {str(number): class_names[number] for number in np.unique(labels).tolist() if 0 <= number < len(class_names)}
 
 
 def is_published(plan: CachePlan, shard_idx: int) -> bool:

@@ -43,6 +43,8 @@ class Images:
     def read_views(self, start: int, stop: int) -> list[bytes]:
         return self.read(start, stop)
 
+    class_names = None
+
     def labels(self, start: int, stop: int) -> np.ndarray | None:
         return np.arange(start, stop) % 7 if self.has_labels else None
 
