@@ -4,12 +4,15 @@ Every kind is read in place, in a fixed order, without decoding. To add one: a c
 and one line in SOURCES.
 """
 
+import glob
+import os
 from pathlib import Path
 
 from distillery.files import expand_path
 from distillery.process import MissingFileError, UserError
-from distillery.sources_base import DataFiles, Source, resolve_files
+from distillery.sources_base import DataFiles, Source
 from distillery.sources_images import ImageFolderSource
+from distillery.sources_listing import resolve_files
 from distillery.sources_tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
 from distillery.sources_webdataset import WebDatasetSource
 
@@ -61,6 +64,11 @@ def open_source(
     place = _local_folder(dataset_name)
     if place is not None and is_saved_dataset(place):
         return _open("arrow", saved_dataset_files(place, split), split, columns)
+    if place is not None and glob.has_magic(os.path.realpath(os.path.join(place, data_dir or ""))):
+        raise UserError(
+            f"dataset_name {dataset_name}: load_dataset takes *, ? and [ in a folder's name for a pattern. Rename the "
+            f"folder, or write dataset_name: KIND and data_dir: {place}, with one of {', '.join(SOURCES)} for KIND."
+        )
     from distillery.sources_hub import resolve_dataset
 
     found = resolve_dataset(
@@ -79,7 +87,8 @@ def open_source(
 def _open(kind: str, files: object, split: str, columns: dict, **known: dict | None) -> Source:
     if not len(files):
         suffixes = ", ".join(SOURCES[kind].suffixes)
-        raise MissingFileError(f"{files.root or 'The data set'} holds no files for {kind} ({suffixes}).")
+        others = f"; it holds {len(files.others):,} others, first {files.others[0]}" if files.others else ""
+        raise MissingFileError(f"{files.root or 'The data set'} holds no files for {kind} ({suffixes}){others}.")
     return SOURCES[kind](files, split=split, **columns, **known)
 
 

@@ -1,20 +1,25 @@
-"""Zip and tar archives of images, read in place: an index of offsets made once, then one pread an image."""
+"""Archives of images, read in place: an index of offsets made once, then one pread an image; zip archives."""
 
 import os
+import posixpath
+import stat
 import struct
-import tarfile
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from distillery.process import UserError
-from distillery.sources_base import IMAGE_SUFFIXES, is_hidden, suffix_of
+from distillery.sources_base import IMAGE_SUFFIXES, METADATA_NAMES, is_hidden_path, suffix_of
 
 _MAX_OPEN_FILES = 64
 _ZIP_HEADER_BYTES = 30
 # room for the name and the extra field of a local header, so that one read nearly always has the data too
 _ZIP_SLACK_BYTES = 320
 _MAX_IMAGE_BYTES = 1 << 30  # no image file is larger; a zip bomb is
+_MAX_LINKS = 40  # in a chain; as Linux
+_MAX_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,67 @@ class Member:
     offset: int
     num_bytes: int
     is_deflated: bool = False
+    is_sparse: bool = False  # its zeros are not stored: the bytes that lie there are not the file's
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A member that stands for another one; the target of a symbolic link is relative to the link's folder."""
+
+    name: str
+    target: str
+    is_symbolic: bool
+
+
+@dataclass(frozen=True)
+class ArchiveIndex:
+    """What an archive holds: `members` in the order they lie in it, and how many of what else are left out.
+
+    Args:
+        metadata: names of the members that list images and their labels.
+        has_backslashes: whether images' names have them, as separators of folders.
+    """
+
+    members: list[Member]
+    left_out: dict[str, int]
+    metadata: list[str] = field(default_factory=list)
+    has_backslashes: bool = False
+
+
+def resolve_links(entries: Sequence[Member | Link]) -> tuple[list[Member], int]:
+    """The entries with every link replaced by the bytes of its target; and how many links lead to no member."""
+    if not any(isinstance(entry, Link) for entry in entries):
+        return list(entries), 0
+    latest: dict[str, Member] = {}
+    links: dict[str, str] = {}
+    found: list[Member | None] = []
+    # a hard link means the file of that name that came before it, a symbolic link the last one of all
+    for entry in entries:
+        name = posixpath.normpath(entry.name)
+        member: Member | None = None
+        if isinstance(entry, Member):
+            member = entry
+        elif entry.is_symbolic:
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.target))
+        else:
+            links[name] = posixpath.normpath(entry.target)
+            member = latest.get(links[name])
+        if member is not None:
+            latest[name] = member
+        found.append(member)
+    for place, entry in enumerate(entries):
+        target = posixpath.normpath(entry.name)
+        for _ in range(_MAX_LINKS):
+            if found[place] is not None or target is None:
+                break
+            target = links.get(target)
+            found[place] = latest.get(target)
+    members = [
+        replace(member, name=entry.name) if isinstance(entry, Link) else member
+        for entry, member in zip(entries, found, strict=True)
+        if member is not None
+    ]
+    return members, len(entries) - len(members)
 
 
 class OpenFiles:
@@ -63,29 +129,56 @@ def read_exactly(fd: int, num_bytes: int, offset: int, path: str) -> bytes:
     return data
 
 
-def index_zip(path: str) -> tuple[list[Member], int]:
-    """The images of a zip archive in the order they lie in it, by its central directory; and how many other files.
+def index_zip(path: str) -> ArchiveIndex:
+    """The images of a zip archive in the order they lie in it, by its central directory.
+
+    Backslashes in names, which some Windows programs write, separate folders.
 
     Raises:
         UserError: not a zip archive, or one whose images are encrypted or packed in another way than deflate.
     """
-    members, others = [], 0
+    entries: list[Member | Link] = []
+    metadata: list[str] = []
+    has_backslashes = False
+    left_out: Counter[str] = Counter()
     try:
         with zipfile.ZipFile(path) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+            left_out["bytes of another archive before it"] = _bytes_of_another(path, infos)
+            for info in infos:
+                name = info.filename.replace("\\", "/")
+                if name.endswith("/") or is_hidden_path(name):
+                    continue
+                if suffix_of(name) in IMAGE_SUFFIXES:
+                    entries.append(_zip_entry(archive, info, name, path))
+                    has_backslashes |= "\\" in info.filename
+                elif posixpath.basename(name) in METADATA_NAMES:
+                    metadata.append(info.filename)
+                else:
+                    left_out["other files"] += 1
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, zlib.error) as error:
         raise UserError(f"{path}: not a zip archive, or damaged ({error}).") from error
-    for info in infos:
-        if info.is_dir() or any(map(is_hidden, info.filename.split("/"))):
-            continue
-        if suffix_of(info.filename) not in IMAGE_SUFFIXES:
-            others += 1
-            continue
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{path}: {info.filename} is encrypted or not packed by deflate; pack the archive anew.")
-        is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
-        members.append(Member(info.filename, info.header_offset, info.compress_size, is_deflated))
-    return members, others
+    members, lost = resolve_links(entries)
+    left_out["links"] = lost
+    return ArchiveIndex(members, dict(+left_out), metadata, has_backslashes)
+
+
+def _bytes_of_another(path: str, infos: Sequence[zipfile.ZipInfo]) -> int:
+    """The length of an archive before this one in the file (`cat a.zip b.zip`), whose members are not listed."""
+    first = infos[0].header_offset if infos else 0
+    with open(path, "rb") as file:
+        return first if file.read(4) == b"PK\3\4" else 0
+
+
+def _zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, path: str) -> Member | Link:
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{path}: {info.filename} is encrypted or not packed by deflate; pack the archive anew.")
+    # programs of Unix write a file's mode there
+    if stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= _MAX_PATH_BYTES:
+        return Link(name, os.fsdecode(archive.read(info)), is_symbolic=True)
+    return Member(name, info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
 
 
 def read_zip_member(fd: int, offset: int, num_bytes: int, is_deflated: bool, path: str) -> bytes:
@@ -106,60 +199,3 @@ def read_zip_member(fd: int, offset: int, num_bytes: int, is_deflated: bool, pat
     except zlib.error:
         return b""
     return image if unpacker.eof else b""
-
-
-def index_tar(path: str) -> list[Member]:
-    """The regular files of an uncompressed tar archive: one pass over its headers.
-
-    Raises:
-        UserError: not such an archive, or a truncated one.
-    """
-    members = _index_plain_tar(path)
-    if members is not None:
-        return members
-    members = []
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (info := archive.next()) is not None:
-                if info.isreg():
-                    members.append(Member(info.name, info.offset_data, info.size))
-                # tarfile keeps every header it has seen
-                archive.members = []
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{path}: not an uncompressed tar archive, or truncated ({error}). "
-            "Unpack .tar.gz to .tar: images hardly shrink, and compressed archives cannot be read by offset."
-        ) from error
-    return members
-
-
-def _index_plain_tar(path: str) -> list[Member] | None:
-    """index_tar for archives of nothing but plain headers, in a third of the time; None leaves all others to tarfile.
-
-    Source: POSIX.1-1988 ustar header layout.
-    """
-    members, offset = [], 0
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while True:
-            header = os.pread(file.fileno(), 512, offset)
-            if len(header) == 512 and not any(header):
-                return members
-            try:
-                checksum, num_bytes = int(header[148:154], 8), int(header[124:135], 8)
-            except ValueError:
-                return None
-            # the checksum counts its own eight bytes as spaces; types 0 and 5 are files and folders
-            if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or header[156] not in b"05":
-                return None
-            name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-            if prefix:
-                name = prefix + b"/" + name
-            offset += 512
-            if header[156] == ord("0"):
-                members.append(Member(name.decode("utf-8", "surrogateescape"), offset, num_bytes))
-            elif num_bytes:
-                return None
-            offset += -(-num_bytes // 512) * 512
-            if offset > size:
-                return None

@@ -1,20 +1,17 @@
 """What every kind of source shares: the interface, the list of files it is made of, their identity and split."""
 
-import glob
 import hashlib
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from distillery.files import expand_path, format_bytes
+from distillery.files import format_bytes
 from distillery.process import MissingFileError, UserError
 
 # fmt: off
@@ -23,11 +20,7 @@ IMAGE_SUFFIXES = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico",
 })
 # fmt: on
-SPLIT_WORDS = (
-    ("train", "training"),
-    ("validation", "valid", "val", "dev"),
-    ("test", "testing", "eval", "evaluation"),
-)
+METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 _END_BYTES = 64 * 1024
 # small reads of many files wait for a network file system, not for a CPU
 _IO_THREADS = 16
@@ -50,9 +43,11 @@ class Source(ABC):
     class_names: list[str] | None = None
     named_by_feature: bool = False
 
-    def __init__(self, identity: dict, file_bytes: int) -> None:
+    def __init__(self, identity: dict, file_bytes: int, left_out: dict[str, int] | None = None) -> None:
+        """left_out: what the source has and does not give -> how many, for the plan."""
         self._identity = identity
         self._file_bytes = file_bytes
+        self._left_out = left_out or {}
         self._handles: dict = {}
 
     @property
@@ -104,7 +99,8 @@ class Source(ABC):
         for key, name in (("dataset_name", "from"), ("revision", "revision"), ("image_column", "column")):
             if identity.get(key):
                 line += f", {name} {identity[key]}"
-        return line
+        left_out = ", ".join(f"{number:,} {what}" for what, number in self._left_out.items() if number)
+        return f"{line}, {left_out} left out" if left_out else line
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> list[bytes]: ...
@@ -125,14 +121,18 @@ class FileList:
 
     Args:
         paths: where the files are, if not at root / name.
-        num_others: files that were seen and left out, for the plan.
+        others: names of files that were seen and are of another kind.
+        num_outside: files that belong to no split, beside others that do.
+        split: the split that the names speak of, where they were chosen by that.
     """
 
     root: str
     names: list[str]
     sizes: np.ndarray
     paths: list[str] | None = None
-    num_others: int = 0
+    others: list[str] = field(default_factory=list)
+    num_outside: int = 0
+    split: str | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -140,6 +140,10 @@ class FileList:
     def path(self, index: int) -> str:
         """Where a file is."""
         return self.paths[index] if self.paths is not None else os.path.join(self.root, self.names[index])
+
+    def left_out(self) -> dict[str, int]:
+        """What was seen and is in none of `names`, for the plan."""
+        return {"other files": len(self.others), "files of no split": self.num_outside}
 
     def identity(self, *, with_ends: bool) -> dict:
         """Count, bytes and one hash over names and sizes, and the first and last 64 KiB of each file if `with_ends`.
@@ -173,7 +177,7 @@ def map_files(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
 def file_list_of(paths: Sequence[str]) -> FileList:
     """The list of these existing files, in this order, named relative to the folder they have in common."""
     paths = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
     return FileList(root, names, np.array([os.stat(path).st_size for path in paths], np.int64))
 
@@ -181,6 +185,14 @@ def file_list_of(paths: Sequence[str]) -> FileList:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is no data: dot files, and what macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+def is_hidden_path(name: str) -> bool:
+    """Whether a member of an archive is hidden, or lies in a hidden folder; "." and ".." are no names."""
+    # most names have neither, and there may be millions
+    if "/." not in f"/{name}" and "__MACOSX" not in name:
+        return False
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def suffix_of(name: str) -> str:
@@ -199,8 +211,8 @@ def scan_folder(root: str | os.PathLike, suffixes: Iterable[str]) -> FileList:
     if not os.path.isdir(root):
         raise MissingFileError(f"Folder not found: {root}")
 
-    def list_directory(relative: str) -> tuple[list[tuple[str, int]], list[str], int]:
-        files, folders, others = [], [], 0
+    def list_directory(relative: str) -> tuple[list[tuple[str, int]], list[str], list[str]]:
+        files, folders, others = [], [], []
         with os.scandir(os.path.join(root, relative)) as entries:
             for entry in entries:
                 name = f"{relative}/{entry.name}" if relative else entry.name
@@ -212,45 +224,26 @@ def scan_folder(root: str | os.PathLike, suffixes: Iterable[str]) -> FileList:
                 elif suffix_of(entry.name) in suffixes and entry.is_file():
                     files.append((name, entry.stat().st_size))
                 else:
-                    others += 1
+                    others.append(name)
         return files, folders, others
 
-    found, level, num_others = [], [""], 0
+    found, level, all_others = [], [""], []
     while level:
         listings = map_files(list_directory, level)
         level = []
         for files, folders, others in listings:
             found += files
             level += folders
-            num_others += others
+            all_others += others
     found.sort()
     sizes = np.array([size for _, size in found], np.int64)
-    return FileList(root, [name for name, _ in found], sizes, None, num_others)
+    return FileList(root, [name for name, _ in found], sizes, None, sorted(all_others))
 
 
 def _leads_back(link: str) -> bool:
     """Whether a link to a folder leads to one that it lies in itself."""
     target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     return os.path.commonpath([target, here]) == target
-
-
-def words_of(split: str) -> tuple[str, ...]:
-    """The names that folders and files of a split may bear; as in Hugging Face's datasets, "val" means "validation"."""
-    return next((words for words in SPLIT_WORDS if split in words), (split,))
-
-
-def split_of_name(name: str, split: str) -> str | None:
-    """The split a relative file name speaks of ("data/train-00000-of-00002.parquet" -> "train"), if any.
-
-    Folders are asked by their whole name, files by the words in theirs; the folders and names of images are classes
-    and anything, so of those only a top folder named exactly like a split counts.
-    """
-    *folders, file = name.lower().split("/")
-    words = set(folders[:1]) if suffix_of(file) in IMAGE_SUFFIXES else {*folders, *re.split(r"[^a-z]+", file)}
-    for synonyms in (words_of(split), *SPLIT_WORDS):
-        if not words.isdisjoint(synonyms):
-            return synonyms[0]
-    return None
 
 
 def check_split(split: str, splits: Iterable[str], where: str) -> None:
@@ -260,87 +253,6 @@ def check_split(split: str, splits: Iterable[str], where: str) -> None:
     if split not in splits:
         hint = " Parts of a split are chosen with max_samples." if "[" in split or "+" in split else ""
         raise UserError(f"split {split!r} is not in {where}; it has {', '.join(map(repr, splits)) or 'none'}.{hint}")
-
-
-def resolve_files(
-    kind: str, suffixes: Iterable[str], data_files: DataFiles, data_dir: str | None, split: str
-) -> FileList:
-    """The files of a local source.
-
-    data_files (a path, glob, {a..b} pattern or folder; a list of them; or a dict of split -> those) are taken in the
-    order given, matches of a pattern sorted. With data_dir alone: the folder data_dir/<split> where there is one, else
-    the files whose names speak of the split (of an image folder: its archives only), else, for "train", all.
-
-    Raises:
-        UserError: neither is given, or there is no such split.
-        MissingFileError: a file or folder is missing, or a pattern matches nothing.
-    """
-    folder = expand_path(data_dir) if data_dir is not None else None
-    if data_files is None:
-        if folder is None:
-            raise UserError(f"dataset_name: {kind} needs data_files (paths or patterns) or data_dir (a folder).")
-        return _files_of_folder(suffixes, folder, split)
-    if not isinstance(data_files, dict):
-        data_files = {"train": data_files}
-    check_split(split, data_files, "data_files (what is listed without a split is 'train')")
-    patterns = data_files[split]
-    patterns = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
-    # dict: a file that two patterns match is read once
-    paths = list(dict.fromkeys(path for pattern in patterns for path in _matches(pattern, folder, suffixes)))
-    if not paths:
-        raise MissingFileError(f"data_files has no files for split {split!r}.")
-    return file_list_of(paths)
-
-
-def _files_of_folder(suffixes: Iterable[str], folder: Path, split: str) -> FileList:
-    for word in words_of(split):
-        if (folder / word).is_dir():
-            return scan_folder(folder / word, suffixes)
-    files = scan_folder(folder, suffixes)
-    splits = [split_of_name(name, split) for name in files.names]
-    named = sorted({name for name in splits if name is not None})
-    if not named:
-        if not len(files):
-            raise MissingFileError(f"{folder} holds no files that could be images of this kind (it holds others: "
-                                   f"{files.num_others}).")  # fmt: skip
-        check_split(split, ["train"], f"{folder} (no name in it speaks of a split)")
-        return files
-    wanted = words_of(split)[0]
-    check_split(wanted, named, str(folder))
-    chosen = [index for index, name in enumerate(splits) if name == wanted]
-    return FileList(files.root, [files.names[i] for i in chosen], files.sizes[chosen], None, files.num_others)
-
-
-def _matches(pattern: str | os.PathLike, folder: Path | None, suffixes: Iterable[str]) -> Iterator[str]:
-    """The files one entry of data_files stands for."""
-    for text in expand_braces(os.fspath(expand_path(pattern))):
-        path = os.path.join(folder or "", text)
-        if os.path.isdir(path):
-            files = scan_folder(path, suffixes)
-            found = [files.path(index) for index in range(len(files))]
-        elif os.path.exists(path):
-            found = [path]
-        else:
-            found = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
-        if not found:
-            kind = "pattern" if glob.has_magic(path) else "file"
-            raise MissingFileError(f"data_files: no file matches the {kind} {os.path.abspath(path)}")
-        yield from found
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """ "a-{000..002}.tar" -> ["a-000.tar", "a-001.tar", "a-002.tar"]; "{x,y}.tar" -> ["x.tar", "y.tar"]."""
-    choices = []
-    for part in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers:
-            first, last = numbers.groups()
-            choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
-        elif part.startswith("{") and "," in part:
-            choices.append(part[1:-1].split(","))
-        else:
-            choices.append([part])
-    return ["".join(parts) for parts in product(*choices)]
 
 
 def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.ndarray, list[str] | None]:

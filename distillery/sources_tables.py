@@ -63,7 +63,7 @@ class TableSource(Source):
             "files": files.identity(with_ends=True),
             **(origin or {}),
         }
-        super().__init__(identity, int(files.sizes.sum()))
+        super().__init__(identity, int(files.sizes.sum()), files.left_out())
 
     @property
     def class_names(self) -> list[str] | None:

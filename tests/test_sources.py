@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distillery import sources_archives, sources_tables
+from distillery import sources_archives, sources_tables, sources_tar
 from distillery.process import MissingFileError, UserError
 from distillery.sources import open_source
-from distillery.sources_base import expand_braces, scan_folder, split_of_name
+from distillery.sources_base import scan_folder
+from distillery.sources_listing import expand_braces, split_of_name
 
 CLASSES = ["cat", "dog", "eel"]
 NUM_IMAGES = 23
@@ -586,7 +587,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "data/cat/loop").symlink_to(tmp_path / "data")
     (tmp_path / "data/cat/broken.jpg").symlink_to(tmp_path / "none")
     files = scan_folder(tmp_path / "data", {".jpg"})
-    assert files.names == [*NAMES[:3], "eel/9.jpg"] and files.num_others == 1
+    assert files.names == [*NAMES[:3], "eel/9.jpg"] and len(files.others) == 1
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path):
@@ -691,11 +692,9 @@ def test_tar_indexes_equal_tarfiles_own(tmp_path, format):
     path = write_tar(tmp_path / "a.tar", [(name, IMAGES[row]) for row, name in enumerate(names)], format)
     with tarfile.open(path) as archive:
         expected = [(info.name, info.offset_data, info.size) for info in archive]
-    assert [
-        (member.name, member.offset, member.num_bytes) for member in sources_archives.index_tar(str(path))
-    ] == expected
-    plain = sources_archives._index_plain_tar(str(path))
-    assert plain is None or [(member.name, member.offset, member.num_bytes) for member in plain] == expected
+    index = sources_tar.index_tar(str(path))
+    assert [(member.name, member.offset, member.num_bytes) for member in index.members] == expected
+    assert index.left_out == {}
 
 
 def test_tar_archives_with_folders_links_and_no_end_mark_are_indexed(tmp_path):
@@ -711,9 +710,10 @@ def test_tar_archives_with_folders_links_and_no_end_mark_are_indexed(tmp_path):
             info.size = len(IMAGES[row])
             archive.addfile(info, io.BytesIO(IMAGES[row]))
             archive.addfile(link)
-    assert open_source(dataset_name="webdataset", data_files=str(path)).read(0, 3) == IMAGES[:3]
+    source = open_source(dataset_name="webdataset", data_files=str(path))
+    assert source.read(0, len(source)) == [image for row in range(3) for image in (IMAGES[row], IMAGES[0])]
     path = write_tar(tmp_path / "b.tar", samples())
-    members = sources_archives.index_tar(str(path))
+    members = sources_tar.index_tar(str(path)).members
     end = members[-1].offset + -(-members[-1].num_bytes // 512) * 512
     os.truncate(path, end)
     assert open_source(dataset_name="webdataset", data_files=str(path)).read(0, NUM_IMAGES) == IMAGES

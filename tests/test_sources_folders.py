@@ -1,0 +1,207 @@
+"""Image folders: zip archives, which files a split has, names with special characters."""
+
+import stat
+import zipfile
+
+import pytest
+
+from distillery.process import MissingFileError, UserError
+from distillery.sources import open_source
+from distillery.sources_listing import split_of_name
+
+IMAGES = [f"image {index}".encode() for index in range(6)]
+
+
+def write(folder, files):
+    """files: name -> number of an image, or text."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(IMAGES[content] if isinstance(content, int) else content.encode())
+    return folder
+
+
+def write_zip(path, members, mode="w"):
+    """members: name as it shall stand there -> number of an image, text, or the target of a link in a tuple."""
+    with zipfile.ZipFile(path, mode) as archive:
+        for name, content in members.items():
+            info = zipfile.ZipInfo("x")
+            info.filename = name
+            if isinstance(content, tuple):
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+                content = content[0]
+            archive.writestr(info, IMAGES[content] if isinstance(content, int) else content)
+    return path
+
+
+def open_folder(data_dir=None, **arguments):
+    if data_dir is not None:
+        arguments["data_dir"] = str(data_dir)
+    return open_source(dataset_name="imagefolder", **arguments)
+
+
+def rows(source):
+    return [IMAGES.index(image) for image in source.read(0, len(source))]
+
+
+def labelled(source):
+    labels = source.labels(0, len(source)).tolist()
+    names = source.class_names
+    return list(zip(rows(source), labels if names is None else [names[label] for label in labels], strict=True))
+
+
+# zip archives
+
+
+def test_backslashes_in_a_zip_separate_folders(tmp_path):
+    members = {"t\\b\\0.png": 0, "t\\a\\1.png": 1, "t/a\\2.png": 2, "t\\a\\": "", "t\\.h\\3.png": 3, "t\\a\\.4.png": 4,
+               "__MACOSX\\5.png": 5, "t\\a\\x.txt": ""}  # fmt: skip
+    source = open_folder(data_files=str(write_zip(tmp_path / "a.zip", members)), labels_required=True)
+    assert labelled(source) == [(0, "b"), (1, "a"), (2, "a")]
+    assert source.describe().endswith(", 1 other files left out")
+
+
+def test_classes_that_backslashes_decide_have_an_identity_of_their_own(tmp_path):
+    path = str(write_zip(tmp_path / "a.zip", {"x/a\\0.png": 0}))
+    assert "separators" in open_folder(data_files=path, labels_required=True).identity
+    assert "separators" not in open_folder(data_files=path).identity
+    path = str(write_zip(tmp_path / "b.zip", {"x/a/0.png": 0}))
+    assert "separators" not in open_folder(data_files=path, labels_required=True).identity
+
+
+def test_names_with_dots_and_absolute_names_in_a_zip_are_no_hidden_files(tmp_path):
+    members = {"./b/0.png": 0, "../a/1.png": 1, "/c/2.png": 2, "C:\\d\\3.png": 3, "e//4.png": 4}
+    source = open_folder(data_files=str(write_zip(tmp_path / "a.zip", members)), labels_required=True)
+    assert labelled(source) == list(enumerate("bacde"))
+
+
+def test_links_in_a_zip_are_the_images_they_lead_to_and_others_are_counted(tmp_path):
+    members = {"a/0.png": 0, "b/1.png": ("../a/0.png",), "b/2.png": ("1.png",), "b/3.png": ("/x/3.png",)}
+    source = open_folder(data_files=str(write_zip(tmp_path / "a.zip", members)), labels_required=True)
+    assert labelled(source) == [(0, "a"), (0, "b"), (0, "b")]
+    assert source.describe().endswith(", 1 links left out")
+
+
+def test_a_zip_before_another_in_one_file_is_counted(tmp_path):
+    first = write_zip(tmp_path / "a.zip", {"a/0.png": 0}).read_bytes()
+    second = write_zip(tmp_path / "b.zip", {"a/1.png": 1}).read_bytes()
+    path = tmp_path / "c.zip"
+    path.write_bytes(first + second)
+    source = open_folder(data_files=str(path))
+    assert rows(source) == [1]
+    assert source.describe().endswith(f", {len(first)} bytes of another archive before it left out")
+    path.write_bytes(b"#!/bin/sh\n" + second)
+    assert rows(open_folder(data_files=str(path))) == [1]
+
+
+def test_zips_with_64_bit_sizes_and_sizes_behind_the_data_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, archive.open("a/0.png", "w", force_zip64=True) as file:
+        file.write(IMAGES[0])
+
+    class Stream:
+        def __init__(self, file):
+            self.write, self.flush = file.write, file.flush
+
+    with open(tmp_path / "b.zip", "wb") as file, zipfile.ZipFile(Stream(file), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", IMAGES[1])
+        archive.writestr("a/2.png", IMAGES[2])
+    assert rows(open_folder(tmp_path)) == [0, 1, 2]
+
+
+# splits
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train2017/1.jpg", "train"),
+        ("val2017.zip", "validation"),
+        ("val_images/1.jpg", "validation"),
+        ("test-2/1.jpg", "test"),
+        ("training set/cat/1.jpg", "train"),
+        ("images/train/cat/1.jpg", "train"),
+        ("a/b/Dev/1.jpg", "validation"),
+        ("train/test/1.jpg", "train"),
+        ("train/dev/val.zip", "train"),
+        ("trainval/1.jpg", None),
+        ("strain/val.jpg", None),
+        ("\u00e9val/1.jpg", None),
+        ("train_test/1.jpg", "train"),
+    ],
+)
+def test_the_outermost_folder_with_a_word_of_a_split_decides(name, split):
+    assert split_of_name(name, "train") == split
+
+
+def test_a_name_that_speaks_of_two_splits_is_of_the_one_that_is_wanted():
+    assert split_of_name("train_test/1.jpg", "test") == "test"
+    assert split_of_name("my-Part/1.jpg", "my-Part") == "my-Part"
+
+
+def test_folders_and_archives_of_a_split_are_told_by_words_in_their_names(tmp_path):
+    write(tmp_path, {"train2017/a/0.png": 0, "val2017/a/1.png": 1, "more/train/b/2.png": 2, "other/3.png": 3})
+    write_zip(tmp_path / "train-extra.zip", {"c/4.png": 4})
+    source = open_folder(tmp_path, labels_required=True)
+    assert labelled(source) == [(2, "b"), (4, "c"), (0, "a")]
+    assert source.describe().endswith(", 1 files of no split left out")
+    assert rows(open_folder(tmp_path, split="val")) == [1]
+
+
+def test_classes_named_like_splits_inside_a_split_stay_classes(tmp_path):
+    write(tmp_path, {"train/test/0.png": 0, "train/dev/1.png": 1, "val/test/2.png": 2})
+    assert labelled(open_folder(tmp_path, labels_required=True)) == [(1, "dev"), (0, "test")]
+    write(tmp_path / "b", {"train2017/test/0.png": 0, "train2017/train/1.png": 1, "val2017/test/2.png": 2})
+    assert labelled(open_folder(tmp_path / "b", labels_required=True)) == [(0, "test"), (1, "train")]
+
+
+def test_the_folder_of_a_split_is_no_class(tmp_path):
+    write(tmp_path, {"train2017/0.png": 0, "val2017/1.png": 1})
+    with pytest.raises(UserError, match="labels need FOLDER/CLASS/IMAGE; .*train2017/0.png is in no class folder"):
+        open_folder(tmp_path, labels_required=True)
+
+
+def test_a_class_that_is_taken_for_a_split_is_named_with_the_way_out(tmp_path):
+    write(tmp_path, {"cat/0.png": 0, "test tube/1.png": 1})
+    with pytest.raises(UserError, match=r"by names like test tube/1.png; .* write data_files: \{train: .*\}\); it has"):
+        open_folder(tmp_path)
+    source = open_folder(data_files={"train": str(tmp_path)}, labels_required=True)
+    assert labelled(source) == [(0, "cat"), (1, "test tube")]
+
+
+def test_the_folder_of_a_split_keeps_its_identity_beside_other_splits(tmp_path):
+    write(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1})
+    before = open_folder(tmp_path, labels_required=True).identity
+    write(tmp_path, {"val2017/a/2.png": 2, "notes.txt": ""})
+    source = open_folder(tmp_path, label_column="label")
+    assert source.identity == before == open_folder(tmp_path / "train", labels_required=True).identity
+    assert open_folder(tmp_path).identity == {**before, "label_column": None}
+
+
+# names with special characters
+
+
+@pytest.mark.parametrize("folder", ["x[set1]", "x{a,b}", "x{0..1}", "w*", "q?"])
+def test_a_folder_that_exists_is_no_pattern(tmp_path, folder):
+    write(tmp_path, {f"{folder}/c/0.png": 0, f"{folder}/c/1.png": 1})
+    for name in ("xs", "xa", "x0", "wide", "qu"):
+        write(tmp_path, {f"{name}/c/5.png": 5})
+    for pattern in ("", "/**", "/*/*.png", "/c/*.png", "/c/[01].png", "/c/{0,1}.png", "/c/{0..1}.png"):
+        assert rows(open_folder(data_files=f"{tmp_path}/{folder}{pattern}")) == [0, 1]
+    assert rows(open_folder(tmp_path / folder, data_files="c/*.png")) == [0, 1]
+    assert rows(open_folder(tmp_path / folder)) == [0, 1]
+
+
+def test_a_file_that_exists_is_no_pattern_and_patterns_that_match_nothing_say_how_to_write_brackets(tmp_path):
+    write(tmp_path, {"a/[1].png": 0, "a/1.png": 1, "a/x[1]/2.png": 2})
+    assert rows(open_folder(data_files=f"{tmp_path}/a/[1].png")) == [0]
+    assert rows(open_folder(data_files=f"{tmp_path}/a/[12].png")) == [1]
+    with pytest.raises(MissingFileError, match=r"no file matches the pattern .*\. A \[ that is .* written \[\[\]"):
+        open_folder(data_files=f"{tmp_path}/*/x[1]/*.png")
+    assert rows(open_folder(data_files=f"{tmp_path}/*/x[[]1]/*.png")) == [2]
+
+
+def test_a_data_set_folder_that_load_dataset_takes_for_a_pattern_is_refused(tmp_path):
+    write(tmp_path, {"x[set1]/0.png": 0, "xs/1.png": 1})
+    with pytest.raises(
+        UserError, match="takes .* for a pattern. Rename the folder, or write dataset_name: KIND and data"
+    ):
+        open_source(dataset_name=str(tmp_path / "x[set1]"))
