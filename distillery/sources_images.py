@@ -2,22 +2,27 @@
 
 import os
 import posixpath
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from distillery.process import UserError
-from distillery.sources_archives import Member, OpenFiles, index_zip, read_zip_member
+from distillery.sources_archives import ArchiveIndex, Member, OpenFiles, index_zip, read_zip_member
 from distillery.sources_base import (
     IMAGE_SUFFIXES,
+    METADATA_NAMES,
     FileList,
     Source,
     map_files,
     number_labels,
     suffix_of,
 )
-from distillery.sources_listing import below_split
+from distillery.sources_listing import below_split, is_inside
+from distillery.sources_metadata import Listing, MetadataFile, list_rows
 
 _LOOSE = -1  # in the place of an offset: a file of its own
 
@@ -39,7 +44,9 @@ class ImageFolderSource(Source):
     """Image files under a folder, and in the zip archives there; the class is the folder an image lies in.
 
     Loose images and archives are in the order of their names, the images of an archive in the archive's own order, so
-    that it is read from front to back. Other files are left out and counted. metadata.csv and the like are not read.
+    that it is read from front to back. Other files are left out and counted. Where labels are read, metadata.csv,
+    .jsonl or .parquet decides as in load_dataset: its rows are the images, in its order. Without labels it changes
+    nothing.
     """
 
     kind = "imagefolder"
@@ -56,28 +63,20 @@ class ImageFolderSource(Source):
         features: dict | None = None,
         origin: dict | None = None,
     ) -> None:
-        if image_column not in (None, "image"):
-            raise UserError(f"image_column is {image_column!r}; an image folder has only 'image': leave it out.")
         self._root = files.root
+        archives = [index for index, name in enumerate(files.names) if suffix_of(name) == ".zip"]
+        indexed = dict(zip(archives, map_files(index_zip, [files.path(index) for index in archives]), strict=True))
         left_out = Counter(files.left_out())
-        names, archives, has_backslashes = self._index_files(files, left_out)
+        names = self._find_images(files, indexed, left_out)
         identity = {
             "kind": self.kind,
             "split": split,
             "image_column": None,
             "label_column": None,
-            "num_rows": 0,
+            "num_rows": len(names),
             "files": files.identity(with_ends=False),
             **(origin or {}),
         }
-        self._labels = None
-        has_labels = labels_required or label_column is not None
-        if has_labels:
-            self._labels, self.class_names = self._classes(files, names)
-            identity["label_column"] = "label"
-            if has_backslashes:
-                identity["separators"] = "/\\"
-        identity["num_rows"] = len(self._file)
         if archives:
             chosen = FileList(
                 files.root,
@@ -86,13 +85,33 @@ class ImageFolderSource(Source):
                 [files.path(index) for index in archives],
             )
             identity["archives"] = chosen.identity(with_ends=True)
+        self._labels = None
+        has_labels = labels_required or label_column is not None
+        metadata = _find_metadata(files, indexed) if has_labels or image_column not in (None, "image") else []
+        listing = None
+        if metadata:
+            left_out["other files"] -= len(metadata)
+            listing = list_rows(
+                metadata,
+                [posixpath.join("/", files.root, name) for name in names],
+                image_column=image_column,
+                label_column=label_column,
+                labels_required=labels_required,
+                left_out=left_out,
+            )
+        if listing is not None:
+            self._take_rows(listing, identity)
+        elif image_column not in (None, "image"):
+            raise UserError(f"image_column is {image_column!r}; an image folder has only 'image': leave it out.")
+        elif has_labels:
+            self._labels, self.class_names = self._classes(files, names)
+            identity["label_column"] = "label"
+            if any(index.has_backslashes for index in indexed.values()):
+                identity["separators"] = "/\\"
         super().__init__(identity, int(files.sizes.sum()), left_out)
 
-    def _index_files(self, files: FileList, left_out: Counter[str]) -> tuple[list[str], list[int], bool]:
-        """Find all images; returns their names (a member's below its archive's), the numbers of the archives,
-        and whether names in these have backslashes."""
-        archives = [index for index, name in enumerate(files.names) if suffix_of(name) == ".zip"]
-        indexed = dict(zip(archives, map_files(index_zip, [files.path(index) for index in archives]), strict=True))
+    def _find_images(self, files: FileList, indexed: dict[int, ArchiveIndex], left_out: Counter[str]) -> list[str]:
+        """Note where all images are; returns their names, a member's below its archive's."""
         # columns, not a list of objects: there may be millions of rows
         file, offset, num_bytes, is_deflated, names = [], [], [], [], []
         for number, (name, size) in enumerate(zip(files.names, files.sizes.tolist(), strict=True)):
@@ -114,8 +133,17 @@ class ImageFolderSource(Source):
         self._paths = PackedNames(files.names if files.paths is None else files.paths)
         self._file, self._offset = np.array(file, np.int32), np.array(offset, np.int64)
         self._num_bytes, self._is_deflated = np.array(num_bytes, np.int64), np.array(is_deflated, np.bool_)
-        has_backslashes = any(index.has_backslashes for index in indexed.values())
-        return names, archives, has_backslashes
+        return names
+
+    def _take_rows(self, listing: Listing, identity: dict) -> None:
+        """Keep the images that metadata lists, in its order, with the labels it gives."""
+        rows = np.array(listing.rows, np.int64)
+        self._file, self._offset = self._file[rows], self._offset[rows]
+        self._num_bytes, self._is_deflated = self._num_bytes[rows], self._is_deflated[rows]
+        if listing.label_column is not None:
+            where = f"column {listing.label_column!r} of the metadata in {self._root}"
+            self._labels, self.class_names = number_labels(listing.labels, where)
+        identity |= {"label_column": listing.label_column, "num_rows": len(rows), "metadata": listing.identity}
 
     def _classes(self, files: FileList, names: list[str]) -> tuple[np.ndarray, list[str]]:
         folders = []
@@ -142,3 +170,26 @@ class ImageFolderSource(Source):
 
     def _all_labels(self) -> np.ndarray | None:
         return self._labels
+
+
+def _find_metadata(files: FileList, indexed: dict[int, ArchiveIndex]) -> list[MetadataFile]:
+    """The metadata files among the files of a split and in its archives; else those beside the splits."""
+    found = []
+    for place, name in enumerate(files.names):
+        full = posixpath.join("/", files.root, name)
+        if posixpath.basename(name) in METADATA_NAMES:
+            found.append(MetadataFile(full, Path(files.path(place)).read_bytes))
+        for member in indexed[place].metadata if place in indexed else []:
+            inner = posixpath.normpath(f"{full}/{member}".replace("\\", "/"))
+            found.append(MetadataFile(inner, partial(_read_member, files.path(place), member)))
+    others = [name for name in files.others if posixpath.basename(name) in METADATA_NAMES]
+    own = [name for name in others if is_inside(files, name)]
+    for name in own or ([] if found else others):
+        path = os.path.normpath(os.path.join(files.root, name))
+        found.append(MetadataFile(path, Path(path).read_bytes))
+    return found
+
+
+def _read_member(path: str, member: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(member)

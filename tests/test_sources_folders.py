@@ -1,8 +1,13 @@
-"""Image folders: zip archives, which files a split has, names with special characters."""
+"""Image folders: zip archives, which files a split has, names with special characters, labels from metadata."""
 
+import copy
+import json
+import pickle
 import stat
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from distillery.process import MissingFileError, UserError
@@ -170,7 +175,7 @@ def test_a_class_that_is_taken_for_a_split_is_named_with_the_way_out(tmp_path):
 def test_the_folder_of_a_split_keeps_its_identity_beside_other_splits(tmp_path):
     write(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1})
     before = open_folder(tmp_path, labels_required=True).identity
-    write(tmp_path, {"val2017/a/2.png": 2, "notes.txt": ""})
+    write(tmp_path, {"val2017/a/2.png": 2, "notes.txt": "", "train/metadata.csv": "file_name,text\na/0.png,x\n"})
     source = open_folder(tmp_path, label_column="label")
     assert source.identity == before == open_folder(tmp_path / "train", labels_required=True).identity
     assert open_folder(tmp_path).identity == {**before, "label_column": None}
@@ -205,3 +210,134 @@ def test_a_data_set_folder_that_load_dataset_takes_for_a_pattern_is_refused(tmp_
         UserError, match="takes .* for a pattern. Rename the folder, or write dataset_name: KIND and data"
     ):
         open_source(dataset_name=str(tmp_path / "x[set1]"))
+
+
+# labels from metadata
+
+
+def write_metadata(path, columns):
+    """columns: name -> values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in table.to_pylist()))
+    else:
+        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in table.to_pylist()]
+        path.write_text("\ufeff" + "\r\n".join([",".join(columns), *lines]) + "\r\n")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_metadata_gives_the_rows_their_order_and_their_labels(tmp_path, suffix):
+    write(tmp_path, {f"a/{index}.png": index for index in range(5)})
+    columns = {"file_name": ["a/3.png", "a\\0.png", "a/1.png", "a/3.png"], "species": ["owl", None, "ant", "owl"]}
+    write_metadata(tmp_path / f"metadata.{suffix}", {**columns, "label": [7, 5, None, 7]})
+    source = open_folder(tmp_path, labels_required=True)
+    assert rows(source) == [3, 0, 1, 3] and source.labels(0, 4).tolist() == [7, 5, -1, 7]
+    assert source.describe().endswith("split 'train', 2 images that no metadata file lists left out")
+    source = open_folder(tmp_path, label_column="species")
+    assert (source.labels(0, 4).tolist(), source.class_names) == ([1, -1, 0, 1], ["ant", "owl"])
+    for other in (pickle.loads(pickle.dumps(source)), copy.copy(source)):
+        assert rows(other) == [3, 0, 1, 3] and other.identity == source.identity
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_metadata_reads_as_load_dataset_reads_it(tmp_path, suffix):
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path / "data", {f"{split}/{k}.png": k for k, split in enumerate(("train", "train", "test"))})
+    write_metadata(tmp_path / f"data/train/metadata.{suffix}", {"file_name": ["1.png", "0.png"], "label": [4, 2]})
+    write_metadata(tmp_path / f"data/test/metadata.{suffix}", {"file_name": ["2.png"], "label": [9]})
+    for split in ("train", "test"):
+        source = open_folder(tmp_path / "data", label_column="label", split=split)
+        table = datasets.load_dataset(
+            "imagefolder", data_dir=str(tmp_path / "data"), split=split, cache_dir=str(tmp_path / "cache")
+        ).cast_column("image", datasets.Image(decode=False))
+        paths = [cell["path"] for cell in table["image"]]
+        expected = [int(path[-5]) for path in paths]
+        assert labelled(source) == list(zip(expected, table["label"], strict=True))
+
+
+def test_without_labels_metadata_changes_no_row_and_no_fingerprint(tmp_path):
+    write(tmp_path, {"a/0.png": 0, "a/1.png": 1})
+    before = open_folder(tmp_path).identity
+    write(tmp_path, {"metadata.csv": "file_name,label\na/1.png,5\n"})
+    source = open_folder(tmp_path)
+    assert source.identity == before and source.describe().endswith(", 1 other files left out")
+    identity = open_folder(tmp_path, label_column="label").identity
+    write(tmp_path, {"metadata.csv": "file_name,label\na/1.png,6\n"})
+    assert open_folder(tmp_path, label_column="label").identity != identity
+
+
+def test_metadata_without_labels_leaves_the_folders_to_be_classes_and_is_counted(tmp_path):
+    write(tmp_path, {"a/0.png": 0, "b/1.png": 1, "metadata.csv": "file_name,text\na/0.png,hello\n"})
+    for arguments in ({"labels_required": True}, {"label_column": "label"}):
+        source = open_folder(tmp_path, **arguments)
+        assert labelled(source) == [(0, "a"), (1, "b")]
+        assert source.describe().endswith(", 1 metadata files (without the columns file_name and label) left out")
+    with pytest.raises(UserError, match="no label_column 'texts'. The columns are: file_name, text. For the names of"):
+        open_folder(tmp_path, label_column="texts")
+
+
+def test_metadata_in_an_archive_is_read(tmp_path):
+    members = {"i/0.png": 0, "i\\1.png": 1, "metadata.csv": "file_name,label\ni/1.png,4\ni/0.png,2\n"}
+    write_zip(tmp_path / "a.zip", members)
+    source = open_folder(tmp_path, labels_required=True)
+    assert labelled(source) == [(1, 4), (0, 2)] and "left out" not in source.describe()
+
+
+def test_metadata_beside_the_splits_is_for_all_that_have_none_of_their_own(tmp_path):
+    text = "file_name,label\ntrain/0.png,3\nval2017/1.png,4\n"
+    write(tmp_path, {"train/0.png": 0, "val2017/1.png": 1, "metadata.csv": text})
+    assert labelled(open_folder(tmp_path, label_column="label")) == [(0, 3)]
+    source = open_folder(tmp_path, label_column="label", split="validation")
+    assert labelled(source) == [(1, 4)] and ", 1 listed files of another split or kind" in source.describe()
+    write(tmp_path, {"train/metadata.csv": "file_name,label\n0.png,8\n", "val2017/metadata.csv": text[:16] + "1.png,9"})
+    assert labelled(open_folder(tmp_path, label_column="label")) == [(0, 8)]
+    assert labelled(open_folder(tmp_path, label_column="label", split="validation")) == [(1, 9)]
+
+
+def test_of_several_image_columns_one_is_chosen(tmp_path):
+    text = "image_file_name,mask_file_name,label\n0.png,1.png,3\n"
+    write(tmp_path, {"0.png": 0, "1.png": 1, "metadata.csv": text})
+    assert labelled(open_folder(tmp_path, label_column="label")) == [(0, 3)]
+    assert labelled(open_folder(tmp_path, label_column="label", image_column="mask")) == [(1, 3)]
+    with pytest.raises(UserError, match="image_column is 'left'; an image folder has only 'image'"):
+        open_folder(tmp_path, image_column="left")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("file_name,label\n9.png,1\n", "metadata.csv lists '9.png', and there is no such image below"),
+        ("file_name,label\n../0.png,1\n", "file_name '../0.png' is no path below the folder of that file"),
+        ("file_name,label\n/0.png,1\n", "file_name '/0.png' is no path below"),
+        ("file_name;label\n0.png;1\n", "there is no column 'file_name'. The columns are: file_name;label"),
+        ("id,label\n0.png,1\n", "there is no column 'file_name'. The columns are: id, label"),
+        ("file_name,label\n", "metadata.csv lists no image of this split"),
+        ("file_name,label\n0.png,1,2\n", "metadata.csv cannot be read: .*Expected 2 columns, got 3"),
+        ("", "metadata.csv cannot be read: Empty CSV file"),
+        ("file_name,label\n0.png,0.5\n", "labels must be all integers or all texts; found float"),
+        ("file_name,label\n0.png,\n", "no row has a label in the column 'label'"),
+        ("file_name,label,label\n0.png,1,2\n", "the column 'label' is there twice"),
+    ],
+)
+def test_metadata_that_cannot_be_used_is_an_error(tmp_path, text, message):
+    write(tmp_path, {"0.png": 0, "metadata.csv": text})
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path, label_column="label")
+
+
+def test_metadata_files_that_do_not_agree_are_an_error(tmp_path):
+    write(tmp_path, {"a/0.png": 0, "a/metadata.csv": "file_name,label\n0.png,1\n", "b/1.png": 1})
+    write(tmp_path, {"b/metadata.csv": "file_name,cls\n1.png,1\n"})
+    with pytest.raises(
+        UserError, match="b/metadata.csv has the columns file_name, cls; .*a/metadata.csv has file_name, l"
+    ):
+        open_folder(tmp_path, label_column="label")
+    write(tmp_path, {"a/metadata.jsonl": "[1]"})
+    with pytest.raises(UserError, match="a has several metadata files"):
+        open_folder(tmp_path, label_column="label")
+    write(tmp_path / "c", {"0.png": 0, "metadata.jsonl": "[1]"})
+    with pytest.raises(UserError, match="metadata.jsonl cannot be read: line 1 is no object"):
+        open_folder(tmp_path / "c", label_column="label")
