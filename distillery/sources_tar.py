@@ -10,7 +10,24 @@ from distillery.sources_archives import ArchiveIndex, Link, Member, resolve_link
 
 _BLOCK_BYTES = 512
 _SCAN_BYTES = 1 << 20
+_GNU_MAGIC = b"ustar "
+_GNU_FOLDER = b"D"  # of an incremental archive: a folder with the list of its files
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header whose name is right in incremental archives too.
+
+    GNU tar keeps the time of the last access where POSIX has the first part of the name, and tarfile takes it for that.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_TarInfo":
+        info = super().frombuf(buf, encoding, errors)
+        prefix = buf[345:500].partition(b"\0")[0]
+        if prefix and buf[257:263] == _GNU_MAGIC and info.type not in tarfile.GNU_TYPES:
+            info.name = info.name.removeprefix(f"{prefix.decode(encoding, errors)}/")
+        return info
 
 
 def index_tar(path: str) -> ArchiveIndex:
@@ -24,7 +41,7 @@ def index_tar(path: str) -> ArchiveIndex:
     """
     entries: list[Member | Link] = []
     left_out: Counter[str] = Counter()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start, is_marked = 0, False
         while start < size:
@@ -75,7 +92,7 @@ def _read_plain_headers(fd: int, offset: int, size: int, entries: list[Member | 
             return offset
         if is_file:
             name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-            name = prefix + b"/" + name if prefix else name
+            name = prefix + b"/" + name if prefix and header[257:263] != _GNU_MAGIC else name
             entries.append(Member(name.decode("utf-8", "surrogateescape"), offset + _BLOCK_BYTES, num_bytes))
         offset = stop
 
@@ -91,13 +108,13 @@ def _read_any_headers(file: BinaryIO, offset: int, entries: list[Member | Link],
         return offset
     file.seek(offset)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 if info.isreg():
                     entries.append(Member(info.name, info.offset_data, info.size, is_sparse=info.issparse()))
                 elif info.islnk() or info.issym():
                     entries.append(Link(info.name, info.linkname, is_symbolic=info.issym()))
-                elif not info.isdir():
+                elif not info.isdir() and info.type != _GNU_FOLDER:
                     left_out["special files"] += 1
                 # tarfile keeps every header it has seen
                 archive.members = []

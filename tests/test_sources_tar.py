@@ -120,6 +120,20 @@ def test_a_compressed_tar_is_named_whatever_its_suffix(tmp_path, mode, name):
     assert source.describe().endswith(", 1 other files left out")
 
 
+def test_access_times_in_incremental_archives_of_gnu_tar_are_no_folders(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [special("d", b"D"), ("0.png", IMAGES[0]), ("0.cls", b"5")])
+    data = bytearray(path.read_bytes())
+    for start, time in ((0, b"15302273560"), (512, b"15302273561"), (512 * 3, b"15302273562")):
+        data[start + 257 : start + 265] = b"ustar  \0"
+        data[start + 345 : start + 356] = time
+        data[start + 148 : start + 156] = b" " * 8
+        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    for begin in (0, 512):
+        path.write_bytes(data[begin:])
+        source = open_tars(path, labels_required=True)
+        assert source.labels(0, 1).tolist() == [5] and "left out" not in source.describe()
+
+
 def sparse_members():
     """One image stored without its zeros, as GNU tar -S writes it: old GNU, and PAX versions 0.0, 0.1 and 1.0."""
     old = tarfile.TarInfo("0.png")
