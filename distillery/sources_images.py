@@ -3,6 +3,7 @@
 import os
 import posixpath
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -191,5 +192,12 @@ def _find_metadata(files: FileList, indexed: dict[int, ArchiveIndex]) -> list[Me
 
 
 def _read_member(path: str, member: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(member)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except (
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # RuntimeError: it is encrypted, or packed unusually
+        raise UserError(f"{path}: {member} cannot be read: {error}") from error

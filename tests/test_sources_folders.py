@@ -284,6 +284,11 @@ def test_metadata_in_an_archive_is_read(tmp_path):
     write_zip(tmp_path / "a.zip", members)
     source = open_folder(tmp_path, labels_required=True)
     assert labelled(source) == [(1, 4), (0, 2)] and "left out" not in source.describe()
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.rindex(b"PK\1\2") + 8] |= 1  # the flag of an encrypted member
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(UserError, match="a.zip: metadata.csv cannot be read: .*encrypted"):
+        open_folder(tmp_path, labels_required=True)
 
 
 def test_metadata_beside_the_splits_is_for_all_that_have_none_of_their_own(tmp_path):
