@@ -4,6 +4,7 @@ Every kind is read in place, in a fixed order, without decoding. To add one: a c
 and one line in SOURCES.
 """
 
+import os
 from pathlib import Path
 
 from distillery.files import expand_path
@@ -64,7 +65,7 @@ def open_source(
     from distillery.sources_hub import resolve_dataset
 
     found = resolve_dataset(
-        dataset_name if place is None else str(place),
+        dataset_name if place is None else os.path.abspath(place),
         kinds=tuple(SOURCES),
         dataset_config=dataset_config,
         dataset_revision=dataset_revision,
@@ -73,10 +74,13 @@ def open_source(
         split=split,
         download=download,
     )
-    return _open(found.kind, found.files, split, columns, features=found.features, origin=found.origin)
+    known = {"features": found.features, "origin": found.origin}
+    if found.beside is not None:
+        known["beside"] = found.beside
+    return _open(found.kind, found.files, split, columns, **known)
 
 
-def _open(kind: str, files: object, split: str, columns: dict, **known: dict | None) -> Source:
+def _open(kind: str, files: object, split: str, columns: dict, **known: object) -> Source:
     if not len(files):
         suffixes = ", ".join(SOURCES[kind].suffixes)
         raise MissingFileError(f"{files.root or 'The data set'} holds no files for {kind} ({suffixes}).")
@@ -102,6 +106,10 @@ def _local_folder(dataset_name: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
+            raise UserError(
+                f"dataset_name {dataset_name} is a file. Write dataset_name: {path.parent} and data_files: {path.name}"
+            )
         kind = next((name for name, source in SOURCES.items() if path.suffix.lower() in source.suffixes), "parquet")
         raise UserError(
             f"dataset_name {dataset_name} is a file. Write dataset_name: {kind} and data_files: {dataset_name}"

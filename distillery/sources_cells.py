@@ -204,6 +204,13 @@ def is_base64_image(text: str) -> bool:
     return bool(_BASE64_HEAD.fullmatch(head)) and bool(_MAGIC.match(_from_base64(head))) and "." not in text
 
 
+def is_relative_path(value: Value) -> bool:
+    """Whether a cell names a file relative to a folder."""
+    if not isinstance(value, str) or _DATA_URI.match(value) or _URL.match(value) or is_base64_image(value):
+        return False
+    return not os.path.isabs(value)
+
+
 def _from_base64(text: str) -> bytes:
     """The bytes a text stands for, in either alphabet, with line ends and padding or without; itself where in none."""
     packed = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
@@ -234,9 +241,9 @@ def _read_file(text: str, place: Place, where: str) -> bytes:
         path = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
     if place.folder is None and not os.path.isabs(path):
         raise MissingFileError(
-            f"{where}: the path {shorten(text)} is relative, and its image was not downloaded with the table. Download "
-            "the whole data set into a folder (hf download NAME --repo-type dataset --local-dir FOLDER) and write "
-            "dataset_name: FOLDER."
+            f"{where}: the path {shorten(text)} is relative, and the images are not in a folder beside the table. "
+            "Download the whole data set into one (hf download NAME --repo-type dataset --local-dir FOLDER) and write "
+            "dataset_name: FOLDER, or write absolute paths."
         )
     full = os.path.join(place.folder or "", path)
     try:

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from distillery.process import MissingFileError, UserError
 from distillery.sources_base import FileList, Source, map_files, scan_folder
-from distillery.sources_cells import Encoded, Place, evidence_of, images_of, shorten, values_of
+from distillery.sources_cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
 from distillery.sources_columns import (
     check_columns,
     feature_of,
@@ -43,6 +43,21 @@ class TableFacts:
     has_encrypted_columns: bool = False
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What was converted into arrow files, and where the paths in their cells begin.
+
+    Args:
+        folders: one for each file; None: the images are not on this machine.
+        shown: what messages call each file.
+        identity: of the files before the conversion; None where they are elsewhere.
+    """
+
+    folders: list[str | None]
+    shown: list[str]
+    identity: dict | None
+
+
 class TableSource(Source):
     """Rows of several files with one image column; an image is bytes, or the path of a file beside its table.
 
@@ -51,7 +66,7 @@ class TableSource(Source):
         image_column, label_column: None: found by their types; labels only if `labels_required`.
         features: what a data set's card says about the columns, in the form of datasets' Features.to_dict().
         origin: what else identifies the rows (hub name, revision).
-        folders: where relative paths begin, one for each file; None: in the file's own folder.
+        beside: of converted files; None: relative paths begin in the file's own folder.
     """
 
     kind: str
@@ -67,10 +82,11 @@ class TableSource(Source):
         labels_required: bool = False,
         features: dict | None = None,
         origin: dict | None = None,
-        folders: Sequence[str | None] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._paths = [files.path(index) for index in range(len(files))]
-        self._folders = list(map(os.path.dirname, self._paths)) if folders is None else list(folders)
+        self._folders = list(map(os.path.dirname, self._paths)) if beside is None else beside.folders
+        self._shown = self._paths if beside is None else beside.shown
         facts = map_files(self._inspect, self._paths)
         self._starts = np.concatenate([[0], np.cumsum([one.num_rows for one in facts])]).astype(np.int64)
         self._find_columns(facts, features, image_column, label_column, labels_required)
@@ -84,6 +100,8 @@ class TableSource(Source):
             "files": files.identity(with_ends=True),
             **(origin or {}),
         }
+        if beside is not None and beside.identity is not None and self._begins_with_a_relative_path():
+            identity["files"] = beside.identity
         super().__init__(identity, int(files.sizes.sum()))
 
     def _find_columns(
@@ -95,25 +113,31 @@ class TableSource(Source):
         labels_required: bool,
     ) -> None:
         features = features or features_of(facts[0].schema)
-        kinds, where = types_of(one.schema for one in facts), self._paths[0]
+        kinds, where = types_of(one.schema for one in facts), self._shown[0]
         self._image_column = find_image_column(kinds, features, image_column, where, self._look)
         self._label_column = find_label_column(kinds, features, label_column, labels_required, where)
         self._names = feature_of(features, self._label_column).get("names")
-        schemas = {path: one.schema for path, one in zip(self._paths, facts, strict=True)}
-        for path, one in zip(self._paths, facts, strict=True):
-            check_columns(schemas, path, self._image_column, self._label_column)
+        schemas = {shown: one.schema for shown, one in zip(self._shown, facts, strict=True)}
+        for path, shown, one in zip(self._paths, self._shown, facts, strict=True):
+            check_columns(schemas, shown, self._image_column, self._label_column)
             if one.has_encrypted_columns:
                 self._check_readable(path)
 
-    def _look(self, column: str) -> str | None:
-        """What the first cells of a column look like that are not missing."""
+    def _first_values(self, column: str) -> list[Value]:
+        """What the first cells of a column hold that are not missing."""
         for path in self._paths:
             with _reading(path):
                 for cells in self._column(path, column, _LOOK_ROWS):
-                    found = evidence_of([value for value in values_of(cells) if value][:_LOOK_VALUES])
-                    if found is not None:
-                        return found
-        return None
+                    values = [value for value in values_of(cells) if value]
+                    if values:
+                        return values[:_LOOK_VALUES]
+        return []
+
+    def _look(self, column: str) -> str | None:
+        return evidence_of(self._first_values(column))
+
+    def _begins_with_a_relative_path(self) -> bool:
+        return any(map(is_relative_path, self._first_values(self._image_column)))
 
     def _check_readable(self, path: str) -> None:
         for column in filter(None, (self._image_column, self._label_column)):
@@ -141,20 +165,20 @@ class TableSource(Source):
             first, end = int(self._starts[file]), min(stop, int(self._starts[file + 1]))
             with _reading(self._paths[file]):
                 for cells in self._cells(file, start - first, end - first):
-                    images += images_of(cells, Place(self._paths[file], start - first, self._folders[file]))
+                    images += images_of(cells, Place(self._shown[file], start - first, self._folders[file]))
                     start += len(cells)
         return images
 
     def _all_labels(self) -> np.ndarray | None:
         if self._label_column is None or self._labels is not None:
             return self._labels
-        parts = list(map(self._labels_of, self._paths))
-        self._labels, names = number_all_labels(parts, self._paths, self._label_column)
+        parts = list(map(self._labels_of, self._paths, self._shown))
+        self._labels, names = number_all_labels(parts, self._shown, self._label_column)
         self._names = self._names if names is None else names
         return self._labels
 
-    def _labels_of(self, path: str) -> list[int | str | None]:
-        where = f"column {self._label_column!r} of {path}"
+    def _labels_of(self, path: str, shown: str) -> list[int | str | None]:
+        where = f"column {self._label_column!r} of {shown}"
         with _reading(path):
             parts = [labels_in(cells, where) for cells in self._column(path, self._label_column, _LABELS_AT_ONCE)]
         return list(itertools.chain.from_iterable(parts))
