@@ -24,6 +24,8 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _BASE64_HEAD = re.compile(r"[A-Za-z0-9+/_-]{24}")
+# what is so long without a dot was meant as base64, not as a path
+_PACKED = re.compile(r"[A-Za-z0-9+/_=\s-]{100,}")
 _NO_PATH_ERRNOS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 _SHOWN_CHARACTERS = 80
 
@@ -253,14 +255,23 @@ def _read_file(text: str, place: Place, where: str) -> bytes:
             with open(full, "rb") as file:
                 return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
+        if _PACKED.fullmatch(text):
+            raise _no_path(text, where) from error
         raise MissingFileError(
             f"{where}: no bytes for an image but its path {shorten(text)}, and there is no file {shorten(full, 300)}."
         ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_PATH_ERRNOS:
             raise
-        raise UserError(f"{where}: the text {shorten(text)} is neither a path nor base64 of an image.") from error
+        raise _no_path(text, where) from error
     raise UserError(f"{where}: the path {shorten(text)} leads to a folder or device; images are files.")
+
+
+def _no_path(text: str, where: str) -> UserError:
+    return UserError(
+        f"{where}: the text {shorten(text)} is neither the path of a file nor base64 of an image. Write encoded images "
+        "(the bytes of a .png or .jpg file), base64 of these, or paths."
+    )
 
 
 def shorten(text: str, characters: int = _SHOWN_CHARACTERS) -> str:

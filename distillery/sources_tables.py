@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.process import MissingFileError, UserError
+from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources_base import FileList, Source, map_files, scan_folder
 from distillery.sources_cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
 from distillery.sources_columns import (
@@ -32,6 +32,10 @@ _LABELS_AT_ONCE = 1 << 16
 # rows read at a time, and their first values, that tell whether a column holds images
 _LOOK_ROWS, _LOOK_VALUES = 64, 8
 _REASON_CHARACTERS = 300
+
+
+class UnreadableError(RunError, OSError):
+    """The data of a file that could be opened cannot be read: damaged, or the disk's error."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +330,7 @@ def _reading(path: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{path} cannot be read: {_reason(error)}") from error
+        raise UnreadableError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

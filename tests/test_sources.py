@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from distillery import sources_archives, sources_tables
-from distillery.process import MissingFileError, UserError
+from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources import open_source
 from distillery.sources_base import expand_braces, scan_folder, split_of_name
 
@@ -516,8 +516,9 @@ def test_damage_inside_a_parquet_file_is_an_io_error_not_a_bad_image(tmp_path):
     data[start : start + 40] = bytes(40)
     source = open_source(dataset_name="parquet", data_files=str(path))
     path.write_bytes(data)
-    with pytest.raises(OSError, match="a.parquet"):
+    with pytest.raises(OSError, match="a.parquet") as caught:
         source.read(0, NUM_IMAGES)
+    assert isinstance(caught.value, RunError)  # one line for the user, whoever reads
 
 
 def test_folders_of_save_to_disk_are_read_in_their_own_order(tmp_path):

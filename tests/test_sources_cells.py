@@ -146,9 +146,13 @@ def test_addresses_are_refused_as_images_must_be_local(tmp_path, text):
         (".", r"row 0: the path '\.' leads to a folder or device"),
         ("/dev/zero", "row 0: the path '/dev/zero' leads to a folder or device"),
         ("t.parquet/x.jpg", "row 0: no bytes for an image but its path 't.parquet/x.jpg', and there is no file"),
-        ("x" * 5000, r"row 0: the text 'x{77}\.\.\.' is neither a path nor base64 of an image"),
-        ("a\0b", "is neither a path nor base64 of an image"),
-        ("d/" * 2000 + "x.jpg", "no file|neither a path"),
+        ("x" * 5000, r"row 0: the text 'x{77}\.\.\.' is neither the path of a file nor base64"),
+        (
+            base64.b64encode(bytes(range(200))).decode(),
+            r"row 0: the text 'AAEC.*\.\.\.' is neither the path of a file nor",
+        ),
+        ("a\0b", "is neither the path of a file nor base64 of an image"),
+        ("d/" * 2000 + "x.jpg", "no file|neither the path"),
     ],
 )
 def test_a_text_that_names_no_file_is_refused_in_one_short_line(tmp_path, text, message):
