@@ -3,6 +3,7 @@
 import base64
 import binascii
 import errno
+import itertools
 import os
 import re
 import stat
@@ -49,11 +50,13 @@ class Place:
 
     Args:
         table: the file they are read from.
+        column: their name.
         row: of that file, the first of the cells.
         folder: relative paths begin there; None: the images they name are not on this machine.
     """
 
     table: str
+    column: str
     row: int
     folder: str | None
 
@@ -101,6 +104,8 @@ def values_of(cells: object) -> list[Value]:
     Args:
         cells: bytes, text, a struct of `bytes` and `path` (the bytes come first), all null, or a list, a dictionary or
             an extension of these.
+    Raises:
+        OSError: lists whose lengths contradict their items.
     """
     import pyarrow as pa
 
@@ -127,10 +132,13 @@ def values_of(cells: object) -> list[Value]:
 def _values_of_lists(cells: object) -> list[Value]:
     import pyarrow.compute as pc
 
-    items = iter(values_of(cells.flatten()))
+    items, lengths = values_of(cells.flatten()), pc.list_value_length(cells).to_pylist()
+    ends = list(itertools.accumulate(length or 0 for length in lengths))
+    if ends[-1:] != [len(items)] and (ends or items):
+        raise OSError(f"lists of {ends[-1:]} items hold {len(items)}: damaged")
     values: list[Value] = []
-    for length in pc.list_value_length(cells).to_pylist():
-        held = [next(items) for _ in range(length or 0)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        held = items[start:end]
         values.append(held[0] if len(held) == 1 else Several(len(held), held[0]) if held else None)
     return values
 
@@ -178,7 +186,7 @@ def _image_of(value: str | Several, place: Place, row: int) -> Encoded:
     if isinstance(value, Several):
         raise UserError(
             f"{where}: a list of {value.count} images in one cell; one is expected. Give each image a row of its own: "
-            "explode the list (pandas: frame.explode('COLUMN'), polars: frame.explode('COLUMN'))."
+            f"explode the list (pandas and polars: frame.explode({place.column!r}))."
         )
     if not value.strip():
         return b""

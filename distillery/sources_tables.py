@@ -169,7 +169,9 @@ class TableSource(Source):
             first, end = int(self._starts[file]), min(stop, int(self._starts[file + 1]))
             with _reading(self._paths[file]):
                 for cells in self._cells(file, start - first, end - first):
-                    images += images_of(cells, Place(self._shown[file], start - first, self._folders[file]))
+                    images += images_of(
+                        cells, Place(self._shown[file], self._image_column, start - first, self._folders[file])
+                    )
                     start += len(cells)
         return images
 
@@ -220,8 +222,9 @@ class ParquetSource(TableSource):
             with pq.ParquetFile(path) as file:
                 # behind the footer of a file with encrypted columns follows a signature
                 is_signed = file.metadata.serialized_size != struct.unpack("<I", tail[:4])[0]
+                _check_names(file.schema_arrow)
                 return TableFacts(file.metadata.num_rows, file.schema_arrow, is_signed)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
             raise UserError(f"{path}: not a parquet file, or damaged ({_reason(error)}).") from error
@@ -310,14 +313,21 @@ def _map_table(path: str) -> object:
     try:
         source = pa.memory_map(path)
         try:
-            return pa.ipc.open_file(source).read_all()
+            table = pa.ipc.open_file(source).read_all()
         except (pa.ArrowException, OSError):
             source.seek(0)
-        return pa.ipc.open_stream(source).read_all()
-    except (pa.ArrowException, OSError) as error:  # an OSError where it ends too early
+            table = pa.ipc.open_stream(source).read_all()
+        _check_names(table.schema)
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where it ends too early
         if getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"{path}: not an arrow file, or damaged ({_reason(error)}).") from error
+
+
+def _check_names(schema: object) -> None:
+    """Raise the UnicodeDecodeError of column names that are no text here, where the file is at hand."""
+    _ = schema.names
 
 
 @contextlib.contextmanager
@@ -329,7 +339,7 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"{path} cannot be read: {_reason(error)}") from error
 
 

@@ -211,3 +211,16 @@ def test_a_parquet_file_cut_anywhere_is_named(tmp_path):
         (tmp_path / "b.parquet").write_bytes(data[:end])
         with pytest.raises(UserError, match=r"b\.parquet: not a parquet file, or damaged"):
             open_source(dataset_name="parquet", data_files=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_column_names_that_are_no_text_are_damage(tmp_path, kind):
+    path, table = tmp_path / f"a.{kind}", pa.table({"image": CELLS, "zqzqzq": [1, 2, 3, 4]})
+    if kind == "parquet":
+        pq.write_table(table, path, store_schema=False)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"zqzqzq", b"zq\xff\xffzq"))
+    with pytest.raises(UserError, match=rf"a\.{kind}: not an? {kind} file, or damaged"):
+        open_source(dataset_name=kind, data_files=str(path))
