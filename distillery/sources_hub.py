@@ -21,7 +21,7 @@ import numpy as np
 
 from distillery.files import canonical_json, sha256_of, write_atomic
 from distillery.process import RunError, UserError
-from distillery.sources_base import DataFiles, FileList, check_split
+from distillery.sources_base import DataFiles, FileList, check_split, suffix_of
 from distillery.sources_converted import causes_of, convert, name_in_repository
 from distillery.sources_hub_facts import NotDownloadedError, facts_of
 from distillery.sources_tables import Beside
@@ -35,6 +35,7 @@ _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
 _NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl", "socket"}
 # files that load_dataset converts, by these names
 _FORMATS = ("csv", "json")
+_TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
 _FINAL_ERRORS = {"OfflineModeIsEnabled", "DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 
@@ -114,13 +115,16 @@ def resolve_dataset(
     if kind == "cache" and known is not None:
         return known
     features = builder.info.features.to_dict() if builder.info.features is not None else None
-    if not download and not is_local:
-        listed = builder.config.data_files or {}
+    listed = builder.config.data_files or {}
+    is_here = is_local or bool(listed) and not any("://" in str(url) for urls in listed.values() for url in urls)
+    if not download and not is_here:
         check_split(split, listed or [split], dataset_name)
         urls = [str(url) for url in listed.get(split, [])]
         raise NotDownloadedError(facts_of(builder, dataset_name, kind, split, urls))
     if kind not in kinds:
         return _converted(builder, dataset_name, dataset_config, split, is_local=is_local)
+    if is_local and kind == "imagefolder" and data_files is None:
+        _note_tables(dataset_name)
     check_split(split, builder.config.data_files, dataset_name)
     urls = [str(url) for url in builder.config.data_files[split]]
     files = _download(builder, urls, dataset_name)
@@ -129,6 +133,18 @@ def resolve_dataset(
     if note is not None:
         _write_note(note, resolution)
     return resolution
+
+
+def _note_tables(folder: str) -> None:
+    """Name the tables beside images that load_dataset does not look at: labels may be meant to come from one."""
+    names = [name for name in sorted(os.listdir(folder)) if suffix_of(name) in _TABLE_SUFFIXES]
+    names = [name for name in names if not name.startswith("metadata.")]
+    if names:
+        print(
+            f"note: {folder} is read as an image folder, without {', '.join(names[:3])}{', ...' * (len(names) > 3)}; "
+            f"to read the table, write data_files: {names[0]}",
+            file=sys.stderr,
+        )
 
 
 def _unreachable(dataset_name: str, error: Exception) -> Exception:

@@ -759,6 +759,9 @@ def test_webdataset_labels_from_cls_texts_or_json_entries(tmp_path):
     )
     source = open_source(dataset_name="webdataset", data_files=str(texts), labels_required=True)
     assert (source.labels(0, 2).tolist(), source.class_names) == ([1, 0], ["a", "b"])
+    large = write_tar(tmp_path / "d.tar", [("0.jpg", IMAGES[0]), ("0.cls", str(2**63).encode())])
+    with pytest.raises(UserError, match="labels of .*d.tar: a label does not fit into 64 bits"):
+        open_source(dataset_name="webdataset", data_files=str(large), labels_required=True).labels(0, 1)
     bare = write_tar(tmp_path / "c.tar", [("0.jpg", IMAGES[0])])
     with pytest.raises(UserError, match=r"no sample has labels \(.cls or .json\)"):
         open_source(dataset_name="webdataset", data_files=str(bare), labels_required=True)

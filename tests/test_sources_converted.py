@@ -165,3 +165,18 @@ def test_names_of_formats_and_files_are_answered_with_what_to_type(tmp_path):
         open_source(dataset_name="csv", data_files=str(tmp_path / "none.csv"))
     with pytest.raises(MissingFileError, match="there is no such folder"):
         open_source(dataset_name=str(tmp_path / "none.csv"))
+
+
+def test_a_csv_that_is_here_is_read_also_where_nothing_may_be_downloaded(tmp_path):
+    path = put_csv(tmp_path / "x/train.csv", put_images(tmp_path / "x", range(2)))
+    assert read_all(dataset_name="csv", data_files=str(path), download=False) == IMAGES[:2]
+
+
+def test_a_table_that_an_image_folder_leaves_unread_is_named(tmp_path, capsys):
+    put_csv(tmp_path / "x/data.csv", put_images(tmp_path / "x", range(3))[::-1])
+    assert read_all(dataset_name=str(tmp_path / "x")) == IMAGES[:3]
+    assert "x is read as an image folder, without data.csv; to read the table, write data_files: data.csv" in (
+        capsys.readouterr().err
+    )
+    assert read_all(dataset_name=str(tmp_path / "x"), data_files="data.csv") == IMAGES[2::-1]
+    assert "image folder" not in capsys.readouterr().err
