@@ -51,13 +51,11 @@ class Place:
     Args:
         table: the file they are read from.
         column: their name.
-        row: of that file, the first of the cells.
         folder: relative paths begin there; None: the images they name are not on this machine.
     """
 
     table: str
     column: str
-    row: int
     folder: str | None
 
 
@@ -133,11 +131,11 @@ def _values_of_lists(cells: object) -> list[Value]:
     import pyarrow.compute as pc
 
     items, lengths = values_of(cells.flatten()), pc.list_value_length(cells).to_pylist()
-    ends = list(itertools.accumulate(length or 0 for length in lengths))
-    if ends[-1:] != [len(items)] and (ends or items):
-        raise OSError(f"lists of {ends[-1:]} items hold {len(items)}: damaged")
+    edges = [0, *itertools.accumulate(length or 0 for length in lengths)]
+    if edges[-1] != len(items):
+        raise OSError(f"lists of {edges[-1]} items hold {len(items)}: damaged")
     values: list[Value] = []
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in itertools.pairwise(edges):
         held = items[start:end]
         values.append(held[0] if len(held) == 1 else Several(len(held), held[0]) if held else None)
     return values
@@ -168,16 +166,20 @@ def _views(cells: object) -> list[Encoded | None]:
     return views
 
 
-def images_of(cells: object, place: Place) -> list[Encoded]:
+def images_of(cells: object, place: Place, first_row: int) -> list[Encoded]:
     """The encoded images of a pyarrow array of cells, b"" where there is none.
 
+    Args:
+        cells: as values_of takes them.
+        place: where they are.
+        first_row: the number of the first of them in its file.
     Raises:
         UserError: a cell holds several images, or names one that is no local file.
         OSError: a file that a cell names cannot be read.
     """
     return [
         b"" if value is None else value if isinstance(value, Encoded) else _image_of(value, place, row)
-        for row, value in enumerate(values_of(cells), place.row)
+        for row, value in enumerate(values_of(cells), first_row)
     ]
 
 

@@ -189,11 +189,16 @@ def labels_in(cells: object, where: str) -> list[int | str | None]:
     Raises:
         UserError: a label is no whole number, too large for int64, or no UTF-8.
     """
+    import pyarrow as pa
+
     try:
         values = cells.to_pylist()
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: a label is not UTF-8 text ({error.reason}).") from error
-    return [value if value is None or isinstance(value, str) else _integer(value, where) for value in values]
+    kind = plain_type(cells.type)
+    if is_text(kind) or pa.types.is_signed_integer(kind):
+        return values
+    return [None if value is None else _integer(value, where) for value in values]
 
 
 def _integer(value: object, where: str) -> int | None:

@@ -167,12 +167,13 @@ class TableSource(Source):
         while start < stop:
             file = int(np.searchsorted(self._starts, start, side="right")) - 1
             first, end = int(self._starts[file]), min(stop, int(self._starts[file + 1]))
+            place = Place(self._shown[file], self._image_column, self._folders[file])
+            row = start - first
             with _reading(self._paths[file]):
-                for cells in self._cells(file, start - first, end - first):
-                    images += images_of(
-                        cells, Place(self._shown[file], self._image_column, start - first, self._folders[file])
-                    )
-                    start += len(cells)
+                for cells in self._cells(file, row, end - first):
+                    images += images_of(cells, place, row)
+                    row += len(cells)
+            start = end
         return images
 
     def _all_labels(self) -> np.ndarray | None:

@@ -521,6 +521,13 @@ def test_damage_inside_a_parquet_file_is_an_io_error_not_a_bad_image(tmp_path):
     assert isinstance(caught.value, RunError)  # one line for the user, whoever reads
 
 
+def test_an_arrow_file_that_shrank_gives_fewer_images_and_no_endless_loop(tmp_path):
+    write_arrow(tmp_path / "a.arrow", pa.ipc.new_file, 0, 9)
+    source = open_source(dataset_name="arrow", data_files=str(tmp_path / "a.arrow"))
+    write_arrow(tmp_path / "a.arrow", pa.ipc.new_file, 0, 5)
+    assert source.read(0, 9) == IMAGES[:5]
+
+
 def test_folders_of_save_to_disk_are_read_in_their_own_order(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
