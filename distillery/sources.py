@@ -74,6 +74,13 @@ def open_source(
         split=split,
         download=download,
     )
+    source = _open_resolved(found, split, columns)
+    if found.by_folder is not None and source.begins_with_a_relative_path():
+        source = _open_resolved(found.by_folder(), split, columns)
+    return source
+
+
+def _open_resolved(found: object, split: str, columns: dict) -> Source:
     known = {"features": found.features, "origin": found.origin}
     if found.beside is not None:
         known["beside"] = found.beside

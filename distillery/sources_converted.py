@@ -14,7 +14,7 @@ from distillery.process import RunError, UserError
 from distillery.sources_base import FileList, check_split
 from distillery.sources_tables import Beside
 
-# one conversion has a part for each folder; beyond, relative paths are refused
+# a conversion by folder has so many parts at most; beyond, relative paths are refused
 _MOST_FOLDERS = 1000
 
 
@@ -26,20 +26,25 @@ class Converted:
         files: the arrow files.
         features: what load_dataset says about the columns.
         beside: where the paths in them begin; its identity is that of the files before the conversion.
+        has_folders: whether a conversion by_folder would say where relative paths begin, as this one does not.
     """
 
     files: FileList
     features: dict
     beside: Beside
+    has_folders: bool
 
 
 def convert(
-    builder: object, dataset_name: str, dataset_config: str | None, split: str, prepare: Callable[[Callable], None]
+    builder: object,
+    dataset_name: str,
+    dataset_config: str | None,
+    split: str,
+    prepare: Callable[[Callable], None],
+    *,
+    by_folder: bool = False,
 ) -> Converted:
     """Let load_dataset convert one split.
-
-    Paths in a csv or json file are meant to begin in the file's own folder, which its rows no longer tell once they are
-    converted: files of several folders are converted as one part for each.
 
     Args:
         builder: of datasets, for the whole data set.
@@ -47,6 +52,8 @@ def convert(
         dataset_config: the same.
         split: the one that is wanted.
         prepare: calls a function, again while a network fails.
+        by_folder: as one part for each folder of files, so that every row's folder is known: paths in a csv or json
+            file are meant to begin there. Else it is known where all files lie in one.
     Raises:
         UserError: there is no such split, it has no rows, or it cannot be converted.
         RunError: the network or the disk failed.
@@ -54,11 +61,12 @@ def convert(
     check_split(split, builder.config.data_files or [split], dataset_name)
     urls = [str(url) for url in (builder.config.data_files or {}).get(split, [])]
     parts = _parts_by_folder(urls)
-    if 1 < len(parts) <= _MOST_FOLDERS:
+    num_folders = len(parts)
+    if by_folder:
         by_part = {f"part{number:05d}": files for number, (_, files) in enumerate(parts)}
         tables = _tables(_builder_of(dataset_name, dataset_config, by_part), dataset_name, list(by_part), prepare)
     else:
-        parts = parts if len(parts) == 1 else [(None, urls)]
+        parts = parts if num_folders == 1 else [(None, urls)]
         tables = _tables(builder, dataset_name, [split], prepare)
     paths, folders, shown = [], [], []
     for table, (folder, part) in zip(tables, parts, strict=True):
@@ -73,7 +81,8 @@ def convert(
     sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
     files = FileList("", [os.path.basename(path) for path in paths], sizes, paths)
     features = next(table.features for table in tables if table is not None).to_dict()
-    return Converted(files, features, Beside(folders, shown, _identity(urls, builder.base_path)))
+    beside = Beside(folders, shown, _identity(urls, builder.base_path))
+    return Converted(files, features, beside, not by_folder and 1 < num_folders <= _MOST_FOLDERS)
 
 
 def _parts_by_folder(urls: list[str]) -> list[tuple[str | None, list[str]]]:

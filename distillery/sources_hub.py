@@ -48,6 +48,7 @@ class Resolution:
         features: what the data set's card says about its columns.
         origin: what identifies the rows beside the files' names and edges.
         beside: where the paths in `files` begin, where that is not the files' own folder.
+        by_folder: resolves once more, so that `beside` knows the folders of relative paths; None: it does, or none can.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Resolution:
     features: dict | None
     origin: dict
     beside: Beside | None = None
+    by_folder: "Callable[[], Resolution] | None" = None
 
 
 def resolve_dataset(
@@ -187,12 +189,23 @@ def _revision_of(urls: list[str]) -> str | None:
 
 
 def _converted(
-    builder: object, dataset_name: str, dataset_config: str | None, split: str, *, is_local: bool
+    builder: object,
+    dataset_name: str,
+    dataset_config: str | None,
+    split: str,
+    *,
+    is_local: bool,
+    by_folder: bool = False,
 ) -> Resolution:
     """Let load_dataset convert what is not read in place, and take the arrow files of its cache."""
-    found = convert(
-        builder, dataset_name, dataset_config, split, lambda call: with_retries(call, f"preparing {dataset_name}")
-    )
+
+    def prepare(call: Callable[[], None]) -> None:
+        with_retries(call, f"preparing {dataset_name}")
+
+    def resolve_by_folder() -> Resolution:
+        return _converted(builder, dataset_name, dataset_config, split, is_local=is_local, by_folder=True)
+
+    found = convert(builder, dataset_name, dataset_config, split, prepare, by_folder=by_folder)
     origin: dict = {"kind": "load_dataset"}
     if is_local:
         origin["files"] = found.beside.identity
@@ -200,7 +213,8 @@ def _converted(
         # arrow files differ with the version of the library that writes them: the commit says what is in them
         origin |= {"dataset_name": dataset_name, "dataset_config": builder.config.name, "revision": builder.hash}
         origin["files"] = {"count": len(found.files)}
-    return Resolution("arrow", found.files, found.features, origin, found.beside)
+    again = resolve_by_folder if found.has_folders else None
+    return Resolution("arrow", found.files, found.features, origin, found.beside, again)
 
 
 def _note_path(request: list) -> Path:

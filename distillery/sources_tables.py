@@ -104,7 +104,7 @@ class TableSource(Source):
             "files": files.identity(with_ends=True),
             **(origin or {}),
         }
-        if beside is not None and beside.identity is not None and self._begins_with_a_relative_path():
+        if beside is not None and beside.identity is not None and self.begins_with_a_relative_path():
             identity["files"] = beside.identity
         super().__init__(identity, int(files.sizes.sum()))
 
@@ -140,7 +140,8 @@ class TableSource(Source):
     def _look(self, column: str) -> str | None:
         return evidence_of(self._first_values(column))
 
-    def _begins_with_a_relative_path(self) -> bool:
+    def begins_with_a_relative_path(self) -> bool:
+        """Whether the first images are files named relative to a folder."""
         return any(map(is_relative_path, self._first_values(self._image_column)))
 
     def _check_readable(self, path: str) -> None:

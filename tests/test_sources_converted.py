@@ -110,8 +110,9 @@ def test_the_identity_follows_the_contents_of_the_files_and_not_their_place(tmp_
 
 def test_the_identity_of_a_csv_of_absolute_paths_is_what_it_was(tmp_path):
     put_images(tmp_path, [0])
-    path = put_csv(tmp_path / "x/train.csv", [(tmp_path / "imgs/0.jpg", 0)])
-    identity = open_source(dataset_name="csv", data_files=str(path), image_column="image").identity
+    for folder in "ab":
+        put_csv(tmp_path / folder / "train.csv", [(tmp_path / "imgs/0.jpg", 0)])
+    identity = open_source(dataset_name="csv", data_files=str(tmp_path / "*/*.csv"), image_column="image").identity
     assert identity["files"] == {"count": 1} and identity["dataset_name"] == "csv"
 
 
