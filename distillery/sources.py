@@ -72,7 +72,7 @@ def open_source(
     from distillery.sources_hub import resolve_dataset
 
     found = resolve_dataset(
-        dataset_name if place is None else str(place),
+        dataset_name if place is None else os.path.abspath(place),
         kinds=tuple(SOURCES),
         dataset_config=dataset_config,
         dataset_revision=dataset_revision,
@@ -81,10 +81,20 @@ def open_source(
         split=split,
         download=download,
     )
-    return _open(found.kind, found.files, split, columns, features=found.features, origin=found.origin)
+    source = _open_resolved(found, split, columns)
+    if found.by_folder is not None and source.begins_with_a_relative_path():
+        source = _open_resolved(found.by_folder(), split, columns)
+    return source
 
 
-def _open(kind: str, files: object, split: str, columns: dict, **known: dict | None) -> Source:
+def _open_resolved(found: object, split: str, columns: dict) -> Source:
+    known = {"features": found.features, "origin": found.origin}
+    if found.beside is not None:
+        known["beside"] = found.beside
+    return _open(found.kind, found.files, split, columns, **known)
+
+
+def _open(kind: str, files: object, split: str, columns: dict, **known: object) -> Source:
     if not len(files):
         suffixes = ", ".join(SOURCES[kind].suffixes)
         others = f"; it holds {len(files.others):,} others, first {files.others[0]}" if files.others else ""
@@ -111,6 +121,10 @@ def _local_folder(dataset_name: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
+            raise UserError(
+                f"dataset_name {dataset_name} is a file. Write dataset_name: {path.parent} and data_files: {path.name}"
+            )
         kind = next((name for name, source in SOURCES.items() if path.suffix.lower() in source.suffixes), "parquet")
         raise UserError(
             f"dataset_name {dataset_name} is a file. Write dataset_name: {kind} and data_files: {dataset_name}"

@@ -259,7 +259,7 @@ def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.nd
     """Labels as int64, -1 for None; texts become the positions of their sorted names, which are returned too.
 
     Raises:
-        UserError: neither all integers nor all texts.
+        UserError: neither all integers nor all texts, or an integer that int64 does not hold.
     """
     given = [value for value in values if value is not None]
     if all(isinstance(value, str) for value in given):
@@ -267,6 +267,8 @@ def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.nd
         position = {name: number for number, name in enumerate(names)}
         return np.array([position.get(value, -1) for value in values], np.int64), names
     if all(isinstance(value, int) for value in given):
+        if given and not -(2**63) <= min(given) <= max(given) < 2**63:
+            raise UserError(f"{where}: a label does not fit into 64 bits; number the classes from 0.")
         return np.array([-1 if value is None else value for value in values], np.int64), None
     kinds = ", ".join(sorted({type(value).__name__ for value in given}))
     raise UserError(f"{where}: labels must be all integers or all texts; found {kinds}.")

@@ -4,6 +4,7 @@ Parquet, arrow, image folder and webdataset repositories are downloaded into HF_
 load_dataset must convert (json, csv, hdf5, ...) is read from the arrow files it makes in its cache.
 """
 
+import glob
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +21,10 @@ import numpy as np
 
 from distillery.files import canonical_json, sha256_of, write_atomic
 from distillery.process import RunError, UserError
-from distillery.sources_base import DataFiles, FileList, check_split
+from distillery.sources_base import DataFiles, FileList, check_split, suffix_of
+from distillery.sources_converted import causes_of, convert, name_in_repository
 from distillery.sources_hub_facts import NotDownloadedError, facts_of
+from distillery.sources_tables import Beside
 
 T = TypeVar("T")
 _RETRIES = 6
@@ -30,6 +33,9 @@ _LOOKUP_PATIENCE_S = 30
 _LONGEST_WAIT_S = 120
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
 _NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl", "socket"}
+# files that load_dataset converts, by these names
+_FORMATS = ("csv", "json")
+_TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
 _FINAL_ERRORS = {"OfflineModeIsEnabled", "DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 
@@ -41,12 +47,16 @@ class Resolution:
         kind: the source that reads `files`.
         features: what the data set's card says about its columns.
         origin: what identifies the rows beside the files' names and edges.
+        beside: where the paths in `files` begin, where that is not the files' own folder.
+        by_folder: resolves once more, so that `beside` knows the folders of relative paths; None: it does, or none can.
     """
 
     kind: str
     files: FileList
     features: dict | None
     origin: dict
+    beside: Beside | None = None
+    by_folder: "Callable[[], Resolution] | None" = None
 
 
 def resolve_dataset(
@@ -80,6 +90,8 @@ def resolve_dataset(
     """
     import datasets
 
+    if dataset_name in _FORMATS and data_files is None and data_dir is None:
+        raise UserError(f"dataset_name: {dataset_name} needs data_files (paths or patterns) or data_dir (a folder).")
     is_local = Path(dataset_name).exists()
     request = [dataset_name, dataset_config, dataset_revision, data_files, data_dir, split]
     note = None if is_local else _note_path(request)
@@ -105,13 +117,16 @@ def resolve_dataset(
     if kind == "cache" and known is not None:
         return known
     features = builder.info.features.to_dict() if builder.info.features is not None else None
-    if not download and not is_local:
-        listed = builder.config.data_files or {}
+    listed = builder.config.data_files or {}
+    is_here = is_local or bool(listed) and not any("://" in str(url) for urls in listed.values() for url in urls)
+    if not download and not is_here:
         check_split(split, listed or [split], dataset_name)
         urls = [str(url) for url in listed.get(split, [])]
         raise NotDownloadedError(facts_of(builder, dataset_name, kind, split, urls))
     if kind not in kinds:
-        return _converted(builder, dataset_name, split, is_local)
+        return _converted(builder, dataset_name, dataset_config, split, is_local=is_local)
+    if is_local and kind == "imagefolder" and data_files is None:
+        _note_tables(dataset_name)
     check_split(split, builder.config.data_files, dataset_name)
     urls = [str(url) for url in builder.config.data_files[split]]
     files = _download(builder, urls, dataset_name)
@@ -122,12 +137,29 @@ def resolve_dataset(
     return resolution
 
 
+def _note_tables(folder: str) -> None:
+    """Name the tables beside images that load_dataset does not look at: labels may be meant to come from one."""
+    names = [name for name in sorted(os.listdir(folder)) if suffix_of(name) in _TABLE_SUFFIXES]
+    names = [name for name in names if not name.startswith("metadata.")]
+    if names:
+        print(
+            f"note: {folder} is read as an image folder, without {', '.join(names[:3])}{', ...' * (len(names) > 3)}; "
+            f"to read the table, write data_files: {names[0]}",
+            file=sys.stderr,
+        )
+
+
 def _unreachable(dataset_name: str, error: Exception) -> Exception:
     text = " ".join(str(error).split())[:400]
     if isinstance(error, ValueError) and "config" in text.lower():
         return UserError(f"dataset_config of {dataset_name}: {text}")
-    if Path(dataset_name).exists():
-        return UserError(f"{dataset_name} cannot be loaded: {text}")
+    if Path(dataset_name).exists() or dataset_name in _FORMATS:
+        hint = (
+            " load_dataset takes [, * and ? in a folder's name for a pattern: rename it."
+            if glob.has_magic(dataset_name)
+            else ""
+        )
+        return UserError(f"{dataset_name} cannot be loaded: {text}.{hint}")
     return UserError(
         f"dataset_name {dataset_name!r} is neither a local path nor to be had from the Hugging Face hub "
         f"({type(error).__name__}: {text}). For a node without internet: run stage 1 with --download_only where there "
@@ -146,17 +178,8 @@ def _download(builder: object, urls: list[str], dataset_name: str) -> FileList:
         raise RunError(f"Downloading {dataset_name} failed: {reason} What has arrived is kept: try again.") from error
     paths = [os.path.abspath(path) for path in paths]
     sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
-    names = [_name_in_repository(url, builder.base_path) for url in urls]
+    names = [name_in_repository(url, builder.base_path) for url in urls]
     return FileList("", names, sizes, paths)
-
-
-def _name_in_repository(url: str, base_path: str | None) -> str:
-    """hf://datasets/me/x@<sha>/data/a.parquet -> data/a.parquet; for local files, the path below the folder."""
-    if url.startswith("hf://"):
-        return re.sub(r"^hf://[^@]*@[^/]+/", "", url)
-    if "://" in url or not base_path or not os.path.isabs(url):
-        return url
-    return Path(os.path.relpath(url, base_path)).as_posix()
 
 
 def _revision_of(urls: list[str]) -> str | None:
@@ -165,28 +188,33 @@ def _revision_of(urls: list[str]) -> str | None:
     return commits.pop() if len(commits) == 1 else None
 
 
-def _converted(builder: object, dataset_name: str, split: str, is_local: bool) -> Resolution:
+def _converted(
+    builder: object,
+    dataset_name: str,
+    dataset_config: str | None,
+    split: str,
+    *,
+    is_local: bool,
+    by_folder: bool = False,
+) -> Resolution:
     """Let load_dataset convert what is not read in place, and take the arrow files of its cache."""
-    try:
-        with_retries(builder.download_and_prepare, f"preparing {dataset_name}")
-    except Exception as error:
-        raise RunError(f"load_dataset could not prepare {dataset_name}: {error}") from error
-    check_split(split, builder.info.splits, dataset_name)
-    table = builder.as_dataset(split=split)
-    paths = [entry["filename"] for entry in table.cache_files]
-    sizes = np.array([os.stat(path).st_size for path in paths], np.int64)
-    files = FileList("", [os.path.basename(path) for path in paths], sizes, paths)
+
+    def prepare(call: Callable[[], None]) -> None:
+        with_retries(call, f"preparing {dataset_name}")
+
+    def resolve_by_folder() -> Resolution:
+        return _converted(builder, dataset_name, dataset_config, split, is_local=is_local, by_folder=True)
+
+    found = convert(builder, dataset_name, dataset_config, split, prepare, by_folder=by_folder)
     origin: dict = {"kind": "load_dataset"}
     if is_local:
-        urls = [str(url) for url in (builder.config.data_files or {}).get(split, [])]
-        names = [_name_in_repository(url, builder.base_path) for url in urls]
-        sources = FileList("", names, np.array([os.stat(url).st_size for url in urls], np.int64), urls)
-        origin["files"] = sources.identity(with_ends=True)
+        origin["files"] = found.beside.identity
     else:
         # arrow files differ with the version of the library that writes them: the commit says what is in them
         origin |= {"dataset_name": dataset_name, "dataset_config": builder.config.name, "revision": builder.hash}
-        origin["files"] = {"count": len(files)}
-    return Resolution("arrow", files, table.features.to_dict(), origin)
+        origin["files"] = {"count": len(found.files)}
+    again = resolve_by_folder if found.has_folders else None
+    return Resolution("arrow", found.files, found.features, origin, found.beside, again)
 
 
 def _note_path(request: list) -> Path:
@@ -272,22 +300,14 @@ def with_retries(
     raise AssertionError("unreachable: the last try returns or raises")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _is_final(error: Exception) -> bool:
     """Whether the hub has answered, or was not to be asked: there is nothing to wait for."""
-    names = {type(cause).__name__ for cause in _causes(error)}
+    names = {type(cause).__name__ for cause in causes_of(error)}
     return not names.isdisjoint(_FINAL_ERRORS - {"OfflineModeIsEnabled"})
 
 
 def _is_transient(error: Exception) -> bool:
-    for cause in _causes(error):
+    for cause in causes_of(error):
         if type(cause).__name__ in _FINAL_ERRORS:
             return False
         status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -306,7 +326,7 @@ def _is_transient(error: Exception) -> bool:
 
 def _retry_after_s(error: Exception) -> float:
     """Seconds the server asked to wait, within reason; 0 where it did not."""
-    for cause in _causes(error):
+    for cause in causes_of(error):
         headers = getattr(getattr(cause, "response", None), "headers", None) or {}
         text = headers.get("Retry-After") or headers.get("retry-after") or ""
         if text.isdecimal():

@@ -1,19 +1,65 @@
 """Images in the cells of parquet and arrow files, read in place."""
 
+import contextlib
+import itertools
 import json
 import os
+import struct
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from distillery.process import MissingFileError, UserError
-from distillery.sources_base import FileList, Source, map_files, number_labels, scan_folder
-from distillery.sources_columns import feature_of, features_of, find_image_column, find_label_column, is_text
+from distillery.process import MissingFileError, RunError, UserError
+from distillery.sources_base import FileList, Source, map_files, scan_folder
+from distillery.sources_cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
+from distillery.sources_columns import (
+    check_columns,
+    feature_of,
+    features_of,
+    find_image_column,
+    find_label_column,
+    labels_in,
+    number_all_labels,
+    types_of,
+)
 
 # more would be no faster, and from 64 MiB on slower: fresh memory costs a page fault for every 4 KiB
 _WINDOW_BYTES = 8 << 20
+_LABELS_AT_ONCE = 1 << 16
+# rows read at a time, and their first values, that tell whether a column holds images
+_LOOK_ROWS, _LOOK_VALUES = 64, 8
+_REASON_CHARACTERS = 300
+
+
+class UnreadableError(RunError, OSError):
+    """The data of a file that could be opened cannot be read: damaged, or the disk's error."""
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What a file says of itself: rows, pyarrow schema, whether some of its columns are encrypted."""
+
+    num_rows: int
+    schema: object
+    has_encrypted_columns: bool = False
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was converted into arrow files, and where the paths in their cells begin.
+
+    Args:
+        folders: one for each file; None: the images are not on this machine.
+        shown: what messages call each file.
+        identity: of the files before the conversion; None where they are elsewhere.
+    """
+
+    folders: list[str | None]
+    shown: list[str]
+    identity: dict | None
 
 
 class TableSource(Source):
@@ -24,6 +70,7 @@ class TableSource(Source):
         image_column, label_column: None: found by their types; labels only if `labels_required`.
         features: what a data set's card says about the columns, in the form of datasets' Features.to_dict().
         origin: what else identifies the rows (hub name, revision).
+        beside: of converted files; None: relative paths begin in the file's own folder.
     """
 
     kind: str
@@ -39,21 +86,15 @@ class TableSource(Source):
         labels_required: bool = False,
         features: dict | None = None,
         origin: dict | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._paths = [files.path(index) for index in range(len(files))]
-        inspected = map_files(self._inspect, self._paths)
-        self._starts = np.concatenate([[0], np.cumsum([rows for rows, _ in inspected])]).astype(np.int64)
-        schema = inspected[0][1]
-        features = features or features_of(schema)
-        self._image_column = find_image_column(schema, features, image_column, self._paths[0])
-        self._label_column = find_label_column(schema, features, label_column, labels_required, self._paths[0])
-        for path, (_, other) in zip(self._paths, inspected, strict=True):
-            for column in (self._image_column, self._label_column):
-                if column is not None and column not in other.names:
-                    raise UserError(f"{path}: there is no column {column!r}, which {self._paths[0]} has.")
+        self._folders = list(map(os.path.dirname, self._paths)) if beside is None else beside.folders
+        self._shown = self._paths if beside is None else beside.shown
+        facts = map_files(self._inspect, self._paths)
+        self._starts = np.concatenate([[0], np.cumsum([one.num_rows for one in facts])]).astype(np.int64)
+        self._find_columns(facts, features, image_column, label_column, labels_required)
         self._labels: np.ndarray | None = None
-        self._names = feature_of(features, self._label_column).get("names")
-        self.named_by_feature = self._names is not None
         identity = {
             "kind": self.kind,
             "split": split,
@@ -63,7 +104,55 @@ class TableSource(Source):
             "files": files.identity(with_ends=True),
             **(origin or {}),
         }
+        if beside is not None and beside.identity is not None and self.begins_with_a_relative_path():
+            identity["files"] = beside.identity
         super().__init__(identity, int(files.sizes.sum()), files.left_out())
+
+    def _find_columns(
+        self,
+        facts: list[TableFacts],
+        features: dict | None,
+        image_column: str | None,
+        label_column: str | None,
+        labels_required: bool,
+    ) -> None:
+        features = features or features_of(facts[0].schema)
+        kinds, where = types_of(one.schema for one in facts), self._shown[0]
+        self._image_column = find_image_column(kinds, features, image_column, where, self._look)
+        self._label_column = find_label_column(kinds, features, label_column, labels_required, where)
+        self._names = feature_of(features, self._label_column).get("names")
+        self.named_by_feature = self._names is not None
+        schemas = {shown: one.schema for shown, one in zip(self._shown, facts, strict=True)}
+        for path, shown, one in zip(self._paths, self._shown, facts, strict=True):
+            check_columns(schemas, shown, self._image_column, self._label_column)
+            if one.has_encrypted_columns:
+                self._check_readable(path)
+
+    def _first_values(self, column: str) -> list[Value]:
+        """What the first cells of a column hold that are not missing."""
+        for path in self._paths:
+            with _reading(path):
+                for cells in self._column(path, column, _LOOK_ROWS):
+                    values = [value for value in values_of(cells) if value]
+                    if values:
+                        return values[:_LOOK_VALUES]
+        return []
+
+    def _look(self, column: str) -> str | None:
+        return evidence_of(self._first_values(column))
+
+    def begins_with_a_relative_path(self) -> bool:
+        """Whether the first images are files named relative to a folder."""
+        return any(map(is_relative_path, self._first_values(self._image_column)))
+
+    def _check_readable(self, path: str) -> None:
+        for column in filter(None, (self._image_column, self._label_column)):
+            try:
+                next(self._column(path, column, 1), None)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: column {column!r} is encrypted ({_reason(error)}). Write the file again without it."
+                ) from error
 
     @property
     def class_names(self) -> list[str] | None:
@@ -75,66 +164,45 @@ class TableSource(Source):
     def _read(self, start: int, stop: int) -> list[bytes]:
         return list(map(bytes, self._read_views(start, stop)))
 
-    def _read_views(self, start: int, stop: int) -> list[bytes | memoryview]:
-        import pyarrow as pa
-
-        images: list[bytes | memoryview] = []
+    def _read_views(self, start: int, stop: int) -> list[Encoded]:
+        images: list[Encoded] = []
         while start < stop:
             file = int(np.searchsorted(self._starts, start, side="right")) - 1
             first, end = int(self._starts[file]), min(stop, int(self._starts[file + 1]))
-            try:
-                for cells in self._cells(file, start - first, end - first):
-                    images += self._images_of(cells, self._paths[file])
-            except MissingFileError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                raise OSError(f"{self._paths[file]} cannot be read: {error}") from error
+            place = Place(self._shown[file], self._image_column, self._folders[file])
+            row = start - first
+            with _reading(self._paths[file]):
+                for cells in self._cells(file, row, end - first):
+                    images += images_of(cells, place, row)
+                    row += len(cells)
             start = end
         return images
-
-    def _images_of(self, cells: object, table_path: str) -> list[bytes | memoryview]:
-        """The encoded images of a pyarrow array of cells: bytes, {bytes, path} or path."""
-        import pyarrow as pa
-
-        paths: list[str | None] = [None] * len(cells)
-        data: list[bytes | memoryview | None] = [None] * len(cells)
-        if pa.types.is_struct(cells.type):
-            # flatten, not field: only this takes the struct's own nulls and offset into account
-            columns = dict(zip([field.name for field in cells.type], cells.flatten(), strict=True))
-            data = _views(columns["bytes"]) if "bytes" in columns else data
-            if None in data and "path" in columns:
-                paths = columns["path"].to_pylist()
-        elif is_text(cells.type):
-            paths = cells.to_pylist()
-        else:
-            data = _views(cells)
-        return [
-            one if one is not None else b"" if path is None else _read_beside(table_path, path)
-            for one, path in zip(data, paths, strict=True)
-        ]
 
     def _all_labels(self) -> np.ndarray | None:
         if self._label_column is None or self._labels is not None:
             return self._labels
-        where = f"column {self._label_column!r} of {self._paths[0]}"
-        values: list = []
-        for path in self._paths:
-            column = self._label_cells(path)
-            values += column.to_pylist()
-        self._labels, names = number_labels(values, where)
+        parts = list(map(self._labels_of, self._paths, self._shown))
+        self._labels, names = number_all_labels(parts, self._shown, self._label_column)
         self._names = self._names if names is None else names
         return self._labels
 
+    def _labels_of(self, path: str, shown: str) -> list[int | str | None]:
+        where = f"column {self._label_column!r} of {shown}"
+        with _reading(path):
+            parts = [labels_in(cells, where) for cells in self._column(path, self._label_column, _LABELS_AT_ONCE)]
+        return list(itertools.chain.from_iterable(parts))
+
     @abstractmethod
-    def _inspect(self, path: str) -> tuple[int, object]:
-        """(number of rows, pyarrow schema) of a file, without reading its data."""
+    def _inspect(self, path: str) -> TableFacts:
+        """What a file says of itself, without reading its data."""
 
     @abstractmethod
     def _cells(self, file: int, start: int, stop: int) -> Iterator[object]:
         """Arrays that together hold the image cells start..stop-1 of one file."""
 
     @abstractmethod
-    def _label_cells(self, path: str) -> object: ...
+    def _column(self, path: str, column: str, num_rows: int) -> Iterator[object]:
+        """Arrays that together hold one column of a file, from its beginning, read about num_rows at a time."""
 
 
 class ParquetSource(TableSource):
@@ -146,15 +214,23 @@ class ParquetSource(TableSource):
     kind = "parquet"
     suffixes = (".parquet",)
 
-    def _inspect(self, path: str) -> tuple[int, object]:
+    def _inspect(self, path: str) -> TableFacts:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        tail = _last_bytes(path, 8)
+        if tail.endswith(b"PARE"):
+            raise UserError(f"{path}: this parquet file is encrypted. Decrypt it: write it again without encryption.")
         try:
             with pq.ParquetFile(path) as file:
-                return file.metadata.num_rows, file.schema_arrow
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a parquet file, or damaged ({error}).") from error
+                # behind the footer of a file with encrypted columns follows a signature
+                is_signed = file.metadata.serialized_size != struct.unpack("<I", tail[:4])[0]
+                _check_names(file.schema_arrow)
+                return TableFacts(file.metadata.num_rows, file.schema_arrow, is_signed)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise UserError(f"{path}: not a parquet file, or damaged ({_reason(error)}).") from error
 
     def _cells(self, file: int, start: int, stop: int) -> Iterator[object]:
         while start < stop:
@@ -192,22 +268,26 @@ class ParquetSource(TableSource):
         return pq.ParquetFile(path, buffer_size=4 << 20, pre_buffer=False)
 
     def _windows_of(self, reader: object, group: int) -> Iterator[object]:
-        metadata = reader.metadata.row_group(group)
-        columns = [metadata.column(index) for index in range(metadata.num_columns)]
-        num_bytes = sum(
-            column.total_uncompressed_size
-            for column in columns
-            if column.path_in_schema.split(".")[0] == self._image_column
-        )
+        metadata, schema = reader.metadata.row_group(group), reader.schema
+        # by the schema: to look at the metadata of an encrypted column ends the process
+        own = [
+            index
+            for index in range(metadata.num_columns)
+            if f"{schema.column(index).path}.".startswith(f"{self._image_column}.")
+        ]
+        num_bytes = sum(metadata.column(index).total_uncompressed_size for index in own)
         rows = max(1, min(metadata.num_rows, metadata.num_rows * _WINDOW_BYTES // max(1, num_bytes)))
-        batches = reader.iter_batches(rows, row_groups=[group], columns=[self._image_column], use_threads=False)
-        for batch in batches:
-            yield batch.column(0)
+        yield from _batches(reader, self._image_column, rows, row_groups=[group])
 
-    def _label_cells(self, path: str) -> object:
-        import pyarrow.parquet as pq
+    def _column(self, path: str, column: str, num_rows: int) -> Iterator[object]:
+        with self._open(path) as reader:
+            yield from _batches(reader, column, num_rows)
 
-        return pq.read_table(path, columns=[self._label_column]).column(0)
+
+def _batches(reader: object, column: str, num_rows: int, **which: list[int]) -> Iterator[object]:
+    # by name: asked for "a", the reader also gives columns called "a.b"
+    for batch in reader.iter_batches(num_rows, columns=[column], use_threads=False, **which):
+        yield batch.column(column)
 
 
 class ArrowSource(TableSource):
@@ -216,31 +296,64 @@ class ArrowSource(TableSource):
     kind = "arrow"
     suffixes = (".arrow",)
 
-    def _inspect(self, path: str) -> tuple[int, object]:
+    def _inspect(self, path: str) -> TableFacts:
         table = _map_table(path)
-        return table.num_rows, table.schema
+        return TableFacts(table.num_rows, table.schema)
 
     def _cells(self, file: int, start: int, stop: int) -> Iterator[object]:
         if file not in self._handles:
             self._handles[file] = _map_table(self._paths[file])
         yield from self._handles[file].column(self._image_column).slice(start, stop - start).chunks
 
-    def _label_cells(self, path: str) -> object:
-        return _map_table(path).column(self._label_column)
+    def _column(self, path: str, column: str, num_rows: int) -> Iterator[object]:
+        for chunk in _map_table(path).column(column).chunks:
+            yield from (chunk.slice(start, num_rows) for start in range(0, len(chunk), num_rows))
 
 
 def _map_table(path: str) -> object:
     import pyarrow as pa
 
-    source = pa.memory_map(path)
     try:
-        return pa.ipc.open_file(source).read_all()
-    except (pa.ArrowException, OSError):
-        source.seek(0)
+        source = pa.memory_map(path)
+        try:
+            table = pa.ipc.open_file(source).read_all()
+        except (pa.ArrowException, OSError):
+            source.seek(0)
+            table = pa.ipc.open_stream(source).read_all()
+        _check_names(table.schema)
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # an OSError where it ends too early
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{path}: not an arrow file, or damaged ({_reason(error)}).") from error
+
+
+def _check_names(schema: object) -> None:
+    """Raise the UnicodeDecodeError of column names that are no text here, where the file is at hand."""
+    _ = schema.names
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Name the file whose data cannot be read."""
+    import pyarrow as pa
+
     try:
-        return pa.ipc.open_stream(source).read_all()
-    except (pa.ArrowException, OSError) as error:  # an OSError where it ends too early
-        raise UserError(f"{path}: not an arrow file, or damaged ({error}).") from error
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UnreadableError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()), _REASON_CHARACTERS)[1:-1]
+
+
+def _last_bytes(path: str, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+        return file.read(count)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -268,30 +381,3 @@ def saved_dataset_files(folder: Path, split: str) -> FileList:
         raise MissingFileError(f"{folder}: state.json names {missing[0]}, which is not there.")
     sizes = np.array([(folder / name).stat().st_size for name in names], np.int64)
     return FileList(os.path.abspath(folder), names, sizes)
-
-
-def _views(cells: object) -> list[memoryview | bytes | None]:
-    """The values of a pyarrow array of bytes, in place; None for nulls."""
-    import pyarrow as pa
-
-    if not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)) or not len(cells):
-        return cells.to_pylist()
-    _, starts, data = cells.buffers()
-    starts = np.frombuffer(starts, np.int64 if pa.types.is_large_binary(cells.type) else np.int32)
-    edges = starts[cells.offset : cells.offset + len(cells) + 1].tolist()
-    memory = memoryview(data if data is not None else b"").cast("B")
-    views = [memory[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
-    if cells.null_count:
-        return [view if valid else None for view, valid in zip(views, cells.is_valid().to_pylist(), strict=True)]
-    return views
-
-
-def _read_beside(table_path: str, path: str) -> bytes:
-    full = os.path.join(os.path.dirname(table_path), path)
-    try:
-        with open(full, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{table_path} has no bytes for an image but its path {path!r}, and there is no file {full}."
-        ) from error

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from distillery import sources_archives, sources_tables, sources_tar
-from distillery.process import MissingFileError, UserError
+from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources import open_source
 from distillery.sources_base import scan_folder
 from distillery.sources_listing import expand_braces, split_of_name
@@ -394,8 +394,8 @@ def test_the_image_feature_decides_among_several_columns_and_image_column_overru
     arguments = write_columns(tmp_path, schema, first=IMAGES[:1], second=IMAGES[1:2], third=[IMAGES[2:4]])
     assert open_source(**arguments).encoded(0) == IMAGES[1]
     assert open_source(**arguments, image_column="first").encoded(0) == IMAGES[0]
-    with pytest.raises(UserError, match=r"image_column 'third' is list<.*images are bytes, \{bytes, path\} or paths"):
-        open_source(**arguments, image_column="third")
+    with pytest.raises(UserError, match="t.parquet, row 0: a list of 2 images in one cell; one is expected.*explode"):
+        open_source(**arguments, image_column="third").encoded(0)
 
 
 def test_unreadable_schema_metadata_is_ignored(tmp_path):
@@ -517,8 +517,16 @@ def test_damage_inside_a_parquet_file_is_an_io_error_not_a_bad_image(tmp_path):
     data[start : start + 40] = bytes(40)
     source = open_source(dataset_name="parquet", data_files=str(path))
     path.write_bytes(data)
-    with pytest.raises(OSError, match="a.parquet"):
+    with pytest.raises(OSError, match="a.parquet") as caught:
         source.read(0, NUM_IMAGES)
+    assert isinstance(caught.value, RunError)  # one line for the user, whoever reads
+
+
+def test_an_arrow_file_that_shrank_gives_fewer_images_and_no_endless_loop(tmp_path):
+    write_arrow(tmp_path / "a.arrow", pa.ipc.new_file, 0, 9)
+    source = open_source(dataset_name="arrow", data_files=str(tmp_path / "a.arrow"))
+    write_arrow(tmp_path / "a.arrow", pa.ipc.new_file, 0, 5)
+    assert source.read(0, 9) == IMAGES[:5]
 
 
 def test_folders_of_save_to_disk_are_read_in_their_own_order(tmp_path):
@@ -758,6 +766,9 @@ def test_webdataset_labels_from_cls_texts_or_json_entries(tmp_path):
     )
     source = open_source(dataset_name="webdataset", data_files=str(texts), labels_required=True)
     assert (source.labels(0, 2).tolist(), source.class_names) == ([1, 0], ["a", "b"])
+    large = write_tar(tmp_path / "d.tar", [("0.jpg", IMAGES[0]), ("0.cls", str(2**63).encode())])
+    with pytest.raises(UserError, match="labels of .*d.tar: a label does not fit into 64 bits"):
+        open_source(dataset_name="webdataset", data_files=str(large), labels_required=True).labels(0, 1)
     bare = write_tar(tmp_path / "c.tar", [("0.jpg", IMAGES[0])])
     with pytest.raises(UserError, match=r"no sample has labels \(.cls or .json\)"):
         open_source(dataset_name="webdataset", data_files=str(bare), labels_required=True)

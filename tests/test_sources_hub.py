@@ -249,6 +249,14 @@ def test_what_load_dataset_must_convert_is_read_from_its_cache_online_and_off(hu
     assert ask(tmp_path, hub.url, request, offline=True) == [online]
 
 
+def test_images_that_a_table_on_the_hub_names_beside_itself_are_to_be_downloaded_first(hub, tmp_path):
+    (tmp_path / "hub/me/names").mkdir()
+    (tmp_path / "hub/me/names/train.csv").write_text("file_name,label\nimgs/1.jpg,0\n")
+    (answer,) = ask(tmp_path, hub.url, {"dataset_name": "me/names"})
+    assert answer["error"] == "MissingFileError"
+    assert re.search("the path 'imgs/1.jpg' is relative.*hf download NAME .* dataset_name: FOLDER", answer["text"])
+
+
 def test_local_folders_that_load_dataset_takes_equal_their_kinds(tmp_path):
     write_parquet(tmp_path / "tables")
     write_folder(tmp_path / "pictures/train")
