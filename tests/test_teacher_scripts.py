@@ -142,7 +142,19 @@ def test_processes_of_a_launcher_share_the_work(place, run_teacher, tmp_path, mo
         status, output, errors = run_teacher(cache=tmp_path / "cache")
         assert status == 0, errors
         assert "2 shards made" in output
+        share = (
+            f"process {rank} of 2: makes its share of the shards, one part of 2. To run alone: unset RANK WORLD_SIZE"
+        )
+        assert output.count(share) == 1
     assert folder_bytes(tmp_path / "cache") == folder_bytes(place.folder / "cache")
+
+
+def test_a_rank_without_a_world_is_refused_before_anything_is_made(run_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status, _, errors = run_teacher(cache=tmp_path / "cache")
+    assert (status, errors) == (2, "error: RANK=1 is set, WORLD_SIZE is not. Set both, or, to run alone: unset RANK\n")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_grows_extends_the_outputs_and_ends_like_one_made_at_once(place, run_teacher, tmp_path):
