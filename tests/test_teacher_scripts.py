@@ -18,6 +18,7 @@ import precompute_cache
 from distillery import teacher_pass
 from distillery.process import run_command
 from distillery.teacher_outputs import LiveTeacher
+from distillery.verify import verify_folder
 
 SETTINGS = ["--set", "eval_datasets={}", "--set", "teacher_cache.views=2"]
 
@@ -190,6 +191,23 @@ def test_verify_finds_a_flipped_byte_without_the_teacher_and_the_same_command_re
     assert status == 0
     assert "repaired" in output
     assert folder_bytes(copy) == folder_bytes(place.folder / "cache")
+
+
+@pytest.mark.parametrize("damage, status", [(None, 0), ("flipped", 1), ("lost", 1)])
+def test_a_folder_of_teacher_outputs_is_verified_alone(copy, capsys, damage, status):
+    folder = teacher_folder(copy)
+    shard = folder / "teacher_shard_00001.pt"
+    if damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 4
+        shard.write_bytes(data)
+    if damage == "lost":
+        for path in folder.glob("teacher_shard_*"):
+            path.unlink()
+    assert verify_folder(folder) == status
+    said = capsys.readouterr().out
+    assert said.startswith(f"OK   {folder}: 4 shards" if status == 0 else "BAD  ")
+    assert status == 0 or ("teacher_shard_00001.pt" in said and "precompute_cache.py --teacher" in said)
 
 
 def test_verify_catches_a_shard_computed_with_other_weights(run_teacher, copy, monkeypatch):
