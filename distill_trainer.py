@@ -11,7 +11,6 @@ into distillery/backbones.py; this file only puts the parts together.
 """
 
 import functools
-import os
 from typing import Any
 
 from distillery.command_line import TrainingCommand, parse_training_command
@@ -22,6 +21,8 @@ from distillery.process import (
     RunError,
     StopFlag,
     UserError,
+    environment_number,
+    environment_text,
     run_command,
 )
 
@@ -39,6 +40,7 @@ from distillery.engine import Progress, check_first_step, check_numbers, train_o
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
 from distillery.files import expand_path, make_directory, write_atomic
+from distillery.launcher import is_restarted
 from distillery.metrics import RunLog, read_rows
 from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
 from distillery.progress import Progress as ConsoleProgress
@@ -54,7 +56,7 @@ def main(command: TrainingCommand) -> int:
     """Join the other processes if there are any, then train."""
     with StopFlag(command.arguments.max_minutes) as stop:
         device = build.choose_device(command.arguments.device)
-        with distributed.joined(device):
+        with distributed.joined(device, lambda: stop.requested):
             return Run(command, device, stop).train()
 
 
@@ -100,9 +102,9 @@ class Run:
             config,
             resume_from=given and expand_path(given),
             no_resume=self.arguments.no_resume,
-            job=os.environ.get("SLURM_JOB_ID"),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            again=distributed.is_restarted_by_launcher(),
+            job=environment_text("SLURM_JOB_ID"),
+            restarts=environment_number("SLURM_RESTART_COUNT") or 0,
+            again=is_restarted(),
         )
         state, notes, frozen = None, list(begin.notes), None
         if begin.checkpoint is not None:

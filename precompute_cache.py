@@ -135,10 +135,12 @@ def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
     """(number of jobs, this one's number): --num_jobs and --job_id, else with --teacher the launcher's processes."""
     if arguments.num_jobs is not None or not arguments.teacher:
         return arguments.num_jobs or 1, arguments.job_id or 0
-    from distillery.distributed import world_from_environment
+    from distillery.launcher import world_from_environment
 
-    rank, world_size, _ = world_from_environment()
-    return world_size, rank
+    world = world_from_environment()
+    if world.size > 1:
+        print(f"{world}: makes its share of the shards, one part of {world.size}. {world.alone}", flush=True)
+    return world.size, world.rank
 
 
 def plan_teacher(configs, job: CacheJob):

@@ -16,6 +16,7 @@ from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
+from distillery.launcher import world_from_environment
 from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
@@ -41,7 +42,7 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = distributed.world_from_environment()[2]
+    local_rank = world_from_environment().local_rank
     # srun may show each task its own GPU only: then that one is number 0
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

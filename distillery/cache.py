@@ -1,6 +1,6 @@
 """A cache folder as its readers see it: index.json in arrays, where a shard's rows are, which of them hold an image.
 
-    python -m distillery.cache verify DIR     # reads every byte, writes nothing; exit status 1 when anything is wrong
+    python -m distillery.cache verify DIR     # as python -m distillery.verify DIR: reads every byte, writes nothing
 
 Three layouts are read: ours (format_version 3) and the two of this project's predecessor, which carry no hashes and are
 therefore flagged as unverified.
@@ -24,7 +24,7 @@ from distillery.cache_index import (
     whole_number,
 )
 from distillery.cache_predecessor import index_of_seed, merge_slices
-from distillery.commands import remember_command, stage1_command
+from distillery.commands import stage1_command
 from distillery.process import MissingFileError, UserError, run_command
 from distillery.records import (
     FORMAT_VERSION,
@@ -185,19 +185,15 @@ def load_labels(index: CacheIndex, s: int) -> np.ndarray | None:
 
 
 def main() -> int:
-    """python -m distillery.cache verify DIR."""
+    """python -m distillery.cache verify DIR: the same as python -m distillery.verify DIR."""
     parser = argparse.ArgumentParser(prog="python -m distillery.cache", description="Check a cache; reads only.")
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="compare every byte with the hashes; writes nothing")
-    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("directory", type=Path, metavar="DIR", help="a cache_dir, or one of the folders below it")
     directory = parser.parse_args().directory
-    # whose configuration it is, the folder does not say: no command may fill another cache by mistake
-    remember_command({"data_config": "YOUR_DATA_CONFIG.yaml"})
-    if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such folder. Give the cache_dir of your data_config.yaml.")
-    from distillery.verify import report_verification  # that module reads caches through this one
+    from distillery.verify import verify_folder  # that module reads caches through this one
 
-    return report_verification(directory)
+    return verify_folder(directory)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distillery.commands import remember_command
 from distillery.config import Configs, load_configs
+from distillery.launcher import check_environment
 from distillery.losses_table import check_losses, fields_needed
 from distillery.metrics import import_wandb
 from distillery.process import UserError
@@ -25,7 +26,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     """The flags of distill_trainer.py, whose docstring is `documentation`, and the files they name.
 
     Raises:
-        UserError: a file is missing or wrong; wrong flags leave with status 2 by themselves.
+        UserError: a file or a launcher's variable is missing or wrong; wrong flags leave with status 2 by themselves.
     """
     parser = argparse.ArgumentParser(
         description=documentation.split("\n\n")[0],
@@ -55,6 +56,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     remember_command(vars(arguments), arguments.overrides)
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
     _check_losses(configs)
+    check_environment()
     if configs.train.wandb_project is not None:
         import_wandb(configs.train.wandb_project)
     return TrainingCommand(arguments, configs)

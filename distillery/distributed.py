@@ -1,4 +1,4 @@
-"""One process or many: rank and world size, and how ranks agree. Without a launcher: rank 0 of 1.
+"""One process or many: joining the others, and how ranks agree. Without a launcher: rank 0 of 1.
 
 Tensors are averaged by NCCL on CUDA and by gloo on the CPU. What is said between hosts (who stops, what is on
 disk, that rank 0 has finished evaluating) goes through a gloo group of its own: it makes no host wait for its GPU, it
@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distillery.process import Interrupted, RunError, exit_status_of, report_error
+from distillery.distributed_meeting import meet
+from distillery.launcher import meeting_point, world_from_environment
+from distillery.process import Interrupted, RunError, UserError, environment_text, exit_status_of, report_error
 
 # how long the others wait for rank 0: an evaluation of a large set at 224 px outlasts torch's 10 and 30 minutes
 _PATIENCE = timedelta(hours=24)
@@ -27,30 +29,20 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 _hosts: dist.ProcessGroup | None = None
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun says it, else as Slurm says it, else (0, 1, 0)."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    # a batch script's own shell has SLURM_NTASKS too; only a task started by srun has SLURM_STEP_ID and a rank
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit() and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
-
-
-def is_restarted_by_launcher() -> bool:
-    """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Inside, the processes of a launcher are one group: NCCL on CUDA, gloo on the CPU.
+
+    is_stopped: whether to give up waiting for the others at the start.
 
     An error ends this process at once with its exit status: leaving a group in order would wait for the others, who
     wait for this one. They notice, and torchrun or `srun --kill-on-bad-exit` ends those that cannot.
     """
-    _start(device)
+    try:
+        _start(device, is_stopped)
+    except (UserError, RunError, Interrupted) as error:
+        # a thread may be waiting inside torch still; the interpreter cannot end in order beside it
+        os._exit(report_error(error))
     try:
         yield
     except Exception as error:
@@ -63,32 +55,20 @@ def joined(device: torch.device) -> Iterator[None]:
         _stop()
 
 
-def _start(device: torch.device) -> None:
+def _start(device: torch.device, is_stopped: Callable[[], bool]) -> None:
     global _hosts
-    rank_, world_size_, _ = world_from_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    world = world_from_environment()
+    if environment_text("TORCHELASTIC_RUN_ID"):
         # torchrun's workers have sessions of their own: when it dies of a signal it does not pass on (USR1, KILL), they
         # would train on unseen. The kernel sends them a SIGTERM then, and they save
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if world_size_ == 1 or dist.is_initialized():
+    if world.size == 1 or dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _first_slurm_node()
-        # one port per job, the same for all its tasks, below those that the system hands out
-        os.environ["MASTER_PORT"] = str(15000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 15000)
+    store = meet(world, *meeting_point(world), is_stopped)
     backend, options = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
-    dist.init_process_group(backend, rank=rank_, world_size=world_size_, **options)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
     _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
-
-
-def _first_slurm_node() -> str:
-    """The first host of SLURM_STEP_NODELIST: 'node[03-07,9],x1' -> 'node03'."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    head, bracket, rest = nodes.partition("[")
-    if bracket and "," not in head:
-        return head + rest.split("]")[0].split(",")[0].split("-")[0]
-    return nodes.split(",")[0]
 
 
 def _stop() -> None:

@@ -49,17 +49,19 @@ def expand_path(text: str | os.PathLike) -> Path:
     """A path with ~ and $VARIABLES expanded; $USER falls back to the login name (it is unset in many containers).
 
     Raises:
-        UserError: a variable is not set.
+        UserError: a variable is not set, or the path begins with an empty one: it would lead to another place.
     """
 
     def value_of(match: re.Match) -> str:
         name = match.group(1) or match.group(2)
-        if name in os.environ:
-            return os.environ[name]
-        if name == "USER":
+        value = os.environ.get(name)
+        if name == "USER" and not value:
             with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
                 return getpass.getuser()
-        raise UserError(f"{text}: the environment variable ${name} is not set. Set it, or write the path out.")
+        if value is None or (match.start() == 0 and not value.strip()):
+            what = "not set" if value is None else "empty"
+            raise UserError(f"{text}: the environment variable ${name} is {what}. Set it, or write the path out.")
+        return value
 
     expanded = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value_of, os.fspath(text))
     try:

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -43,24 +44,35 @@ class Interrupted(Exception):
     """A signal or time limit asked to stop; everything is saved, the same command goes on."""
 
 
+def environment_text(name: str) -> str | None:
+    """An environment variable without blanks around it; None if it is unset or blank."""
+    return os.environ.get(name, "").strip() or None
+
+
+def environment_number(name: str) -> int | None:
+    """An environment variable as a whole number >= 0; None if it is unset, blank or something else ("Unknown", "-3").
+
+    Schedulers leave variables empty or put words into them; no caller may stumble over that.
+    """
+    text = environment_text(name) or ""
+    # not isdigit: it takes characters that int() does not. 18 digits: what fits into 64 bits
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
 def usable_cpus() -> int:
     """CPUs this process may use: its affinity, SLURM_CPUS_PER_TASK and the cgroup's quota, whichever is least; of
     that its share where torchrun runs several processes on it.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if granted.isdigit() and int(granted) > 0:
-        cpus = min(cpus, int(granted))
+    if granted := environment_number("SLURM_CPUS_PER_TASK"):
+        cpus = min(cpus, granted)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass  # no cgroup v2 here: affinity and Slurm have said what there is
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if processes.isdigit() and int(processes) > 0:
-        cpus //= int(processes)
-    return max(1, cpus)
+    return max(1, cpus // (environment_number("LOCAL_WORLD_SIZE") or 1))
 
 
 def slurm_seconds_left() -> float:
@@ -68,8 +80,8 @@ def slurm_seconds_left() -> float:
 
     SLURM_JOB_END_TIME is set by Slurm from 23.02 on, and by the scripts under slurm/ where it is older.
     """
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    left = int(end) - time.time() if end.isdigit() else math.inf
+    end = environment_number("SLURM_JOB_END_TIME")
+    left = math.inf if end is None else end - time.time()
     return left if left > 0 else math.inf  # a time gone by is left over from another job
 
 

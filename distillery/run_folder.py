@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.files import sha256_of, write_atomic
-from distillery.process import UserError
+from distillery.process import UserError, environment_number, environment_text
 
 CONFIG_NAME = "config.yaml"
 SHARDS_NAME = "shards.json"
@@ -147,7 +147,7 @@ def is_preempted(run_dir: Path) -> bool:
 
 def mark_preempted(run_dir: Path, reason: str, step: int) -> None:
     """Leave word that the run stopped early; the second line says which start of which job it was."""
-    job, restarts = os.environ.get("SLURM_JOB_ID", "none"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, restarts = environment_text("SLURM_JOB_ID") or "none", environment_number("SLURM_RESTART_COUNT") or 0
     write_atomic(run_dir / PREEMPTED_NAME, f"{reason} at step {step}\njob {job} restart {restarts}\n".encode())
 
 

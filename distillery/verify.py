@@ -1,6 +1,13 @@
-"""Every byte of a cache against its hashes, every view against the records. Reads only."""
+"""Every byte of a cache against its hashes, every view against the records. Reads only.
 
+    python -m distillery.verify DIR     # a cache_dir with evaluation sets and teacher outputs, or one of these alone
+
+Exit status: 0 sound; 1 damaged; 2 no cache there, or wrong usage.
+"""
+
+import argparse
 import os
+import re
 import shlex
 import threading
 from collections import Counter
@@ -10,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.cache import CacheIndex, load_index, load_shard_layout
-from distillery.commands import stage1_command, teacher_command
-from distillery.process import EXIT_DONE, EXIT_ERROR, MissingFileError, UserError, usable_cpus
+from distillery.commands import remember_command, stage1_command, teacher_command
+from distillery.process import EXIT_DONE, EXIT_ERROR, MissingFileError, UserError, run_command, usable_cpus
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -28,7 +35,7 @@ from distillery.records import (
 )
 from distillery.records_hash import record_of_shard, rehash_record
 from distillery.shard_format import read_regular
-from distillery.teacher_records import teacher_folders
+from distillery.teacher_records import STATISTICS_NAME, TEACHER_PATTERN, teacher_folders
 from distillery.teacher_records_problems import find_teacher_problems
 
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
@@ -88,16 +95,23 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
 
 
 def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
-    """(the index, or None where it is missing or damaged beside records that say what there is, the problem then)."""
+    """(the index, or None where it is damaged, or missing beside shards or records; the problem then)."""
     try:
         return load_index(directory), []
     except FutureFormatError:
         raise
-    except UserError as error:
-        if not any(SHARD_PATTERN.fullmatch(path.stem + ".pt") for path in directory.glob("images_*.json")):
+    except MissingFileError:
+        if not has_shards(directory, SHARD_PATTERN):
             raise
-        missing = isinstance(error, MissingFileError)
-        return None, [Problem(f"{directory / INDEX_NAME}: missing" if missing else str(error))]
+        return None, [Problem(f"{directory / INDEX_NAME}: missing")]
+    except UserError as error:
+        return None, [Problem(str(error))]
+
+
+def has_shards(directory: Path, pattern: re.Pattern) -> bool:
+    """Whether a folder holds shards with such names, or records of them."""
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    return any(path.suffix in (".pt", ".json") and pattern.fullmatch(path.stem + ".pt") for path in paths)
 
 
 def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator[Problem]:
@@ -216,19 +230,20 @@ def repair_command(problems: list[Problem], stage1: str) -> str:
 
 
 def report_verification(directory: Path, repair: str | None = None) -> int:
-    """Verify a folder with its evaluation caches and teacher outputs and print the outcome; returns the exit status.
+    """Verify a folder and print the outcome; returns the exit status.
 
+    directory: of images, with its evaluation caches and teacher outputs; or of a teacher's outputs alone.
     repair: the command that makes images; None: stage 1's.
+
+    Raises:
+        MissingFileError: no cache there.
     """
-    problems, shards, size, verified, upgraded = [], 0, 0, True, False
-    for folder in folders_of(directory):
-        found = find_problems(folder)
-        problems += found
-        shards += len(list(folder.glob("images_*.pt")))
-        size += sum(path.stat().st_size for path in folder.glob("images_*.pt"))
-        verified = verified and (bool(found) or load_index(folder).verified)
-        upgraded = upgraded or any(map(is_predecessors, RecordScan(folder).records()))
-    outputs = [Problem(*found) for folder in teacher_folders(directory) for found in find_teacher_problems(folder)]
+    is_teachers = has_shards(directory, TEACHER_PATTERN) or (directory / STATISTICS_NAME).exists()
+    images = [] if is_teachers else folders_of(directory)
+    teachers = [directory] if is_teachers else teacher_folders(directory)
+    is_part = len(images) > 1 or any(has_shards(folder, TEACHER_PATTERN) for folder in teachers)
+    problems, upgraded = _problems_of_images(images, is_part=is_part)
+    outputs = [Problem(*found) for folder in teachers for found in find_teacher_problems(folder)]
     for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
     if outputs:
@@ -242,9 +257,61 @@ def report_verification(directory: Path, repair: str | None = None) -> int:
         print(f"{len(problems)} problems. Repair (makes again exactly what is bad): {command}")
     if problems or outputs:
         return EXIT_ERROR
-    for folder in teacher_folders(directory):
-        shards += len(list(folder.glob("teacher_*.pt")))
-        size += sum(path.stat().st_size for path in folder.glob("teacher_*.pt"))
+    shards = [path for folder in images for path in folder.glob("images_*.pt")]
+    shards += [path for folder in teachers for path in folder.glob("teacher_*.pt")]
+    size = sum(path.stat().st_size for path in shards)
+    verified = all(load_index(folder).verified for folder in images)
     hashes = "every byte as its hash says" if verified else "no hashes to compare: unverified"
-    print(f"OK   {directory}: {shards} shards, {size} bytes, {hashes}")
+    print(f"OK   {directory}: {len(shards)} shards, {size} bytes, {hashes}")
     return EXIT_DONE
+
+
+def _problems_of_images(folders: list[Path], *, is_part: bool) -> tuple[list[Problem], bool]:
+    """(what is wrong, whether a shard is of an earlier format); is_part: there are other shards beside these."""
+    problems, upgraded = [], False
+    for folder in folders:
+        try:
+            problems += find_problems(folder)
+        except MissingFileError:
+            if not is_part:
+                raise
+            problems.append(Problem(f"{folder / INDEX_NAME}: missing, and every shard with it"))
+        upgraded = upgraded or any(map(is_predecessors, RecordScan(folder).records()))
+    return problems, upgraded
+
+
+def verify_folder(directory: Path) -> int:
+    """What both commands do with their DIR: verify it, print the outcome; returns the exit status.
+
+    Raises:
+        MissingFileError: no cache there; the message says what to type where one is near.
+    """
+    # whose configuration it is, the folder does not say: no command may fill another cache by mistake
+    remember_command({"data_config": "YOUR_DATA_CONFIG.yaml"})
+    if not directory.is_dir():
+        what = "a file, not a folder" if directory.exists() else "no such folder"
+        raise MissingFileError(f"{directory}: {what}. Give the cache_dir of your data_config.yaml.")
+    try:
+        return report_verification(directory)
+    except MissingFileError as error:
+        for parent in list(directory.absolute().parents)[:3]:  # of eval/NAME/part
+            if os.access(parent, os.R_OK) and has_shards(parent, SHARD_PATTERN):
+                command = shlex.join(["python", "-m", "distillery.verify", str(parent)])
+                raise MissingFileError(f"{directory}: no cache, but part of one. Run: {command}") from error
+        raise
+
+
+def main() -> int:
+    """python -m distillery.verify DIR."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distillery.verify",
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n")[2],
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a cache_dir, or one of the folders below it")
+    return verify_folder(parser.parse_args().directory)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -18,7 +18,7 @@ import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
 import distill_trainer
-from distillery import checkpoint_writer, distributed, engine, run_evaluation
+from distillery import checkpoint_writer, distributed, distributed_meeting, engine, run_evaluation
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -48,13 +48,13 @@ class Runs:
     def __init__(self, place: Workplace, folder: Path) -> None:
         self.place, self.folder = place, folder
 
-    def start(self, name: str, processes: int = 1, *, before=None, launcher=torchrun_environment, **settings):
-        """before: called in each child with its rank."""
+    def start(self, name, processes=1, *, ranks=None, before=None, launcher=torchrun_environment, **settings):
+        """ranks: those that are started, None for all; before: called in each child with its rank."""
         settings = SETTINGS | {"checkpoint_dir": self.folder / name} | settings
         sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         arguments = [*self.place.flags("data", "train", "model"), "--device", "cpu", *sets]
         port, started = free_port(), []
-        for rank in range(processes):
+        for rank in range(processes) if ranks is None else ranks:
 
             def prepare(rank: int = rank) -> None:
                 distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
@@ -247,32 +247,28 @@ def test_srun_without_torchrun_makes_one_run_of_its_tasks(alone, runs):
     assert largest_difference(alone, "one", runs, "srun") < 1e-5
 
 
-@pytest.mark.parametrize(
-    "nodes, first",
-    [("vm", "vm"), ("a1,a2", "a1"), ("node[03-07,9],x1", "node03"), ("n[1,5]", "n1"), ("x1,node[03-07]", "x1")],
-)
-def test_the_first_node_of_a_slurm_list_is_where_the_processes_meet(monkeypatch, nodes, first):
-    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
-    assert distributed._first_slurm_node() == first
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_come_says_whom_it_waits_for_and_obeys_a_signal(runs, rank):
+    (run,) = runs.start("run", 2, ranks=[rank])
+    wait_until(lambda: "waiting for" in run.text, timeout_s=20)
+    assert f"[process {rank} of 2] waiting for 1 other process of 2 at 127.0.0.1:" in run.text
+    assert run.text.endswith("To run alone: unset RANK WORLD_SIZE\n")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(timeout_s=5) == 75
+    assert "Run the same command again." in run.text
+    assert not (runs.folder / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "environment, world",
-    [
-        ({}, (0, 1, 0)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # the batch script itself
-        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
-        (torchrun_environment(1, 2, "1") | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
-         (1, 2, 1)),
-    ],
-)  # fmt: skip
-def test_rank_and_world_come_from_torchrun_else_from_srun(monkeypatch, environment, world):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.world_from_environment() == world
+def test_a_process_whose_others_never_come_ends_with_status_1_and_one_message(runs):
+    def hurry(_rank: int) -> None:
+        distributed_meeting.LIMIT_MINUTES = 0.5 / 60
+
+    (run,) = runs.start("run", 2, ranks=[0], before=hurry, launcher=srun_environment)
+    assert run.wait(timeout_s=20) == 1
+    (line,) = run.text.splitlines()
+    assert line.startswith("error: [process 0 of 2] gave up after ")
+    assert "minutes of waiting for 1 other process of 2 at 127.0.0.1:" in line
+    assert line.endswith("To run alone: unset SLURM_PROCID SLURM_STEP_NUM_TASKS")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

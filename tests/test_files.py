@@ -238,6 +238,16 @@ def test_paths_expand_variables_and_home(monkeypatch):
     assert expand_path("/scratch/$USER") == Path("/scratch/me")
 
 
+def test_a_path_that_begins_with_an_empty_variable_does_not_lead_to_the_root(monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(UserError, match=r"^\$EMPTY/cache: the environment variable \$EMPTY is empty. Set it"):
+        expand_path("$EMPTY/cache")
+    assert expand_path("/scratch/cache$EMPTY") == Path("/scratch/cache")
+    monkeypatch.setenv("USER", "")
+    monkeypatch.setattr(files.getpass, "getuser", lambda: "me")
+    assert expand_path("/scratch/$USER") == Path("/scratch/me")
+
+
 def test_an_unset_variable_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"\$NO_SUCH_VARIABLE is not set"):
         expand_path("$NO_SUCH_VARIABLE/a")

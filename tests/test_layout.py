@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    {"process", "commands"},
+    {"process", "commands", "launcher"},
     {"files", "distributed", "progress"},
     {"config", "preprocess", "shard_format"},
     {"records", "sources", "losses", "standardise", "augment", "measures", "adapters"},
@@ -21,9 +21,9 @@ ROOMS = [
     {"evaluate", "export", "teacher_pass", "pictures", "run_evaluation"},
 ]  # fmt: skip
 # what runs before anything slow is imported: configuration errors and --help answer in about a second
-LIGHT = ["process", "commands", "files", "progress", "config", "preprocess", "shard_format", "records", "cache", "plan",
-         "decode", "sources", "losses_table", "writer", "verify", "command_line", "teacher_records", "planner",
-         "planner_cache"]  # fmt: skip
+LIGHT = ["process", "commands", "launcher", "files", "progress", "config", "preprocess", "shard_format", "records",
+         "cache", "plan", "decode", "sources", "losses_table", "writer", "verify", "command_line", "teacher_records",
+         "planner", "planner_cache"]  # fmt: skip
 
 
 def level_of(module: str) -> int:

@@ -146,6 +146,16 @@ def test_a_task_that_never_gets_anywhere_stops_in_the_end(tmp_path):
     assert "Is --time too short for one shard?" in job.output
 
 
+@pytest.mark.parametrize("odd", ["x", " ", "-1"])
+def test_odd_variables_of_slurm_do_no_harm(tmp_path, odd):
+    names = ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK", "SLURM_ARRAY_TASK_MAX")
+    job = Job(tmp_path, ENDS_WITH="75", **dict.fromkeys(names, odd), NUM_JOBS="")
+    assert job.status() == 0, job.output
+    assert job.note("srun").startswith("--ntasks=1 --cpus-per-task=1 ")
+    assert job.note("srun").endswith("--num_jobs 1 --job_id 3")
+    assert job.output == "task 3 of 1: exit status 75, restart 0\n"
+
+
 def test_where_scontrol_does_not_work_the_status_says_what_to_do(tmp_path):
     job = Job(tmp_path, ENDS_WITH="75", SCONTROL_STATUS="1")
     assert job.status() == 75

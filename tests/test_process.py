@@ -16,6 +16,7 @@ from distillery.process import (
     RunError,
     StopFlag,
     UserError,
+    environment_number,
     run_command,
     usable_cpus,
 )
@@ -49,10 +50,23 @@ def test_the_fewest_cpus_of_affinity_slurm_and_cgroup_count(monkeypatch):
     assert usable_cpus() == 4
 
 
-@pytest.mark.parametrize("granted", ["", "0", "many", "-3"])
-def test_a_senseless_slurm_grant_is_ignored(monkeypatch, granted):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", granted)
+ODD = ["", " ", "many", "-3", "1.5", "\N{SUPERSCRIPT TWO}", "9" * 5000]
+
+
+@pytest.mark.parametrize("odd", [*ODD, "0"])
+def test_odd_variables_of_launchers_are_ignored(monkeypatch, odd):
+    for name in ("SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "SLURM_JOB_END_TIME"):
+        monkeypatch.setenv(name, odd)
     assert usable_cpus() >= 1
+    assert process.slurm_seconds_left() == float("inf")
+
+
+@pytest.mark.parametrize("text, number", [*((odd, None) for odd in ODD), ("0", 0), (" 12\n", 12), ("007", 7)])
+def test_an_environment_variable_is_a_whole_number_or_nothing(monkeypatch, text, number):
+    monkeypatch.setenv("NUMBER", text)
+    assert environment_number("NUMBER") == number
+    monkeypatch.delenv("NUMBER")
+    assert environment_number("NUMBER") is None
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

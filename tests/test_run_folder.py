@@ -89,6 +89,14 @@ def test_setting_aside_moves_everything_and_keeps_what_was_set_aside_before(tmp_
     assert (tmp_path / "previous_1" / "plots" / "a.png").read_text() == "1"
 
 
+@pytest.mark.parametrize("odd", ["", " ", "x"])
+def test_the_marker_of_a_job_with_an_odd_restart_count_is_what_the_batch_script_looks_for(tmp_path, monkeypatch, odd):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", odd)
+    run_folder.mark_preempted(tmp_path, "SIGTERM", 500)
+    assert "\njob 12 restart 0\n" in (tmp_path / "PREEMPTED").read_text()
+
+
 def test_the_marker_says_which_start_of_which_job_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")

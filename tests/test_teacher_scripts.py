@@ -18,6 +18,7 @@ import precompute_cache
 from distillery import teacher_pass
 from distillery.process import run_command
 from distillery.teacher_outputs import LiveTeacher
+from distillery.verify import verify_folder
 
 SETTINGS = ["--set", "eval_datasets={}", "--set", "teacher_cache.views=2"]
 
@@ -142,7 +143,19 @@ def test_processes_of_a_launcher_share_the_work(place, run_teacher, tmp_path, mo
         status, output, errors = run_teacher(cache=tmp_path / "cache")
         assert status == 0, errors
         assert "2 shards made" in output
+        share = (
+            f"process {rank} of 2: makes its share of the shards, one part of 2. To run alone: unset RANK WORLD_SIZE"
+        )
+        assert output.count(share) == 1
     assert folder_bytes(tmp_path / "cache") == folder_bytes(place.folder / "cache")
+
+
+def test_a_rank_without_a_world_is_refused_before_anything_is_made(run_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status, _, errors = run_teacher(cache=tmp_path / "cache")
+    assert (status, errors) == (2, "error: RANK=1 is set, WORLD_SIZE is not. Set both, or, to run alone: unset RANK\n")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_grows_extends_the_outputs_and_ends_like_one_made_at_once(place, run_teacher, tmp_path):
@@ -178,6 +191,23 @@ def test_verify_finds_a_flipped_byte_without_the_teacher_and_the_same_command_re
     assert status == 0
     assert "repaired" in output
     assert folder_bytes(copy) == folder_bytes(place.folder / "cache")
+
+
+@pytest.mark.parametrize("damage, status", [(None, 0), ("flipped", 1), ("lost", 1)])
+def test_a_folder_of_teacher_outputs_is_verified_alone(copy, capsys, damage, status):
+    folder = teacher_folder(copy)
+    shard = folder / "teacher_shard_00001.pt"
+    if damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 4
+        shard.write_bytes(data)
+    if damage == "lost":
+        for path in folder.glob("teacher_shard_*"):
+            path.unlink()
+    assert verify_folder(folder) == status
+    said = capsys.readouterr().out
+    assert said.startswith(f"OK   {folder}: 4 shards" if status == 0 else "BAD  ")
+    assert status == 0 or ("teacher_shard_00001.pt" in said and "precompute_cache.py --teacher" in said)
 
 
 def test_verify_catches_a_shard_computed_with_other_weights(run_teacher, copy, monkeypatch):

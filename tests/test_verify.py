@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -207,20 +209,100 @@ def test_evaluation_caches_below_are_verified_too(cache, capsys):
     assert f"rm -f -- {below}/images_shard_00002.pt && stage1" in said
 
 
-@pytest.mark.parametrize("damage, status", [(None, 0), ("row", 1)])
-def test_the_command_writes_nothing_and_its_exit_status_says_how_it_went(cache, damage, status):
+COMMANDS = {"verify": ["distillery.verify"], "cache": ["distillery.cache", "verify"]}
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request, monkeypatch, capsys):
+    """Both commands, as modules are run: (exit status, standard output, standard error)."""
+    module, *words = COMMANDS[request.param]
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module, *words, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("damage, status", [(None, 0), ("row", 1), ("index emptied", 1)])
+def test_the_command_writes_nothing_and_its_exit_status_says_how_it_went(cache, damage, status, command):
     if damage:
         DAMAGES[damage](cache)
     before = folder_bytes(cache)
-    command = [sys.executable, "-m", "distillery.cache", "verify", str(cache)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == status
-    assert ("OK " in done.stdout) == (status == 0)
+    found, said, _ = command(cache)
+    assert found == status
+    assert said.startswith("BAD " if status else "OK ")
     assert folder_bytes(cache) == before
 
 
-def test_the_command_says_when_there_is_no_such_folder(tmp_path):
-    command = [sys.executable, "-m", "distillery.cache", "verify", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "nowhere: no such folder" in done.stderr
+def test_the_command_verifies_a_folder_of_an_evaluation_set_alone(cache, command):
+    below = cache / "eval" / "small" / "test"
+    run_stage1(small_plan(below, SOURCE), SOURCE)
+    assert command(below)[0] == 0
+    flip(below / "images_shard_00002.pt", 500)
+    assert command(below)[0] == 1
+
+
+def test_a_cache_that_lost_all_but_its_evaluation_set_is_damaged(cache, command):
+    run_stage1(small_plan(cache / "eval" / "small" / "test", SOURCE), SOURCE)
+    for path in [path for path in cache.iterdir() if path.is_file()]:
+        path.unlink()
+    status, said, _ = command(cache)
+    assert status == 1
+    assert f"BAD  {cache}/index.json: missing, and every shard with it\n" in said
+
+
+@pytest.mark.parametrize("left", ["shards", "damaged index"])
+def test_shards_without_records_are_a_damaged_cache_not_none(cache, left, command):
+    for path in cache.glob("*.json*"):
+        path.unlink()
+    if left == "damaged index":
+        (cache / "index.json").write_text("{")
+    status, said, errors = command(cache)
+    assert (status, errors) == (1, "")
+    assert "images_shard_00001.json: missing" in said
+
+
+def test_where_there_is_no_cache_one_line_says_what_to_type(cache, tmp_path, command):
+    empty = tmp_path / "empty"
+    for folder in (empty / "teacher" / "abc", cache / "teacher" / "abc", cache / "eval" / "small"):
+        folder.mkdir(parents=True)
+    near = f"no cache, but part of one. Run: python -m distillery.verify {cache}"
+    for folder, message in {
+        tmp_path / "nowhere": "nowhere: no such folder. Give the cache_dir of your data_config.yaml.",
+        cache / "index.json": "index.json: a file, not a folder. Give the cache_dir",
+        empty: "Index file not found: .*json. Run: python precompute_cache.py --data_config YOUR_DATA_CONFIG.yaml",
+        cache / "teacher": near,
+        cache / "teacher" / "abc": near,
+        cache / "eval" / "small": near,
+    }.items():
+        status, said, errors = command(folder)
+        assert (status, said) == (2, "")
+        assert re.fullmatch(f"error: .*{message}.*\n", errors), errors
+
+
+def test_wrong_usage_is_status_2_and_help_is_an_answer(command, tmp_path):
+    assert command()[0] == command(tmp_path, tmp_path)[0] == command("--no_such_flag")[0] == 2
+    status, said, _ = command("--help")
+    assert status == 0
+    assert "DIR" in said
+
+
+def test_the_package_itself_names_its_commands():
+    for flags, status in (["--help"], 0), ([], 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "distillery", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == status
+        assert "python -m distillery.verify DIR" in done.stdout + done.stderr
+
+
+def test_every_module_that_a_document_or_a_message_tells_to_run_does_something():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("distillery/*.py")]
+    names = {name for path in texts for name in re.findall(r"python\s+-m distillery\.(\w+)", path.read_text())}
+    assert {"cache", "evaluate", "export", "report", "verify"} <= names
+    for name in names:
+        assert 'if __name__ == "__main__":' in (ROOT / "distillery" / f"{name}.py").read_text(), name
