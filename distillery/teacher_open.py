@@ -1,0 +1,283 @@
+"""The stored outputs that a configuration asks for, and whether they are those of the teacher that is there now.
+
+    names, views, images    the identity in the folder's index: strings, known without the teacher
+    files on this machine   teacher_files.json beside the shards: content by hashes, which size and times spare
+    weights and code        only where those files differ: the teacher is built once, its weights are hashed, and a few
+                            stored views run through it
+
+Whatever agrees is remembered, so that the next start neither builds the teacher nor hashes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distillery import distributed
+from distillery.augment import Augmentation
+from distillery.build import build_teacher_backbone, choose_precision
+from distillery.build_facts import weights_hash
+from distillery.cached_dataset import CachedTensorDataset
+from distillery.commands import stage1_command, teacher_command
+from distillery.config import Configs
+from distillery.files import format_bytes
+from distillery.models import MEMORY_FORMAT
+from distillery.process import UserError
+from distillery.records import RecordScan
+from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
+from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_images import ImageRows
+from distillery.teacher_outputs import LiveTeacher
+from distillery.teacher_records import FILES_NAME, teacher_shard_name
+from distillery.teacher_records_files import (
+    MAX_FILES,
+    TeacherFiles,
+    changed_files,
+    local_sources,
+    remember_files,
+    remembered_files,
+    scan_teacher_files,
+)
+from distillery.teacher_targets import wanted_outputs
+from distillery.teacher_verify import Replay, replay_views
+
+# views run again to see whether the code gives the same outputs: other code changes every view
+_NUM_REPLAYS = 8
+_TELL_HASHING_BYTES = 1 << 30
+
+
+def open_teacher_cache(
+    configs: Configs, loader: Any, device: torch.device, *, fingerprint: str | None = None, is_plan: bool = False
+) -> TeacherCache | None:
+    """The stored outputs that the configuration asks for; None where every step runs the teacher.
+
+    Args:
+        configs: data, train and model.
+        loader: the run's PretrainingLoader, on the shards that it trains on.
+        device: where the teacher is built if its files are not those that the outputs were last compared with.
+        fingerprint: of the outputs that the run was started on, where it goes on.
+        is_plan: nothing is written, and every process raises when there are none, for a caller that goes on without
+            them. Else process 0 raises and the others end with it.
+    Raises:
+        MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
+    """
+    if not configs.train.teacher_cache.is_read:
+        return None
+    if loader.shard_names is None:
+        raise UserError(
+            "teacher_cache.enabled is true, and this run decodes raw images: stored outputs belong to a cache of "
+            f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
+        )
+
+    def find() -> tuple[Path, list[Path]] | UserError:
+        try:
+            cache = _find(configs, loader.fingerprint, device, fingerprint, is_plan=is_plan)
+            return cache.directory, cache.of_other_weights
+        except UserError as error:
+            if not is_plan:
+                raise
+            return error
+
+    # process 0 alone looks through the folders: two nodes may not see the same files yet
+    found = distributed.decided_by_main(find)
+    if isinstance(found, UserError):
+        raise found
+    directory, of_other_weights = found
+    cache = TeacherCache(directory, of_other_weights=of_other_weights)
+    images = getattr(loader.dataset, "base_dataset", loader.dataset)
+    cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
+    return cache
+
+
+def _rows_trained_on(images: CachedTensorDataset) -> np.ndarray:
+    """int64 [S]: rows of each shard up to the last one that is trained on: max_samples may end inside a shard."""
+    rows, last = images.index.shard_rows.copy(), np.array([len(images.shard_rows) - 1])
+    num_used = images.shard_rows[last]
+    rows[last] = images.rows.files.local_rows(last, num_used - 1) + 1 if num_used else 0
+    return rows
+
+
+def files_of_teacher(configs: Configs) -> TeacherFiles:
+    """The files on this machine that the configuration builds the teacher from, but teacher_checkpoint."""
+    # inside a folder as wide as teacher_repo: ., these change all the time, and no teacher comes from them
+    leave_out = [configs.data.cache_path]
+    with contextlib.suppress(UserError):  # the pass needs no checkpoint_dir
+        leave_out.append(configs.train.checkpoint_path)
+    return scan_teacher_files(local_sources(configs.model.model_dump()), leave_out)
+
+
+def build_live_teacher(configs: Configs, images: str, device: torch.device) -> tuple[LiveTeacher, TeacherCacheSpec]:
+    """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint."""
+    data, train, model = configs.data, configs.train, configs.model
+    configured = wanted_outputs(configs, images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of a teacher without weights of its own
+        with_logits = configured["stored"]["logits"]
+        backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
+    augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
+    precision = choose_precision(train.precision, device)
+    spec = TeacherCacheSpec(configured, teacher_facts(backbone, weights_hash(backbone.model), precision))
+    backbone = backbone.to(device, memory_format=MEMORY_FORMAT)
+    return LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision), spec
+
+
+def known_of_teacher(spec: TeacherCacheSpec) -> dict:
+    """What outputs must agree with that a built teacher may read.
+
+    Another precision is no other teacher: on the CPU, what a GPU made is compared in that one's precision.
+    """
+    facts = {key: spec.resolved[key] for key in ("weights_hash", "img_size", "mean", "std")}
+    return spec.configured | {"resolved": facts}
+
+
+def _find(
+    configs: Configs, images: str, device: torch.device, fingerprint: str | None, *, is_plan: bool
+) -> TeacherCache:
+    """The outputs that open_teacher_cache reads: by their files where these are remembered, else by the teacher."""
+    cache_dir, wanted, files = configs.data.cache_path, wanted_outputs(configs, images), files_of_teacher(configs)
+    if not files:
+        return find_teacher_cache(cache_dir, wanted, fingerprint)
+    changes: list[str] = []
+    for cache in map(TeacherCache, fitting_folders(cache_dir, wanted, fingerprint)):
+        differing, entries = compare_files(files, cache)
+        if not differing:
+            if not is_plan:
+                remember(cache, entries)
+            return cache
+        changes = changes or [cache.directory, *differing]
+    print(_why_built(files, *changes), flush=True)
+    with _exact_convolutions():
+        teacher, spec = build_live_teacher(configs, images, device)
+        cache = _confirmed(cache_dir, teacher, spec, images, fingerprint)
+    if not is_plan and files.is_whole:
+        remember(cache, compare_files(files, cache)[1])
+    print(f"  the same weights ({cache.weights_hash}) and outputs as in {cache.directory}", flush=True)
+    return cache
+
+
+def compare_files(files: TeacherFiles, cache: TeacherCache) -> tuple[list[str], dict[str, list]]:
+    """(names of the files that are not as a folder remembers them, what there is to remember now)."""
+    known = remembered_files(cache.directory, cache.fingerprint)
+    if (size := files.bytes_to_hash(known)) > _TELL_HASHING_BYTES:
+        print(f"the teacher's files: {len(files.paths)}, {format_bytes(size)} to hash, once", flush=True)
+    entries = files.entries(known)
+    differing = changed_files(entries, known)
+    return differing or ([] if files.is_whole else [f"more than {MAX_FILES} files"]), entries
+
+
+def remember(cache: TeacherCache, entries: dict[str, list]) -> None:
+    """Write down which files a folder's outputs were compared with; one line says so where that cannot be written."""
+    error = remember_files(cache.directory, cache.fingerprint, entries)
+    if error is not None:
+        why = error.strerror or error
+        print(f"{cache.directory / FILES_NAME}: not written ({why}): the next start compares the teacher again")
+
+
+def _why_built(files: TeacherFiles, directory: Path, *differing: str) -> str:
+    if not files.is_whole:
+        what = f"has more than {MAX_FILES} files, too many to remember"
+    elif not (directory / FILES_NAME).exists():
+        what = f"{len(files.paths)} files, none remembered in {directory} yet"
+    else:
+        some = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+        what = (
+            f"{len(differing)} files are new, gone or changed since they were last compared with {directory} ({some})"
+        )
+    return f"the teacher's local files: {what}. It is built once, to compare its weights and {_NUM_REPLAYS} views"
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """cuDNN as the pass has it, and then as training had it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    use_exact_convolutions()
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def use_exact_convolutions() -> None:
+    """The fastest convolution is searched by the clock, and two runs may find two that round differently."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _confirmed(
+    cache_dir: Path, teacher: LiveTeacher, spec: TeacherCacheSpec, images: str, fingerprint: str | None
+) -> TeacherCache:
+    """The outputs of the built teacher's weights that it gives once more.
+
+    Raises:
+        UserError: there are none of these weights, or the same weights give something else now.
+    """
+    worst = None
+    for folder in fitting_folders(cache_dir, known_of_teacher(spec), fingerprint):
+        cache = TeacherCache(folder)
+        differing = differing_view(cache, teacher, cache_dir, images)
+        if differing is None:
+            return cache
+        worst = worst or (cache, differing)
+    raise _other_code(*worst, is_own=worst[0].fingerprint == spec.fingerprint)
+
+
+def differing_view(cache: TeacherCache, teacher: LiveTeacher, cache_dir: Path, images: str) -> Replay | None:
+    """A stored view that the teacher says something else of now; None where a few, always the same, agree.
+
+    Raises:
+        UserError: images or outputs are gone or damaged.
+    """
+    teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
+    # outputs of images that have changed since differ whatever the teacher: the pass makes them again
+    of_images = {record["shard_idx"]: record["hash"] for record in RecordScan(cache_dir).records()}
+    hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
+    rows = enumerate(cache.index["shards"])
+    shards = [s for s, row in rows if row["images_hash"] == hashes.get(row["shard_path"])]
+    replays = replay_views(cache, teacher, ImageRows(cache_dir, images), _NUM_REPLAYS, np.random.default_rng(0), shards)
+    return next((replay for replay in replays if not replay.agrees), None)
+
+
+def _other_code(cache: TeacherCache, differing: Replay, *, is_own: bool) -> UserError:
+    # a folder is named after the weights: one of these very weights and names is in the way of the new outputs
+    remove = f"rm -r -- {cache.directory} && " if is_own else ""
+    return UserError(
+        f"{cache.directory}: the teacher has the weights that these outputs were made with ({cache.weights_hash}), and "
+        f"gives other outputs now: {differing.describe()}. Its code or its configuration has changed. Put the files "
+        f"back, or make the outputs again: {remove}{teacher_command()}"
+    )
+
+
+def spec_to_go_on_with(
+    cache_dir: Path, teacher: LiveTeacher, spec: TeacherCacheSpec, files: TeacherFiles
+) -> TeacherCacheSpec:
+    """What the pass makes: `spec`, or that of a folder made under other paths or other code of the same outputs.
+
+    Raises:
+        UserError: the folder that the outputs belong into holds those of other code.
+    """
+    if not files or not spec.folder(cache_dir).parent.is_dir():
+        return spec
+    try:
+        folders = fitting_folders(cache_dir, spec.identity, spec.fingerprint)
+    except UserError:  # there are none
+        return spec
+    for folder in folders:
+        try:
+            cache = TeacherCache(folder)
+            is_known = not compare_files(files, cache)[0]
+            differing = None if is_known else differing_view(cache, teacher, cache_dir, spec.configured["images"])
+        except UserError:  # images or outputs are damaged: the pass repairs its own folder
+            if folder == spec.folder(cache_dir):
+                return spec
+            continue
+        if differing is None:
+            configured = {key: value for key, value in cache.identity.items() if key != "resolved"}
+            return TeacherCacheSpec(configured, cache.identity["resolved"])
+        if folder == spec.folder(cache_dir):
+            raise _other_code(cache, differing, is_own=True)
+    return spec
