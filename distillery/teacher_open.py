@@ -179,14 +179,12 @@ def remember(cache: TeacherCache, entries: dict[str, list]) -> None:
 
 def _why_built(files: TeacherFiles, directory: Path, *differing: str) -> str:
     if not files.is_whole:
-        what = f"has more than {MAX_FILES} files, too many to remember"
+        what = f"more than {MAX_FILES}, too many to remember"
     elif not (directory / FILES_NAME).exists():
-        what = f"{len(files.paths)} files, none remembered in {directory} yet"
+        what = f"{len(files.paths)}, none remembered in {directory} yet"
     else:
         some = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
-        what = (
-            f"{len(differing)} files are new, gone or changed since they were last compared with {directory} ({some})"
-        )
+        what = f"{len(differing)} are new, gone or changed since they were last compared with {directory} ({some})"
     return f"the teacher's local files: {what}. It is built once, to compare its weights and {_NUM_REPLAYS} views"
 
 
