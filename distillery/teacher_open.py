@@ -32,7 +32,7 @@ from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_f
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
 from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_records import FILES_NAME, teacher_shard_name
+from distillery.teacher_records import FILES_NAME, read_teacher_index, teacher_shard_name
 from distillery.teacher_records_files import (
     MAX_FILES,
     TeacherFiles,
@@ -141,27 +141,27 @@ def _find(
     cache_dir, wanted, files = configs.data.cache_path, wanted_outputs(configs, images), files_of_teacher(configs)
     if not files:
         return find_teacher_cache(cache_dir, wanted, fingerprint)
-    changes: list[str] = []
-    for cache in map(TeacherCache, fitting_folders(cache_dir, wanted, fingerprint)):
-        differing, entries = compare_files(files, cache)
+    changes: tuple[Path, list[str]] | None = None
+    for folder in fitting_folders(cache_dir, wanted, fingerprint):
+        differing, entries = compare_files(files, folder)
         if not differing:
             if not is_plan:
-                remember(cache, entries)
-            return cache
-        changes = changes or [cache.directory, *differing]
+                remember(folder, entries)
+            return TeacherCache(folder)
+        changes = changes or (folder, differing)
     print(_why_built(files, *changes), flush=True)
     with _exact_convolutions():
         teacher, spec = build_live_teacher(configs, images, device)
         cache = _confirmed(cache_dir, teacher, spec, images, fingerprint)
     if not is_plan and files.is_whole:
-        remember(cache, compare_files(files, cache)[1])
+        remember(cache.directory, compare_files(files, cache.directory)[1])
     print(f"  the same weights ({cache.weights_hash}) and outputs as in {cache.directory}", flush=True)
     return cache
 
 
-def compare_files(files: TeacherFiles, cache: TeacherCache) -> tuple[list[str], dict[str, list]]:
-    """(names of the files that are not as a folder remembers them, what there is to remember now)."""
-    known = remembered_files(cache.directory, cache.fingerprint)
+def compare_files(files: TeacherFiles, directory: Path) -> tuple[list[str], dict[str, list]]:
+    """(names of the files that are not as a folder of outputs remembers them, what there is to remember now)."""
+    known = remembered_files(directory, read_teacher_index(directory)["fingerprint"])
     if (size := files.bytes_to_hash(known)) > _TELL_HASHING_BYTES:
         print(f"the teacher's files: {len(files.paths)}, {format_bytes(size)} to hash, once", flush=True)
     entries = files.entries(known)
@@ -169,21 +169,22 @@ def compare_files(files: TeacherFiles, cache: TeacherCache) -> tuple[list[str], 
     return differing or ([] if files.is_whole else [f"more than {MAX_FILES} files"]), entries
 
 
-def remember(cache: TeacherCache, entries: dict[str, list]) -> None:
+def remember(directory: Path, entries: dict[str, list]) -> None:
     """Write down which files a folder's outputs were compared with; one line says so where that cannot be written."""
-    error = remember_files(cache.directory, cache.fingerprint, entries)
+    error = remember_files(directory, read_teacher_index(directory)["fingerprint"], entries)
     if error is not None:
         why = error.strerror or error
-        print(f"{cache.directory / FILES_NAME}: not written ({why}): the next start compares the teacher again")
+        print(f"{directory / FILES_NAME}: not written ({why}): the next start compares the teacher again")
 
 
-def _why_built(files: TeacherFiles, directory: Path, *differing: str) -> str:
+def _why_built(files: TeacherFiles, directory: Path, differing: list[str]) -> str:
     if not files.is_whole:
         what = f"more than {MAX_FILES}, too many to remember"
     elif not (directory / FILES_NAME).exists():
         what = f"{len(files.paths)}, none remembered in {directory} yet"
     else:
         some = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+        some = some.encode(errors="backslashreplace").decode()  # a name that is no text cannot be printed
         what = f"{len(differing)} are new, gone or changed since they were last compared with {directory} ({some})"
     return f"the teacher's local files: {what}. It is built once, to compare its weights and {_NUM_REPLAYS} views"
 
@@ -267,7 +268,7 @@ def spec_to_go_on_with(
     for folder in folders:
         try:
             cache = TeacherCache(folder)
-            is_known = not compare_files(files, cache)[0]
+            is_known = not compare_files(files, folder)[0]
             differing = None if is_known else differing_view(cache, teacher, cache_dir, spec.configured["images"])
         except UserError:  # images or outputs are damaged: the pass repairs its own folder
             if folder == spec.folder(cache_dir):

@@ -14,7 +14,7 @@ from distillery.process import EXIT_DONE, EXIT_ERROR, StopFlag
 from distillery.progress import Progress
 from distillery.records import INDEX_NAME
 from distillery.shard_format_fields import FIELD_DTYPES
-from distillery.teacher_cache import TeacherCache, find_teacher_cache
+from distillery.teacher_cache import find_teacher_cache
 from distillery.teacher_images import ImageRows
 from distillery.teacher_open import (
     build_live_teacher,
@@ -136,8 +136,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
     if report.shards_made or report.shards_adopted:
         print(f"{job.label}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
     if job.files and job.files.is_whole and (job.plan.directory / INDEX_NAME).exists():
-        cache = TeacherCache(job.plan.directory)
-        remember(cache, compare_files(job.files, cache)[1])
+        remember(job.plan.directory, compare_files(job.files, job.plan.directory)[1])
     return report.shards_left
 
 

@@ -7,6 +7,7 @@ built and compared again.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from distillery.records import FORMAT_VERSION, FutureFormatError, read_guarded, 
 from distillery.teacher_records import FILES_NAME, file_hash
 
 LOCAL_DIR = "local-dir:"
+_README = re.compile(r"readme|readme.*\.(md|rst|txt|html)", re.IGNORECASE)
 # more files than any model has: the folder is a home or a data set, and is not looked through to the end
 MAX_FILES = 100_000
 # above it the teacher is built sooner than its folder is hashed: the files are then known by size and times alone
@@ -159,11 +161,11 @@ def _walk(root: Path, skipped: set[Path]) -> Iterator[tuple[str, Path]]:
             yield f"{prefix}", folder
             continue
         for entry in entries:
-            if entry.name == "__pycache__" or entry.name.startswith(".") or entry.name.upper().startswith("README"):
+            if entry.name == "__pycache__" or entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 waiting.append((Path(entry.path), f"{prefix}{entry.name}/"))
-            else:
+            elif not _README.fullmatch(entry.name):
                 yield f"{prefix}{entry.name}", Path(entry.path)
 
 

@@ -189,7 +189,7 @@ def test_weights_replaced_in_place_with_size_and_time_kept_are_noticed(place):
 
 def test_files_that_change_no_weights_are_compared_once_and_then_remembered(place, built, hashed, capsys):
     place.open()
-    (place.folder / "hub" / "student.py").write_text("width = 3")
+    (place.folder / "hub" / "student\udcff.py").write_text("width = 3")  # a name that is no UTF-8
     with (place.folder / "hub" / "hubconf.py").open("a") as file:
         file.write("\ndef student(): ...\n")
     place.open(is_plan=True)
@@ -373,10 +373,11 @@ def test_links_are_followed_and_what_no_teacher_is_made_of_is_left_out(tmp_path)
     (hub / "far" / "loop").symlink_to(hub)
     (hub / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(hub / "pipe")
-    for name in (".git/objects/a", "__pycache__/net.pyc", "runs/a/step.pt", ".hidden"):
+    (hub / "readme.pt").write_bytes(b"weights")
+    for name in (".git/objects/a", "__pycache__/net.pyc", "runs/a/step.pt", ".hidden", "README_dev.rst"):
         (hub / name).parent.mkdir(parents=True, exist_ok=True)
         (hub / name).write_bytes(b"3")
-    names = {"hubconf.py", "net.py", "weights/tiny.pt", "linked.bin", "far/deep.bin", "gone", "pipe"}
+    names = {"hubconf.py", "net.py", "weights/tiny.pt", "linked.bin", "far/deep.bin", "gone", "pipe", "readme.pt"}
     assert names_of(hub, hub / "runs") == {f"repo/{name}" for name in names}
     before = scan_teacher_files({"repo": hub}, [hub / "runs"]).entries({})
     assert before["repo/gone"] == before["repo/pipe"] == [None]
