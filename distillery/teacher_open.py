@@ -24,7 +24,7 @@ from distillery.build_facts import weights_hash
 from distillery.cached_dataset import CachedTensorDataset
 from distillery.commands import stage1_command, teacher_command
 from distillery.config import Configs
-from distillery.files import format_bytes
+from distillery.files import format_bytes, sha256_of
 from distillery.models import MEMORY_FORMAT
 from distillery.process import UserError
 from distillery.records import RecordScan
@@ -159,6 +159,16 @@ def _find(
     return cache
 
 
+def outputs_of_built(cache_dir: Path, spec: TeacherCacheSpec, files: TeacherFiles) -> TeacherCache:
+    """The outputs of a built teacher's weights; of those of several codes, the folder that remembers the present files.
+
+    Raises:
+        MissingFileError, UserError: there are none, with what differs.
+    """
+    folders = fitting_folders(cache_dir, known_of_teacher(spec))
+    return TeacherCache(min(folders, key=lambda folder: bool(files and compare_files(files, folder)[0])))
+
+
 def compare_files(files: TeacherFiles, directory: Path) -> tuple[list[str], dict[str, list]]:
     """(names of the files that are not as a folder of outputs remembers them, what there is to remember now)."""
     known = remembered_files(directory, read_teacher_index(directory)["fingerprint"])
@@ -215,49 +225,63 @@ def _confirmed(
     Raises:
         UserError: there are none of these weights, or the same weights give something else now.
     """
-    worst = None
+    refused = None
     for folder in fitting_folders(cache_dir, known_of_teacher(spec), fingerprint):
         cache = TeacherCache(folder)
-        differing = differing_view(cache, teacher, cache_dir, images)
+        differing, _ = compare_views(cache, teacher, cache_dir, images)
         if differing is None:
             return cache
-        worst = worst or (cache, differing)
-    raise _other_code(*worst, is_own=worst[0].fingerprint == spec.fingerprint)
+        refused = refused or (cache, differing)
+    cache, differing = refused
+    raise UserError(
+        f"{cache.directory}: the teacher has the weights that these outputs were made with ({cache.weights_hash}), and "
+        f"gives other outputs now: {differing.describe()}. Its code or its configuration has changed. Put the files "
+        f"back, or make its outputs: {teacher_command()}"
+    )
 
 
-def differing_view(cache: TeacherCache, teacher: LiveTeacher, cache_dir: Path, images: str) -> Replay | None:
-    """A stored view that the teacher says something else of now; None where a few, always the same, agree.
+def compare_views(
+    cache: TeacherCache, teacher: LiveTeacher, cache_dir: Path, images: str, *, skip_damaged: bool = False
+) -> tuple[Replay | None, int]:
+    """(a stored view that the teacher says something else of now, None where all agree; views compared).
 
+    A few views, always the same, of shards whose images are still those that the outputs are of.
+
+    Args:
+        cache: the outputs.
+        teacher: the one that is there now.
+        cache_dir: the image cache.
+        images: its fingerprint.
+        skip_damaged: leave out the shards that cannot be read.
     Raises:
         UserError: images or outputs are gone or damaged.
     """
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
+    rows, rng, num_compared = ImageRows(cache_dir, images), np.random.default_rng(0), 0
     # outputs of images that have changed since differ whatever the teacher: the pass makes them again
     of_images = {record["shard_idx"]: record["hash"] for record in RecordScan(cache_dir).records()}
     hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
-    rows = enumerate(cache.index["shards"])
-    shards = [s for s, row in rows if row["images_hash"] == hashes.get(row["shard_path"])]
-    replays = replay_views(cache, teacher, ImageRows(cache_dir, images), _NUM_REPLAYS, np.random.default_rng(0), shards)
-    return next((replay for replay in replays if not replay.agrees), None)
-
-
-def _other_code(cache: TeacherCache, differing: Replay, *, is_own: bool) -> UserError:
-    # a folder is named after the weights: one of these very weights and names is in the way of the new outputs
-    remove = f"rm -r -- {cache.directory} && " if is_own else ""
-    return UserError(
-        f"{cache.directory}: the teacher has the weights that these outputs were made with ({cache.weights_hash}), and "
-        f"gives other outputs now: {differing.describe()}. Its code or its configuration has changed. Put the files "
-        f"back, or make the outputs again: {remove}{teacher_command()}"
-    )
+    listed = enumerate(cache.index["shards"])
+    shards = [s for s, row in listed if row["images_hash"] == hashes.get(row["shard_path"])]
+    chosen = rng.permutation(shards)[:_NUM_REPLAYS].tolist()
+    for s in chosen:
+        try:
+            replays = list(replay_views(cache, teacher, rows, -(-_NUM_REPLAYS // len(chosen)), rng, [s]))
+        except UserError:
+            if not skip_damaged:
+                raise
+            continue
+        num_compared += len(replays)
+        if (differing := next((replay for replay in replays if not replay.agrees), None)) is not None:
+            return differing, num_compared
+    return None, num_compared
 
 
 def spec_to_go_on_with(
     cache_dir: Path, teacher: LiveTeacher, spec: TeacherCacheSpec, files: TeacherFiles
 ) -> TeacherCacheSpec:
-    """What the pass makes: `spec`, or that of a folder made under other paths or other code of the same outputs.
-
-    Raises:
-        UserError: the folder that the outputs belong into holds those of other code.
+    """What the pass makes: `spec`; or that of a folder made under other paths or other code of the same outputs; or one
+    of its own where the folder that `spec` names holds what other code of the same weights gave.
     """
     if not files or not spec.folder(cache_dir).parent.is_dir():
         return spec
@@ -265,18 +289,30 @@ def spec_to_go_on_with(
         folders = fitting_folders(cache_dir, spec.identity, spec.fingerprint)
     except UserError:  # there are none
         return spec
+    own, is_taken = spec.folder(cache_dir), False
     for folder in folders:
-        try:
-            cache = TeacherCache(folder)
-            is_known = not compare_files(files, folder)[0]
-            differing = None if is_known else differing_view(cache, teacher, cache_dir, spec.configured["images"])
-        except UserError:  # images or outputs are damaged: the pass repairs its own folder
-            if folder == spec.folder(cache_dir):
-                return spec
-            continue
-        if differing is None:
-            configured = {key: value for key, value in cache.identity.items() if key != "resolved"}
-            return TeacherCacheSpec(configured, cache.identity["resolved"])
-        if folder == spec.folder(cache_dir):
-            raise _other_code(cache, differing, is_own=True)
-    return spec
+        found = _compare_for_pass(folder, teacher, cache_dir, spec.configured["images"], files)
+        if found is True or (found is None and folder == own):
+            identity = read_teacher_index(folder)["identity"]
+            return TeacherCacheSpec({k: v for k, v in identity.items() if k != "resolved"}, identity["resolved"])
+        is_taken = is_taken or folder == own
+    if not is_taken:
+        return spec
+    contents = {name: entry[-1] or entry[0] for name, entry in files.entries({}).items()}
+    other = TeacherCacheSpec(spec.configured | {"code": sha256_of(contents)}, spec.resolved)
+    print(f"{own}: other code of the same weights gave these outputs; they stay, and the teacher's own are beside them")
+    return other
+
+
+def _compare_for_pass(
+    folder: Path, teacher: LiveTeacher, cache_dir: Path, images: str, files: TeacherFiles
+) -> bool | None:
+    """Whether a folder holds what the teacher gives; None where nothing in it can be compared."""
+    try:
+        if not compare_files(files, folder)[0]:
+            return True
+        cache = TeacherCache(folder)
+        differing, num_compared = compare_views(cache, teacher, cache_dir, images, skip_damaged=True)
+    except UserError:  # no images, or no basis: the pass repairs its own folder
+        return None
+    return None if not num_compared else differing is None

@@ -14,13 +14,12 @@ from distillery.process import EXIT_DONE, EXIT_ERROR, StopFlag
 from distillery.progress import Progress
 from distillery.records import INDEX_NAME
 from distillery.shard_format_fields import FIELD_DTYPES
-from distillery.teacher_cache import find_teacher_cache
 from distillery.teacher_images import ImageRows
 from distillery.teacher_open import (
     build_live_teacher,
     compare_files,
     files_of_teacher,
-    known_of_teacher,
+    outputs_of_built,
     remember,
     spec_to_go_on_with,
     use_exact_convolutions,
@@ -162,7 +161,7 @@ def verify_outputs(configs: Configs, count: int) -> int:
     fingerprint = load_index(cache_dir).fingerprint
     use_exact_convolutions()
     teacher, spec = build_live_teacher(configs, fingerprint, choose_device("auto"))
-    cache = find_teacher_cache(cache_dir, known_of_teacher(spec), spec.fingerprint)
+    cache = outputs_of_built(cache_dir, spec, files_of_teacher(configs))
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     images = ImageRows(cache_dir, fingerprint)
     replays = list(replay_views(cache, teacher, images, count, np.random.default_rng()))

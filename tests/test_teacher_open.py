@@ -17,11 +17,13 @@ from workplace import Workplace
 
 import precompute_cache
 from distillery import teacher_open, teacher_records_files
+from distillery.build_facts import check_same_teacher
 from distillery.cached_dataset import CachedTensorDataset
 from distillery.commands import remember_command
 from distillery.config import load_configs
 from distillery.evaluate import load_candidates
 from distillery.process import MissingFileError, UserError, run_command
+from distillery.teacher_cache import TeacherCache
 from distillery.teacher_open import open_teacher_cache
 from distillery.teacher_records import FILES_NAME
 from distillery.teacher_records_files import (
@@ -213,16 +215,41 @@ def test_the_pass_goes_on_in_the_folder_of_the_same_weights_and_outputs_whatever
     assert (place.outputs.name, (place.outputs / "index.json").read_bytes()) == (name, before)
 
 
-def test_other_code_of_the_same_weights_is_refused_by_what_it_gives(place, capsys):
-    net = place.folder / "hub" / "net.py"
-    for other in (NET.replace(".relu()", ".abs()"), NET.replace(".relu()", ".relu() * 2")):
-        net.write_text(other)
-        with pytest.raises(UserError, match="gives other outputs now: teacher_shard.* Put the files back, or .* rm -r"):
-            place.open()
-        assert place.run_pass() == 2
-        assert "gives other outputs now" in capsys.readouterr().err
+@pytest.mark.parametrize("change", [".abs()", ".relu() * 2"])
+def test_other_code_of_the_same_weights_is_refused_by_what_it_gives_and_gets_a_folder_of_its_own(place, capsys, change):
+    net, first = place.folder / "hub" / "net.py", place.outputs
+    before = {path: path.read_bytes() for path in first.iterdir()}
     net.write_text(NET.replace(".relu()", ".clamp(min=0)"))
     place.open()
+    net.write_text(NET.replace(".relu()", change))
+    with pytest.raises(UserError, match="gives other outputs now: teacher_shard.* Put the files back, or make"):
+        place.open()
+    for job in "01":
+        assert place.run_pass("--num_jobs", "2", "--job_id", job) == 0
+    assert f"{first}: other code of the same weights gave these outputs" in capsys.readouterr().out
+    assert place.run_pass() == 0
+    assert len(list((place.cache / "teacher").iterdir())) == 2
+    other = place.open()
+    assert other.directory != first and other.index["complete"]
+    assert {path: path.read_bytes() for path in first.iterdir() if path.name != FILES_NAME} == {
+        path: data for path, data in before.items() if path.name != FILES_NAME
+    }
+    assert place.run_pass("--verify", "8") == 0
+    with pytest.raises(UserError, match="started on other teacher outputs"):
+        state = {"teacher_hash": other.weights_hash, "teacher_cache": TeacherCache(first).fingerprint}
+        check_same_teacher(place.folder, state, other.weights_hash, other)
+    net.write_text(NET)
+    assert place.open().directory == first
+    assert place.run_pass("--verify", "8") == 0
+    assert not [text for folder in (first, other.directory) for text in find_teacher_problems(folder)]
+
+
+def test_a_shard_taken_away_is_not_made_again_by_other_code_beside_those_that_stay(place):
+    (place.folder / "hub" / "net.py").write_text(NET.replace(".relu()", ".abs()"))
+    (place.outputs / "teacher_shard_00001.pt").unlink()
+    first = place.outputs
+    assert place.run_pass() == 0
+    assert not (first / "teacher_shard_00001.pt").exists()
 
 
 def test_other_code_in_hubconf_gets_a_folder_of_its_own(place):
