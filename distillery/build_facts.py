@@ -175,7 +175,8 @@ def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: Te
     if before != found:
         raise UserError(
             f"the run in {run_dir} was started on other teacher outputs: fingerprint {(before or 'none')[:12]}, now "
-            f"{(found or 'none')[:12]}. Put the teacher_cache block and cache_dir back, or give another checkpoint_dir."
+            f"{(found or 'none')[:12]}. Put the teacher's files, the teacher_cache block and cache_dir back, or give "
+            "another checkpoint_dir."
         )
 
 
