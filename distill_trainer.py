@@ -49,7 +49,7 @@ from distillery.report import summary_table, write_plots, write_report
 from distillery.run_evaluation import RunEvaluation
 from distillery.run_folder_start import find_start, prepare_folder
 from distillery.teacher_cache import TeacherCache
-from distillery.teacher_targets import open_teacher_cache
+from distillery.teacher_open import open_teacher_cache
 
 
 def main(command: TrainingCommand) -> int:
@@ -134,7 +134,7 @@ class Run:
     def _open_teacher_cache(self) -> TeacherCache | None:
         is_plan, fingerprint = self.arguments.dry_run, self.state and self.state.get("teacher_cache")
         try:
-            return open_teacher_cache(self.configs, self.loader, fingerprint=fingerprint, told_by_all=is_plan)
+            return open_teacher_cache(self.configs, self.loader, self.device, fingerprint=fingerprint, is_plan=is_plan)
         except UserError as error:
             if not is_plan:  # which says what it costs to make it
                 raise

@@ -34,7 +34,7 @@ from distillery import build, build_facts
 from distillery.config import Configs, load_configs
 from distillery.engine import Progress, train_one_epoch
 from distillery.process import StopFlag, usable_cpus
-from distillery.teacher_targets import open_teacher_cache
+from distillery.teacher_open import open_teacher_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teacher"
@@ -166,7 +166,7 @@ def student_alone(configs: Configs, device: torch.device, steps: int) -> Callabl
 def trainer(configs: Configs, device: torch.device, steps: int, *, stored: bool) -> Callable[[], None]:
     """An epoch of the trainer, as distill_trainer.py runs it."""
     loader = build_pretraining_dataloader(configs.data, configs.train, with_indices=True, raw=True)
-    cache = open_teacher_cache(configs, loader) if stored else None
+    cache = open_teacher_cache(configs, loader, device) if stored else None
     teacher, student = build.build_models(configs, device, cache)
     schedule = build.build_schedule(configs.train, student, steps)
     task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)

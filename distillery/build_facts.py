@@ -149,8 +149,8 @@ def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
     found = weights_hash(teacher.backbone.model)
     if cache is not None and cache.weights_hash != found:
         raise UserError(
-            f"the teacher has other weights than the one whose outputs are in {cache.directory}. Put "
-            f"teacher_checkpoint or teacher_repo back, or store its outputs: {teacher_command()}"
+            f"the teacher has other weights ({found}) than the one whose outputs are in {cache.directory} "
+            f"({cache.weights_hash}). Put its files back, or store its outputs: {teacher_command()}"
         )
     return found
 
@@ -167,14 +167,16 @@ def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: Te
     """Raise UserError when a checkpoint's teacher or stored outputs are not the present ones; now: teacher_hash."""
     if state["teacher_hash"] != now:
         raise UserError(
-            f"the teacher has other weights than when the run in {run_dir} was started. Put teacher_checkpoint or "
-            "teacher_repo back, or give another checkpoint_dir."
+            f"the teacher has other weights ({now}) than when the run in {run_dir} was started "
+            f"({state['teacher_hash']}). Put its files (teacher_name, teacher_repo, teacher_checkpoint) back, or give "
+            "another checkpoint_dir."
         )
     before, found = state.get("teacher_cache"), cache and cache.fingerprint
     if before != found:
         raise UserError(
             f"the run in {run_dir} was started on other teacher outputs: fingerprint {(before or 'none')[:12]}, now "
-            f"{(found or 'none')[:12]}. Put the teacher_cache block and cache_dir back, or give another checkpoint_dir."
+            f"{(found or 'none')[:12]}. Put the teacher's files, the teacher_cache block and cache_dir back, or give "
+            "another checkpoint_dir."
         )
 
 

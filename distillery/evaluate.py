@@ -185,11 +185,14 @@ def load_candidates(
     Returns:
         the teacher; the targets it sets (images -> Features, standardised where the run does so); and the untrained
         student, then each checkpoint's student and its EMA: these share one module, so each is valid until the next.
+    Raises:
+        UserError: a student was trained towards a teacher of other weights.
     """
     from distillery.build import build_models
     from distillery.checkpoint import load_checkpoint
 
     teacher, student = build_models(configs, device)
+    _check_teacher(configs, teacher.backbone.model, checkpoints)
     aligned = student if "pooled" in student.heads else None  # without a loss on pooled features there is no such head
 
     def candidates() -> Iterator[Candidate]:
@@ -205,6 +208,24 @@ def load_candidates(
                     yield Candidate(name, student.student, aligned, state["progress"]["step"], str(path))
 
     return Candidate(TEACHER, teacher.backbone), teacher, candidates()
+
+
+def _check_teacher(configs: Configs, teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
+    """Raise UserError unless the students were trained towards a teacher of these weights."""
+    from distillery.build_facts import weights_hash
+    from distillery.checkpoint import load_checkpoint
+
+    model = configs.model
+    if not model.teacher_pretrained and model.teacher_checkpoint is None and model.teacher_source != "torch_hub":
+        return  # drawn anew by every process
+    now = weights_hash(teacher)
+    for path in checkpoints:
+        trained = load_checkpoint(path).get("teacher_hash")
+        if trained not in (None, now):
+            raise UserError(
+                f"{path}: its student was trained towards a teacher of other weights ({trained}) than there are now "
+                f"({now}). Put the teacher's files (teacher_name, teacher_repo, teacher_checkpoint) back."
+            )
 
 
 def evaluate_candidate(

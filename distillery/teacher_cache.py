@@ -24,7 +24,7 @@ from distillery.reader import ShardFiles
 from distillery.records import FutureFormatError, decode_checksums, record_path
 from distillery.shard_format import open_regular, read_blocks
 from distillery.shard_format_fields import FIELD_DTYPES
-from distillery.teacher_identity import token_grid_of
+from distillery.teacher_identity import LOCAL_REPO, token_grid_of
 from distillery.teacher_records import (
     BASIS_NAME,
     FOLDER_NAME,
@@ -36,6 +36,7 @@ from distillery.teacher_records import (
     statistics_of,
     teacher_folders,
 )
+from distillery.teacher_records_files import local_dir_of, path_of_text
 
 _MAX_BASIS_BYTES = 1 << 30
 
@@ -52,6 +53,18 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
     Raises:
         MissingFileError: there are none at all. UserError: there are only others, with what differs from the nearest.
     """
+    fitting = fitting_folders(cache_dir, wanted, fingerprint)
+    weights = [read_teacher_index(folder)["identity"]["resolved"]["weights_hash"] for folder in fitting]
+    others = [folder for folder, its in zip(fitting, weights, strict=True) if its != weights[0]]
+    return TeacherCache(fitting[0], of_other_weights=sorted(others))
+
+
+def fitting_folders(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: str | None = None) -> list[Path]:
+    """The folders that find_teacher_cache chooses from, best first; arguments and errors as there.
+
+    Where a teacher is built from files of this machine, their paths and their code do not count: whoever asks compares
+    the files (teacher_records_files), or the weights.
+    """
     found, unreadable = [], None
     for folder in teacher_folders(Path(cache_dir)):
         try:
@@ -59,10 +72,11 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
         except UserError as error:
             unreadable = unreadable or error
             continue
-        differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
-        is_other, weights = index["fingerprint"] != fingerprint, index["identity"]["resolved"]["weights_hash"]
-        rank = (len(differing), is_other, not index["complete"], -made_at(folder))
-        found.append((rank, folder, differing, weights))
+        all_differing = list(differences(_part(index["identity"], wanted), dict(wanted)))
+        differing = [entry for entry in all_differing if not _names_local_files(*entry)]
+        is_other = index["fingerprint"] != fingerprint
+        rank = (len(differing), is_other, len(all_differing), not index["complete"], -made_at(folder))
+        found.append((rank, folder, differing))
     if not found:
         if unreadable is not None:
             raise unreadable
@@ -70,16 +84,27 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
             f"{Path(cache_dir) / FOLDER_NAME}: no teacher outputs there. Run: {teacher_command()}, "
             "or set teacher_cache.enabled: false to run the teacher in every step."
         )
-    _, folder, differing, weights = min(found, key=lambda entry: entry[0])
+    found.sort(key=lambda entry: entry[0])
+    _, folder, differing = found[0]
     if differing:
         lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in differing]
         raise UserError(
             f"no teacher outputs of this configuration below {cache_dir}; the nearest, {folder}, differ:\n"
             + "\n".join(lines)
-            + f"\nPut the values back, or make them: {teacher_command()}"
+            + f"\nPut the values (or the files) back, or make them: {teacher_command()}"
         )
-    others = [other for _, other, differing, its in found if not differing and its != weights]
-    return TeacherCache(folder, of_other_weights=others)
+    return [folder for _, folder, differing in found if not differing]
+
+
+def _names_local_files(key: str, had: Any, now: Any) -> bool:
+    """Whether two values of an identity may be two names of the same files on this machine."""
+    if not isinstance(had, str) or not isinstance(now, str):
+        return False
+    if key == "teacher.repo":
+        return had.startswith(LOCAL_REPO) and now.startswith(LOCAL_REPO)
+    if key == "teacher.name":
+        return local_dir_of(had) is not None and local_dir_of(now) is not None
+    return key.startswith("teacher.kwargs.") and "/" in had and path_of_text(now) is not None
 
 
 def _part(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:

@@ -19,6 +19,9 @@ from distillery.process import MissingFileError
 from distillery.shard_format_fields import FIELD_DTYPES
 from distillery.teacher_records import FOLDER_NAME, file_hash
 
+# of a teacher from a local folder; what else is in the folder is compared by teacher_records_files
+LOCAL_REPO = "hubconf.py "
+
 
 def configured_identity(
     model: Mapping[str, Any],
@@ -69,7 +72,7 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
             raise MissingFileError(f"teacher_checkpoint: {path} is not there.")
         checkpoint = file_hash(path.resolve())
     if repo is not None and (code := expand_path(repo) / "hubconf.py").is_file():
-        repo = f"hubconf.py {file_hash(code.resolve())}"  # the same folder wherever it is moved
+        repo = f"{LOCAL_REPO}{file_hash(code.resolve())}"  # the same folder wherever it is moved
     return {
         "source": of["source"],
         "name": of["name"],

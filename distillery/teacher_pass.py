@@ -4,29 +4,33 @@ import shlex
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from distillery.augment import Augmentation
-from distillery.build import build_teacher_backbone, choose_device, choose_precision
-from distillery.build_facts import weights_hash
+from distillery.build import choose_device
 from distillery.cache import load_index
 from distillery.config import Configs
 from distillery.files import format_bytes, free_bytes
-from distillery.losses_table import fields_needed
-from distillery.models import MEMORY_FORMAT
 from distillery.plan import CachePlan, Survey
 from distillery.process import EXIT_DONE, EXIT_ERROR, StopFlag
 from distillery.progress import Progress
+from distillery.records import INDEX_NAME
 from distillery.shard_format_fields import FIELD_DTYPES
-from distillery.teacher_cache import find_teacher_cache
-from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts
 from distillery.teacher_images import ImageRows
+from distillery.teacher_open import (
+    build_live_teacher,
+    compare_files,
+    files_of_teacher,
+    outputs_of_built,
+    remember,
+    spec_to_go_on_with,
+    use_exact_convolutions,
+)
 from distillery.teacher_outputs import LiveTeacher
 from distillery.teacher_plan import forward_flops
 from distillery.teacher_records import teacher_scan
+from distillery.teacher_records_files import TeacherFiles
 from distillery.teacher_survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_targets import check_storable
-from distillery.teacher_verify import LEAST_COSINE, replay_views
+from distillery.teacher_verify import replay_views
 from distillery.teacher_writer import make_teacher_cache
 
 DEFAULT_REPLAYS = 64
@@ -34,13 +38,17 @@ DEFAULT_REPLAYS = 64
 
 @dataclass(frozen=True)
 class TeacherJob:
-    """The teacher's outputs to make, and this process's share of their shards. flops: of one forward pass."""
+    """The teacher's outputs to make, and this process's share of their shards.
+
+    flops: of one forward pass; files: on this machine, that the teacher was built from.
+    """
 
     plan: TeacherPlan
     teacher: LiveTeacher
     shards: range
     label: str
     flops: int
+    files: TeacherFiles
 
 
 def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> TeacherJob:
@@ -52,7 +60,10 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
         shards: this process's share of the images'; the last one's has what training takes beyond them as well.
     """
     check_storable(configs.train)
-    teacher, spec = build_live_teacher(configs, images.fingerprint)
+    files = files_of_teacher(configs)
+    use_exact_convolutions()
+    teacher, spec = build_live_teacher(configs, images.fingerprint, choose_device("auto"))
+    spec = spec_to_go_on_with(images.directory, teacher, spec, files)
     wanted = images_for_training(images, configs.data.max_samples)
     if shards.stop == images.num_shards:
         shards = range(shards.start, wanted.num_shards)
@@ -63,32 +74,8 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
         shards,
         label,
         forward_flops(teacher.backbone, configs.data.image_size),
+        files,
     )
-
-
-def build_live_teacher(configs: Configs, images: str) -> tuple[LiveTeacher, TeacherCacheSpec]:
-    """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint."""
-    device = choose_device("auto")
-    # the fastest convolution is searched by the clock, and two runs may find two that round differently
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    data, train, model = configs.data, configs.train, configs.model
-    loss_fields = fields_needed(train.distill_loss_weights)
-    torch.manual_seed(0)  # of a teacher without weights of its own
-    backbone = build_teacher_backbone(model, data, with_logits="logits" in loss_fields).requires_grad_(False).eval()
-    augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
-    precision = choose_precision(train.precision, device)
-    configured = configured_identity(
-        model.model_dump(),
-        train.teacher_cache.model_dump(),
-        precision=train.precision,
-        augmentation=augmentation,
-        images=images,
-        loss_fields=loss_fields,
-    )
-    spec = TeacherCacheSpec(configured, teacher_facts(backbone, weights_hash(backbone.model), precision))
-    backbone = backbone.to(device, memory_format=MEMORY_FORMAT)
-    return LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision), spec
 
 
 def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
@@ -147,6 +134,8 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
         print(f"repaired: {message}")
     if report.shards_made or report.shards_adopted:
         print(f"{job.label}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    if job.files and job.files.is_whole and (job.plan.directory / INDEX_NAME).exists():
+        remember(job.plan.directory, compare_files(job.files, job.plan.directory)[1])
     return report.shards_left
 
 
@@ -170,19 +159,15 @@ def verify_outputs(configs: Configs, count: int) -> int:
     """
     cache_dir = configs.data.cache_path
     fingerprint = load_index(cache_dir).fingerprint
-    teacher, spec = build_live_teacher(configs, fingerprint)
-    # another precision is no other teacher: a check on the CPU of what a GPU made runs in that one's precision
-    facts = {key: spec.resolved[key] for key in ("weights_hash", "img_size", "mean", "std")}
-    cache = find_teacher_cache(cache_dir, spec.configured | {"resolved": facts})
+    use_exact_convolutions()
+    teacher, spec = build_live_teacher(configs, fingerprint, choose_device("auto"))
+    cache = outputs_of_built(cache_dir, spec, files_of_teacher(configs))
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     images = ImageRows(cache_dir, fingerprint)
     replays = list(replay_views(cache, teacher, images, count, np.random.default_rng()))
-    bad = [replay for replay in replays if replay.cosine < LEAST_COSINE]
+    bad = [replay for replay in replays if not replay.agrees]
     for replay in bad:
-        print(
-            f"BAD  {cache.directory / replay.shard}: row {replay.row}, view {replay.view}: {replay.field} has cosine "
-            f"{replay.cosine:.6f} with what the teacher says now, expected {LEAST_COSINE} or more"
-        )
+        print(f"BAD  {cache.directory}/{replay.describe()}")
     if bad:
         shards = sorted({str(cache.directory / replay.shard) for replay in bad})
         print(f"{len(bad)} of {len(replays)} vectors are not of this teacher. Repair: rm -f -- {shlex.join(shards)}")

@@ -36,6 +36,7 @@ from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, fra
 FOLDER_NAME = "teacher"
 STATISTICS_NAME = "statistics.json"
 BASIS_NAME = "token_basis.pt"
+FILES_NAME = "teacher_files.json"
 TEACHER_PATTERN = re.compile(r"teacher_shard_\d{5,}\.pt")
 # in the order in which they stand in a shard
 FIELD_NAMES = ("pooled", "tokens", "logits")

@@ -8,6 +8,7 @@ from distillery.process import MissingFileError, UserError
 from distillery.records import INDEX_NAME, FutureFormatError, holds, record_path
 from distillery.teacher_records import (
     BASIS_NAME,
+    FILES_NAME,
     STATISTICS_NAME,
     TEACHER_PATTERN,
     file_hash,
@@ -17,6 +18,7 @@ from distillery.teacher_records import (
     teacher_scan,
     teacher_views,
 )
+from distillery.teacher_records_files import check_files_record
 
 
 def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
@@ -53,6 +55,7 @@ def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
         if not holds(path, content):
             yield f"{path}: differs from the records", None
     yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
+    yield from _files_problems(directory / FILES_NAME, index["fingerprint"])
     yield from _foreign_files(directory, index)
 
 
@@ -92,10 +95,22 @@ def _basis_problems(path: Path, expected: str | None) -> Iterator[tuple[str, Pat
         yield f"{path}: {error}", None
 
 
+def _files_problems(path: Path, fingerprint: str) -> Iterator[tuple[str, Path | None]]:
+    try:
+        if check_files_record(path)["fingerprint"] != fingerprint:
+            yield f"{path}: is of other teacher outputs", path
+    except FutureFormatError:
+        raise
+    except FileNotFoundError:
+        return
+    except (UserError, OSError) as error:
+        yield str(error) if str(path) in str(error) else f"{path}: {error}", path
+
+
 def _foreign_files(directory: Path, index: dict) -> Iterator[tuple[str, Path | None]]:
     basis = {BASIS_NAME} if index["basis_hash"] else set()
     for entry in os.scandir(directory):
-        is_known = entry.name in {INDEX_NAME, STATISTICS_NAME} | basis
+        is_known = entry.name in {INDEX_NAME, STATISTICS_NAME, FILES_NAME} | basis
         is_known = is_known or TEACHER_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
         if not is_known and not entry.name.startswith(".nfs"):
             reason = "left by a killed run; stage 1 removes it" if ".tmp-" in entry.name else "not part of a cache"

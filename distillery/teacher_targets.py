@@ -1,6 +1,6 @@
 """Training on stored outputs of the teacher: which view a sample has in an epoch, and what the teacher gave for it.
 
-    open_teacher_cache   the stored outputs that a configuration asks for
+    wanted_outputs       what the configuration says of stored outputs
     StoredTargets        the views and targets of batches that come with stored outputs, for the engine
     TargetLoader         a loader's batches with the stored outputs of their views, read one batch ahead
 
@@ -12,79 +12,24 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distillery import distributed
 from distillery.augment import Augmentation
 from distillery.augment_draws import draw_uniform, view_of_epoch
-from distillery.cached_dataset import CachedTensorDataset
-from distillery.commands import stage1_command, teacher_command
+from distillery.commands import teacher_command
 from distillery.config import Configs, TrainConfig
 from distillery.losses import Features
 from distillery.losses_table import LOSSES, fields_needed, needs_second_view
 from distillery.process import RunError, UserError
 from distillery.standardise import Targets
-from distillery.teacher_cache import TeacherCache, find_teacher_cache
+from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import configured_identity
 
 # in the place of an epoch in draw_uniform: no epoch, view or start of a view has this number
 _LIVE_STEPS = -2
-
-
-def open_teacher_cache(
-    configs: Configs, loader: Any, *, fingerprint: str | None = None, told_by_all: bool = False
-) -> TeacherCache | None:
-    """The stored outputs that the configuration asks for; None where every step runs the teacher.
-
-    Args:
-        configs: data, train and model.
-        loader: the run's PretrainingLoader, on the shards that it trains on.
-        fingerprint: of the outputs that the run was started on, where it goes on.
-        told_by_all: every process raises when there are none, for a caller that goes on without them; else process 0
-            does and the others end with it.
-    Raises:
-        MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
-    """
-    if not configs.train.teacher_cache.is_read:
-        return None
-    if loader.shard_names is None:
-        raise UserError(
-            "teacher_cache.enabled is true, and this run decodes raw images: stored outputs belong to a cache of "
-            f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
-        )
-    wanted = wanted_outputs(configs, loader.fingerprint)
-
-    def find() -> tuple[Path, list[Path]] | UserError:
-        try:
-            cache = find_teacher_cache(configs.data.cache_path, wanted, fingerprint)
-            return cache.directory, cache.of_other_weights
-        except UserError as error:
-            if not told_by_all:
-                raise
-            return error
-
-    # process 0 alone looks through the folders: two nodes may not see the same files yet
-    found = distributed.decided_by_main(find)
-    if isinstance(found, UserError):
-        raise found
-    directory, of_other_weights = found
-    cache = TeacherCache(directory, of_other_weights=of_other_weights)
-    images = getattr(loader.dataset, "base_dataset", loader.dataset)
-    cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
-    return cache
-
-
-def _rows_trained_on(images: CachedTensorDataset) -> np.ndarray:
-    """int64 [S]: rows of each shard up to the last one that is trained on: max_samples may end inside a shard."""
-    rows, last = images.index.shard_rows.copy(), np.array([len(images.shard_rows) - 1])
-    num_used = images.shard_rows[last]
-    rows[last] = images.rows.files.local_rows(last, num_used - 1) + 1 if num_used else 0
-    return rows
 
 
 def wanted_outputs(configs: Configs, images: str) -> dict:

@@ -18,7 +18,7 @@ ROOMS = [
      "teacher_identity", "teacher_cache", "teacher_outputs", "teacher_images", "teacher_survey",
      "teacher_basis", "teacher_writer", "teacher_verify", "teacher_targets", "teacher_plan"},
     {"loader", "build", "command_line", "planner"},
-    {"evaluate", "export", "teacher_pass", "pictures", "run_evaluation"},
+    {"evaluate", "export", "teacher_open", "teacher_pass", "pictures", "run_evaluation"},
 ]  # fmt: skip
 # what runs before anything slow is imported: configuration errors and --help answer in about a second
 LIGHT = ["process", "commands", "launcher", "files", "progress", "config", "preprocess", "shard_format", "records",

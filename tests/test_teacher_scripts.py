@@ -222,8 +222,8 @@ def test_verify_catches_a_shard_computed_with_other_weights(run_teacher, copy, m
     assert not re.search(r"BAD .*teacher_shard_0000[023]", output)
 
 
-def with_other_weights(configs, images, build=teacher_pass.build_live_teacher):
-    teacher, spec = build(configs, images)
+def with_other_weights(*arguments, build=teacher_pass.build_live_teacher):
+    teacher, spec = build(*arguments)
     generator = torch.Generator().manual_seed(0)
     for parameter in teacher.backbone.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))

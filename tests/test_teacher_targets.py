@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
+from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build, teacher_pass, teacher_targets
+from distillery import build, teacher_open, teacher_pass
 from distillery.augment import Augmentation
 from distillery.augment_draws import view_of_epoch
 from distillery.cached_dataset import CachedTensorDataset
@@ -21,8 +21,9 @@ from distillery.loader import DevicePrefetcher
 from distillery.models_pair import FrozenTeacher, align, resample_tokens
 from distillery.process import RunError, UserError
 from distillery.standardise import Targets
+from distillery.teacher_open import open_teacher_cache
 from distillery.teacher_survey import images_for_training
-from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields, open_teacher_cache
+from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
 NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9
@@ -274,12 +275,15 @@ def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_
     make_images(images_plan(tmp_path), bad=(17,))
     plan = teacher_plan(images_plan(tmp_path, 20, source_rows=40), live_teacher())
     run_pass(plan, live_teacher())
-    monkeypatch.setattr(teacher_targets, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
-    configs = SimpleNamespace(data=SimpleNamespace(cache_path=tmp_path), train=train_config())
+    monkeypatch.setattr(teacher_open, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    configs = SimpleNamespace(
+        data=SimpleNamespace(cache_path=tmp_path), train=train_config(), model=SimpleNamespace(model_dump=lambda: MODEL)
+    )
 
     def opened(max_samples: int):
         dataset = CachedTensorDataset(tmp_path, max_samples=max_samples)
-        return open_teacher_cache(configs, SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset))
+        loader = SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset)
+        return open_teacher_cache(configs, loader, torch.device("cpu"))
 
     # image 17 cannot be decoded: the first 19 that can are among the first 20
     assert opened(19).directory == plan.directory
@@ -301,23 +305,24 @@ def test_the_pass_covers_what_training_takes_where_images_failed_and_the_cache_h
     tmp_path, monkeypatch, max_samples, rows
 ):
     make_images(images_plan(tmp_path), bad=(7, 15, 16))  # the last of two shards of 8, the first of the third
-    monkeypatch.setattr(teacher_pass, "build_live_teacher", lambda _configs, _images: (live_teacher(), plan.spec))
+    monkeypatch.setattr(teacher_pass, "build_live_teacher", lambda *_: (live_teacher(), plan.spec))
     monkeypatch.setattr(teacher_pass, "forward_flops", lambda _backbone, _size: 0)
     wanted = images_plan(tmp_path, max_samples, source_rows=40)
     plan = teacher_plan(wanted, live_teacher())
     configs = SimpleNamespace(
         data=SimpleNamespace(cache_path=tmp_path, max_samples=max_samples, image_size=8),
         train=train_config(),
-        model=SimpleNamespace(teacher_name="tiny", teacher_source="torch_hub"),
+        model=SimpleNamespace(teacher_name="tiny", teacher_source="torch_hub", model_dump=lambda: MODEL),
     )
     middle = wanted.num_shards // 2
     for share in (range(middle), range(middle, wanted.num_shards)):
         job = teacher_pass.build_teacher_job(configs, wanted, share)
         assert job.plan.images.num_rows == rows
         run_pass(job.plan, live_teacher(), job.shards)
-    monkeypatch.setattr(teacher_targets, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    monkeypatch.setattr(teacher_open, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
     dataset = CachedTensorDataset(tmp_path, max_samples=max_samples)
-    cache = open_teacher_cache(configs, SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset))
+    loader = SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset)
+    cache = open_teacher_cache(configs, loader, torch.device("cpu"))
     assert (cache.index["num_samples"], cache.index["complete"]) == (rows, True)
 
 

@@ -158,6 +158,18 @@ def test_two_processes_have_the_losses_of_one(place, tmp_path):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_process_0_alone_compares_the_teacher_where_nothing_is_remembered(place, tmp_path):
+    (folder,) = (place.folder / "cache" / "teacher").iterdir()
+    settings = CACHED | {"grad_accumulation_steps": 1, "eval_every_epochs": 0, "num_epochs": 1}
+    (folder / "teacher_files.json").unlink()
+    for remembered in (False, True):
+        first, second = start_two(place, tmp_path / f"run_{remembered}", settings)
+        assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+        assert ("It is built once" in first.text) is not remembered
+        assert "It is built once" not in second.text
+    assert_same_run(tmp_path / "run_False", tmp_path / "run_True")
+
+
 def test_pooled_outputs_stored_and_patches_live_interrupted_or_by_two_processes(tmp_path, png_images):
     place, settings = Workplace(tmp_path, png_images), HYBRID | {"teacher_cache.tokens": "none", "seed": 1}
     done = place.precompute(*place.flags("train", "model"), "--teacher", *sets_of(settings))

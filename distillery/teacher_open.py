@@ -1,0 +1,318 @@
+"""The stored outputs that a configuration asks for, and whether they are those of the teacher that is there now.
+
+    names, views, images    the identity in the folder's index: strings, known without the teacher
+    files on this machine   teacher_files.json beside the shards: content by hashes, which size and times spare
+    weights and code        only where those files differ: the teacher is built once, its weights are hashed, and a few
+                            stored views run through it
+
+Whatever agrees is remembered, so that the next start neither builds the teacher nor hashes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distillery import distributed
+from distillery.augment import Augmentation
+from distillery.build import build_teacher_backbone, choose_precision
+from distillery.build_facts import weights_hash
+from distillery.cached_dataset import CachedTensorDataset
+from distillery.commands import stage1_command, teacher_command
+from distillery.config import Configs
+from distillery.files import format_bytes, sha256_of
+from distillery.models import MEMORY_FORMAT
+from distillery.process import UserError
+from distillery.records import RecordScan
+from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
+from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_images import ImageRows
+from distillery.teacher_outputs import LiveTeacher
+from distillery.teacher_records import FILES_NAME, read_teacher_index, teacher_shard_name
+from distillery.teacher_records_files import (
+    MAX_FILES,
+    TeacherFiles,
+    changed_files,
+    local_sources,
+    remember_files,
+    remembered_files,
+    scan_teacher_files,
+)
+from distillery.teacher_targets import wanted_outputs
+from distillery.teacher_verify import Replay, replay_views
+
+# views run again to see whether the code gives the same outputs: other code changes every view
+_NUM_REPLAYS = 8
+_TELL_HASHING_BYTES = 1 << 30
+
+
+def open_teacher_cache(
+    configs: Configs, loader: Any, device: torch.device, *, fingerprint: str | None = None, is_plan: bool = False
+) -> TeacherCache | None:
+    """The stored outputs that the configuration asks for; None where every step runs the teacher.
+
+    Args:
+        configs: data, train and model.
+        loader: the run's PretrainingLoader, on the shards that it trains on.
+        device: where the teacher is built if its files are not those that the outputs were last compared with.
+        fingerprint: of the outputs that the run was started on, where it goes on.
+        is_plan: nothing is written, and every process raises when there are none, for a caller that goes on without
+            them. Else process 0 raises and the others end with it.
+    Raises:
+        MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
+    """
+    if not configs.train.teacher_cache.is_read:
+        return None
+    if loader.shard_names is None:
+        raise UserError(
+            "teacher_cache.enabled is true, and this run decodes raw images: stored outputs belong to a cache of "
+            f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
+        )
+
+    def find() -> tuple[Path, list[Path]] | UserError:
+        try:
+            cache = _find(configs, loader.fingerprint, device, fingerprint, is_plan=is_plan)
+            return cache.directory, cache.of_other_weights
+        except UserError as error:
+            if not is_plan:
+                raise
+            return error
+
+    # process 0 alone looks through the folders: two nodes may not see the same files yet
+    found = distributed.decided_by_main(find)
+    if isinstance(found, UserError):
+        raise found
+    directory, of_other_weights = found
+    cache = TeacherCache(directory, of_other_weights=of_other_weights)
+    images = getattr(loader.dataset, "base_dataset", loader.dataset)
+    cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
+    return cache
+
+
+def _rows_trained_on(images: CachedTensorDataset) -> np.ndarray:
+    """int64 [S]: rows of each shard up to the last one that is trained on: max_samples may end inside a shard."""
+    rows, last = images.index.shard_rows.copy(), np.array([len(images.shard_rows) - 1])
+    num_used = images.shard_rows[last]
+    rows[last] = images.rows.files.local_rows(last, num_used - 1) + 1 if num_used else 0
+    return rows
+
+
+def files_of_teacher(configs: Configs) -> TeacherFiles:
+    """The files on this machine that the configuration builds the teacher from, but teacher_checkpoint."""
+    # inside a folder as wide as teacher_repo: ., these change all the time, and no teacher comes from them
+    leave_out = [configs.data.cache_path]
+    with contextlib.suppress(UserError):  # the pass needs no checkpoint_dir
+        leave_out.append(configs.train.checkpoint_path)
+    return scan_teacher_files(local_sources(configs.model.model_dump()), leave_out)
+
+
+def build_live_teacher(configs: Configs, images: str, device: torch.device) -> tuple[LiveTeacher, TeacherCacheSpec]:
+    """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint."""
+    data, train, model = configs.data, configs.train, configs.model
+    configured = wanted_outputs(configs, images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of a teacher without weights of its own
+        with_logits = configured["stored"]["logits"]
+        backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
+    augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
+    precision = choose_precision(train.precision, device)
+    spec = TeacherCacheSpec(configured, teacher_facts(backbone, weights_hash(backbone.model), precision))
+    backbone = backbone.to(device, memory_format=MEMORY_FORMAT)
+    return LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision), spec
+
+
+def known_of_teacher(spec: TeacherCacheSpec) -> dict:
+    """What outputs must agree with that a built teacher may read.
+
+    Another precision is no other teacher: on the CPU, what a GPU made is compared in that one's precision.
+    """
+    facts = {key: spec.resolved[key] for key in ("weights_hash", "img_size", "mean", "std")}
+    return spec.configured | {"resolved": facts}
+
+
+def _find(
+    configs: Configs, images: str, device: torch.device, fingerprint: str | None, *, is_plan: bool
+) -> TeacherCache:
+    """The outputs that open_teacher_cache reads: by their files where these are remembered, else by the teacher."""
+    cache_dir, wanted, files = configs.data.cache_path, wanted_outputs(configs, images), files_of_teacher(configs)
+    if not files:
+        return find_teacher_cache(cache_dir, wanted, fingerprint)
+    changes: tuple[Path, list[str]] | None = None
+    for folder in fitting_folders(cache_dir, wanted, fingerprint):
+        differing, entries = compare_files(files, folder)
+        if not differing:
+            if not is_plan:
+                remember(folder, entries)
+            return TeacherCache(folder)
+        changes = changes or (folder, differing)
+    print(_why_built(files, *changes), flush=True)
+    with _exact_convolutions():
+        teacher, spec = build_live_teacher(configs, images, device)
+        cache = _confirmed(cache_dir, teacher, spec, images, fingerprint)
+    if not is_plan and files.is_whole:
+        remember(cache.directory, compare_files(files, cache.directory)[1])
+    print(f"  the same weights ({cache.weights_hash}) and outputs as in {cache.directory}", flush=True)
+    return cache
+
+
+def outputs_of_built(cache_dir: Path, spec: TeacherCacheSpec, files: TeacherFiles) -> TeacherCache:
+    """The outputs of a built teacher's weights; of those of several codes, the folder that remembers the present files.
+
+    Raises:
+        MissingFileError, UserError: there are none, with what differs.
+    """
+    folders = fitting_folders(cache_dir, known_of_teacher(spec))
+    return TeacherCache(min(folders, key=lambda folder: bool(files and compare_files(files, folder)[0])))
+
+
+def compare_files(files: TeacherFiles, directory: Path) -> tuple[list[str], dict[str, list]]:
+    """(names of the files that are not as a folder of outputs remembers them, what there is to remember now)."""
+    known = remembered_files(directory, read_teacher_index(directory)["fingerprint"])
+    if (size := files.bytes_to_hash(known)) > _TELL_HASHING_BYTES:
+        print(f"the teacher's files: {len(files.paths)}, {format_bytes(size)} to hash, once", flush=True)
+    entries = files.entries(known)
+    differing = changed_files(entries, known)
+    return differing or ([] if files.is_whole else [f"more than {MAX_FILES} files"]), entries
+
+
+def remember(directory: Path, entries: dict[str, list]) -> None:
+    """Write down which files a folder's outputs were compared with; one line says so where that cannot be written."""
+    error = remember_files(directory, read_teacher_index(directory)["fingerprint"], entries)
+    if error is not None:
+        why = error.strerror or error
+        print(f"{directory / FILES_NAME}: not written ({why}): the next start compares the teacher again")
+
+
+def _why_built(files: TeacherFiles, directory: Path, differing: list[str]) -> str:
+    if not files.is_whole:
+        what = f"more than {MAX_FILES}, too many to remember"
+    elif not (directory / FILES_NAME).exists():
+        what = f"{len(files.paths)}, none remembered in {directory} yet"
+    else:
+        some = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+        some = some.encode(errors="backslashreplace").decode()  # a name that is no text cannot be printed
+        what = f"{len(differing)} are new, gone or changed since they were last compared with {directory} ({some})"
+    return f"the teacher's local files: {what}. It is built once, to compare its weights and {_NUM_REPLAYS} views"
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """cuDNN as the pass has it, and then as training had it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    use_exact_convolutions()
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def use_exact_convolutions() -> None:
+    """The fastest convolution is searched by the clock, and two runs may find two that round differently."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _confirmed(
+    cache_dir: Path, teacher: LiveTeacher, spec: TeacherCacheSpec, images: str, fingerprint: str | None
+) -> TeacherCache:
+    """The outputs of the built teacher's weights that it gives once more.
+
+    Raises:
+        UserError: there are none of these weights, or the same weights give something else now.
+    """
+    refused = None
+    for folder in fitting_folders(cache_dir, known_of_teacher(spec), fingerprint):
+        cache = TeacherCache(folder)
+        differing, _ = compare_views(cache, teacher, cache_dir, images)
+        if differing is None:
+            return cache
+        refused = refused or (cache, differing)
+    cache, differing = refused
+    raise UserError(
+        f"{cache.directory}: the teacher has the weights that these outputs were made with ({cache.weights_hash}), and "
+        f"gives other outputs now: {differing.describe()}. Its code or its configuration has changed. Put the files "
+        f"back, or make its outputs: {teacher_command()}"
+    )
+
+
+def compare_views(
+    cache: TeacherCache, teacher: LiveTeacher, cache_dir: Path, images: str, *, skip_damaged: bool = False
+) -> tuple[Replay | None, int]:
+    """(a stored view that the teacher says something else of now, None where all agree; views compared).
+
+    A few views, always the same, of shards whose images are still those that the outputs are of.
+
+    Args:
+        cache: the outputs.
+        teacher: the one that is there now.
+        cache_dir: the image cache.
+        images: its fingerprint.
+        skip_damaged: leave out the shards that cannot be read.
+    Raises:
+        UserError: images or outputs are gone or damaged.
+    """
+    teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
+    rows, rng, num_compared = ImageRows(cache_dir, images), np.random.default_rng(0), 0
+    # outputs of images that have changed since differ whatever the teacher: the pass makes them again
+    of_images = {record["shard_idx"]: record["hash"] for record in RecordScan(cache_dir).records()}
+    hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
+    listed = enumerate(cache.index["shards"])
+    shards = [s for s, row in listed if row["images_hash"] == hashes.get(row["shard_path"])]
+    chosen = rng.permutation(shards)[:_NUM_REPLAYS].tolist()
+    for s in chosen:
+        try:
+            replays = list(replay_views(cache, teacher, rows, -(-_NUM_REPLAYS // len(chosen)), rng, [s]))
+        except UserError:
+            if not skip_damaged:
+                raise
+            continue
+        num_compared += len(replays)
+        if (differing := next((replay for replay in replays if not replay.agrees), None)) is not None:
+            return differing, num_compared
+    return None, num_compared
+
+
+def spec_to_go_on_with(
+    cache_dir: Path, teacher: LiveTeacher, spec: TeacherCacheSpec, files: TeacherFiles
+) -> TeacherCacheSpec:
+    """What the pass makes: `spec`; or that of a folder made under other paths or other code of the same outputs; or one
+    of its own where the folder that `spec` names holds what other code of the same weights gave.
+    """
+    if not files or not spec.folder(cache_dir).parent.is_dir():
+        return spec
+    try:
+        folders = fitting_folders(cache_dir, spec.identity, spec.fingerprint)
+    except UserError:  # there are none
+        return spec
+    own, is_taken = spec.folder(cache_dir), False
+    for folder in folders:
+        found = _compare_for_pass(folder, teacher, cache_dir, spec.configured["images"], files)
+        if found is True or (found is None and folder == own):
+            identity = read_teacher_index(folder)["identity"]
+            return TeacherCacheSpec({k: v for k, v in identity.items() if k != "resolved"}, identity["resolved"])
+        is_taken = is_taken or folder == own
+    if not is_taken:
+        return spec
+    contents = {name: entry[-1] or entry[0] for name, entry in files.entries({}).items()}
+    other = TeacherCacheSpec(spec.configured | {"code": sha256_of(contents)}, spec.resolved)
+    print(f"{own}: other code of the same weights gave these outputs; they stay, and the teacher's own are beside them")
+    return other
+
+
+def _compare_for_pass(
+    folder: Path, teacher: LiveTeacher, cache_dir: Path, images: str, files: TeacherFiles
+) -> bool | None:
+    """Whether a folder holds what the teacher gives; None where nothing in it can be compared."""
+    try:
+        if not compare_files(files, folder)[0]:
+            return True
+        cache = TeacherCache(folder)
+        differing, num_compared = compare_views(cache, teacher, cache_dir, images, skip_damaged=True)
+    except UserError:  # no images, or no basis: the pass repairs its own folder
+        return None
+    return None if not num_compared else differing is None
