@@ -22,6 +22,8 @@ LIMIT_MINUTES = 10.0
 _SILENT_S = 3.0
 # a name server may learn the name of a node that has just started a little later
 _UNKNOWN_NAME_S = 10.0
+# a process 0 that has just ended may hold its port a moment longer
+_TAKEN_PORT_S = 3.0
 _RETRY_S = 0.5
 # torch's own for what processes exchange through the store afterwards
 _STORE_TIMEOUT = timedelta(minutes=30)
@@ -124,13 +126,7 @@ class _Meeting:
         """The store that process 0 serves or, under torchrun, its agent; this process's number is in it."""
         options = {"timeout": _STORE_TIMEOUT, "wait_for_workers": False}
         if self.world.rank == 0 and environment_text("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            try:
-                store = dist.TCPStore("127.0.0.1", self.port, self.world.size, is_master=True, **options)
-            except dist.DistNetworkError as error:
-                raise UserError(
-                    f"MASTER_PORT={self.port}: process 0 cannot listen there: {_short(error)}. Another program, or "
-                    f"another run, has it: set another port for all processes. {self.world.alone}"
-                ) from error
+            store = self._listen(options)
         else:
             # torch's client prints a warning for every attempt: it is called once somebody answers
             socket.create_connection((self.address, self.port), timeout=10).close()
@@ -140,6 +136,19 @@ class _Meeting:
         store = dist.PrefixStore(f"distillery/{environment_number('TORCHELASTIC_RESTART_COUNT') or 0}", store)
         store.set(_key(self.world.rank), b"here")
         return store
+
+    def _listen(self, options: dict) -> dist.Store:
+        deadline = time.monotonic() + _TAKEN_PORT_S
+        while True:
+            try:
+                return dist.TCPStore("127.0.0.1", self.port, self.world.size, is_master=True, **options)
+            except dist.DistNetworkError as error:
+                if time.monotonic() > deadline or self.is_over.is_set():
+                    raise UserError(
+                        f"MASTER_PORT={self.port}: process 0 cannot listen there: {_short(error)}. Another program, or "
+                        f"another run, has it: set another port for all processes. {self.world.alone}"
+                    ) from error
+                self.is_over.wait(_RETRY_S)
 
     def _gather(self, store: dist.Store) -> None:
         missing = set(range(self.world.size))
