@@ -18,7 +18,7 @@ from distillery.export_card import build_card
 from distillery.export_config import describe
 from distillery.export_features import evaluate_call, find_feature_call, is_same, sample_features
 from distillery.export_onnx import build_onnx
-from distillery.export_student import Student, load_student
+from distillery.export_student import Student, load_from_hub, load_student
 from distillery.files import expand_path, write_atomic
 from distillery.process import EXIT_DONE, UserError, run_command
 
@@ -53,7 +53,7 @@ def export_student(
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     student = load_student(run_dir, checkpoint, ema=ema)
     source = student.config["model"]["student_source"]
-    if format in ("timm", "huggingface") and student.timm_kwargs is None:
+    if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")
     features = find_feature_call(student.backbone)
     config = describe(student, features)
@@ -64,8 +64,7 @@ def export_student(
         write_atomic(weights_path, onnx_model)
     else:
         write_safetensors(student.weights, weights_path)
-        if student.timm_kwargs is not None:
-            check_timm_loads(student, weights_path, features)
+        check_weights_load(student, weights_path, features)
     config_path, card_path = out_dir / CONFIG_NAME, out_dir / CARD_NAME
     write_atomic(config_path, json.dumps(config, indent=2).encode() + b"\n")
     loaded_from = "local-dir:." if format == "huggingface" else weights_path.name
@@ -82,14 +81,22 @@ def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     write_atomic(path, save(weights, metadata={"format": "pt"}))
 
 
-def check_timm_loads(student: Student, path: Path, features: str) -> None:
-    """Build the student as its user will, from the file just written: timm loads strictly, so nothing is missing."""
-    import timm
+def check_weights_load(student: Student, path: Path, features: str) -> None:
+    """Build the student as its user will, with the file just written: loading is strict, so nothing is missing."""
+    name, arguments = student.architecture, student.model_args
+    if student.is_timm:
+        import timm
 
-    kwargs = student.timm_kwargs or {}
-    check_same_features(
-        timm.create_model(student.architecture, num_classes=0, checkpoint_path=str(path), **kwargs), student, features
-    )
+        model = timm.create_model(name, num_classes=0, checkpoint_path=str(path), **arguments)
+    elif student.config["model"]["student_source"] == "torchvision":
+        import torchvision
+
+        model = torchvision.models.get_model(name, **arguments)
+        model.load_state_dict(student.weights)
+    else:
+        model = load_from_hub(student.config["model"]["student_repo"], name, arguments)
+        model.load_state_dict(student.weights)
+    check_same_features(model, student, features)
 
 
 def check_folder_loads(student: Student, folder: Path, features: str) -> None:
@@ -107,7 +114,7 @@ def check_folder_loads(student: Student, folder: Path, features: str) -> None:
 def check_same_features(model: nn.Module, student: Student, features: str) -> None:
     """The model as its user has it gives what was trained, by the expression on the card."""
     images, wanted = sample_features(student.backbone)
-    assert is_same(evaluate_call(features, model.eval(), images), wanted), f"timm's model has other {features}"
+    assert is_same(evaluate_call(features, model.eval(), images), wanted), f"built anew, the model has other {features}"
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from distillery.config_docs import as_yaml
+from distillery.files import expand_path
 from distillery.metrics import METRICS_NAME, read_rows
 
 
@@ -123,10 +124,10 @@ def _usage_of_other_source(config: dict[str, Any], loaded_from: str, imports: li
     arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
     if facts["student_source"] == "torchvision":
         imports = [*imports, "torchvision"]
-        load = f'torchvision.models.get_model("{config["architecture"]}", weights=None{arguments})'
+        load = f'torchvision.models.get_model("{config["architecture"]}"{arguments})'
     else:
         imports = [*imports, "torch"]
-        where = ', source="local"' if Path(facts["student_repo"]).is_dir() else ""
+        where = ', source="local"' if expand_path(facts["student_repo"]).is_dir() else ""
         load = f'torch.hub.load("{facts["student_repo"]}", "{config["architecture"]}"{where}{arguments})'
     return (
         _imports(imports) + "from safetensors.torch import load_file\n"

@@ -34,7 +34,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
         "architecture": architecture,
         "num_classes": 0,
         "num_features": backbone.pooled_width,
-        "model_args": student.timm_kwargs if student.timm_kwargs is not None else model.get("student_kwargs", {}),
+        "model_args": student.model_args,
         "pretrained_cfg": {
             "architecture": architecture,
             "input_size": [3, *backbone.img_size],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distillery.models import Backbone
 
 ONNX_TOLERANCE = 1e-4
-OTHER_FORMATS = "Take another format: --format timm, safetensors or huggingface"
+OTHER_FORMATS = "Take another format, e.g. --format safetensors"
 
 
 def build_onnx(backbone: Backbone) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillery.files import expand_path
 from distillery.process import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class Student:
     """A student ready to leave; the backbone holds the weights, for images normalised with its own mean and std.
 
     global_batch_size: images per step, None where the checkpoint does not say; architecture: what the source calls the
-    model; timm_kwargs: what timm.create_model needs besides it, None for no timm model.
+    model; model_args: what its constructor needs besides, at the student's input size; is_timm: whether that is timm's.
     """
 
     backbone: Backbone
@@ -29,7 +30,8 @@ class Student:
     global_batch_size: int | None
     is_ema: bool
     architecture: str
-    timm_kwargs: dict[str, Any] | None
+    model_args: dict[str, Any]
+    is_timm: bool
 
 
 def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = False) -> Student:
@@ -54,9 +56,9 @@ def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = F
     weights = own_weights(backbone.model, weights, path)
     backbone.model.load_state_dict(weights)
     backbone.eval()
-    architecture, timm_kwargs = config["model"]["student_name"], None
-    if config["model"]["student_source"] == "timm":
-        architecture, timm_kwargs = find_timm_call(config["model"], backbone.img_size)
+    is_timm = config["model"]["student_source"] == "timm"
+    find_call = find_timm_call if is_timm else find_other_call
+    architecture, model_args = find_call(config["model"], backbone.img_size)
     return Student(
         backbone=backbone,
         weights=weights,
@@ -65,7 +67,8 @@ def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = F
         global_batch_size=state.get("global_batch_size"),
         is_ema=ema,
         architecture=architecture,
-        timm_kwargs=timm_kwargs,
+        model_args=model_args,
+        is_timm=is_timm,
     )
 
 
@@ -151,6 +154,29 @@ def find_timm_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[st
     except TypeError:
         return architecture, kwargs  # a convolutional model: it takes any size
     return architecture, sized
+
+
+def find_other_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments with which torchvision or torch.hub builds the student without pretrained weights."""
+    name, kwargs = model["student_name"], dict(model.get("student_kwargs") or {})
+    if model["student_source"] == "torchvision":
+        kwargs = {key: value for key, value in kwargs.items() if key != "weights"} | {"weights": None}
+        return name, kwargs | ({"image_size": img_size[0]} if name.startswith("vit_") else {})
+    try:
+        load_from_hub(model["student_repo"], name, {"pretrained": False} | kwargs)
+    except TypeError:
+        return name, kwargs  # its entry point does not know the word
+    return name, {"pretrained": False} | kwargs
+
+
+def load_from_hub(repo: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of a local folder with hubconf.py, or of GitHub's owner/name[:ref]."""
+    import torch
+
+    folder = expand_path(repo)
+    if folder.is_dir():
+        return torch.hub.load(str(folder), name, source="local", **kwargs)
+    return torch.hub.load(repo, name, trust_repo=True, verbose=False, **kwargs)
 
 
 def read_timm_name(name: str) -> tuple[str, dict[str, Any]]:

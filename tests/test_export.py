@@ -16,7 +16,7 @@ from distillery.export_attention import PlainAttention, plain_attention
 from distillery.export_config import find_origin
 from distillery.export_features import evaluate_call, is_same, sample_features
 from distillery.export_onnx import build_onnx, compare_onnx
-from distillery.export_student import build_bare_student, load_student
+from distillery.export_student import build_bare_student, find_other_call, load_student
 from distillery.metrics import RunLog
 from distillery.models import Backbone, build_backbone
 from distillery.process import UserError, run_command
@@ -53,7 +53,8 @@ class Dino(nn.Module):
     def forward(self, x):
         return self.forward_features(x)["x_norm_clstoken"] * 2
 
-def dino():
+def dino(pretrained=True):
+    assert not pretrained, "it would download weights"
     return Dino()
 """
 # name: model_config keys; image_size is 48, which the ViT's own 160 px differ from
@@ -215,7 +216,7 @@ CARDS = {
     "no class token": ("timm", "vit_base_patch16_siglip_gap_224", TINY),
     "DINOv2's dictionary": ("torch_hub", "dino", {}),
     "classifier on the way": ("torchvision", "shufflenet_v2_x0_5", {}),
-    "layers one by one": ("torchvision", "resnet18", {}),
+    "layers one by one": ("torchvision", "resnet18", {"weights": "DEFAULT"}),
 }  # fmt: skip
 
 
@@ -238,6 +239,11 @@ def test_every_card_names_an_expression_that_gives_the_trained_features(tmp_path
     torch.testing.assert_close(features, trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
     named = json.loads((tmp_path / "out" / "config.json").read_text())["distillation"]["features"]
     assert f"features = {named}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_torchvisions_vit_is_built_at_its_input_size_and_without_pretrained_weights():
+    model = {"student_source": "torchvision", "student_name": "vit_b_16", "student_kwargs": {"weights": "DEFAULT"}}
+    assert find_other_call(model, (48, 48)) == ("vit_b_16", {"weights": None, "image_size": 48})
 
 
 def test_a_wrong_expression_does_not_pass_and_a_student_without_any_is_refused(tmp_path, monkeypatch):
@@ -359,7 +365,7 @@ class Unexportable(torch.nn.Module):
 @pytest.mark.parametrize(
     "way, message",
     [
-        ("operation", r"Unexportable cannot be written as ONNX by torch [\w.+]+: \w+: .*--format timm, safetensors"),
+        ("operation", r"Unexportable cannot be written as ONNX by torch [\w.+]+: \w+: .*--format safetensors"),
         ("batch", "Unexportable cannot be written as ONNX for any batch size"),
     ],
 )
