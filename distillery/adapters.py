@@ -97,7 +97,8 @@ def forward_features(
 def torchvision_vit(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
     """torchvision's VisionTransformer.forward up to its heads."""
     patches = model._process_input(images)
-    tokens = model.encoder(torch.cat([model.class_token.expand(len(images), -1, -1), patches], dim=1))
+    # shape[0], not len(): a traced model keeps its batch size open
+    tokens = model.encoder(torch.cat([model.class_token.expand(images.shape[0], -1, -1), patches], dim=1))
     pooled = tokens[:, 0] if use_cls_token else tokens[:, 1:].mean(1)
     return Outputs(pooled, tokens[:, 1:], model.heads(tokens[:, 0]) if with_logits else None)
 

@@ -16,7 +16,8 @@ _PURPOSE = 0x5DEECE66D
 class DropPath(nn.Module):
     """Leaves out a residual branch for some samples; which ones, StochasticDepth says before every batch.
 
-    A layer that its block calls twice leaves out both for the same samples.
+    A layer that its block calls twice leaves out both for the same samples, and one that sees a sample as several rows
+    (MobileViT's groups of pixels, TNT's words of a patch) leaves out all of them.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -25,10 +26,13 @@ class DropPath(nn.Module):
         self.factors: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] times 0 or 1 / (1 - drop_prob), sample by sample; x itself in eval mode."""
+        """x [B x rows, ...] times 0 or 1 / (1 - drop_prob), sample by sample; x itself in eval mode."""
         if not self.training:
             return x
-        return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        factors = self.factors.to(x.dtype)
+        if len(x) != len(factors):
+            factors = factors.repeat_interleave(len(x) // len(factors))
+        return x * factors.view(-1, *[1] * (x.ndim - 1))
 
 
 class StochasticDepth:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from distillery.export_card import build_card
 from distillery.export_config import describe
-from distillery.export_onnx import write_onnx
-from distillery.export_student import Student, load_student
+from distillery.export_features import evaluate_call, find_feature_call, is_same, sample_features
+from distillery.export_onnx import build_onnx
+from distillery.export_student import Student, load_from_hub, load_student
 from distillery.files import expand_path, write_atomic
 from distillery.process import EXIT_DONE, UserError, run_command
 
 if TYPE_CHECKING:  # --help and wrong arguments answer before torch is imported
-    from torch import Tensor
+    from torch import Tensor, nn
 
 FORMATS = ("timm", "safetensors", "huggingface", "onnx")
 WEIGHTS_NAME, ONNX_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "model.onnx", "config.json", "README.md"
@@ -45,29 +46,31 @@ def export_student(
     Returns:
         The files written: the weights, config.json and README.md.
     Raises:
-        UserError: no checkpoint, no EMA weights, an unknown format, or weights that are not this student's.
+        UserError: no checkpoint, no EMA weights, an unknown format, weights that are not this student's, a model that
+            cannot be written as ONNX. Nothing is written then.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     student = load_student(run_dir, checkpoint, ema=ema)
     source = student.config["model"]["student_source"]
-    if format in ("timm", "huggingface") and student.timm_kwargs is None:
+    if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")
+    features = find_feature_call(student.backbone)
+    config = describe(student, features)
+    onnx_model = build_onnx(student.backbone) if format == "onnx" else b""
     out_dir.mkdir(parents=True, exist_ok=True)
     weights_path = out_dir / (ONNX_NAME if format == "onnx" else WEIGHTS_NAME)
     if format == "onnx":
-        write_onnx(student.backbone, weights_path)
+        write_atomic(weights_path, onnx_model)
     else:
         write_safetensors(student.weights, weights_path)
-        if student.timm_kwargs is not None:
-            check_timm_loads(student, weights_path)
-    config = describe(student)
+        check_weights_load(student, weights_path, features)
     config_path, card_path = out_dir / CONFIG_NAME, out_dir / CARD_NAME
     write_atomic(config_path, json.dumps(config, indent=2).encode() + b"\n")
     loaded_from = "local-dir:." if format == "huggingface" else weights_path.name
     write_atomic(card_path, build_card(run_dir, config, loaded_from).encode())
     if format == "huggingface":
-        check_folder_loads(student, out_dir)
+        check_folder_loads(student, out_dir, features)
     return [weights_path, config_path, card_path]
 
 
@@ -78,15 +81,25 @@ def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     write_atomic(path, save(weights, metadata={"format": "pt"}))
 
 
-def check_timm_loads(student: Student, path: Path) -> None:
-    """Build the student as its user will, from the file just written: timm loads strictly, so nothing is missing."""
-    import timm
+def check_weights_load(student: Student, path: Path, features: str) -> None:
+    """Build the student as its user will, with the file just written: loading is strict, so nothing is missing."""
+    name, arguments = student.architecture, student.model_args
+    if student.is_timm:
+        import timm
 
-    name = student.config["model"]["student_name"]
-    timm.create_model(name, num_classes=0, checkpoint_path=str(path), **(student.timm_kwargs or {}))
+        model = timm.create_model(name, num_classes=0, checkpoint_path=str(path), **arguments)
+    elif student.config["model"]["student_source"] == "torchvision":
+        import torchvision
+
+        model = torchvision.models.get_model(name, **arguments)
+        model.load_state_dict(student.weights)
+    else:
+        model = load_from_hub(student.config["model"]["student_repo"], name, arguments)
+        model.load_state_dict(student.weights)
+    check_same_features(model, student, features)
 
 
-def check_folder_loads(student: Student, folder: Path) -> None:
+def check_folder_loads(student: Student, folder: Path, features: str) -> None:
     """Build the student from the folder alone, as `local-dir:` and, once uploaded, `hf-hub:` do."""
     import timm
     import torch
@@ -95,6 +108,13 @@ def check_folder_loads(student: Student, folder: Path) -> None:
     found = model.state_dict()
     assert found.keys() == student.weights.keys(), "timm builds another model from config.json"
     assert all(torch.equal(found[name], value) for name, value in student.weights.items()), "timm changed weights"
+    check_same_features(model, student, features)
+
+
+def check_same_features(model: nn.Module, student: Student, features: str) -> None:
+    """The model as its user has it gives what was trained, by the expression on the card."""
+    images, wanted = sample_features(student.backbone)
+    assert is_same(evaluate_call(features, model.eval(), images), wanted), f"built anew, the model has other {features}"
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from distillery.config_docs import as_yaml
+from distillery.files import expand_path
 from distillery.metrics import METRICS_NAME, read_rows
 
 
@@ -47,7 +48,8 @@ def _front_matter(config: dict[str, Any]) -> str:
     """The YAML block that the hub reads; it claims a licence only where everything known agrees on it."""
     facts = config["distillation"]
     origin = facts["origin"]
-    licences = {origin["teacher_license"]} | ({origin["student_start_license"]} if origin["student_start"] else set())
+    start = set() if origin["is_student_from_scratch"] else {origin["student_start_license"]}
+    licences = {origin["teacher_license"]} | start
     is_known = len(licences) == 1 and None not in licences
     metadata = {
         "library_name": "timm" if facts["student_source"] == "timm" else "pytorch",
@@ -66,8 +68,10 @@ def _licences(facts: dict[str, Any]) -> str:
 
     def stated(side: str) -> str:
         licence, hub_id = origin[f"{side}_license"], origin["teacher" if side == "teacher" else "student_start"]
-        source = f" (as timm states it; https://huggingface.co/{hub_id})" if hub_id else " (as timm states it)"
-        return f"{licence}{source}" if licence else "must be checked where the weights came from"
+        page = f"https://huggingface.co/{hub_id}" if hub_id else ""
+        if not licence:
+            return f"must be checked{': ' + page if page else ' where the weights came from'}"
+        return f"{licence} (as timm states it{'; ' + page if page else ''})"
 
     page = f": https://huggingface.co/datasets/{origin['data']}" if origin["data"] else " where they came from"
     lines = [
@@ -76,7 +80,7 @@ def _licences(facts: dict[str, Any]) -> str:
         f"| teacher's weights, {facts['teacher']} | {stated('teacher')} |",
         f"| images, {facts['dataset']} | must be checked{page} |",
     ]
-    if origin["student_start"]:
+    if not origin["is_student_from_scratch"]:
         lines.insert(3, f"| weights the student began with | {stated('student_start')} |")
     note = (
         "The student is made from all of these. `license` at the top of this file is the weights' where they agree; "
@@ -101,23 +105,40 @@ def _usage(config: dict[str, Any], loaded_from: str) -> str:
             f'session = onnxruntime.InferenceSession("{loaded_from}")\n'
             'features = session.run(["features"], {"images": images})[0]\n'
         )
-    features = f"features = {config['distillation']['features'] or '...'}\n"
+    features = config["distillation"]["features"]
+    imports = ["torch"] if "torch." in features else []
+    source, arguments = config["distillation"]["student_source"], config["model_args"]
     if loaded_from.startswith("local-dir:"):
-        return f'import timm\n\nmodel = timm.create_model("{loaded_from}", pretrained=True).eval()\n{features}'
-    if config["distillation"]["student_source"] != "timm":
-        return (
-            "from safetensors.torch import load_file\n\n"
-            f"model = ...  # {config['architecture']} from {config['distillation']['student_source']}, "
-            f"arguments {config['model_args']}\n"
-            f'model.load_state_dict(load_file("{loaded_from}"))\n'
-            f"model.eval()\n{features}"
-        )
-    arguments = "".join(f"    {name}={value!r},\n" for name, value in config["model_args"].items())
+        imports, load = [*imports, "timm"], f'timm.create_model("{loaded_from}", pretrained=True)'
+    elif source == "timm":
+        given = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+        load = f'timm.create_model(\n    "{config["architecture"]}",\n    num_classes=0,\n{given}'
+        imports, load = [*imports, "timm"], f'{load}    checkpoint_path="{loaded_from}",\n)'
+    else:
+        return _usage_of_other_source(config, loaded_from, imports)
+    return _imports(imports) + f"\nmodel = {load}.eval()\nfeatures = {features}\n"
+
+
+def _usage_of_other_source(config: dict[str, Any], loaded_from: str, imports: list[str]) -> str:
+    facts = config["distillation"]
+    arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
+    if facts["student_source"] == "torchvision":
+        imports = [*imports, "torchvision"]
+        load = f'torchvision.models.get_model("{config["architecture"]}"{arguments})'
+    else:
+        imports = [*imports, "torch"]
+        where = ', source="local"' if expand_path(facts["student_repo"]).is_dir() else ""
+        load = f'torch.hub.load("{facts["student_repo"]}", "{config["architecture"]}"{where}{arguments})'
     return (
-        "import timm\n\n"
-        f'model = timm.create_model(\n    "{config["architecture"]}",\n    num_classes=0,\n{arguments}'
-        f'    checkpoint_path="{loaded_from}",\n).eval()\n{features}'
+        _imports(imports) + "from safetensors.torch import load_file\n"
+        f"\nmodel = {load}\n"
+        f'model.load_state_dict(load_file("{loaded_from}"))\n'
+        f"model.eval()\nfeatures = {facts['features']}\n"
     )
+
+
+def _imports(names: list[str]) -> str:
+    return "".join(f"import {name}\n" for name in sorted(set(names)))
 
 
 def _fingerprint(run_dir: Path) -> str:

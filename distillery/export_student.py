@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillery.files import expand_path
 from distillery.process import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class Student:
     """A student ready to leave; the backbone holds the weights, for images normalised with its own mean and std.
 
-    global_batch_size: images per step, None where the checkpoint does not say; timm_kwargs: None for no timm model.
+    global_batch_size: images per step, None where the checkpoint does not say; architecture: what the source calls the
+    model; model_args: what its constructor needs besides, at the student's input size; is_timm: whether that is timm's.
     """
 
     backbone: Backbone
@@ -27,7 +29,9 @@ class Student:
     step: int
     global_batch_size: int | None
     is_ema: bool
-    timm_kwargs: dict[str, Any] | None
+    architecture: str
+    model_args: dict[str, Any]
+    is_timm: bool
 
 
 def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = False) -> Student:
@@ -53,6 +57,8 @@ def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = F
     backbone.model.load_state_dict(weights)
     backbone.eval()
     is_timm = config["model"]["student_source"] == "timm"
+    find_call = find_timm_call if is_timm else find_other_call
+    architecture, model_args = find_call(config["model"], backbone.img_size)
     return Student(
         backbone=backbone,
         weights=weights,
@@ -60,7 +66,9 @@ def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = F
         step=state["progress"]["step"],
         global_batch_size=state.get("global_batch_size"),
         is_ema=ema,
-        timm_kwargs=find_timm_kwargs(config["model"], backbone.img_size) if is_timm else None,
+        architecture=architecture,
+        model_args=model_args,
+        is_timm=is_timm,
     )
 
 
@@ -123,17 +131,65 @@ def own_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dic
     return {name: weights[name].detach().cpu().clone().contiguous() for name in own}
 
 
-def find_timm_kwargs(model: dict[str, Any], img_size: tuple[int, int]) -> dict[str, Any]:
-    """What timm.create_model needs besides the name to build the student at its input size (height, width in px)."""
+def find_timm_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """The architecture and the arguments with which timm.create_model builds the student at its input size.
+
+    Args:
+        model: the keys of model_config_kd.yaml.
+        img_size: height and width of its input, px.
+    """
     import timm
 
-    kwargs = without_classes(model)
-    native = timm.create_model(model["student_name"], num_classes=0, **kwargs)
-    if "img_size" in kwargs or tuple(native.pretrained_cfg["input_size"][1:]) == img_size:
-        return kwargs
+    architecture, of_folder = read_timm_name(model["student_name"])
+    own = without_classes(model)
+    kwargs = {name: value for name, value in (of_folder | own).items() if name != "num_classes"}
+    if "img_size" in own:
+        return architecture, kwargs
+    native = timm.create_model(architecture, num_classes=0, **kwargs)
+    if "img_size" not in of_folder and tuple(native.pretrained_cfg["input_size"][1:]) == img_size:
+        return architecture, kwargs
     sized = kwargs | {"img_size": img_size[0] if img_size[0] == img_size[1] else img_size}
     try:
-        timm.create_model(model["student_name"], num_classes=0, **sized)
+        timm.create_model(architecture, num_classes=0, **sized)
     except TypeError:
-        return kwargs  # a convolutional model: it takes any size
-    return sized
+        return architecture, kwargs  # a convolutional model: it takes any size
+    return architecture, sized
+
+
+def find_other_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments with which torchvision or torch.hub builds the student without pretrained weights."""
+    name, kwargs = model["student_name"], dict(model.get("student_kwargs") or {})
+    if model["student_source"] == "torchvision":
+        kwargs = {key: value for key, value in kwargs.items() if key != "weights"} | {"weights": None}
+        return name, kwargs | ({"image_size": img_size[0]} if name.startswith("vit_") else {})
+    try:
+        load_from_hub(model["student_repo"], name, {"pretrained": False} | kwargs)
+    except TypeError:
+        return name, kwargs  # its entry point does not know the word
+    return name, {"pretrained": False} | kwargs
+
+
+def load_from_hub(repo: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of a local folder with hubconf.py, or of GitHub's owner/name[:ref]."""
+    import torch
+
+    folder = expand_path(repo)
+    if folder.is_dir():
+        return torch.hub.load(str(folder), name, source="local", **kwargs)
+    return torch.hub.load(repo, name, trust_repo=True, verbose=False, **kwargs)
+
+
+def read_timm_name(name: str) -> tuple[str, dict[str, Any]]:
+    """Architecture and arguments of a timm model: those in config.json where the name is a folder's or repository's.
+
+    Args:
+        name: an architecture, with a tag or without; "local-dir:FOLDER"; "hf-hub:USER/NAME".
+    """
+    kind, _, place = name.partition(":")
+    if not place:
+        return name, {}
+    from timm.models import _hub
+
+    load = _hub.load_model_config_from_path if kind == "local-dir" else _hub.load_model_config_from_hf
+    _, architecture, arguments = load(place)
+    return architecture, dict(arguments or {})

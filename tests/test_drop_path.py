@@ -35,6 +35,30 @@ def test_what_a_sample_skips_does_not_depend_on_the_batch_it_comes_in():
     torch.testing.assert_close(outputs(model, depth, x[order], rows[order]), whole[order])
 
 
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("mobilevit_xxs", {}),
+        ("mobilevitv2_050", {}),
+        ("tnt_s_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads_outer": 2, "img_size": 64}),
+    ],
+)
+def test_a_block_that_sees_a_sample_as_many_rows_skips_all_of_them(name, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, drop_path_rate=0.6, **kwargs).train()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d | nn.Dropout):
+            part.eval()  # these mix the samples of a batch, or draw for themselves
+    depth = StochasticDepth(model)
+    x, rows = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(6) + 100
+    with torch.no_grad():
+        whole = outputs(model, depth, x, rows)
+        parts = [outputs(model, depth, x[part], rows[part]) for part in (slice(0, 2), slice(2, 6))]
+        other = outputs(model, depth, x, rows, epoch=1)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(other, whole)
+
+
 def test_another_epoch_or_sample_draws_anew():
     model = student()
     depth = StochasticDepth(model)

@@ -7,17 +7,21 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distillery import export
+from distillery import export, export_features
+from distillery.backbones import BuiltModel
 from distillery.checkpoint import save_checkpoint
 from distillery.config import load_configs
 from distillery.export import export_student
+from distillery.export_attention import PlainAttention, plain_attention
 from distillery.export_config import find_origin
-from distillery.export_onnx import compare_onnx
-from distillery.export_student import build_bare_student, load_student
+from distillery.export_features import evaluate_call, is_same, sample_features
+from distillery.export_onnx import build_onnx, compare_onnx
+from distillery.export_student import build_bare_student, find_other_call, load_student
 from distillery.metrics import RunLog
-from distillery.models import build_backbone
+from distillery.models import Backbone, build_backbone
 from distillery.process import UserError, run_command
 
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 HUBCONF = """
 import torch
 from torch import nn
@@ -35,6 +39,23 @@ class Small(nn.Module):
 
 def small(pretrained=False):
     return Small()
+
+class Dino(nn.Module):
+    # the interface of DINOv2; its forward gives something else
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.token = nn.Parameter(torch.ones(1, 1, 8))
+    def forward_features(self, x):
+        patches = self.stem(x).flatten(2).transpose(1, 2)
+        mixed = patches + self.token
+        return {"x_norm_clstoken": mixed.amax(1), "x_norm_patchtokens": mixed}
+    def forward(self, x):
+        return self.forward_features(x)["x_norm_clstoken"] * 2
+
+def dino(pretrained=True):
+    assert not pretrained, "it would download weights"
+    return Dino()
 """
 # name: model_config keys; image_size is 48, which the ViT's own 160 px differ from
 STUDENTS = {
@@ -94,13 +115,14 @@ def as_the_card_says(out_dir):
     config = json.loads((out_dir / "config.json").read_text())
     card = (out_dir / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("model.safetensors", str(out_dir / "model.safetensors"))
-    code = code.replace("local-dir:.", f"local-dir:{out_dir}")
+    code = code.replace("local-dir:.", f"local-dir:{out_dir}").replace("model.onnx", str(out_dir / "model.onnx"))
     pixels = torch.rand(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(config["pretrained_cfg"][name])[:, None, None] for name in ("mean", "std"))
-    names = {"images": (pixels - mean) / std}
+    images = (pixels - mean) / std
+    names = {"images": images.numpy() if "onnxruntime" in code else images}
     with torch.no_grad():
         exec(code, names)
-    return pixels, names["features"]
+    return pixels, torch.as_tensor(names["features"])
 
 
 def trained_features(backbone, pixels):
@@ -181,6 +203,182 @@ def test_a_student_of_another_source_keeps_its_own_keys(tmp_path):
     assert config["distillation"]["features"] == "model.forward_features(images).mean((2, 3))"
 
 
+CARDS = {
+    "class token": ("timm", "test_vit", {}),
+    "registers": ("timm", "vit_small_patch14_reg4_dinov2", TINY),
+    "norm in the head": ("timm", "beit_base_patch16_224", TINY),
+    "norm in the head, rotary": ("timm", "eva02_tiny_patch14_224", TINY),
+    "distilled": ("timm", "deit_tiny_distilled_patch16_224", TINY),
+    "class attention": ("timm", "cait_xxs24_224", TINY),
+    "channels last": (
+        "timm", "swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}
+    ),
+    "no class token": ("timm", "vit_base_patch16_siglip_gap_224", TINY),
+    "DINOv2's dictionary": ("torch_hub", "dino", {}),
+    "classifier on the way": ("torchvision", "shufflenet_v2_x0_5", {}),
+    "layers one by one": ("torchvision", "resnet18", {"weights": "DEFAULT"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use_cls_token", [True, False])
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_every_card_names_an_expression_that_gives_the_trained_features(tmp_path, name, use_cls_token):
+    source, student, kwargs = CARDS[name]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(HUBCONF)
+    model = {
+        "student_source": source,
+        "student_name": student,
+        "student_kwargs": kwargs,
+        "use_cls_token": use_cls_token,
+        "student_repo": str(tmp_path / "hub") if source == "torch_hub" else None,
+    }
+    backbone = make_run(tmp_path / "run", model)
+    export_student(tmp_path / "run", tmp_path / "out", "huggingface" if source == "timm" else "safetensors")
+    pixels, features = as_the_card_says(tmp_path / "out")
+    torch.testing.assert_close(features, trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["distillation"]["features"]
+    assert f"features = {named}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_torchvisions_vit_is_built_at_its_input_size_and_without_pretrained_weights():
+    model = {"student_source": "torchvision", "student_name": "vit_b_16", "student_kwargs": {"weights": "DEFAULT"}}
+    assert find_other_call(model, (48, 48)) == ("vit_b_16", {"weights": None, "image_size": 48})
+
+
+def test_a_wrong_expression_does_not_pass_and_a_student_without_any_is_refused(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", STUDENTS["vit, mean of patches"])
+    images, wanted = sample_features(load_student(tmp_path / "run").backbone)
+    model = load_student(tmp_path / "run").backbone.model
+    right = "model.forward_features(images)[:, 1:].mean(1)"
+    wrong = ("model(images)", "model.forward_features(images)[:, 0]", f"{right} * 1.001", "model.fc_norm(images)")
+    assert is_same(evaluate_call(right, model, images), wanted)
+    assert not any(is_same(evaluate_call(call, model, images), wanted) for call in wrong)
+    monkeypatch.setattr(export_features, "_candidates", lambda backbone: wrong)
+    with pytest.raises(UserError, match="no call of VisionTransformer gives the features that were trained"):
+        export_student(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", "huggingface", "onnx"])
+def test_a_student_that_began_from_an_exported_folder_stands_alone(tmp_path, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="the code on the card needs it")
+    first = STUDENTS["vit"] | {"student_kwargs": {"patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 1}}
+    make_run(tmp_path / "first run", first)
+    export_student(tmp_path / "first run", tmp_path / "first", "huggingface")
+    second = {"student_name": f"local-dir:{tmp_path / 'first'}", "student_pretrained": True,
+              "student_kwargs": {"drop_rate": 0.1}}  # fmt: skip
+    backbone = make_run(tmp_path / "run", second)
+    export_student(tmp_path / "run", tmp_path / "out", format)
+    (tmp_path / "first").rename(tmp_path / "gone")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "test_vit"
+    assert config["model_args"] == {
+        "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 1, "img_size": 48, "drop_rate": 0.1
+    }  # fmt: skip
+    pixels, features = as_the_card_says(tmp_path / "out")
+    torch.testing.assert_close(features, trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights the student began with | must be checked where the weights came from |" in card
+    assert front_matter(tmp_path / "out")["license"] == "other"
+
+
+def test_a_folder_is_exported_again_at_another_input_size(tmp_path):
+    make_run(tmp_path / "first run", STUDENTS["vit"] | {"student_kwargs": {"img_size": 64}})
+    export_student(tmp_path / "first run", tmp_path / "first", "huggingface")
+    make_run(tmp_path / "run", {"student_name": f"local-dir:{tmp_path / 'first'}"})
+    export_student(tmp_path / "run", tmp_path / "out", "huggingface")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"] == {"img_size": 48} and config["pretrained_cfg"]["input_size"] == [3, 48, 48]
+
+
+FUSED = {
+    "added to the scores": ("beit_base_patch16_224", TINY, 48),
+    "five dimensions": (
+        "hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1), "mask_unit_size": (2, 2), "q_pool": 1}, 32
+    ),
+    "relative positions": ("vit_relpos_small_patch16_224", TINY, 48),
+}  # fmt: skip
+
+
+def build_timm_student(name, kwargs, size):
+    torch.manual_seed(0)
+    return build_backbone(
+        source="timm", name=name, pretrained=False, kwargs=kwargs, data_mean=(0.5,) * 3, data_std=(0.5,) * 3,
+        image_size=size,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_models_with_fused_attention_become_onnx_and_stay_fused_themselves(name):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+    pytest.importorskip("onnxruntime", reason="build_onnx compares with it")
+    backbone = build_timm_student(*FUSED[name])
+    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
+    assert build_onnx(backbone)
+    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.tensor([[True, False, True], [True, True, True], [False, True, False]])},
+        {"attn_mask": torch.tensor([[0.5, -1.0, 0.0]])},
+        {"enable_gqa": True},
+    ],
+)
+@pytest.mark.parametrize("leading", [(2,), (2, 5)])
+def test_plain_attention_is_torchs_own(options, leading):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(*leading, 4, 3, 8, generator=generator) for _ in range(3))
+    if "enable_gqa" in options:
+        key, value = key[..., :2, :, :], value[..., :2, :, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(plain_attention(query, key, value, **options), expected)
+    with PlainAttention():
+        assert torch.equal(
+            torch.nn.functional.scaled_dot_product_attention(query, key, value, **options),
+            plain_attention(query, key, value, **options),
+        )
+
+
+class Unexportable(torch.nn.Module):
+    """A model with an operation that ONNX does not have, or whose code looks at the batch size."""
+
+    num_features = 8
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.way = torch.nn.Conv2d(3, 8, 4, 4), way
+
+    def forward_features(self, images):
+        x = self.stem(images)
+        if self.way == "operation":
+            return x + torch.linalg.eigvalsh(x @ x.transpose(-2, -1))[..., None]
+        return x + torch.zeros(len(images), 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "way, message",
+    [
+        ("operation", r"Unexportable cannot be written as ONNX by torch [\w.+]+: \w+: .*--format safetensors"),
+        ("batch", "Unexportable cannot be written as ONNX for any batch size"),
+    ],
+)
+def test_a_model_that_cannot_become_onnx_is_one_short_message(tmp_path, capfd, way, message):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+    built = BuiltModel(Unexportable(way), (16, 16))
+    backbone = Backbone(built, label="own", data_mean=(0.5,) * 3, data_std=(0.5,) * 3).eval()
+    with pytest.raises(UserError, match=message) as refused:
+        build_onnx(backbone)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["vit, mean of patches", "own normalisation"])
 def test_onnx_equals_pytorch_at_any_batch_size(tmp_path, name):
     pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
@@ -198,7 +396,7 @@ def test_onnx_equals_pytorch_at_any_batch_size(tmp_path, name):
     # and the check made before the file gets its name can fail
     student = load_student(tmp_path / "run").backbone
     student.model.load_state_dict(perturb(student.model.state_dict()))
-    with pytest.raises(RuntimeError, match="the ONNX model differs from PyTorch"):
+    with pytest.raises(UserError, match="the ONNX model differs from PyTorch"):
         compare_onnx(student, (tmp_path / "out" / "model.onnx").read_bytes(), pixels)
 
 

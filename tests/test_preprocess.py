@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -268,6 +269,155 @@ def test_a_transparent_colour_of_an_rgb_or_grey_png_is_white():
     assert decode_image(encode(pixels, "PNG", transparency=(1, 2, 3))).tolist()[0] == [[255] * 3, [7] * 3]
     grey = Image.fromarray(np.array([[5, 9]], np.uint8))
     assert decode_image(encode(grey, "PNG", transparency=5)).tolist() == [[[255] * 3, [9] * 3]]
+
+
+PNG_KINDS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (3, 1), (3, 2), (3, 4), (3, 8),
+             (4, 8), (4, 16), (6, 8), (6, 16)]  # fmt: skip
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+
+
+def png_of_samples(samples, colour_type, depth, extra=b""):
+    """A PNG of samples [H, W, C] in 0..2**depth - 1, written by hand: Pillow writes few of the kinds."""
+    height, width, _ = samples.shape
+    rows = samples.reshape(height, -1)
+    if depth == 16:
+        lines = [row.astype(">u2").tobytes() for row in rows]
+    else:
+        bits = np.unpackbits(rows.astype(np.uint8)[..., None], axis=-1)[..., -depth:]
+        lines = [np.packbits(row).tobytes() for row in bits.reshape(height, -1)]
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines)))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + body + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("with_trns", [False, True])
+@pytest.mark.parametrize("colour_type, depth", PNG_KINDS)
+def test_every_kind_of_png_shows_its_colours_on_white(colour_type, depth, with_trns):
+    rng = np.random.default_rng(depth)
+    top = 2**depth - 1
+    samples = rng.integers(0, top + 1, (9, 13, CHANNELS[colour_type]))
+    levels = samples >> 8 if depth == 16 else samples * 255 // top
+    alpha, extra = np.full((9, 13, 1), 255), b""
+    if colour_type == 3:
+        palette = rng.integers(0, 256, (top + 1, 3), dtype=np.uint8)
+        alphas = rng.integers(0, 256, (top + 1) // 2, dtype=np.uint8) if with_trns else np.zeros(0, np.uint8)
+        extra = png_chunk(b"PLTE", palette.tobytes()) + (png_chunk(b"tRNS", alphas.tobytes()) if with_trns else b"")
+        alpha = np.append(alphas, np.full(top + 1 - len(alphas), 255))[samples]
+        levels = palette[samples[..., 0]]
+    elif colour_type in (4, 6):
+        levels, alpha = levels[..., :-1], levels[..., -1:]
+    else:
+        samples[::2] = samples[0, 0]  # many have the colour, one differs from it in the lowest bit alone
+        samples[2, 3] ^= [1] + [0] * (CHANNELS[colour_type] - 1)
+        levels = samples >> 8 if depth == 16 else samples * 255 // top
+        if depth == 16 and colour_type == 0:
+            levels = (samples * 255 + 32767) // 65535
+        if with_trns:
+            alpha = np.where((samples == samples[0, 0]).all(-1, keepdims=True), 0, 255)
+            extra = png_chunk(b"tRNS", samples[0, 0].astype(">u2").tobytes())
+    expected = levels * (alpha / 255) + 255 * (1 - alpha / 255)
+    found = decode_image(png_of_samples(samples, colour_type, depth, extra))
+    assert np.abs(found - np.broadcast_to(expected, found.shape)).max() <= 0.5
+
+
+def test_the_transparent_colour_of_16_bits_is_no_colour_of_8():
+    samples = np.full((2, 2, 3), 5 << 8)
+    found = decode_image(png_of_samples(samples, 2, 16, png_chunk(b"tRNS", struct.pack(">3H", 5, 5, 5))))
+    assert np.unique(found).tolist() == [5]
+
+
+def bitmap_of_claimed_alpha(bgra):
+    """A BMP with a V4 header that names an alpha mask."""
+    height, width, _ = bgra.shape
+    pixels = bgra[::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(pixels), 0, 0, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(pixels), 0, 0, 14 + len(header)) + header + pixels
+
+
+def icon_of_bitmap(bgra, mask):
+    """An ICO with one 32-bit bitmap and its one-bit mask, bool [H, W]; None: without."""
+    height, width, _ = bgra.shape
+    frame = struct.pack("<IiiHHIIiiII", 40, width, 2 * height, 1, 32, 0, 0, 0, 0, 0, 0) + bgra[::-1].tobytes()
+    if mask is not None:
+        padded = np.zeros((height, (width + 31) // 32 * 32), bool)
+        padded[:, :width] = mask[::-1]
+        frame += np.packbits(padded, axis=1).tobytes()
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, width, height, 0, 0, 1, 32, len(frame), 22) + frame
+
+
+def test_a_bitmap_whose_alpha_is_empty_everywhere_shows_its_colours():
+    bgra = np.dstack([photo(20, 28)[..., ::-1], np.zeros((20, 28), np.uint8)])
+    mask = np.zeros((20, 28), bool)
+    mask[3:9, 5:25] = True
+    for data in (bitmap_of_claimed_alpha(bgra), icon_of_bitmap(bgra, None), icon_of_bitmap(bgra, mask & False)):
+        np.testing.assert_array_equal(decode_image(data), photo(20, 28))
+    masked = decode_image(icon_of_bitmap(bgra, mask))
+    np.testing.assert_array_equal(masked, np.where(mask[..., None], 255, photo(20, 28)))
+
+
+def test_alpha_that_is_empty_in_places_or_in_a_png_is_transparent():
+    bgra = np.dstack([photo(20, 28)[..., ::-1], np.zeros((20, 28), np.uint8)])
+    assert (decode_image(encode(bgra, "PNG")) == 255).all()
+    assert (decode_image(encode(Image.fromarray(bgra), "ICO", sizes=[(28, 20)])) == 255).all()  # Pillow's hold PNGs
+    bgra[0, 0, 3] = 255
+    for data in (bitmap_of_claimed_alpha(bgra), icon_of_bitmap(bgra, None)):
+        found = decode_image(data)
+        assert found[0, 0].tolist() == photo(20, 28)[0, 0].tolist() and (found[1:] == 255).all()
+
+
+MUCH = b"a" * 3_000_000
+XMP_TURNED = b'<x tiff:Orientation="6"/>'
+USELESS_CHUNKS = {
+    "compressed text": png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(MUCH)),
+    "texts of 66 MB": png_chunk(b"tEXt", b"parameters\0" + MUCH * 2) * 11,
+    "text in UTF-8": png_chunk(b"iTXt", b"prompt\0\1\0en\0\0" + zlib.compress(MUCH)),
+    "XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(MUCH)),
+    "profile": png_chunk(b"iCCP", b"camera\0\0" + zlib.compress(MUCH)),
+    "unknown compression": png_chunk(b"zTXt", b"comment\0\7" + b"..."),
+    "damaged text": png_chunk(b"tEXt", b"comment\0hello")[:-1] + b"?",
+    "short gamma": png_chunk(b"gAMA", b""),
+}
+
+
+@pytest.mark.parametrize("name", sorted(USELESS_CHUNKS))
+def test_a_png_has_its_pixels_whatever_its_texts_and_profiles_are(name):
+    plain = encode(photo(), "PNG")
+    for at in (33, len(plain) - 12):  # behind the header, and behind the pixels
+        np.testing.assert_array_equal(decode_image(plain[:at] + USELESS_CHUNKS[name] + plain[at:]), photo())
+
+
+@pytest.mark.parametrize(
+    "turning",
+    [
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP_TURNED + MUCH)),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP_TURNED),
+        png_chunk(b"eXIf", exif_block(6).removeprefix(b"Exif\0\0")),
+    ],
+)
+def test_a_png_with_a_large_text_is_still_turned_upright(turning):
+    plain = encode(photo(), "PNG")
+    data = plain[:33] + turning + USELESS_CHUNKS["compressed text"] + plain[33:]
+    np.testing.assert_array_equal(decode_image(data), np.rot90(photo(), -1))
+
+
+def test_a_damaged_png_with_a_large_text_keeps_the_reason_of_the_file_as_it_is(monkeypatch):
+    plain = encode(photo(), "PNG")
+    for chunk in USELESS_CHUNKS.values():
+        data = (plain[:33] + chunk + plain[33:])[: -len(plain) // 2]
+        with pytest.raises(DecodeError) as reason:
+            decode_image(data)
+        with monkeypatch.context() as without_a_second_try:
+            without_a_second_try.setattr(preprocess, "bare_png", lambda data: None)
+            with pytest.raises(DecodeError, match=f"^{re.escape(str(reason.value))}$"):
+                decode_image(data)
+
+
+@pytest.mark.parametrize("marker", [0xE1, 0xE2, 0xED, 0xFE])
+def test_a_jpeg_has_its_pixels_whatever_its_segments_hold(marker):
+    plain = encode(photo(), "JPEG")
+    segment = b"\xff" + bytes([marker]) + struct.pack(">H", 60002) + b"Exif\0\0" + bytes(59994)
+    np.testing.assert_array_equal(decode_image(plain[:20] + segment * 50 + plain[20:]), decode_image(plain))
 
 
 @pytest.mark.parametrize("rgb", [(255, 255, 255), (0, 0, 0), (200, 40, 90), (20, 130, 240)])
