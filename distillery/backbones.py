@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from distillery.backbones_isolation import repository_of
 from distillery.files import expand_path
 from distillery.process import MissingFileError, UserError
 
@@ -139,6 +140,7 @@ def build_torch_hub(want: ModelRequest) -> BuiltModel:
         raise UserError(f"torch_hub model {want.name!r}: set teacher_repo or student_repo to owner/name or a folder")
     label = f"torch_hub model {want.name!r} of {want.repo}"
     folder = expand_path(want.repo)
+    places = [folder]
     if folder.is_dir():
         if not (folder / "hubconf.py").is_file():
             raise MissingFileError(f"{label}: there is no hubconf.py in {folder}")
@@ -146,15 +148,19 @@ def build_torch_hub(want: ModelRequest) -> BuiltModel:
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?", want.repo):
         label = f"{label} on GitHub (no folder of that name is here)"
         load = functools.partial(torch.hub.load, want.repo, want.name, source="github", verbose=False)
+        places = _hub_downloads(want.repo)
     else:
         raise MissingFileError(f"{label}: {folder} is no folder, and {want.repo!r} no owner/name[:ref] of GitHub")
+    repository = repository_of(places)
     try:
-        model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
+        with repository.active():
+            model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
     except TypeError as error:
         raise _refused_arguments(label, error, want.kwargs) from error
     except Exception as error:
         if "Cannot find callable" in str(error):
-            raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
+            with repository.active():
+                raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
         raise _load_error(label, want.pretrained or not folder.is_dir(), error) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{label}: the entry point returned a {type(model).__name__}, not a torch.nn.Module")
@@ -172,6 +178,13 @@ def _call_hub_entry(load: Callable[..., nn.Module], pretrained: bool) -> nn.Modu
         if "'pretrained'" not in str(error):
             raise
         return load()
+
+
+def _hub_downloads(repo: str) -> list[Path]:
+    """The folders in which torch.hub keeps, or will keep, a repository "owner/name[:ref]" of GitHub."""
+    name, _, ref = repo.partition(":")
+    refs = [ref] if ref else ["main", "master"]  # without one torch.hub takes the default branch
+    return [Path(torch.hub.get_dir(), f"{name}_{one}".replace("/", "_")) for one in refs]
 
 
 def _hub_names(repo: str, folder: Path) -> list[str]:
