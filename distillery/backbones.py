@@ -7,14 +7,13 @@ import ast
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from distillery.backbones_isolation import repository_of
 from distillery.files import expand_path
@@ -202,41 +201,6 @@ BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
     "torchvision": build_torchvision,
     "torch_hub": build_torch_hub,
 }
-
-
-def use_gradient_checkpointing(model: nn.Module, label: str) -> None:
-    """Keep only what enters each block of a raw model, and compute its inside again in the backward pass.
-
-    timm's own way where the model has it; else every element of its sequences of layers, wherever they are. Batch norm
-    sees each batch twice in such a block: its running averages move about twice as fast, the gradients are the same.
-
-    Raises:
-        UserError: the model has no sequence of layers.
-    """
-    if hasattr(model, "set_grad_checkpointing"):
-        try:
-            model.set_grad_checkpointing(True)
-            return
-        except (AssertionError, NotImplementedError):
-            pass  # timm's word for: not this model
-    blocks = list(_blocks(model))
-    if not blocks:
-        raise UserError(
-            f"{label} has no sequence of layers to compute again (nn.Sequential or nn.ModuleList): set "
-            "gradient_checkpointing: false"
-        )
-    for block in blocks:
-        # the class's function and the block, not the bound method: a deep copy must run its own weights
-        block.forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost sequences of layers."""
-    for child in model.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from child
-        else:
-            yield from _blocks(child)
 
 
 def round_to_patch(image_size: int, patch: tuple[int, int]) -> tuple[int, int]:

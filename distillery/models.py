@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillery.adapters import choose_adapter
-from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, use_gradient_checkpointing
+from distillery.backbones import BUILDERS, BuiltModel, ModelRequest
+from distillery.backbones_checkpointing import use_gradient_checkpointing
 from distillery.backbones_weights import load_weights
 from distillery.losses import Features
 from distillery.process import UserError
@@ -65,7 +66,8 @@ def build_backbone(
         gradient_checkpointing: keep only what enters a block, and compute the rest again in the backward pass.
     Raises:
         UserError: unknown names, arguments the model does not take, weights that cannot be had or do not fit, an input
-            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks.
+            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks, or
+            blocks whose gradients change when they are computed again.
     """
     if source not in BUILDERS:
         raise UserError(f"unknown model source {source!r}; known: {', '.join(BUILDERS)}")
@@ -80,9 +82,7 @@ def build_backbone(
         std=tuple(std or built.std or data_std),
     )
     label = f"{source} model {name!r}"
-    if gradient_checkpointing:
-        use_gradient_checkpointing(built.model, label)
-    return Backbone(
+    backbone = Backbone(
         built,
         label=label,
         data_mean=data_mean,
@@ -91,6 +91,9 @@ def build_backbone(
         with_logits=with_logits,
         out_indices=out_indices,
     )
+    if gradient_checkpointing:
+        use_gradient_checkpointing(built.model, label, backbone.outputs_of_noise)
+    return backbone
 
 
 def download_weights(model: Mapping[str, Any]) -> list[str]:
@@ -227,6 +230,11 @@ class Backbone(nn.Module):
         tokens = spatial.flatten(2).transpose(1, 2) if spatial.ndim == 4 else spatial
         maps = tuple(layer.flatten(2).transpose(1, 2) for layer in layers)
         return Features(pooled, tokens, self.grid, logits, maps, self.layer_grids)
+
+    def outputs_of_noise(self) -> list[Tensor]:
+        """Every tensor that it gives for one image of random pixels."""
+        noise = torch.rand((1, 3, *self.img_size), generator=torch.Generator().manual_seed(0))
+        return list(self(noise.to(self.scale.device)).tensors().values())
 
 
 def _is_same(logits: Tensor, pooled: Tensor) -> bool:
