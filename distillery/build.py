@@ -74,6 +74,7 @@ def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_che
         use_cls_token=model.use_cls_token,
         out_indices=model.student_out_indices,
         gradient_checkpointing=gradient_checkpointing,
+        role="student",
     )
 
 
@@ -95,6 +96,7 @@ def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits:
         use_cls_token=model.use_cls_token,
         with_logits=with_logits,
         out_indices=model.teacher_out_indices,
+        role="teacher",
     )
 
 

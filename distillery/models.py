@@ -42,6 +42,7 @@ def build_backbone(
     with_logits: bool = False,
     out_indices: Sequence[int] | None = None,
     gradient_checkpointing: bool = False,
+    role: str | None = None,
 ) -> "Backbone":
     """A model by name, at the input size that image_size (px) asks for.
 
@@ -50,7 +51,8 @@ def build_backbone(
         name: as the source knows it; timm's may carry a tag.
         repo: for torch_hub, "owner/name[:ref]" or a folder with hubconf.py.
         pretrained: take the source's weights.
-        checkpoint: local weights; they take the place of `pretrained`, which then downloads nothing.
+        checkpoint: local weights; they take the place of `pretrained`, which then downloads nothing. After a #, the
+            entry of a file that holds several models.
         img_size: the model's input in px; None: image_size rounded to the model's patch. `img_size` in kwargs wins.
         kwargs: passed on to the model.
         mean: the model's own normalisation; None: what the model states, else the data's.
@@ -64,6 +66,7 @@ def build_backbone(
         with_logits: keep the classifier and give its output.
         out_indices: intermediate layers that Features.layers gets, as timm's forward_intermediates numbers them.
         gradient_checkpointing: keep only what enters a block, and compute the rest again in the backward pass.
+        role: "teacher" or "student": whose weights are taken from a checkpoint that holds both.
     Raises:
         UserError: unknown names, arguments the model does not take, weights that cannot be had or do not fit, an input
             size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks, or
@@ -75,7 +78,7 @@ def build_backbone(
     want = ModelRequest(name, repo, pretrained, img_size, image_size, dict(kwargs or {}), drop_path_rate, with_logits)
     built = BUILDERS[source](want)
     if checkpoint is not None:
-        load_weights(built.model, checkpoint, with_logits=with_logits)
+        load_weights(built.model, checkpoint, with_logits=with_logits, role=role)
     built = dataclasses.replace(
         built,
         mean=tuple(mean or built.mean or data_mean),
