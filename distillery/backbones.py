@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from distillery.backbones_isolation import repository_of
 from distillery.files import expand_path
@@ -203,6 +204,34 @@ BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
 }
 
 
+def prepare_parameters(model: nn.Module, label: str) -> None:
+    """Weights in float32, whatever they were saved in: precision and autocast choose what is computed in.
+
+    Raises:
+        UserError: the model has no weights yet.
+    """
+    parameters = list(model.parameters())
+    if not parameters:
+        raise UserError(f"{label} has no parameters: it is no network")
+    if any(is_lazy(parameter) for parameter in parameters):
+        raise UserError(
+            f"{label} has lazy layers, whose shapes are not known yet: run it once on images [1, 3, H, W] where it is "
+            "built (in hubconf.py)"
+        )
+    if any(parameter.is_meta for parameter in parameters) and torch.empty(0).device.type != "meta":
+        raise UserError(
+            f"{label} is on the meta device, without weights: build it on the CPU, or load its weights there"
+        )
+    if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in parameters):
+        model.float()
+
+
+def short_error(error: BaseException) -> str:
+    """Kind and text of an error in one line of at most 300 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def round_to_patch(image_size: int, patch: tuple[int, int]) -> tuple[int, int]:
     """The multiples of the patch's height and width nearest to image_size, at least one patch each; px."""
     height, width = (max(1, int(image_size / side + 0.5)) * side for side in patch)
@@ -243,8 +272,11 @@ def _refused_arguments(label: str, error: Exception, kwargs: dict[str, Any]) -> 
 
 
 def _load_error(label: str, pretrained: bool, error: Exception) -> UserError:
+    reason = short_error(error)
+    if isinstance(error, ImportError) or "Missing dependencies" in reason:
+        return UserError(f"{label} could not be built: {reason}. Install that package here")
     if pretrained and not isinstance(error, AssertionError):
-        reason = f"{type(error).__name__}: {error}".rstrip(".")
         return UserError(f"{label}: no pretrained weights: {reason}. {WEIGHTS_REMEDY}")
-    # mostly the model's own assertions on its input size
-    return UserError(f"{label} could not be built: {type(error).__name__}: {error}. Check its kwargs, and {SIZE_KEYS}")
+    if isinstance(error, AssertionError):  # mostly the model's own, on its input size
+        return UserError(f"{label} could not be built: {reason}. Check its kwargs, and {SIZE_KEYS}")
+    return UserError(f"{label} could not be built: {reason}. Check its kwargs")

@@ -15,7 +15,7 @@ from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
 from distillery.losses_queue import EmbeddingQueue
-from distillery.losses_table import fields_needed, queue_size_of
+from distillery.losses_table import LOSSES, fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
@@ -128,16 +128,37 @@ def build_models(
         check_fields(cache, train)
     if cache is None or train.teacher_cache.mode == "hybrid":
         teacher = build_teacher(configs, device)
+        check_tokens(teacher.backbone, train, "teacher")
     else:
         teacher = Targets(cache.widths, train.standardise_targets).to(device)
     torch.manual_seed(train.seed)
+    backbone = build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing)
+    check_tokens(backbone, train, "student")
     student = StudentWithHeads(
-        build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing),
+        backbone,
         teacher.widths,
         fields,
         configs.model.projector.model_dump(),
     )
     return teacher, _on_device(student, device)
+
+
+def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:
+    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is asked for them."""
+    if backbone.token_width is not None:
+        return
+    stored = train.teacher_cache.tokens
+    if role == "teacher" and stored not in ("auto", "none"):
+        raise UserError(
+            f"teacher_cache.tokens is {stored}, and the teacher gives no patch tokens: set it to auto or to none"
+        )
+    compared = [n for n, weight in train.distill_loss_weights.items() if weight and LOSSES[n].field == "tokens"]
+    if compared:
+        name = ", ".join(compared)
+        raise UserError(
+            f"the {role} gives no patch tokens, and distill_loss_weights.{name} compares them: leave {name} out of "
+            f"distill_loss_weights (cls compares the pooled feature), or take another {role}"
+        )
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:

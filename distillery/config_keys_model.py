@@ -70,7 +70,9 @@ class ModelConfig(StrictModel):
         {}, description="further arguments of the model's constructor, e.g. {img_size: 32, patch_size: 4}"
     )
 
-    use_cls_token: bool = Field(True, description="image feature: the class token; false: mean of patches")
+    use_cls_token: bool = Field(
+        True, description="image feature: class token (or the model's attention pooling); false: mean of patches"
+    )
     teacher_out_indices: OutIndices | None = Field(
         None, description="intermediate layers for the loss `layers`, first to last, e.g. [3, 7]; null: none"
     )

@@ -113,7 +113,7 @@ def teacher_facts(backbone: Any, weights_hash: str, precision: str) -> dict:
         "grid": backbone.grid,
         "num_classes": backbone.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
-    }
+    } | ({} if backbone.pooling is None else {"pooling": backbone.pooling})
     return json.loads(json.dumps(facts))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from distillery.augment import Augmentation
-from distillery.build import build_teacher_backbone, choose_device, choose_precision
+from distillery.build import build_teacher_backbone, check_tokens, choose_device, choose_precision
 from distillery.build_facts import weights_hash
 from distillery.cache import load_index
 from distillery.config import Configs
@@ -76,6 +76,7 @@ def build_live_teacher(configs: Configs, images: str) -> tuple[LiveTeacher, Teac
     loss_fields = fields_needed(train.distill_loss_weights)
     torch.manual_seed(0)  # of a teacher without weights of its own
     backbone = build_teacher_backbone(model, data, with_logits="logits" in loss_fields).requires_grad_(False).eval()
+    check_tokens(backbone, train, "teacher")
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     precision = choose_precision(train.precision, device)
     configured = configured_identity(
@@ -172,7 +173,8 @@ def verify_outputs(configs: Configs, count: int) -> int:
     fingerprint = load_index(cache_dir).fingerprint
     teacher, spec = build_live_teacher(configs, fingerprint)
     # another precision is no other teacher: a check on the CPU of what a GPU made runs in that one's precision
-    facts = {key: spec.resolved[key] for key in ("weights_hash", "img_size", "mean", "std")}
+    names = ("weights_hash", "img_size", "mean", "std", "pooling")
+    facts = {name: spec.resolved[name] for name in names if name in spec.resolved}
     cache = find_teacher_cache(cache_dir, spec.configured | {"resolved": facts})
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     images = ImageRows(cache_dir, fingerprint)
