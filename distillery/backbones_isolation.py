@@ -37,7 +37,7 @@ class Repository:
         self.folders, self.paths = folders, list(folders)
         self.modules: dict[str, types.ModuleType] = {}
         self.importlib = types.ModuleType("importlib", importlib.__doc__)
-        self.importlib.__dict__.update(vars(importlib), import_module=self._import_module)
+        self.importlib.import_module = self._import_module
         self._is_active = False
 
     @contextlib.contextmanager
@@ -68,9 +68,13 @@ class Repository:
 
     def import_(self, name: str, scope: Any, others: Any, names: Sequence[str], level: int) -> types.ModuleType:
         """What `__import__` gives to code of this repository."""
-        if name == "importlib" and not level:
-            return self.importlib
         top = name.partition(".")[0]
+        if top == "importlib" and not level and (name == top or not names):
+            _import(name)
+            vars(self.importlib).update(
+                {key: value for key, value in vars(importlib).items() if key != "import_module"}
+            )
+            return self.importlib
         if self._is_active or not level and (top in _SHARED or top not in self._names()):
             return _import(name, scope, others, names, level)
         with self.active():
@@ -118,10 +122,12 @@ def repository_of(folders: Sequence[str | Path]) -> Repository:
 def _import_by_place(
     name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
 ) -> types.ModuleType:
+    scope = sys._getframe(1).f_globals
+    globals = scope if globals is None else globals
     file = globals.get("__file__") if isinstance(globals, dict) else None
     for repository in _REPOSITORIES.values() if isinstance(file, str) else ():
         if repository.has_code_in(file):
-            if sys._getframe(1).f_globals is not globals:  # torch.compile, which knows modules by their names alone
+            if scope is not globals:  # torch.compile, which knows modules by their names alone
                 raise ImportError(f"{name} is a module of {repository.folders[0]}: not to be traced")
             return repository.import_(name, globals, locals, fromlist, level)
     return _import(name, globals, locals, fromlist, level)

@@ -97,7 +97,8 @@ def build_backbone(
         out_indices=out_indices,
     )
     if gradient_checkpointing:
-        use_gradient_checkpointing(built.model, label, backbone.outputs_of_noise)
+        has_weights = backbone.scale.device.type != "meta"
+        use_gradient_checkpointing(built.model, label, backbone.outputs_of_noise if has_weights else None)
     return backbone
 
 

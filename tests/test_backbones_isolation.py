@@ -73,8 +73,8 @@ LAYOUTS = {
         "sizes.py": "WIDTH = {width}",
         "late.py": "import sizes",
         "models.py": NET.format(
-            imports="import importlib\n    WIDTH = importlib.import_module('sizes').WIDTH",
-            at_forward="assert importlib.import_module('late').sizes.WIDTH == WIDTH",
+            imports="import importlib.util\n    WIDTH = importlib.import_module('sizes').WIDTH",
+            at_forward="assert importlib.import_module('late').sizes.WIDTH == __import__('sizes').WIDTH == WIDTH",
         ),
         "hubconf.py": ENTRY.format(imports="from models import Net"),
     },
