@@ -155,6 +155,8 @@ def test_a_repository_that_fails_to_load_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("layout", ["packages", "imports at the first forward", "imports by name"])
 def test_models_of_both_repositories_compile(layout, tmp_path):
+    # autograd starts its threads at its first backward pass, and after torch.compile some that tests cannot fork with
+    torch.ones(1, requires_grad=True).sum().backward()
     torch._dynamo.reset()
     for width in (8, 24):
         backbone = from_hub(write(tmp_path / f"{width}", LAYOUTS[layout], width))
