@@ -119,8 +119,10 @@ def _fitting(
     for name, prefix in places:
         inner = tuple(other for of, other in places if of == name and other != prefix and other.startswith(prefix))
         mine = {k.removeprefix(prefix): v for k, v in dicts[name].items() if _is_below(k, prefix, inner)}
-        rest = tuple(k for k in dicts[name] if not k.startswith((prefix, *inner) if prefix else inner or prefix))
-        entries.append(Entry(f"{name}.{prefix}".strip("."), mine, rest if prefix else ()))
+        named = tuple(other for of, other in places if of == name)  # "" begins every name: nothing is left over then
+        entries.append(
+            Entry(f"{name}.{prefix}".strip("."), mine, tuple(k for k in dicts[name] if not k.startswith(named)))
+        )
     shaped = [one for one in entries if _share_of_shapes(one.state, own, core) > 0.8]
     return shaped or entries
 

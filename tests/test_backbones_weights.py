@@ -111,6 +111,15 @@ def test_an_entry_can_be_named(tmp_path):
     assert equal(loaded(f"{tmp_path}/w.pth#teacher"), C)
 
 
+def test_the_line_counts_what_is_left_out_besides_the_other_models(tmp_path, capsys):
+    torch.save(
+        below("student", A) | below("teacher.backbone", B) | below("teacher.dino_head", HEAD), tmp_path / "w.pth"
+    )
+    loaded(tmp_path / "w.pth", "teacher")
+    line = capsys.readouterr().out
+    assert "teacher.backbone is loaded, not student (for another: w.pth#NAME); 1 tensors beside it are left out" in line
+
+
 def test_what_nothing_tells_apart_is_asked_for(tmp_path):
     torch.save({"first": A, "second": B}, tmp_path / "w.pth")
     with pytest.raises(
