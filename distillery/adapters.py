@@ -174,9 +174,9 @@ def _check_trunk(model: nn.Module, img_size: tuple[int, int], names: tuple[str, 
     if parameter.is_meta:
         return
     images = _noise(model, img_size)
+    theirs = model(images)  # an error here is the model's own, of its input size perhaps
     try:
         ours = trunk_output(model, trunk(model, images, False, False, names=names).spatial)
-        theirs = model(images)
     except Exception as error:
         raise UserError(f"its layers do not run one by one ({type(error).__name__}: {error}): {INTERFACES}") from error
     if not _is_close(ours, theirs):

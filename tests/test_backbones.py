@@ -196,6 +196,10 @@ def test_a_repository_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypat
             {"source": "torchvision", "name": "resnet18", "kwargs": {"weights": "IMAGENET"}},
             "unknown weights 'IMAGENET' of torchvision model 'resnet18'; .*IMAGENET1K_V1",
         ),
+        (
+            {"source": "torchvision", "name": "alexnet", "image_size": 16},
+            "fails on an input of 16x16 px: RuntimeError.*It takes 224x224 px: set teacher_img_size",
+        ),
         ({"name": "dla46_c", "image_size": 100}, "fails on an input of 100x100 px.*student_img_size to a size it"),
         (
             {"name": "nest_tiny", "image_size": 50},

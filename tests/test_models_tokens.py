@@ -1,5 +1,7 @@
 """Models that give an image feature and no patch tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,11 +11,13 @@ from torch import nn
 
 from distillery.backbones import BuiltModel
 from distillery.build import check_tokens
+from distillery.build_facts import teacher_hash, weights_hash
 from distillery.config import TrainConfig
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align
 from distillery.process import UserError
+from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_records_problems import find_teacher_problems
 
@@ -170,6 +174,24 @@ def test_only_models_pooled_by_attention_say_so_in_what_identifies_their_outputs
         plans[kind] = teacher_plan(images_plan(tmp_path, 16), one).spec.resolved
     assert plans["attention"]["pooling"] == "attention" and "pooling" not in plans["usual"]
     assert attention_pooled(use_cls_token=False).pooling is None
+
+
+def test_outputs_stored_before_with_the_class_token_are_not_mixed_with_the_pooled_feature(tmp_path):
+    teacher = FrozenTeacher(attention_pooled())
+    found = weights_hash(teacher.backbone.model)
+    stored = {"before": {}, "now": {"pooling": "attention"}}
+    before, now = (
+        SimpleNamespace(weights_hash=found, directory=tmp_path, identity={"resolved": resolved})
+        for resolved in stored.values()
+    )
+    with pytest.raises(
+        UserError, match="hold the teacher's class token, .* attention pooling. Store its outputs again"
+    ):
+        teacher_hash(teacher, before)
+    assert teacher_hash(teacher, now) == teacher_hash(teacher, None) == teacher_hash(Targets({}, True), now)
+    assert teacher_hash(teacher, None) != found  # a run that was started on the class token is not gone on with
+    usual = FrozenTeacher(live_teacher().backbone)
+    assert teacher_hash(usual, None) == weights_hash(usual.backbone.model)
 
 
 def test_no_plain_vision_transformer_is_pooled_by_attention():
