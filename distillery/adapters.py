@@ -19,7 +19,7 @@ class Outputs(NamedTuple):
     """What came out of a raw model; B images, D and Dt channels, C classes."""
 
     pooled: Tensor  # [B, D]
-    spatial: Tensor  # tokens [B, P, Dt] or a map [B, Dt, h, w]
+    spatial: Tensor | None  # tokens [B, P, Dt] or a map [B, Dt, h, w]; None: it gives a pooled feature alone
     logits: Tensor | None  # [B, C]
     layers: tuple[Tensor, ...] = ()  # maps [B, Di, h, w] of intermediate layers
 
@@ -39,23 +39,27 @@ def choose_adapter(model: nn.Module, img_size: tuple[int, int], out_indices: tup
     """
     from torchvision.models.vision_transformer import VisionTransformer
 
-    if out_indices:
-        _check_layers(model, img_size, out_indices)
+    ends_early = bool(out_indices) and _check_layers(model, img_size, out_indices)
     if isinstance(model, VisionTransformer):
         return torchvision_vit
     if hasattr(model, "forward_features"):
         head = getattr(model, "forward_head", None)
         pools = head is not None and "pre_logits" in inspect.signature(head).parameters
-        return functools.partial(forward_features, own_pooling=pools, out_indices=out_indices)
+        return functools.partial(forward_features, own_pooling=pools, out_indices=out_indices, ends_early=ends_early)
     if hasattr(model, "get_intermediate_layers"):
         return last_layer
     names = trunk_names(model)
-    _check_trunk(model, img_size, names)
+    try:
+        _check_trunk(model, img_size, names)
+    except UserError:
+        if not _gives_feature(model, img_size):
+            raise
+        return feature_alone
     return functools.partial(trunk, names=names)
 
 
 INTERFACES = (
-    "it needs forward_features(images) -> [B, C, h, w], [B, N, D] or DINOv2's dictionary (and forward_head for "
+    "it needs forward_features(images) -> [B, C, h, w], [B, N, D], [B, D] or DINOv2's dictionary (and forward_head for "
     "logits), or layers that run in the order they were defined"
 )
 
@@ -68,9 +72,17 @@ def forward_features(
     *,
     own_pooling: bool,
     out_indices: tuple[int, ...] = (),
+    ends_early: bool = False,
 ) -> Outputs:
-    """timm's interface, which many hub models share; DINOv2's dictionary too. out_indices: intermediate layers."""
-    if out_indices:
+    """timm's interface, which many hub models share; DINOv2's dictionary too.
+
+    out_indices: intermediate layers; ends_early: with them the model stops at the last one, the rest is a pass of its
+    own.
+    """
+    if ends_early:
+        layers = model.forward_intermediates(images, indices=list(out_indices), intermediates_only=True)
+        raw = model.forward_features(images)
+    elif out_indices:
         raw, layers = model.forward_intermediates(images, indices=list(out_indices))
     else:
         raw, layers = model.forward_features(images), ()
@@ -79,6 +91,10 @@ def forward_features(
     if isinstance(raw, dict) and "x_norm_patchtokens" in raw:
         patches = raw["x_norm_patchtokens"]
         return Outputs(raw["x_norm_clstoken"] if use_cls_token else patches.mean(1), patches, logits, layers)
+    if isinstance(raw, Tensor) and raw.ndim == 2:
+        return Outputs(raw, None, logits, layers)
+    if isinstance(raw, list | tuple) and own_pooling:  # several scales or branches, which its head brings together
+        return Outputs(model.forward_head(raw, pre_logits=True), None, logits, layers)
     if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
         found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
         raise UserError(f"{type(model).__name__}.forward_features returned {found}: {INTERFACES}")
@@ -87,7 +103,9 @@ def forward_features(
     else:
         tokens = _last_norm(model)(raw)
         spatial = tokens[:, prefix_tokens(model) :]
-        if has_class_token(model):
+        if spatial.shape[1] == 0:  # PiT keeps the class token alone
+            return Outputs(tokens[:, 0], None, logits, layers)
+        if has_class_token(model) and not (use_cls_token and own_pooling and pools_by_attention(model)):
             return Outputs(tokens[:, 0] if use_cls_token else spatial.mean(1), spatial, logits, layers)
     # the model's own: the mean, behind a norm or a layer of its own, or the attention pooling it was pretrained with
     pooled = model.forward_head(raw, pre_logits=True) if own_pooling else _mean_over_places(spatial)
@@ -121,6 +139,11 @@ def trunk(
     return Outputs(spatial.mean((2, 3)), spatial, trunk_output(model, spatial) if with_logits else None)
 
 
+def feature_alone(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
+    """A model whose forward gives an image feature, and nothing else is known of it."""
+    return Outputs(model(images), None, None)
+
+
 TAIL_NAMES = ("avgpool", "flatten", "dropout", "fc", "classifier", "head", "heads", "linear")
 
 
@@ -151,19 +174,40 @@ def _check_trunk(model: nn.Module, img_size: tuple[int, int], names: tuple[str, 
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
-    images = torch.rand((2, 3, *img_size), generator=torch.Generator().manual_seed(0)).to(parameter)
+    images = _noise(model, img_size)
+    theirs = model(images)  # an error here is the model's own, of its input size perhaps
     try:
         ours = trunk_output(model, trunk(model, images, False, False, names=names).spatial)
-        theirs = model(images)
     except Exception as error:
         raise UserError(f"its layers do not run one by one ({type(error).__name__}: {error}): {INTERFACES}") from error
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+    if not _is_close(ours, theirs):
         raise UserError(f"running its layers one by one gives another result than its forward: {INTERFACES}")
 
 
 @torch.no_grad()
-def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> None:
-    """Refuse layers that the model does not have, or gives in another order than they are asked for."""
+def _gives_feature(model: nn.Module, img_size: tuple[int, int]) -> bool:
+    """Whether forward gives [B, D] that are no logits, as far as the names of its layers say."""
+    if isinstance(model, nn.Sequential) or any(name in TAIL_NAMES[3:] for name, _ in model.named_children()):
+        return False
+    try:
+        out = model(_noise(model, img_size))
+    except Exception:  # the caller has a better error
+        return False
+    return isinstance(out, Tensor) and out.ndim == 2
+
+
+def _noise(model: nn.Module, img_size: tuple[int, int]) -> Tensor:
+    images = torch.rand((2, 3, *img_size), generator=torch.Generator().manual_seed(0))
+    return images.to(next(model.parameters()))
+
+
+@torch.no_grad()
+def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> bool:
+    """Refuse layers that the model does not have, or gives in another order than they are asked for.
+
+    Returns:
+        Whether the model stops at the last layer asked for, instead of going on to its end.
+    """
     if not hasattr(model, "forward_intermediates"):
         raise UserError(
             "it gives no intermediate layers (timm's forward_intermediates): leave teacher_out_indices and "
@@ -171,8 +215,8 @@ def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tupl
         )
     parameter = next(model.parameters())
     if parameter.is_meta:
-        return
-    images = torch.rand((2, 3, *img_size), generator=torch.Generator().manual_seed(0)).to(parameter)
+        return False
+    images = _noise(model, img_size)
     final, every = model.forward_intermediates(images)
     places = [index + len(every) if index < 0 else index for index in out_indices]
     if places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < len(every):
@@ -180,8 +224,14 @@ def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tupl
             f"out_indices {list(out_indices)}: it has {len(every)} intermediate layers, 0 to {len(every) - 1} (or "
             f"{-len(every)} to -1): give each once, the first layers first"
         )
-    if not torch.allclose(final, model.forward_features(images), rtol=1e-3, atol=1e-4):
+    whole = model.forward_features(images)
+    if not _is_close(final, whole):
         raise UserError("its forward_intermediates ends with another result than its forward_features")
+    return not _is_close(model.forward_intermediates(images, indices=list(out_indices))[0], whole)
+
+
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def _layers(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
@@ -207,6 +257,11 @@ def prefix_tokens(model: nn.Module) -> int:
 def has_class_token(model: nn.Module) -> bool:
     """Whether the first token is a class token (registers alone are none)."""
     return getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+
+
+def pools_by_attention(model: nn.Module) -> bool:
+    """Whether a layer of its own makes the image feature from all tokens, beside a class token (PE, timm's map)."""
+    return isinstance(getattr(model, "attn_pool", None), nn.Module) and has_class_token(model)
 
 
 def _last_norm(model: nn.Module) -> nn.Module:

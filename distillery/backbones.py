@@ -7,15 +7,16 @@ import ast
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.parameter import is_lazy
 
+from distillery.backbones_isolation import repository_of
 from distillery.files import expand_path
 from distillery.process import MissingFileError, UserError
 
@@ -139,6 +140,7 @@ def build_torch_hub(want: ModelRequest) -> BuiltModel:
         raise UserError(f"torch_hub model {want.name!r}: set teacher_repo or student_repo to owner/name or a folder")
     label = f"torch_hub model {want.name!r} of {want.repo}"
     folder = expand_path(want.repo)
+    places = [folder]
     if folder.is_dir():
         if not (folder / "hubconf.py").is_file():
             raise MissingFileError(f"{label}: there is no hubconf.py in {folder}")
@@ -146,15 +148,19 @@ def build_torch_hub(want: ModelRequest) -> BuiltModel:
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?", want.repo):
         label = f"{label} on GitHub (no folder of that name is here)"
         load = functools.partial(torch.hub.load, want.repo, want.name, source="github", verbose=False)
+        places = _hub_downloads(want.repo)
     else:
         raise MissingFileError(f"{label}: {folder} is no folder, and {want.repo!r} no owner/name[:ref] of GitHub")
+    repository = repository_of(places)
     try:
-        model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
+        with repository.active():
+            model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
     except TypeError as error:
         raise _refused_arguments(label, error, want.kwargs) from error
     except Exception as error:
         if "Cannot find callable" in str(error):
-            raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
+            with repository.active():
+                raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
         raise _load_error(label, want.pretrained or not folder.is_dir(), error) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{label}: the entry point returned a {type(model).__name__}, not a torch.nn.Module")
@@ -174,6 +180,13 @@ def _call_hub_entry(load: Callable[..., nn.Module], pretrained: bool) -> nn.Modu
         return load()
 
 
+def _hub_downloads(repo: str) -> list[Path]:
+    """The folders in which torch.hub keeps, or will keep, a repository "owner/name[:ref]" of GitHub."""
+    name, _, ref = repo.partition(":")
+    refs = [ref] if ref else ["main", "master"]  # without one torch.hub takes the default branch
+    return [Path(torch.hub.get_dir(), f"{name}_{one}".replace("/", "_")) for one in refs]
+
+
 def _hub_names(repo: str, folder: Path) -> list[str]:
     """The entry points of a hub repository; a local folder's are read without running it again."""
     if not folder.is_dir():
@@ -191,39 +204,32 @@ BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
 }
 
 
-def use_gradient_checkpointing(model: nn.Module, label: str) -> None:
-    """Keep only what enters each block of a raw model, and compute its inside again in the backward pass.
-
-    timm's own way where the model has it; else every element of its sequences of layers, wherever they are. Batch norm
-    sees each batch twice in such a block: its running averages move about twice as fast, the gradients are the same.
+def prepare_parameters(model: nn.Module, label: str) -> None:
+    """Weights in float32, whatever they were saved in: precision and autocast choose what is computed in.
 
     Raises:
-        UserError: the model has no sequence of layers.
+        UserError: the model has no weights yet.
     """
-    if hasattr(model, "set_grad_checkpointing"):
-        try:
-            model.set_grad_checkpointing(True)
-            return
-        except (AssertionError, NotImplementedError):
-            pass  # timm's word for: not this model
-    blocks = list(_blocks(model))
-    if not blocks:
+    parameters = list(model.parameters())
+    if not parameters:
+        raise UserError(f"{label} has no parameters: it is no network")
+    if any(is_lazy(parameter) for parameter in parameters):
         raise UserError(
-            f"{label} has no sequence of layers to compute again (nn.Sequential or nn.ModuleList): set "
-            "gradient_checkpointing: false"
+            f"{label} has lazy layers, whose shapes are not known yet: run it once on images [1, 3, H, W] where it is "
+            "built (in hubconf.py)"
         )
-    for block in blocks:
-        # the class's function and the block, not the bound method: a deep copy must run its own weights
-        block.forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False)
+    if any(parameter.is_meta for parameter in parameters) and torch.empty(0).device.type != "meta":
+        raise UserError(
+            f"{label} is on the meta device, without weights: build it on the CPU, or load its weights there"
+        )
+    if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in parameters):
+        model.float()
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost sequences of layers."""
-    for child in model.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from child
-        else:
-            yield from _blocks(child)
+def short_error(error: BaseException) -> str:
+    """Kind and text of an error in one line of at most 300 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def round_to_patch(image_size: int, patch: tuple[int, int]) -> tuple[int, int]:
@@ -266,8 +272,11 @@ def _refused_arguments(label: str, error: Exception, kwargs: dict[str, Any]) -> 
 
 
 def _load_error(label: str, pretrained: bool, error: Exception) -> UserError:
+    reason = short_error(error)
+    if isinstance(error, ImportError) or "Missing dependencies" in reason:
+        return UserError(f"{label} could not be built: {reason}. Install that package here")
     if pretrained and not isinstance(error, AssertionError):
-        reason = f"{type(error).__name__}: {error}".rstrip(".")
         return UserError(f"{label}: no pretrained weights: {reason}. {WEIGHTS_REMEDY}")
-    # mostly the model's own assertions on its input size
-    return UserError(f"{label} could not be built: {type(error).__name__}: {error}. Check its kwargs, and {SIZE_KEYS}")
+    if isinstance(error, AssertionError):  # mostly the model's own, on its input size
+        return UserError(f"{label} could not be built: {reason}. Check its kwargs, and {SIZE_KEYS}")
+    return UserError(f"{label} could not be built: {reason}. Check its kwargs")

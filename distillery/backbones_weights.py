@@ -1,39 +1,55 @@
 """Local weights for raw models, whatever tool has saved them."""
 
+import argparse
+import re
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillery.files import expand_path
+from distillery import distributed
+from distillery.backbones_entries import Entry, choose_entry, split_entry
 from distillery.process import MissingFileError, UserError
 
-# what checkpoints of other tools, DistributedDataParallel and torch.compile put around a state dict
-WRAPPER_KEYS = ("state_dict", "model", "student", "teacher")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+# in checkpoints beside the weights: how the program was called (DINO, MAE, DeiT); plain values
+_HARMLESS = [argparse.Namespace, PosixPath]
+# beside a backbone: what a self-supervised method puts on top of it (DINO, SwAV, MoCo, BYOL, MAE)
+_METHOD_HEAD = re.compile("head|project|prototype|predict|decoder|queue|mask_token")
 CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
-def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = False) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = False, role: str | None = None) -> None:
     """Load a local .pt, .pth or .safetensors file into a raw model, strictly.
 
     Wrappers of other tools, DDP and torch.compile are taken off; position embeddings are resampled to the model's
-    input size. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted.
+    input size. Of a file with several models the role's is taken, or the entry after a # (file.pth#teacher); a line
+    says which. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted; batch
+    norm's count of batches may be missing, as PyTorch has it. Heads of a self-supervised method are left out.
 
+    Args:
+        model: the raw model.
+        path: the file; # and an entry may follow.
+        with_logits: the classifier must be there.
+        role: "teacher" or "student"; None: as a teacher.
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is no weights file, or its tensors are not this model's.
+        UserError: it is no weights file, its tensors are not this model's, or several of its entries fit alike.
     """
-    path = expand_path(path)
-    state = _convert(model, _unwrap(_read_state(path), model.state_dict().keys()), path)
+    path, name = split_entry(path)
+    heads = () if with_logits else _classifier_prefixes(model)
     own = model.state_dict()
-    if not with_logits:
-        heads = _classifier_prefixes(model)
-        state = {k: v for k, v in state.items() if not k.startswith(heads) or _shape(own.get(k)) == _shape(v)}
-        state = {k: v for k, v in own.items() if k.startswith(heads)} | state
+    entry, others = choose_entry(_read_state(path), own, _classifier_prefixes(model), path, name, role)
+    own_parts = {key.partition(".")[0] for key in own} | {name for name, _ in model.named_children()}
+    beside = {k for k in entry.state if (top := k.partition(".")[0]) not in own_parts and _METHOD_HEAD.search(top)}
+    left_out = sorted({*entry.left_out, *beside})
+    if (others or left_out) and distributed.is_main():
+        print(_describe(path, entry, others, left_out, role))
+    state = _convert(model, {k: v for k, v in entry.state.items() if k not in beside}, path)
+    state = {k: v for k, v in state.items() if not k.startswith(heads) or _shape(own.get(k)) == _shape(v)}
+    state = {k: v for k, v in own.items() if k.startswith(heads)} | state
+    state = {k: v for k, v in own.items() if _is_counter_of(k, state)} | state
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = sorted(k for k in own.keys() & state.keys() if _shape(own[k]) != _shape(state[k]))
     if missing or unexpected or reshaped:
@@ -45,6 +61,21 @@ def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = Fals
     model.load_state_dict(state)
 
 
+def _describe(path: Path, entry: Entry, others: list[Entry], left_out: list[str], role: str | None) -> str:
+    line = f"{role or 'teacher'}_checkpoint {path}: {entry.name or 'the top'} is loaded"
+    if others:
+        line += f", not {', '.join(other.name or 'the top' for other in others)} (for another: {path.name}#NAME)"
+    if left_out:
+        line += f"; {len(left_out)} tensors beside it are left out{_some(left_out)}"
+    return line
+
+
+def _is_counter_of(key: str, state: dict[str, Tensor]) -> bool:
+    """Whether a name is batch norm's count of batches (PyTorch has it since 0.4.1), beside averages that are there."""
+    layer, _, last = key.rpartition(".")
+    return last == "num_batches_tracked" and f"{layer}.running_mean" in state
+
+
 def _read_state(path: Path) -> Any:
     if not path.is_file():
         raise MissingFileError(f"no checkpoint at {path}: check teacher_checkpoint or student_checkpoint")
@@ -53,24 +84,13 @@ def _read_state(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as weights: {error}. It must be .safetensors, or a state dict that "
             "torch.load(weights_only=True) takes"
         ) from error
-
-
-def _unwrap(state: Any, own_keys: Iterable[str]) -> dict[str, Tensor]:
-    while isinstance(state, dict) and (key := next((k for k in WRAPPER_KEYS if isinstance(state.get(k), dict)), None)):
-        state = state[key]
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    while not state.keys() & set(own_keys):
-        prefix = next((p for p in WRAPPER_PREFIXES if state and all(k.startswith(p) for k in state)), None)
-        if prefix is None:
-            break
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.files import expand_path
 from distillery.launcher import world_from_environment
 from distillery.losses_queue import EmbeddingQueue
-from distillery.losses_table import fields_needed, queue_size_of
+from distillery.losses_table import LOSSES, fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.process import UserError
@@ -78,6 +78,7 @@ def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_che
         use_cls_token=model.use_cls_token,
         out_indices=model.student_out_indices,
         gradient_checkpointing=gradient_checkpointing,
+        role="student",
     )
 
 
@@ -99,6 +100,7 @@ def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits:
         use_cls_token=model.use_cls_token,
         with_logits=with_logits,
         out_indices=model.teacher_out_indices,
+        role="teacher",
     )
 
 
@@ -130,16 +132,37 @@ def build_models(
         check_fields(cache, train)
     if cache is None or train.teacher_cache.mode == "hybrid":
         teacher = build_teacher(configs, device)
+        check_tokens(teacher.backbone, train, "teacher")
     else:
         teacher = Targets(cache.widths, train.standardise_targets).to(device)
     torch.manual_seed(train.seed)
+    backbone = build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing)
+    check_tokens(backbone, train, "student")
     student = StudentWithHeads(
-        build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing),
+        backbone,
         teacher.widths,
         fields,
         configs.model.projector.model_dump(),
     )
     return teacher, _on_device(student, device)
+
+
+def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:
+    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is asked for them."""
+    if backbone.token_width is not None:
+        return
+    stored = train.teacher_cache.tokens
+    if role == "teacher" and stored not in ("auto", "none"):
+        raise UserError(
+            f"teacher_cache.tokens is {stored}, and the teacher gives no patch tokens: set it to auto or to none"
+        )
+    compared = [n for n, weight in train.distill_loss_weights.items() if weight and LOSSES[n].field == "tokens"]
+    if compared:
+        name = ", ".join(compared)
+        raise UserError(
+            f"the {role} gives no patch tokens, and distill_loss_weights.{name} compares them: leave {name} out of "
+            f"distill_loss_weights (cls compares the pooled feature), or take another {role}"
+        )
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:

@@ -139,20 +139,29 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
-    """weights_hash of the run's teacher, loaded or not.
+    """weights_hash of the run's teacher, loaded or not, and how it pools where that is not the usual way.
 
     Raises:
-        UserError: it is loaded, and its outputs have been stored with other weights.
+        UserError: it is loaded, and its outputs have been stored with other weights, or pooled in another way.
     """
     if not isinstance(teacher, FrozenTeacher):
-        return cache.weights_hash
-    found = weights_hash(teacher.backbone.model)
+        return _with_pooling(cache.weights_hash, cache.identity["resolved"].get("pooling"))
+    found, pooling = weights_hash(teacher.backbone.model), teacher.backbone.pooling
+    if cache is not None and cache.identity["resolved"].get("pooling") != pooling:
+        raise UserError(
+            f"the outputs in {cache.directory} hold the teacher's class token, and its image feature is now that of "
+            f"its attention pooling. Store its outputs again: {teacher_command()}"
+        )
     if cache is not None and cache.weights_hash != found:
         raise UserError(
             f"the teacher has other weights ({found}) than the one whose outputs are in {cache.directory} "
             f"({cache.weights_hash}). Put its files back, or store its outputs: {teacher_command()}"
         )
-    return found
+    return _with_pooling(found, pooling)
+
+
+def _with_pooling(weights: str, pooling: str | None) -> str:
+    return weights if pooling is None else f"{weights}, pooled by {pooling}"
 
 
 def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | None, device: torch.device) -> Backbone:

@@ -35,7 +35,9 @@ class ModelConfig(StrictModel):
         None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
     )
     teacher_pretrained: bool = Field(True, description="load the published weights")
-    teacher_checkpoint: PathText | None = Field(None, description="weights file loaded instead of the published ones")
+    teacher_checkpoint: PathText | None = Field(
+        None, description="weights file loaded instead of the published ones; FILE#NAME: one of several models in it"
+    )
     teacher_img_size: PositiveInt | None = Field(
         None, description="px; null: image_size rounded to the teacher's patch, its position embedding resampled"
     )
@@ -54,7 +56,9 @@ class ModelConfig(StrictModel):
         None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
     )
     student_pretrained: bool = Field(False, description="start from the published weights")
-    student_checkpoint: PathText | None = Field(None, description="weights file to start from")
+    student_checkpoint: PathText | None = Field(
+        None, description="weights file to start from; FILE#NAME: one of several models in it"
+    )
     student_img_size: PositiveInt | None = Field(None, description="px; null: image_size")
     student_mean: Mean | None = Field(
         None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
@@ -66,7 +70,9 @@ class ModelConfig(StrictModel):
         {}, description="further arguments of the model's constructor, e.g. {img_size: 32, patch_size: 4}"
     )
 
-    use_cls_token: bool = Field(True, description="image feature: the class token; false: mean of patches")
+    use_cls_token: bool = Field(
+        True, description="image feature: class token (or the model's attention pooling); false: mean of patches"
+    )
     teacher_out_indices: OutIndices | None = Field(
         None, description="intermediate layers for the loss `layers`, first to last, e.g. [3, 7]; null: none"
     )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillery.adapters import choose_adapter
-from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, use_gradient_checkpointing
+from distillery.adapters import Outputs, choose_adapter, pools_by_attention
+from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, prepare_parameters, round_to_patch, short_error
+from distillery.backbones_checkpointing import use_gradient_checkpointing
 from distillery.backbones_weights import load_weights
 from distillery.losses import Features
 from distillery.process import UserError
@@ -41,6 +42,7 @@ def build_backbone(
     with_logits: bool = False,
     out_indices: Sequence[int] | None = None,
     gradient_checkpointing: bool = False,
+    role: str | None = None,
 ) -> "Backbone":
     """A model by name, at the input size that image_size (px) asks for.
 
@@ -49,7 +51,8 @@ def build_backbone(
         name: as the source knows it; timm's may carry a tag.
         repo: for torch_hub, "owner/name[:ref]" or a folder with hubconf.py.
         pretrained: take the source's weights.
-        checkpoint: local weights; they take the place of `pretrained`, which then downloads nothing.
+        checkpoint: local weights; they take the place of `pretrained`, which then downloads nothing. After a #, the
+            entry of a file that holds several models.
         img_size: the model's input in px; None: image_size rounded to the model's patch. `img_size` in kwargs wins.
         kwargs: passed on to the model.
         mean: the model's own normalisation; None: what the model states, else the data's.
@@ -57,32 +60,34 @@ def build_backbone(
         data_mean: what was subtracted from the images that will come.
         data_std: what they were divided by.
         image_size: their height and width in px.
-        use_cls_token: pooled is the class token where there is one; else, and if false, the mean of the patches (or
-            the pooling of the model's own, where it has no class token).
+        use_cls_token: pooled is the class token where there is one (what an attention pooling makes of it, where the
+            model has one); else, and if false, the mean of the patches (or the pooling of the model's own, where it has
+            no class token).
         drop_path_rate: passed on where the (timm) model takes it.
         with_logits: keep the classifier and give its output.
         out_indices: intermediate layers that Features.layers gets, as timm's forward_intermediates numbers them.
         gradient_checkpointing: keep only what enters a block, and compute the rest again in the backward pass.
+        role: "teacher" or "student": whose weights are taken from a checkpoint that holds both.
     Raises:
         UserError: unknown names, arguments the model does not take, weights that cannot be had or do not fit, an input
-            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks.
+            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks, or
+            blocks whose gradients change when they are computed again.
     """
     if source not in BUILDERS:
         raise UserError(f"unknown model source {source!r}; known: {', '.join(BUILDERS)}")
     pretrained = pretrained and checkpoint is None
     want = ModelRequest(name, repo, pretrained, img_size, image_size, dict(kwargs or {}), drop_path_rate, with_logits)
     built = BUILDERS[source](want)
+    label = f"{source} model {name!r}"
+    prepare_parameters(built.model, label)
     if checkpoint is not None:
-        load_weights(built.model, checkpoint, with_logits=with_logits)
+        load_weights(built.model, checkpoint, with_logits=with_logits, role=role)
     built = dataclasses.replace(
         built,
         mean=tuple(mean or built.mean or data_mean),
         std=tuple(std or built.std or data_std),
     )
-    label = f"{source} model {name!r}"
-    if gradient_checkpointing:
-        use_gradient_checkpointing(built.model, label)
-    return Backbone(
+    backbone = Backbone(
         built,
         label=label,
         data_mean=data_mean,
@@ -91,6 +96,10 @@ def build_backbone(
         with_logits=with_logits,
         out_indices=out_indices,
     )
+    if gradient_checkpointing:
+        has_weights = backbone.scale.device.type != "meta"
+        use_gradient_checkpointing(built.model, label, backbone.outputs_of_noise if has_weights else None)
+    return backbone
 
 
 def download_weights(model: Mapping[str, Any]) -> list[str]:
@@ -133,7 +142,7 @@ class Backbone(nn.Module):
     """A raw model that takes the data set's normalised images at any size and gives Features.
 
     `model` is the raw module, and all there is in the state dict; `img_size` (height, width) in px, `grid` (h, w) and
-    the widths are read from what it gives for one black image.
+    the widths are read from what it gives for one black image. Of a model without patch tokens `token_width` is None.
     """
 
     def __init__(
@@ -168,18 +177,12 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _probe(self, label: str, out_indices: tuple[int, ...]) -> None:
         """Run one black image to read the widths and the grid, and to fail now rather than in the first step."""
-        black = torch.zeros((1, 3, *self.img_size), device=self.scale.device)
         try:
-            with eval_mode(self.model):  # batch-norm statistics stay as they are, and no dropout draws random numbers
-                self._adapter = choose_adapter(self.model, self.img_size, out_indices)
-                pooled, spatial, logits, layers = self._adapter(self.model, black, self.use_cls_token, self.with_logits)
+            pooled, spatial, logits, layers = self._try_adapter(self.img_size, out_indices)
         except UserError as error:
             raise UserError(f"{label}: {error}") from error
         except Exception as error:
-            raise UserError(
-                f"{label} fails on an input of {self.img_size[0]}x{self.img_size[1]} px: {type(error).__name__}: "
-                f"{error}. Set teacher_img_size or student_img_size to a size it takes (many want a multiple of 32)"
-            ) from error
+            raise self._first_forward_error(label, error, out_indices) from error
         if pooled.ndim != 2:
             raise UserError(f"{label}: its pooled feature has shape {list(pooled.shape)}, not [B, D]")
         stated = getattr(self.model, "num_classes", None)
@@ -190,19 +193,52 @@ class Backbone(nn.Module):
             )
         self.num_classes = logits.shape[1] if self.with_logits else None
         self.pooled_width = pooled.shape[1]
-        if spatial.ndim == 4:
+        if spatial is None:
+            self.token_width, self.grid = None, (1, 1)
+        elif spatial.ndim == 4:
             self.token_width, self.grid = spatial.shape[1], tuple(spatial.shape[2:])
         else:
             self.token_width, self.grid = spatial.shape[2], self._grid_of(spatial.shape[1], label)
         self.layer_widths = tuple(layer.shape[1] for layer in layers)
         self.layer_grids = tuple(tuple(layer.shape[2:]) for layer in layers)
 
+    def _try_adapter(self, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> Outputs:
+        black = torch.zeros((1, 3, *img_size), device=self.scale.device)
+        with eval_mode(self.model):  # batch-norm statistics stay as they are, and no dropout draws random numbers
+            self._adapter = choose_adapter(self.model, img_size, out_indices)
+            return self._adapter(self.model, black, self.use_cls_token, self.with_logits)
+
+    def _first_forward_error(self, label: str, error: Exception, out_indices: tuple[int, ...]) -> UserError:
+        """What went wrong; advice on the input size only where another size was tried and works."""
+        height, width = self.img_size
+        what = f"{label} fails on an input of {height}x{width} px: {short_error(error)}"
+        if isinstance(error, ImportError):
+            return UserError(f"{what}. Install that package here")
+        native = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+        near = round_to_patch(max(self.img_size), (32, 32))
+        for size in dict.fromkeys([near, tuple(native[1:]), (64, 64), (224, 224)]):
+            if size == self.img_size:
+                continue
+            with contextlib.suppress(Exception):  # of a size that was a guess
+                self._try_adapter(size, out_indices)
+                return UserError(
+                    f"{what}. It takes {size[0]}x{size[1]} px: set teacher_img_size or student_img_size to a size it "
+                    f"takes, e.g. {size[0]}"
+                )
+        return UserError(f"{what}. Other sizes fail too: the input size is not the reason")
+
     @property
     def widths(self) -> dict[str, int]:
-        """Width of each tensor of Features.tensors(); logits only where they are given."""
-        widths = {"pooled": self.pooled_width, "tokens": self.token_width}
+        """Width of each tensor of Features.tensors(); tokens and logits only where they are given."""
+        widths = {"pooled": self.pooled_width}
+        widths |= {} if self.token_width is None else {"tokens": self.token_width}
         widths |= {f"layers_{i}": width for i, width in enumerate(self.layer_widths)}
         return widths if self.num_classes is None else widths | {"logits": self.num_classes}
+
+    @property
+    def pooling(self) -> str | None:
+        """ "attention" where pooled comes out of an attention layer beside a class token; None: as everywhere else."""
+        return "attention" if self.use_cls_token and pools_by_attention(self.model) else None
 
     def _grid_of(self, num_tokens: int, label: str) -> tuple[int, int]:
         """The (h, w) of so many row-major tokens: the model's own word, else the input's proportions."""
@@ -224,9 +260,15 @@ class Backbone(nn.Module):
         """Features of images [B, 3, H, W] that are normalised with data_mean and data_std."""
         images = self.prepare(images)
         pooled, spatial, logits, layers = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
-        tokens = spatial.flatten(2).transpose(1, 2) if spatial.ndim == 4 else spatial
+        is_map = spatial is not None and spatial.ndim == 4
+        tokens = spatial.flatten(2).transpose(1, 2) if is_map else spatial
         maps = tuple(layer.flatten(2).transpose(1, 2) for layer in layers)
         return Features(pooled, tokens, self.grid, logits, maps, self.layer_grids)
+
+    def outputs_of_noise(self) -> list[Tensor]:
+        """Every tensor that it gives for one image of random pixels."""
+        noise = torch.rand((1, 3, *self.img_size), generator=torch.Generator().manual_seed(0))
+        return list(self(noise.to(self.scale.device)).tensors().values())
 
 
 def _is_same(logits: Tensor, pooled: Tensor) -> bool:

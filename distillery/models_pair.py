@@ -58,7 +58,7 @@ class StudentWithHeads(nn.Module):
             them. Of the layers each has a head of its own.
         projector: {"type": "mlp" | "linear", "hidden_dim": int | None}; None: twice the teacher's width.
     Raises:
-        UserError: an unknown projector, or a field that the teacher does not have.
+        UserError: an unknown projector, or a field that one of the two does not have.
     """
 
     def __init__(
@@ -112,8 +112,9 @@ def _tensors_of(fields: Iterable[str], teacher_widths: Mapping[str, int], own: M
                     "teacher_out_indices and student_out_indices to as many each"
                 )
             names += layers
-        elif field not in teacher_widths:
-            raise UserError(f"a loss compares {field}, which the teacher does not give (it gives {[*teacher_widths]})")
+        elif field not in teacher_widths or field not in own:
+            role, widths = ("teacher", teacher_widths) if field not in teacher_widths else ("student", own)
+            raise UserError(f"a loss compares {field}, which the {role} does not give (it gives {[*widths]})")
         else:
             names.append(field)
     return names

@@ -114,10 +114,10 @@ def neighbours_text(student: Tensor, teacher: Tensor, where: str, *, has_labels:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one model gives: pooled, float32 [N, D], of all images; tokens, [S, P, D], of those that are shown."""
+    """What one model gives: pooled, float32 [N, D], of all images; tokens, [S, P, D] or None, of those shown."""
 
     pooled: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
 
 
 @torch.no_grad()
@@ -136,8 +136,11 @@ def look(pool: Pool, models: Sequence[Backbone], shown: list[int], device: torch
             with eval_mode(model):
                 features = model(images.to(device))
             pooled[number].append(features.pooled.float().cpu())
-            tokens[number].append(features.tokens[keep].float().cpu())
-    seen = [Seen(torch.cat(one), torch.cat(other)) for one, other in zip(pooled, tokens, strict=True)]
+            if features.tokens is not None:
+                tokens[number].append(features.tokens[keep].float().cpu())
+    seen = [
+        Seen(torch.cat(one), torch.cat(other) if other else None) for one, other in zip(pooled, tokens, strict=True)
+    ]
     return torch.cat(pixels).numpy(), seen
 
 

@@ -252,7 +252,8 @@ class TeacherCache:
                 raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
         found = statistics_of(records)
         facts = self.identity["resolved"]
-        widths = {"pooled": facts["pooled_width"], "tokens": facts["token_width"]}
+        widths = {"pooled": facts["pooled_width"]}
+        widths |= {} if facts["token_width"] is None else {"tokens": facts["token_width"]}
         names = [f"{name}_{what}" for name in widths for what in ("mean", "std")]
         state = {name: torch.tensor(found.get(name, []), dtype=torch.float64) for name in names}
         if wrong := [name for name, values in state.items() if len(values) != widths[name.partition("_")[0]]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distillery.augment import Augmentation
+from distillery.backbones_entries import split_entry
 from distillery.files import expand_path, sha256_of
 from distillery.process import MissingFileError
 from distillery.shard_format_fields import FIELD_DTYPES
@@ -65,9 +66,9 @@ def configured_identity(
 
 def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
     of = {key.removeprefix("teacher_"): value for key, value in model.items() if key.startswith("teacher_")}
-    checkpoint, repo = of["checkpoint"], of["repo"]
+    checkpoint, repo, entry = of["checkpoint"], of["repo"], None
     if checkpoint is not None:
-        path = expand_path(checkpoint)
+        path, entry = split_entry(checkpoint)
         if not path.is_file():
             raise MissingFileError(f"teacher_checkpoint: {path} is not there.")
         checkpoint = file_hash(path.resolve())
@@ -85,7 +86,7 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
         "std": of["std"],
         "use_cls_token": model["use_cls_token"],
         "precision": precision,
-    }
+    } | ({} if entry is None else {"checkpoint_entry": entry})
 
 
 def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:
@@ -115,7 +116,7 @@ def teacher_facts(backbone: Any, weights_hash: str, precision: str) -> dict:
         "grid": backbone.grid,
         "num_classes": backbone.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
-    }
+    } | ({} if backbone.pooling is None else {"pooling": backbone.pooling})
     return json.loads(json.dumps(facts))
 
 

@@ -19,7 +19,7 @@ import torch
 
 from distillery import distributed
 from distillery.augment import Augmentation
-from distillery.build import build_teacher_backbone, choose_precision
+from distillery.build import build_teacher_backbone, check_tokens, choose_precision
 from distillery.build_facts import weights_hash
 from distillery.cached_dataset import CachedTensorDataset
 from distillery.commands import stage1_command, teacher_command
@@ -118,6 +118,7 @@ def build_live_teacher(configs: Configs, images: str, device: torch.device) -> t
         torch.manual_seed(0)  # of a teacher without weights of its own
         with_logits = configured["stored"]["logits"]
         backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
+    check_tokens(backbone, train, "teacher")
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     precision = choose_precision(train.precision, device)
     spec = TeacherCacheSpec(configured, teacher_facts(backbone, weights_hash(backbone.model), precision))
@@ -130,7 +131,8 @@ def known_of_teacher(spec: TeacherCacheSpec) -> dict:
 
     Another precision is no other teacher: on the CPU, what a GPU made is compared in that one's precision.
     """
-    facts = {key: spec.resolved[key] for key in ("weights_hash", "img_size", "mean", "std")}
+    names = ("weights_hash", "img_size", "mean", "std", "pooling")
+    facts = {name: spec.resolved[name] for name in names if name in spec.resolved}
     return spec.configured | {"resolved": facts}
 
 

@@ -1,6 +1,5 @@
 """What is stored of the teacher: its features of a view, cut to the form that the specification asks for."""
 
-import dataclasses
 import io
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -131,4 +130,4 @@ class FieldSums:
 def valid_features(features: Features, valid: Tensor) -> Features:
     """The images of a batch that could be decoded; valid: bool [B] on any device."""
     valid = valid.to(features.pooled.device)
-    return dataclasses.replace(features, pooled=features.pooled[valid], tokens=features.tokens[valid])
+    return features.with_tensors({name: value[valid] for name, value in features.tensors().items()})

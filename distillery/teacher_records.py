@@ -272,7 +272,8 @@ def _is_sound(index: dict) -> bool:
     counts = [row[key] for row in rows for key in ("global_start", "num_samples", "num_failed", "bytes")]
     extents = [extent for entry in index["fields"].values() for extent in entry["view_shape"]]
     facts, form = index["identity"]["resolved"], index["identity"]["stored"]["tokens"]
-    extents += [*facts["grid"], facts["pooled_width"], facts["token_width"], form.get("token_grid", 1)]
+    token_width = 1 if facts["token_width"] is None else facts["token_width"]  # None: it gives no tokens
+    extents += [*facts["grid"], facts["pooled_width"], token_width, form.get("token_grid", 1)]
     if not all(type(value) is int and 0 <= value < _MAX_COUNT for value in [*counts, *extents, index["num_views"]]):
         return False
     ends = [row["global_start"] + row["num_samples"] for row in rows]

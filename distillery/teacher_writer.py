@@ -136,8 +136,8 @@ class _Pass:
             features = self.teacher.features(images, global_idx, view)
             views.append(encode_features(features, self.plan.spec, basis))
             kept = valid_features(features, valid)
-            sums["pooled"].add(kept.pooled)
-            sums["tokens"].add(kept.tokens)
+            for name, added in sums.items():
+                added.add(kept.tensors()[name])
         return {name: torch.stack([one[name] for one in views], dim=1).cpu().numpy() for name in views[0]}
 
     def _grace_is_over(self) -> bool:
@@ -147,7 +147,8 @@ class _Pass:
 
 
 def _sum_widths(spec: TeacherCacheSpec) -> dict[str, int]:
-    return {"pooled": spec.resolved["pooled_width"], "tokens": spec.resolved["token_width"]}
+    widths = {"pooled": spec.resolved["pooled_width"], "tokens": spec.resolved["token_width"]}
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def make_teacher_cache(

@@ -148,7 +148,7 @@ class Returns(Conv):
     "value, message",
     [
         (lambda x: [x, x], r"my model: Returns.forward_features returned list: it needs forward_features\(images\) ->"),
-        (lambda x: x.mean((2, 3)), r"forward_features returned \[1, 6\]"),
+        (lambda x: x.mean((1, 2, 3)), r"forward_features returned \[1\]: it needs"),
         (lambda x: {"x": x}, "forward_features returned dict"),
         (lambda x: x / 0 @ x[0], r"my model fails on an input of 30x40 px: RuntimeError.*student_img_size"),
     ],

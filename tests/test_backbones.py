@@ -38,6 +38,29 @@ HUBCONF = """
     def always_trained(width=6): return tiny_net(True, width)
     def not_a_model(pretrained=False): return [1, 2]
     def offline(pretrained=False): raise OSError("no route to host")
+    def half(pretrained=False): return tiny_net().half()
+    def bfloat16(pretrained=False): return tiny_net().to(torch.bfloat16)
+    def double(pretrained=False): return tiny_net().double()
+    def on_meta(pretrained=False): return tiny_net().to("meta")
+    def lazy(pretrained=False):
+        net = Net(6)
+        net.conv = nn.LazyConv2d(6, 4, 4)
+        return net
+    def grey(pretrained=False):
+        net = Net(6)
+        net.conv = nn.Conv2d(1, 6, 4, 4)
+        return net
+    def of_64_px(pretrained=False):
+        net = Net(6)
+        fixed = nn.Flatten(1), nn.Linear(6 * 16 * 16, 6), nn.Unflatten(1, (6, 1, 1))
+        net.conv = nn.Sequential(nn.Conv2d(3, 6, 4, 4), *fixed)
+        return net
+    def needs_a_package(pretrained=False):
+        net = Net(6)
+        net.conv.register_forward_hook(lambda *_: __import__("no_such_package"))
+        return net
+    def needs_one_to_be_built(pretrained=False): import no_such_package
+    def not_numbers(pretrained=False): return nn.Identity()
     def strides_14(pretrained=False):
         net = Net(6)
         net.patch_size = 14
@@ -100,6 +123,14 @@ def test_a_hub_models_input_is_rounded_to_the_patch_it_states(hub):
         ),
         ("offline", {}, "could not be built: OSError: no route to host"),
         ("tiny_net", {"repo": None}, "set teacher_repo or student_repo"),
+        ("on_meta", {}, "is on the meta device, without weights"),
+        ("lazy", {}, "has lazy layers, whose shapes are not known yet: run it once"),
+        ("not_numbers", {}, "has no parameters"),
+        (
+            "needs_one_to_be_built",
+            {"pretrained": True},
+            "could not be built: ModuleNotFoundError.*Install that package",
+        ),
         ("tiny_net", {"repo": "/nowhere/at/all"}, "/nowhere/at/all is no folder, and '/nowhere/at/all' no owner/name"),
         ("tiny_net", {"repo": "."}, "there is no hubconf.py in"),
         ("tiny_net", {"repo": "$NOT_SET_ANYWHERE/x"}, "NOT_SET_ANYWHERE is not set"),
@@ -109,6 +140,34 @@ def test_what_a_hub_cannot_give_is_said(hub, tmp_path, monkeypatch, name, change
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         from_hub(**{"repo": hub, "name": name, **changes})
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
+def test_a_model_of_another_precision_is_cast_to_float32(hub, name, tmp_path):
+    backbone = from_hub(hub, name)
+    assert {value.dtype for value in backbone.model.state_dict().values()} == {torch.float32}
+    torch.save({k: v + 1e-5 for k, v in backbone.model.state_dict().items()}, tmp_path / "w.pt")
+    loaded = from_hub(hub, name, checkpoint=tmp_path / "w.pt").model.state_dict()
+    assert torch.equal(loaded["conv.weight"], backbone.model.state_dict()["conv.weight"] + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("grey", "RuntimeError: Given groups=1, weight of size.*the input size is not the reason"),
+        ("needs_a_package", "ModuleNotFoundError: No module named 'no_such_package'. Install that package here"),
+    ],
+)
+def test_advice_on_the_input_size_is_not_given_where_it_would_not_help(hub, name, message):
+    with pytest.raises(UserError, match=f"(?i)'{name}' fails on an input of 32x32 px: {message}") as caught:
+        from_hub(hub, name)
+    assert "img_size" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_advice_on_the_input_size_is_one_that_works(hub):
+    with pytest.raises(UserError, match="fails on an input of 32x32 px.*It takes 64x64 px: set teacher_img_size or"):
+        from_hub(hub, "of_64_px")
+    assert from_hub(hub, "of_64_px", img_size=64).img_size == (64, 64)
 
 
 def test_a_repository_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
@@ -136,6 +195,10 @@ def test_a_repository_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypat
         (
             {"source": "torchvision", "name": "resnet18", "kwargs": {"weights": "IMAGENET"}},
             "unknown weights 'IMAGENET' of torchvision model 'resnet18'; .*IMAGENET1K_V1",
+        ),
+        (
+            {"source": "torchvision", "name": "alexnet", "image_size": 16},
+            "fails on an input of 16x16 px: RuntimeError.*It takes 224x224 px: set teacher_img_size",
         ),
         ({"name": "dla46_c", "image_size": 100}, "fails on an input of 100x100 px.*student_img_size to a size it"),
         (

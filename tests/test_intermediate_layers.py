@@ -131,3 +131,13 @@ def test_a_teacher_cache_has_no_layers_and_says_so():
     cache = SimpleNamespace(widths={"pooled": 8, "tokens": 8}, num_views=2, directory="teacher")
     with pytest.raises(UserError, match="layers is 0.5 and compares inner layers, which no teacher cache holds"):
         check_fields(cache, TrainConfig(distill_loss_weights={"cls": 1.0, "layers": 0.5}))
+
+
+def test_a_model_that_stops_at_the_last_layer_asked_for_runs_its_rest_on_its_own():
+    kwargs = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    plain, model = (backbone("hiera_tiny_224", indices, kwargs=kwargs).eval() for indices in (None, [0, 1]))
+    with torch.no_grad():
+        features, expected = model(images()), plain(images())
+    assert features.layer_grids == ((16, 16), (8, 8))
+    assert torch.allclose(features.pooled, expected.pooled, atol=1e-6)
+    assert torch.allclose(features.tokens, expected.tokens, atol=1e-6)
