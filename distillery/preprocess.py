@@ -125,7 +125,7 @@ def resize_image(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     return _resize(pixels, spec.image_size, spec.interpolation)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes | memoryview) -> np.ndarray:
     """The pixels of an encoded image, uint8 [H, W, 3], RGB, contiguous, upright.
 
     Raises:
@@ -179,7 +179,8 @@ def _check_pixel_count(width: int, height: int) -> None:
         raise DecodeError(f"more than {MAX_PIXELS} pixels: too large, or a decompression bomb")
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
+    data = bytes(data)  # of a view, the one copy that BytesIO would make
     try:
         return _decode_whole(data)
     except DecodeError:

@@ -420,6 +420,20 @@ def test_a_jpeg_has_its_pixels_whatever_its_segments_hold(marker):
     np.testing.assert_array_equal(decode_image(plain[:20] + segment * 50 + plain[20:]), decode_image(plain))
 
 
+def test_a_view_of_bytes_decodes_as_the_bytes_do():
+    plain = encode(photo(), "PNG")
+    with_text = plain[:33] + USELESS_CHUNKS["compressed text"] + plain[33:]
+    bitmap = bitmap_of_claimed_alpha(np.zeros((4, 4, 4), np.uint8))
+    for data in (with_text, bitmap, encode(photo(), "JPEG"), b"no image"):
+        outcomes = []
+        for given in (data, memoryview(data)):
+            try:
+                outcomes.append(decode_image(given).tolist())
+            except DecodeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+
+
 @pytest.mark.parametrize("rgb", [(255, 255, 255), (0, 0, 0), (200, 40, 90), (20, 130, 240)])
 def test_cmyk_shows_its_colour_whether_adobe_inverted_it_or_not(rgb):
     cmyk = Image.new("RGB", (16, 16), rgb).convert("CMYK")
