@@ -347,6 +347,17 @@ class Run:
             with_weights = self.training.tensorboard_histograms
             pictures.log_models(log, self.task, batch, self.progress, with_weights=with_weights)
 
+    def draw_features(self) -> str | None:
+        """Pictures of what both models make of images; why there are none, where it has not worked."""
+
+        def draw() -> None:
+            pool = pictures.choose_pool(self.evaluation.folders, self.data)
+            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
+            student, step = self.student.student, self.progress.step
+            pictures.write_pictures(self.dir, teacher, student, pool, step=step, device=self.device)
+
+        return pictures.why_not(draw)
+
     def finish(self, log: RunLog, *, is_done: bool) -> int:
         """Close the log; write plots and report; say how it went, or that the same command goes on."""
         self.checkpoints.wait()
@@ -356,7 +367,7 @@ class Run:
             if self.is_main:
                 write_plots(self.dir)
                 print(summary_table(self.dir) or "no eval_datasets: nothing was evaluated")
-                why_no_pictures = self.evaluation.draw_features(self.data, self.progress.step)
+                why_no_pictures = self.draw_features()
                 print(f"report: {write_report(self.dir, no_pictures=why_no_pictures)}")
             distributed.wait_for_all()  # srun --wait counts from the first that leaves
             return EXIT_DONE

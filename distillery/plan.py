@@ -15,8 +15,8 @@ from distillery.records import (
     INDEX_NAME,
     SHARD_PATTERN,
     FutureFormatError,
-    RecordScan,
     check_version,
+    image_scan,
     is_predecessors,
     parse_json,
     record_path,
@@ -120,7 +120,7 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
 
 def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
     _check_folder(plan.directory)
-    records = {record["shard_path"]: record for record in RecordScan(plan.directory).records()}
+    records = {record["shard_path"]: record for record in image_scan(plan.directory).records()}
     # all of them, not only this job's share: two jobs of different configurations must not fill one folder
     for name, record in records.items():
         if is_predecessors(record):
@@ -235,7 +235,7 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
 
 def is_made_of(directory: Path, source_identity: dict) -> bool:
     """Whether a folder holds shards of this very source."""
-    records = RecordScan(directory).records() if directory.is_dir() else []
+    records = image_scan(directory).records() if directory.is_dir() else []
     return any(record["identity"]["source"] == source_identity for record in records)
 
 

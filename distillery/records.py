@@ -194,7 +194,7 @@ class RecordScan:
     Args:
         directory: the folder.
         pattern: what a shard's name matches.
-        read: gives a record, checked; errors as read_record.
+        read: gives a record, checked; FileNotFoundError or UserError where it is lost or damaged.
         bulk: keys that are left out: needed only by whoever reads the rows.
     """
 
@@ -202,9 +202,9 @@ class RecordScan:
         self,
         directory: Path,
         *,
-        pattern: re.Pattern = SHARD_PATTERN,
-        read: Callable[[Path], dict] = read_record,
-        bulk: Sequence[str] = ("row_checksums", "source_sizes"),
+        pattern: re.Pattern,
+        read: Callable[[Path], dict],
+        bulk: Sequence[str],
     ) -> None:
         self.directory, self.pattern, self.read, self.bulk = directory, pattern, read, bulk
         self._seen: dict[str, tuple[tuple, dict | None]] = {}
@@ -240,6 +240,11 @@ class RecordScan:
         except (UserError, OSError):
             return None
         return {key: value for key, value in record.items() if key not in self.bulk}
+
+
+def image_scan(directory: Path) -> RecordScan:
+    """The scan of a folder of image shards."""
+    return RecordScan(directory, pattern=SHARD_PATTERN, read=read_record, bulk=("row_checksums", "source_sizes"))
 
 
 def index_of(records: list[dict], num_target: int | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""What a run measures of its models: baselines before the first step, the student on the way, pictures at the end."""
+"""What a run measures of its models: baselines before the first step, the student on the way and at the end."""
 
 import contextlib
 import functools
@@ -11,10 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distillery import pictures
 from distillery.cache import load_index
 from distillery.cached_dataset import load_labelled
-from distillery.config import DataConfig
 from distillery.evaluate import (
     BATCH_SIZE,
     MAX_COMPARED_ROWS,
@@ -146,16 +144,6 @@ class RunEvaluation:
     def _images_of(self, dataset: str) -> str:
         index = load_index(self.folders[dataset][1])
         return f"{index.num_samples} of {index.fingerprint}"
-
-    def draw_features(self, data: DataConfig, step: int) -> str | None:
-        """Pictures of what both models make of images; why there are none, where it has not worked."""
-
-        def draw() -> None:
-            pool = pictures.choose_pool(self.folders, data)
-            student = self.student.student
-            pictures.write_pictures(self.run_dir, self._load_teacher(), student, pool, step=step, device=self.device)
-
-        return pictures.why_not(draw)
 
     @contextlib.contextmanager
     def _ended_by_stop(self, model: nn.Module) -> Iterator[None]:

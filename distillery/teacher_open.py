@@ -27,7 +27,7 @@ from distillery.config import Configs
 from distillery.files import format_bytes, sha256_of
 from distillery.models import MEMORY_FORMAT
 from distillery.process import UserError
-from distillery.records import RecordScan
+from distillery.records import image_scan
 from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
 from distillery.teacher_images import ImageRows
@@ -261,7 +261,7 @@ def compare_views(
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     rows, rng, num_compared = ImageRows(cache_dir, images), np.random.default_rng(0), 0
     # outputs of images that have changed since differ whatever the teacher: the pass makes them again
-    of_images = {record["shard_idx"]: record["hash"] for record in RecordScan(cache_dir).records()}
+    of_images = {record["shard_idx"]: record["hash"] for record in image_scan(cache_dir).records()}
     hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
     listed = enumerate(cache.index["shards"])
     shards = [s for s, row in listed if row["images_hash"] == hashes.get(row["shard_path"])]

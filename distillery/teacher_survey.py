@@ -9,7 +9,7 @@ import numpy as np
 from distillery.commands import teacher_command
 from distillery.plan import CachePlan, Survey, is_untouched
 from distillery.process import UserError
-from distillery.records import RecordScan, valid_rows
+from distillery.records import image_scan, valid_rows
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
 
@@ -58,7 +58,7 @@ def images_for_training(images: CachePlan, max_samples: int | None) -> CachePlan
     """
     if max_samples is None or max_samples > images.num_rows or not images.directory.is_dir():
         return images
-    records = {record["shard_idx"]: record for record in RecordScan(images.directory).records()}
+    records = {record["shard_idx"]: record for record in image_scan(images.directory).records()}
     left, end = max_samples, 0
     for shard_idx in range(max(images.num_shards, len(records))):
         start, stop = images.rows_of(shard_idx)
@@ -128,7 +128,7 @@ def image_hashes(plan: TeacherPlan) -> dict[int, str]:
     """shard_idx -> file hash of the image shards that are there."""
     if not plan.images.directory.is_dir():
         return {}
-    return {record["shard_idx"]: record["hash"] for record in RecordScan(plan.images.directory).records()}
+    return {record["shard_idx"]: record["hash"] for record in image_scan(plan.images.directory).records()}
 
 
 def basis_hash(plan: TeacherPlan) -> str | None:
@@ -139,7 +139,7 @@ def basis_hash(plan: TeacherPlan) -> str | None:
 
 def check_images(plan: TeacherPlan, shards: list[int]) -> None:
     """Raise UserError unless the image shards are there, with all the rows that the plan gives them."""
-    rows = {record["shard_idx"]: record["num_samples"] for record in RecordScan(plan.images.directory).records()}
+    rows = {record["shard_idx"]: record["num_samples"] for record in image_scan(plan.images.directory).records()}
     for shard_idx in shards:
         start, stop = plan.rows_of(shard_idx)
         if rows.get(shard_idx, 0) < stop - start:

@@ -23,9 +23,9 @@ from distillery.records import (
     PREDECESSOR,
     SHARD_PATTERN,
     FutureFormatError,
-    RecordScan,
     check_record,
     encode_checksums,
+    image_scan,
     parse_json,
     read_record,
     record_path,
@@ -69,7 +69,7 @@ def rebuild_index(directory: Path, num_target: int | None = None) -> RebuildRepo
     else:
         hashed = _in_threads(lambda name: _renew_record(directory / name, facts, problems), names)
     was_upgraded = index is not None and not index.verified
-    if (made := write_views(directory, RecordScan(directory), num_target)) is None:
+    if (made := write_views(directory, image_scan(directory), num_target)) is None:
         raise UserError("\n".join([f"{directory}: no shard is whole:", *problems]))
     return RebuildReport(made, sum(hashed), was_upgraded, sorted(problems))
 

@@ -24,8 +24,8 @@ from distillery.records import (
     INDEX_NAME,
     SHARD_PATTERN,
     FutureFormatError,
-    RecordScan,
     failures_of,
+    image_scan,
     index_of,
     index_text,
     is_predecessors,
@@ -177,7 +177,7 @@ def _differing_keys(a: dict, b: dict) -> str:
 
 def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
     """index.json and failures.jsonl against the records, and files that belong to no cache."""
-    records = RecordScan(directory).records()
+    records = image_scan(directory).records()
     if index is not None and records:
         text = read_regular(directory / INDEX_NAME)
         found = parse_json(directory / INDEX_NAME, text)
@@ -276,7 +276,7 @@ def _problems_of_images(folders: list[Path], *, is_part: bool) -> tuple[list[Pro
             if not is_part:
                 raise
             problems.append(Problem(f"{folder / INDEX_NAME}: missing, and every shard with it"))
-        upgraded = upgraded or any(map(is_predecessors, RecordScan(folder).records()))
+        upgraded = upgraded or any(map(is_predecessors, image_scan(folder).records()))
     return problems, upgraded
 
 

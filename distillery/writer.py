@@ -21,7 +21,7 @@ from distillery.decode_pool import WRITE_AHEAD, Work, decode_pool, split_into_un
 from distillery.files import make_directory, may_try_again
 from distillery.plan import CachePlan, Survey
 from distillery.process import RunError, StopFlag, UserError
-from distillery.records import RecordScan, record_path, write_views
+from distillery.records import RecordScan, image_scan, record_path, write_views
 from distillery.shard_format_payload import gap_before
 from distillery.writer_errors import explain_write_error
 from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
@@ -276,7 +276,7 @@ def make_cache(
             same command goes on.
         UserError: the folder cannot be written to, or another job makes another cache in it.
     """
-    scan = RecordScan(plan.directory)
+    scan = image_scan(plan.directory)
     messages, to_make, unchecked = [], list(survey.missing), list(survey.doubtful)
     made: set[int] = set()
     found: set[int] = set()

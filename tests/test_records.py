@@ -15,13 +15,13 @@ from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
     FutureFormatError,
-    RecordScan,
     check_record,
     decode_checksums,
     decode_sizes,
     encode_checksums,
     encode_sizes,
     failures_of,
+    image_scan,
     index_of,
     parse_json,
     read_record,
@@ -191,7 +191,7 @@ def test_a_record_of_a_later_version_is_not_taken_for_damage(cache):
     with pytest.raises(FutureFormatError, match="format_version 4 is of a later version"):
         read_record(path)
     with pytest.raises(FutureFormatError):
-        RecordScan(cache).records()
+        image_scan(cache).records()
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_a_scan_leaves_out_unreadable_records_and_those_whose_shard_is_gone(cach
     (cache / "images_shard_00000.json").write_bytes(b"{}")
     (cache / "images_shard_00001.pt").unlink()
     (cache / "images_shard_0000x.json").write_bytes(b"{}")
-    assert [record["shard_idx"] for record in RecordScan(cache).records()] == [2]
+    assert [record["shard_idx"] for record in image_scan(cache).records()] == [2]
 
 
 def test_a_second_scan_sees_what_changed(cache):
-    scan = RecordScan(cache)
+    scan = image_scan(cache)
     first = scan.records()
     assert scan.records() == first
     text = (cache / "images_shard_00001.json").read_bytes()
@@ -235,13 +235,13 @@ def test_the_views_are_made_again_from_the_records_byte_for_byte(cache, damage):
             (cache / name).write_bytes(before[name].replace(b"1", b"0", 1))
         else:
             (cache / name).write_bytes(damage)
-    write_views(cache, RecordScan(cache))
+    write_views(cache, image_scan(cache))
     assert folder_bytes(cache) == before
 
 
 def test_views_that_agree_are_not_written_again(cache):
     before = (cache / INDEX_NAME).stat()
-    write_views(cache, RecordScan(cache))
+    write_views(cache, image_scan(cache))
     assert (cache / INDEX_NAME).stat().st_ino == before.st_ino
 
 
@@ -249,7 +249,7 @@ def test_views_in_the_form_of_a_link_are_replaced_not_followed(cache, tmp_path):
     (tmp_path / "outside").write_bytes(b"precious")
     (cache / INDEX_NAME).unlink()
     (cache / INDEX_NAME).symlink_to(tmp_path / "outside")
-    write_views(cache, RecordScan(cache))
+    write_views(cache, image_scan(cache))
     assert (tmp_path / "outside").read_bytes() == b"precious"
     assert not (cache / INDEX_NAME).is_symlink()
 
@@ -258,25 +258,25 @@ def test_without_failures_there_is_no_failures_file(cache):
     (cache / FAILURES_NAME).write_bytes(b"old")
     for shard_idx in (0, 2):
         (cache / f"images_shard_0000{shard_idx}.pt").unlink()
-    write_views(cache, RecordScan(cache))
+    write_views(cache, image_scan(cache))
     assert not (cache / FAILURES_NAME).exists()
 
 
 def test_views_that_agree_leave_a_folder_alone_that_can_only_be_read(cache, monkeypatch):
     for shard_idx in (0, 2):  # those with failures: without them there is no failures file either
         (cache / f"images_shard_0000{shard_idx}.pt").unlink()
-    write_views(cache, RecordScan(cache))
+    write_views(cache, image_scan(cache))
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
     monkeypatch.setattr(records, "write_atomic", refuse)
-    assert write_views(cache, RecordScan(cache))["num_samples"] == 8
+    assert write_views(cache, image_scan(cache))["num_samples"] == 8
 
 
 def test_an_index_is_complete_when_all_rows_wanted_are_there_and_not_merely_as_many(cache):
-    records = RecordScan(cache).records()
+    records = image_scan(cache).records()
     assert index_of(records)["complete"]
     assert not index_of(records[:2])["complete"]
     assert index_of(records[:2], 16)["complete"]
@@ -293,7 +293,7 @@ def test_records_of_two_configurations_make_no_index(cache, tmp_path):
         shutil.copy(other / name, cache / name)
     before = folder_bytes(cache)
     with pytest.raises(UserError, match="images_shard_00000.pt and images_shard_00001.pt .* different configurations"):
-        write_views(cache, RecordScan(cache))
+        write_views(cache, image_scan(cache))
     assert folder_bytes(cache) == before
 
 
@@ -301,7 +301,7 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
     late = {name: (cache / name) for name in ("images_shard_00002.pt", "images_shard_00002.json")}
     for name, path in late.items():
         shutil.move(path, tmp_path / name)
-    scan = RecordScan(cache)
+    scan = image_scan(cache)
     records = scan.records
 
     def records_then_publish():
@@ -328,4 +328,4 @@ def test_an_old_reader_finds_the_keys_it_knows(cache):
 def test_the_failures_file_has_one_line_for_each(cache):
     lines = [json.loads(line) for line in (cache / FAILURES_NAME).read_text().splitlines()]
     assert [line["global_idx"] for line in lines] == [3, 17]
-    assert failures_of(RecordScan(cache).records()) == (cache / FAILURES_NAME).read_bytes()
+    assert failures_of(image_scan(cache).records()) == (cache / FAILURES_NAME).read_bytes()
