@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery import distributed
 from distillery.cache import CacheIndex, load_index
 from distillery.cached_dataset import (
     CachedTensorDataset,
@@ -28,18 +27,19 @@ from distillery.cached_dataset import (
     load_labelled,
     part_of_index,
 )
-from distillery.commands import stage1_command
 from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
-from distillery.files import file_system_of, format_bytes, is_network_file_system
 from distillery.loader import DevicePrefetcher, PretrainingLoader
 from distillery.preprocess import PreprocessSpec
-from distillery.process import MissingFileError, UserError, usable_cpus
 from distillery.raw_images import ImageDecoder, RawRows, pieces_of
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.shard_format import row_bytes_of
 from distillery.sources import open_source
+from distillery.system import distributed
+from distillery.system.console import format_bytes
+from distillery.system.errors import MissingFileError, UserError, stage1_command
+from distillery.system.machine import file_system_of, is_network_file_system, usable_cpus
 
 __all__ = [
     "CachedTensorDataset",

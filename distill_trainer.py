@@ -14,17 +14,9 @@ import functools
 from typing import Any
 
 from distillery.command_line import TrainingCommand, parse_training_command
-from distillery.process import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    Interrupted,
-    RunError,
-    StopFlag,
-    UserError,
-    environment_number,
-    environment_text,
-    run_command,
-)
+from distillery.system.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, RunError, UserError, run_command
+from distillery.system.machine import environment_number, environment_text
+from distillery.system.signals import StopFlag
 
 # before torch is imported, which takes seconds: --help and mistakes in flags or YAML files answer at once
 COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "__main__" else None
@@ -32,22 +24,23 @@ COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "_
 import torch
 
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery import build, build_facts, distributed, pictures, run_folder
+from distillery import build, build_facts, pictures, run_folder
 from distillery.checkpoint import load_checkpoint
 from distillery.checkpoint_writer import CheckpointWriter
 from distillery.config import dump_configs
 from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
-from distillery.files import expand_path, make_directory, write_atomic
-from distillery.launcher import is_restarted
 from distillery.metrics import RunLog, read_rows
 from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
-from distillery.progress import Progress as ConsoleProgress
 from distillery.progress import epoch_line, training_fields
 from distillery.report import summary_table, write_plots, write_report
 from distillery.run_evaluation import RunEvaluation
 from distillery.run_folder_start import find_start, prepare_folder
+from distillery.system import distributed
+from distillery.system.console import Progress as ConsoleProgress
+from distillery.system.files import expand_path, make_directory, write_atomic
+from distillery.system.launcher import is_restarted
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_open import open_teacher_cache
 

@@ -15,17 +15,17 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillery.commands import remember_command
-from distillery.process import (
+from distillery.system.errors import (
     EXIT_DONE,
     EXIT_ERROR,
     EXIT_TOO_MANY_FAILED,
     Interrupted,
-    StopFlag,
     UserError,
+    remember_command,
     run_command,
-    usable_cpus,
 )
+from distillery.system.machine import usable_cpus
+from distillery.system.signals import StopFlag
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -135,7 +135,7 @@ def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
     """(number of jobs, this one's number): --num_jobs and --job_id, else with --teacher the launcher's processes."""
     if arguments.num_jobs is not None or not arguments.teacher:
         return arguments.num_jobs or 1, arguments.job_id or 0
-    from distillery.launcher import world_from_environment
+    from distillery.system.launcher import world_from_environment
 
     world = world_from_environment()
     if world.size > 1:
@@ -303,7 +303,7 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
 
 def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
-    from distillery.progress import Progress
+    from distillery.system.console import Progress
     from distillery.writer import make_cache
 
     if stop.requested:

@@ -71,7 +71,8 @@ def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: 
     """A cache by the project's own stage 1; arguments: images, size (px), dtype, tiny."""
     from distillery.plan import CachePlan, survey_cache
     from distillery.preprocess import PreprocessSpec
-    from distillery.process import StopFlag, usable_cpus
+    from distillery.system.machine import usable_cpus
+    from distillery.system.signals import StopFlag
     from distillery.writer import make_cache
 
     source = RepeatedJpegs(arguments.images, arguments.size)

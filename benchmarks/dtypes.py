@@ -26,9 +26,9 @@ from pathlib import Path
 
 from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
 from benchmarks.precompute_contenders import MEAN, STD, Setting, ours
-from distillery.files import format_bytes
 from distillery.preprocess import normalisation_table
-from distillery.process import usable_cpus
+from distillery.system.console import format_bytes
+from distillery.system.machine import usable_cpus
 
 DTYPES = ["uint8", "float16", "bfloat16", "float32"]
 BATCH = 64

@@ -26,10 +26,10 @@ import numpy as np
 from benchmarks.common import write_cache
 from data_loader import build_pretraining_dataloader
 from distillery.cache import CacheIndex, load_index, load_shard_layout
-from distillery.files import format_bytes
 from distillery.reader import ShardFiles
 from distillery.records import FORMAT_VERSION, index_text, shard_name
 from distillery.shard_format import DTYPES
+from distillery.system.console import format_bytes
 
 SMALL_ROWS = 256
 ROUNDS = 9

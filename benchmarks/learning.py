@@ -36,8 +36,8 @@ from pathlib import Path
 
 from benchmarks.learning_runs import ROOT, VARIANTS, Setting, lightly_train, ours, ours_cached, timm_mse
 from benchmarks.learning_tables import ablation_rows, draw, main_rows, print_tables
-from distillery.files import write_atomic
-from distillery.process import usable_cpus
+from distillery.system.files import write_atomic
+from distillery.system.machine import usable_cpus
 
 CONTENDERS = ["ours", "ours-cached", "timm-mse", "lightly-train", "lightly-train-2e-3"]
 DATA_HINT = "CIFAR-10 as parquet: https://huggingface.co/datasets/uoft-cs/cifar10, folder plain_text"

@@ -227,7 +227,7 @@ def fixed_view(flags: list[str]) -> None:
     import distill_trainer
     from distillery import build
     from distillery.command_line import parse_training_command
-    from distillery.process import run_command
+    from distillery.system.errors import run_command
 
     build_task = build.build_task
     build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))

@@ -41,8 +41,8 @@ from benchmarks.common import draw_bars, write_cache
 from benchmarks.loader_peers import PEERS
 from data_loader import CachedTensorDataset, build_pretraining_dataloader
 from distillery.cache import load_index, load_shard_layout
-from distillery.files import file_system_of, format_bytes
-from distillery.process import usable_cpus
+from distillery.system.console import format_bytes
+from distillery.system.machine import file_system_of, usable_cpus
 
 WARM_UP_BATCHES = 4
 THREADS = 2

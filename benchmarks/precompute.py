@@ -28,8 +28,7 @@ from pathlib import Path
 
 from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
 from benchmarks.precompute_contenders import CONTENDERS, Setting
-from distillery.files import file_system_of
-from distillery.process import usable_cpus
+from distillery.system.machine import file_system_of, usable_cpus
 
 PEERS = [name for name in CONTENDERS if name not in {"ceiling", "ours"}]
 DTYPES = ["uint8", "float16", "bfloat16", "float32"]

@@ -113,8 +113,8 @@ def ceiling(setting: Setting) -> dict:
 def ours(setting: Setting) -> dict:
     """Stage 1, through make_cache. steady: from the first rows that are done to the last shard published."""
     from distillery.plan import CachePlan, survey_cache
-    from distillery.process import StopFlag
     from distillery.sources import open_source
+    from distillery.system.signals import StopFlag
     from distillery.writer import make_cache
 
     marks, limits = [], []

@@ -33,7 +33,8 @@ from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import build, build_facts
 from distillery.config import Configs, load_configs
 from distillery.engine import Progress, train_one_epoch
-from distillery.process import StopFlag, usable_cpus
+from distillery.system.machine import usable_cpus
+from distillery.system.signals import StopFlag
 from distillery.teacher_open import open_teacher_cache
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ python -m distillery.export         the student, ready to leave
 
 import sys
 
-from distillery.process import EXIT_DONE, EXIT_USAGE
+from distillery.system.errors import EXIT_DONE, EXIT_USAGE
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 
 class Outputs(NamedTuple):

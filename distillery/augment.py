@@ -30,7 +30,7 @@ from distillery.augment_draws import (
     TOP,
     draw_uniform,
 )
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 # part of Augmentation.identity(): a change of this number says that the same arguments now give another view
 VERSION = 1

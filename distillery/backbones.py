@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from distillery.backbones_isolation import repository_of
-from distillery.files import expand_path
-from distillery.process import MissingFileError, UserError
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import expand_path
 
 SIZE_KEYS = "teacher_img_size or student_img_size"
 WEIGHTS_REMEDY = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 # a sequence of layers without blocks (VGG) is cut into pieces; shorter ones are stems, not worth it
 _LEAST_LAYERS = 6

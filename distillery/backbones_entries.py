@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.files import expand_path
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import expand_path
 
 # what checkpoints of other tools, DistributedDataParallel and torch.compile put around a model's own names
 WRAPPERS = {"model", "module", "_orig_mod", "backbone"}

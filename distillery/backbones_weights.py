@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery import distributed
 from distillery.backbones_entries import Entry, choose_entry, split_entry
-from distillery.process import MissingFileError, UserError
+from distillery.system import distributed
+from distillery.system.errors import MissingFileError, UserError
 
 # in checkpoints beside the weights: how the program was called (DINO, MAE, DeiT); plain values
 _HARMLESS = [argparse.Namespace, PosixPath]

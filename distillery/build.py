@@ -7,24 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distillery import distributed
 from distillery.augment import Augmentation
 from distillery.cache import load_index, load_labels
 from distillery.cache_index import CacheIndex
-from distillery.commands import stage1_command
 from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
-from distillery.files import expand_path
-from distillery.launcher import world_from_environment
 from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import LOSSES, fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
-from distillery.process import UserError
 from distillery.sampling import rows_of_draw
 from distillery.sources_evaluation import label_warnings
 from distillery.standardise import Targets
+from distillery.system import distributed
+from distillery.system.errors import UserError, stage1_command
+from distillery.system.files import expand_path
+from distillery.system.launcher import world_from_environment
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets, check_fields
 

@@ -12,16 +12,16 @@ import xxhash
 from torch import Tensor, nn
 
 from distillery.build import build_teacher, choose_precision, describe_schedule
-from distillery.commands import teacher_command
 from distillery.config import Configs, DataConfig, TrainConfig
 from distillery.engine import Task
-from distillery.files import format_bytes, sha256_of
 from distillery.metrics import pack_numbers
 from distillery.models import Backbone
 from distillery.models_pair import FrozenTeacher
-from distillery.process import UserError
 from distillery.sampling import EpochOrder
 from distillery.standardise import PHI_S, Targets
+from distillery.system.console import format_bytes
+from distillery.system.errors import UserError, teacher_command
+from distillery.system.files import sha256_of
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_plan import describe_cache, describe_saving
 

@@ -24,8 +24,6 @@ from distillery.cache_index import (
     whole_number,
 )
 from distillery.cache_predecessor import index_of_seed, merge_slices
-from distillery.commands import stage1_command
-from distillery.process import MissingFileError, UserError, run_command
 from distillery.records import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -38,7 +36,9 @@ from distillery.records import (
     record_path,
     valid_rows,
 )
-from distillery.shard_format import find_payload, read_member, read_meta, read_regular
+from distillery.shard_format import find_payload, read_member, read_meta
+from distillery.system.errors import MissingFileError, UserError, run_command, stage1_command
+from distillery.system.files import read_regular
 
 
 @dataclass(frozen=True)

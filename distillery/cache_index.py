@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.commands import stage1_command
-from distillery.process import UserError
 from distillery.records import INDEX_NAME, SHARD_PATTERN
 from distillery.shard_format import DTYPES, row_bytes_of
+from distillery.system.errors import UserError, stage1_command
 
 # what a damaged or hostile index makes Python raise
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)

@@ -7,10 +7,10 @@ v2: one index_shard_NNN.json per array task with the same rows; the images are i
 from pathlib import Path
 
 from distillery.cache_index import MALFORMED, CacheIndex, checked_index, shard_arrays, whole_number
-from distillery.commands import stage1_command
-from distillery.process import MissingFileError, UserError
 from distillery.records import SHARD_PATTERN, parse_json
-from distillery.shard_format import DTYPES, open_regular, read_regular
+from distillery.shard_format import DTYPES
+from distillery.system.errors import MissingFileError, UserError, stage1_command
+from distillery.system.files import open_regular, read_regular
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distillery.cache import CacheIndex, load_index, load_labels
-from distillery.commands import stage1_command
-from distillery.process import UserError
 from distillery.reader_rows import CachedRows
 from distillery.sampling import ShardDraws
+from distillery.system.errors import UserError, stage1_command
 
 _DEFAULT_SUBSET_SEED = 42
 

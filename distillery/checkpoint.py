@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from distillery.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
-from distillery.process import MissingFileError, RunError, UserError
+from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 

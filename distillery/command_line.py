@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillery.commands import remember_command
 from distillery.config import Configs, load_configs
-from distillery.launcher import check_environment
 from distillery.losses_table import check_losses, fields_needed
 from distillery.metrics import import_wandb
-from distillery.process import UserError
+from distillery.system.errors import UserError, remember_command
+from distillery.system.launcher import check_environment
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from distillery.config_keys_model import ModelConfig
 from distillery.config_keys_train import TrainConfig
 from distillery.config_types import StrictModel
 from distillery.config_yaml import Dumper, parse_yaml, read_yaml
-from distillery.files import expand_path
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import expand_path
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from distillery.config_types import (
     Text,
     folder_name,
 )
-from distillery.files import expand_path
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import expand_path
 
 
 class EvalDataset(StrictModel):

@@ -19,8 +19,8 @@ from distillery.config_types import (
     StrictModel,
     Text,
 )
-from distillery.files import expand_path
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import expand_path
 
 
 class AugmentConfig(StrictModel):

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from distillery.config_docs import README_BEGIN, README_END, configuration_page, readme_table, with_comments
 from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS
-from distillery.files import write_atomic
-from distillery.process import EXIT_DONE, UserError, run_command
+from distillery.system.errors import EXIT_DONE, UserError, run_command
+from distillery.system.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 # behind a validator of our own pydantic leaves its limits as they are

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from distillery.config_types import EXPONENT_NUMBER
-from distillery.process import MissingFileError, UserError
+from distillery.system.errors import MissingFileError, UserError
 
 
 class Loader(yaml.SafeLoader):

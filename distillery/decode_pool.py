@@ -23,9 +23,11 @@ from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
 from distillery.decode import Unit, UnitResult, decode_unit
-from distillery.files import ALIGNMENT_BYTES, format_bytes
 from distillery.preprocess import DecodeError, PreprocessSpec, decode_image
-from distillery.process import STOP_SIGNALS, UserError, ignore_stop_signals
+from distillery.system.console import format_bytes
+from distillery.system.direct_io import ALIGNMENT_BYTES
+from distillery.system.errors import UserError
+from distillery.system.signals import STOP_SIGNALS, ignore_stop_signals
 
 # of a unit: encoded images at most; and rows as they are stored, unless one alone is larger
 SLOT_BYTES, STORED_BYTES = 4 << 20, 16 << 20

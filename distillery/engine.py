@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery import distributed
 from distillery.drop_path import StochasticDepth
 from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
@@ -17,8 +16,9 @@ from distillery.losses import check_gradients, total_loss
 from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import needs_second_view
 from distillery.models_pair import StudentWithHeads, align
-from distillery.process import StopFlag
 from distillery.standardise import Targets
+from distillery.system import distributed
+from distillery.system.signals import StopFlag
 from distillery.teacher_targets import StoredTargets
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault

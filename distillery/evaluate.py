@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.evaluate_table import format_table
-from distillery.files import expand_path, write_atomic
-from distillery.process import EXIT_DONE, UserError, run_command
+from distillery.system.errors import EXIT_DONE, UserError, run_command
+from distillery.system.files import expand_path, write_atomic
 
 if TYPE_CHECKING:  # --help and wrong arguments answer before torch is imported
     import torch

@@ -19,8 +19,8 @@ from distillery.export_config import describe
 from distillery.export_features import evaluate_call, find_feature_call, is_same, sample_features
 from distillery.export_onnx import build_onnx
 from distillery.export_student import Student, load_from_hub, load_student
-from distillery.files import expand_path, write_atomic
-from distillery.process import EXIT_DONE, UserError, run_command
+from distillery.system.errors import EXIT_DONE, UserError, run_command
+from distillery.system.files import expand_path, write_atomic
 
 if TYPE_CHECKING:  # --help and wrong arguments answer before torch is imported
     from torch import Tensor, nn

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from distillery.config_docs import as_yaml
-from distillery.files import expand_path
 from distillery.metrics import METRICS_NAME, read_rows
+from distillery.system.files import expand_path
 
 
 def build_card(run_dir: Path, config: dict[str, Any], loaded_from: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

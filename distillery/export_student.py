@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.files import expand_path
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import expand_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery import distributed
 from distillery.cache import CacheIndex
-from distillery.process import UserError
 from distillery.raw_images import RawRows
 from distillery.reader_rows import CachedRows
 from distillery.sampling import EpochOrder, Sampling, rank_slice
 from distillery.stream import Batch, BatchMemory, BatchStream
+from distillery.system import distributed
+from distillery.system.errors import UserError
 
 
 class PretrainingLoader:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distillery.losses_table import LOSSES, QUEUE_SIZE, check_losses
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 # norms at the first step: a constant written as a loss 1e-15 to 3e-8 (rounding), the weakest working loss 2e-5
 ZERO_GRADIENT_NORM = 1e-7

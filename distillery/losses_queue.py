@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery import distributed
-from distillery.process import UserError
+from distillery.system import distributed
+from distillery.system.errors import UserError
 
 
 class EmbeddingQueue:

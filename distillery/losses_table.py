@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

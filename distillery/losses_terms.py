@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillery.losses_table import LEAST_BATCH
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 
 def check_same_shape(name: str, student: Tensor, teacher: Tensor, *, remedy: str) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distillery.files import write_atomic
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.files import write_atomic
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"

@@ -16,7 +16,7 @@ from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, prepare_par
 from distillery.backbones_checkpointing import use_gradient_checkpointing
 from distillery.backbones_weights import load_weights
 from distillery.losses import Features
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 # the order in which tensor cores and oneDNN take convolutions: on two CPU cores a ResNet-56 ran 2.4 times as fast, a
 # training step of a ResNet-20 1.2 times; a ViT, with one convolution in all, does not mind

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distillery.losses import Features
 from distillery.models import Backbone, eval_mode
-from distillery.process import UserError
 from distillery.standardise import Targets
+from distillery.system.errors import UserError
 
 PROJECTORS = ("mlp", "linear")
 

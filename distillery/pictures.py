@@ -23,8 +23,8 @@ from distillery.metrics import RunLog
 from distillery.models import Backbone, eval_mode
 from distillery.models_pair import resample_tokens
 from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
-from distillery.process import MissingFileError, RunError, UserError
 from distillery.report_facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 # images whose features are compared; on a CPU a ViT-B at 224 px takes a tenth of a second for each
 POOL_IMAGES = 400

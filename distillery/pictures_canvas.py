@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from distillery.files import write_atomic
+from distillery.system.files import write_atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from distillery.files import sha256_of
 from distillery.preprocess import PreprocessSpec, library_versions
-from distillery.process import UserError
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -22,7 +20,9 @@ from distillery.records import (
     record_path,
     shard_name,
 )
-from distillery.shard_format import ForeignShardError, read_meta, read_regular, row_bytes_of
+from distillery.shard_format import ForeignShardError, read_meta, row_bytes_of
+from distillery.system.errors import UserError
+from distillery.system.files import read_regular, sha256_of
 
 
 @dataclass(frozen=True)

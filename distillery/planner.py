@@ -4,12 +4,9 @@ Pure functions from figures to lines; planner_cache.py and planner_train.py meas
 """
 
 import math
-import os
-from bisect import bisect
 from dataclasses import dataclass
-from pathlib import Path
 
-from distillery.files import format_bytes
+from distillery.system.console import format_bytes, hours
 
 # measured (Private_* of smaps_rollup, Python 3.11, torch 2.14), without torch and with it, which resizes: a decode
 # worker, and the server that all of them are forked from and share the rest with
@@ -251,36 +248,6 @@ def _speed_advice(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
     return lines
 
 
-def hours(seconds: float) -> str:
-    """A duration to two figures, in the unit that people would use: seconds, minutes, hours, from 48 h on days."""
-    unit, size = (("s", 1), ("min", 60), ("h", 3600), ("days", 86_400))[bisect([60, 3600, 48 * 3600], seconds)]
-    count = seconds / size
-    return f"{count:.1f} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"
-
-
 def advice_lines(advice: list[str]) -> list[str]:
     """The advice as it is printed."""
     return [f"advice: {text}." for text in advice]
-
-
-def free_inodes(path: Path) -> int | None:
-    """Files that the file system of `path`, which may not be there yet, still takes; None where it has no limit."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    status = os.statvfs(place)
-    return status.f_favail if status.f_files else None
-
-
-def memory_left() -> int | None:
-    """Bytes of memory this process may still take: what is free, or what its cgroup leaves; None: not known."""
-    try:
-        words = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
-        left = int(words[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return None
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        return left if limit.strip() == "max" else min(left, int(limit) - int(used))
-    except (OSError, ValueError):
-        return left

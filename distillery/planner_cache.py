@@ -8,9 +8,8 @@ import numpy as np
 from distillery.config import DataConfig
 from distillery.decode import Unit, decode_unit
 from distillery.decode_pool import memory_bytes, needs_resampler
-from distillery.files import format_bytes, free_bytes, is_network_file_system
 from distillery.plan import CachePlan, Survey
-from distillery.planner import CacheWork, DecodeSpeed, cache_lines, free_inodes
+from distillery.planner import CacheWork, DecodeSpeed, cache_lines
 from distillery.preprocess import (
     DecodeError,
     PreprocessSpec,
@@ -18,10 +17,11 @@ from distillery.preprocess import (
     library_versions,
     load_resampler,
 )
-from distillery.process import usable_cpus
 from distillery.shard_format import DTYPES
 from distillery.sources_base import Source
 from distillery.sources_hub_facts import HubFacts
+from distillery.system.console import format_bytes
+from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 
 _FIRST = 8
 

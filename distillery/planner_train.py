@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery import distributed
 from distillery.build import global_batch_size
 from distillery.config import Configs, DataConfig
 from distillery.engine import Task, batches_by_step, train_step
 from distillery.loader import DevicePrefetcher
-from distillery.planner import StepSpeed, TrainingFacts, advice_lines, memory_left, training_advice, training_lines
-from distillery.process import UserError, slurm_seconds_left
+from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
 from distillery.records import shard_name
 from distillery.sampling import rows_of_draw
+from distillery.system import distributed
+from distillery.system.errors import UserError
+from distillery.system.machine import memory_left
+from distillery.system.signals import slurm_seconds_left
 
 _NUM_STEPS, _BUDGET_S = 5, 20.0
 _READ_BATCHES, _READ_S = 24, 2.0

@@ -37,7 +37,7 @@ from PIL import Image, UnidentifiedImageError
 
 from distillery.preprocess_alpha import stored_as, take_transparent_colour, without_empty_alpha
 from distillery.preprocess_png import bare_png
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 try:
     import simplejpeg

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery import distributed
 from distillery.preprocess import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
-from distillery.process import UserError
+from distillery.system import distributed
+from distillery.system.errors import UserError
 
 # encoded images that wait to be decoded; a window that holds more is read in parts of about so many bytes
 _WAITING_BYTES = 256 << 20

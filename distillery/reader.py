@@ -18,9 +18,8 @@ import numpy as np
 import xxhash
 
 from distillery.cache import CacheIndex, ShardLayout, load_shard_layout
-from distillery.commands import stage1_command
-from distillery.process import MissingFileError, RunError, UserError
-from distillery.shard_format import open_regular
+from distillery.system.errors import MissingFileError, RunError, UserError, stage1_command
+from distillery.system.files import open_regular
 
 VERIFY_MODES = ("first", "always", "never")
 READ_MODES = ("pread", "mmap")

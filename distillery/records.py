@@ -9,16 +9,15 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from distillery.files import canonical_json, sha256_of, write_atomic
-from distillery.process import UserError
-from distillery.shard_format import DTYPES, read_regular
+from distillery.shard_format import DTYPES
+from distillery.system.errors import UserError
+from distillery.system.files import canonical_json, holds, read_regular, sha256_of, write_atomic
 
 FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
@@ -336,11 +335,3 @@ def keep_views(scan: RecordScan, views_of: Callable[[list[dict]], tuple[dict, di
                 write_atomic(path, content)
         if scan.records() == records:
             return index
-
-
-def holds(path: Path, content: bytes) -> bool:
-    """Whether there is a regular file with these very bytes."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode) and read_regular(path, len(content)) == content
-    except (OSError, UserError):
-        return False

@@ -7,19 +7,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from distillery.process import UserError
 from distillery.records import check_meta, decode_checksums, encode_checksums, parse_json, valid_rows
-from distillery.shard_format import (
-    DTYPES,
-    MAX_MEMBER_BYTES,
-    crc32,
-    open_regular,
-    payload_header,
-    read_blocks,
-    read_member,
-    read_meta,
-    shard_tail,
-)
+from distillery.shard_format import DTYPES, crc32, payload_header, read_member, read_meta, shard_tail
+from distillery.system.errors import UserError
+from distillery.system.files import MAX_MEMBER_BYTES, open_regular, read_blocks
 
 
 def record_of_shard(path: Path) -> dict:

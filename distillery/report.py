@@ -9,8 +9,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from distillery.files import expand_path, write_atomic
-from distillery.process import EXIT_DONE, run_command
 from distillery.report_axes import datasets_of, is_number, to_png, to_svg
 from distillery.report_cache import CACHE_REPORT_NAME, is_cache, write_cache_report
 from distillery.report_facts import (
@@ -27,6 +25,8 @@ from distillery.report_facts import (
 )
 from distillery.report_page import build_page
 from distillery.report_plots import draw_all
+from distillery.system.errors import EXIT_DONE, run_command
+from distillery.system.files import expand_path, write_atomic
 
 REPORT_NAME = "report.html"
 

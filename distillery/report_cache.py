@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distillery.files import format_bytes, write_atomic
 from distillery.metrics import METRICS_NAME
-from distillery.process import UserError
 from distillery.records import FAILURES_NAME, INDEX_NAME, read_record, record_path
 from distillery.report_axes import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
 from distillery.report_cache_sizes import sizes_html
 from distillery.report_html import details, escape, figure, page, table, tiles
-from distillery.shard_format import read_regular
+from distillery.system.console import format_bytes
+from distillery.system.errors import UserError
+from distillery.system.files import read_regular, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.records import decode_sizes, read_record, record_path, valid_rows
 from distillery.report_axes import FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
 from distillery.report_html import figure, table
+from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from distillery.metrics import METRICS_NAME, read_rows
-from distillery.process import MissingFileError
 from distillery.report_axes import datasets_of, is_number, of_kind
+from distillery.system.errors import MissingFileError
 
 MODELS = {"untrained": "untrained student", "student": "student", "student_ema": "student (EMA)", "teacher": "teacher"}
 MEASURES = (

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distillery.progress import format_seconds
 from distillery.report_axes import datasets_of, is_number, of_kind
 from distillery.report_facts import (
     COLLAPSE_NOTE,
@@ -22,6 +21,7 @@ from distillery.report_facts import (
     summary_sentences,
 )
 from distillery.report_html import clock, details, escape, figure, figures, page, table, tiles
+from distillery.system.console import format_seconds
 
 CAPTIONS = {
     "knn": "Images are classified by their {k} nearest labelled neighbours in feature space.",

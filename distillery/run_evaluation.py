@@ -23,14 +23,14 @@ from distillery.evaluate import (
     evaluate_features,
     extract_features,
 )
-from distillery.files import make_directory, write_atomic
 from distillery.losses import Features
 from distillery.metrics import RunLog
 from distillery.models import Backbone
 from distillery.models_pair import StudentWithHeads
-from distillery.process import Interrupted
-from distillery.progress import Progress
 from distillery.standardise import Targets
+from distillery.system.console import Progress
+from distillery.system.errors import Interrupted
+from distillery.system.files import make_directory, write_atomic
 
 # the teacher's features of the test rows, which the student's are compared with: a run on stored outputs has no teacher
 FEATURES_DIR = "teacher_features"

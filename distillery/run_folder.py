@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distillery.files import sha256_of, write_atomic
-from distillery.process import UserError, environment_number, environment_text
+from distillery.system.errors import UserError
+from distillery.system.files import sha256_of, write_atomic
+from distillery.system.machine import environment_number, environment_text
 
 CONFIG_NAME = "config.yaml"
 SHARDS_NAME = "shards.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from distillery.checkpoint import checkpoint_dir, hash_of, is_complete, latest_checkpoint, newer_checkpoints
-from distillery.files import write_atomic
 from distillery.metrics import METRICS_NAME
-from distillery.process import MissingFileError, UserError
 from distillery.run_folder import CONFIG_NAME, identity_of, is_preempted, set_aside
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import write_atomic
 
 # by which flag the run in a folder began; absent when by none
 START_NAME = "start.json"

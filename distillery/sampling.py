@@ -24,7 +24,6 @@ from itertools import islice
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.sampling_random import (
     FIXED,
     INDEPENDENT,
@@ -36,6 +35,7 @@ from distillery.sampling_random import (
     permutation,
     random_words,
 )
+from distillery.system.errors import UserError
 
 SUBSET_MODES = ("cycle", "independent", "fixed")
 SHUFFLES = ("block", "none")

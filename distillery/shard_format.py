@@ -12,7 +12,6 @@ import math
 import os
 import pickletools
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -20,7 +19,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.shard_format_archive import (
     PAYLOAD_OFFSET,
     Member,
@@ -30,6 +28,8 @@ from distillery.shard_format_archive import (
     local_header,
     pickle_of,
 )
+from distillery.system.errors import UserError
+from distillery.system.files import MAX_MEMBER_BYTES, open_regular
 
 try:
     from isal.isal_zlib import crc32
@@ -37,8 +37,6 @@ except ImportError:  # an accelerator only, 16 times as fast: the same numbers
     from zlib import crc32
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
-MAX_MEMBER_BYTES = 512 << 20
-_CHUNK_BYTES = 4 << 20
 
 
 def row_bytes_of(image_shape: Sequence[int], dtype: str) -> int:
@@ -178,47 +176,3 @@ def find_payload(path: os.PathLike) -> tuple[int, int, int]:
         if offset + info.file_size > os.fstat(fd).st_size:
             raise UserError(f"{path}: damaged: its images end after the file does.")
         return offset, info.file_size, info.CRC
-
-
-def read_blocks(file, count: int) -> Iterator[memoryview]:
-    """The next `count` bytes of an unbuffered file, in blocks of one buffer that is used again; fewer at its end."""
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(1, count))))
-    while count > 0 and (size := file.readinto(buffer[:count])):
-        yield buffer[:size]
-        count -= size
-
-
-def read_regular(path: os.PathLike, max_bytes: int = MAX_MEMBER_BYTES) -> bytes:
-    """A whole small file, opened by open_regular.
-
-    Raises:
-        UserError: it is larger than max_bytes.
-    """
-    with open_regular(path) as file:
-        data = b"".join(map(bytes, read_blocks(file, max_bytes + 1)))
-    if len(data) > max_bytes:
-        raise UserError(f"{path}: larger than {max_bytes} bytes; no file of this kind is.")
-    return data
-
-
-def open_regular(path: os.PathLike):
-    """Open for reading, refusing symbolic links, devices and pipes: a name in a cache folder must be a plain file.
-
-    Raises:
-        UserError: it is something else. OSError: it is not there, or may not be read.
-    """
-    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            reason = "is a symbolic link; a cache folder may itself be one, its files may not"
-        elif error.errno == errno.ENXIO:
-            reason = "is not a regular file"
-        else:
-            raise
-        raise UserError(f"{path} {reason}.") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{path} is not a regular file.")
-    return os.fdopen(fd, "rb", buffering=0)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.process import UserError
-from distillery.shard_format import archive_tail, crc32, open_regular, read_blocks
+from distillery.shard_format import archive_tail, crc32
 from distillery.shard_format_archive import Member, data_descriptor, local_header
+from distillery.system.errors import UserError
+from distillery.system.files import open_regular, read_blocks
 
 FIELD_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 

@@ -7,9 +7,10 @@ import os
 import numpy as np
 import xxhash
 
-from distillery.files import ALIGNMENT_BYTES, bypass_page_cache, drop_written, pwrite_all, start_writeback
 from distillery.shard_format import DTYPES, crc32, payload_header, shard_tail
 from distillery.shard_format_archive import PAYLOAD_OFFSET
+from distillery.system.direct_io import ALIGNMENT_BYTES, bypass_page_cache, drop_written, start_writeback
+from distillery.system.files import pwrite_all
 
 # small enough for a core's cache: the bytes are fetched once and looked at twice
 _DIGEST_BYTES = 512 << 10

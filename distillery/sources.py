@@ -8,13 +8,13 @@ import glob
 import os
 from pathlib import Path
 
-from distillery.files import expand_path
-from distillery.process import MissingFileError, UserError
 from distillery.sources_base import DataFiles, Source
 from distillery.sources_images import ImageFolderSource
 from distillery.sources_listing import resolve_files
 from distillery.sources_tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
 from distillery.sources_webdataset import WebDatasetSource
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import expand_path
 
 SOURCES = {
     "parquet": ParquetSource,

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from distillery.process import UserError
 from distillery.sources_base import IMAGE_SUFFIXES, METADATA_NAMES, is_hidden_path, suffix_of
+from distillery.system.errors import UserError
 
 _MAX_OPEN_FILES = 64
 _ZIP_HEADER_BYTES = 30

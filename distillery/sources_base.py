@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from distillery.files import format_bytes
-from distillery.process import MissingFileError, UserError
+from distillery.system.console import format_bytes
+from distillery.system.errors import MissingFileError, UserError
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({

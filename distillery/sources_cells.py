@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distillery.process import MissingFileError, UserError
 from distillery.sources_base import IMAGE_SUFFIXES, suffix_of
+from distillery.system.errors import MissingFileError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI = re.compile(r"data:([^,]*),(.*)", re.DOTALL | re.IGNORECASE)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.sources_base import number_labels
 from distillery.sources_cells import is_bytes, is_list, is_text, plain_type, shorten
+from distillery.system.errors import UserError
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
 _LISTED_COLUMNS = 12

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.process import RunError, UserError
 from distillery.sources_base import FileList, check_split
 from distillery.sources_tables import Beside
+from distillery.system.errors import RunError, UserError
 
 # a conversion by folder has so many parts at most; beyond, relative paths are refused
 _MOST_FOLDERS = 1000

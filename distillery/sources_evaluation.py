@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from distillery.files import sha256_of
-from distillery.process import UserError
 from distillery.sources_base import Source
+from distillery.system.errors import UserError
+from distillery.system.files import sha256_of
 
 # a run of neighbouring rows costs one jump in the file; so many runs reach every class of a sorted ImageNet
 _MAX_RUNS = 1000

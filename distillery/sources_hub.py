@@ -19,12 +19,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from distillery.files import canonical_json, sha256_of, write_atomic
-from distillery.process import RunError, UserError
 from distillery.sources_base import DataFiles, FileList, check_split, suffix_of
 from distillery.sources_converted import causes_of, convert, name_in_repository
 from distillery.sources_hub_facts import NotDownloadedError, facts_of
 from distillery.sources_tables import Beside
+from distillery.system.errors import RunError, UserError
+from distillery.system.files import canonical_json, sha256_of, write_atomic
 
 T = TypeVar("T")
 _RETRIES = 6

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from distillery.files import format_bytes
-from distillery.process import UserError
+from distillery.system.console import format_bytes
+from distillery.system.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.sources_archives import ArchiveIndex, Member, OpenFiles, index_zip, read_zip_member
 from distillery.sources_base import (
     IMAGE_SUFFIXES,
@@ -24,6 +23,7 @@ from distillery.sources_base import (
 )
 from distillery.sources_listing import below_split, is_inside
 from distillery.sources_metadata import Listing, MetadataFile, list_rows
+from distillery.system.errors import UserError
 
 _LOOSE = -1  # in the place of an offset: a file of its own
 

@@ -9,8 +9,6 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from distillery.files import expand_path
-from distillery.process import MissingFileError, UserError
 from distillery.sources_base import (
     IMAGE_SUFFIXES,
     DataFiles,
@@ -20,6 +18,8 @@ from distillery.sources_base import (
     scan_folder,
     suffix_of,
 )
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import expand_path
 
 SPLIT_WORDS = (
     ("train", "training"),

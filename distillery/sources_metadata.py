@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distillery.process import MissingFileError, UserError
 from distillery.sources_columns import LABEL_NAMES
+from distillery.system.errors import MissingFileError, UserError
 
 FILE_NAME = "file_name"
 

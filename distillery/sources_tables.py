@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources_base import FileList, Source, map_files, scan_folder
 from distillery.sources_cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
 from distillery.sources_columns import (
@@ -25,6 +24,7 @@ from distillery.sources_columns import (
     number_all_labels,
     types_of,
 )
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 # more would be no faster, and from 64 MiB on slower: fresh memory costs a page fault for every 4 KiB
 _WINDOW_BYTES = 8 << 20

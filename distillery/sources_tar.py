@@ -5,8 +5,8 @@ import tarfile
 from collections import Counter
 from typing import BinaryIO
 
-from distillery.process import UserError
 from distillery.sources_archives import ArchiveIndex, Link, Member, resolve_links
+from distillery.system.errors import UserError
 
 _BLOCK_BYTES = 512
 _SCAN_BYTES = 1 << 20

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distillery.process import UserError
 from distillery.sources_archives import Member, OpenFiles, read_exactly
 from distillery.sources_base import (
     IMAGE_SUFFIXES,
@@ -18,6 +17,7 @@ from distillery.sources_base import (
     suffix_of,
 )
 from distillery.sources_tar import index_tar
+from distillery.system.errors import UserError
 
 Place = tuple[int, Member]  # number of the archive, member
 _ABSENT = Member("", 0, -1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from distillery.losses import Features
-from distillery.process import UserError
 from distillery.standardise_phi_s import phi_s_rotation
+from distillery.system.errors import UserError
 
 # a channel that varies less than this share of the root mean square over channels carries no signal
 DEAD_CHANNEL_SHARE = 1e-3

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.process import RunError
+from distillery.system.errors import RunError
 
 _SLOW_S = 10.0
 _POLL_S = 0.25

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.files import create_temporary, fsync_dir, publish_no_clobber, temporary_name, write_all
-from distillery.process import MissingFileError, UserError
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import create_temporary, fsync_dir, publish_no_clobber, temporary_name, write_all
 from distillery.teacher_cache import load_basis
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_images import TEACHER_BATCH, ImageRows

@@ -17,13 +17,12 @@ import xxhash
 from torch import Tensor
 
 from distillery.cache import ShardLayout
-from distillery.commands import teacher_command
 from distillery.plan import differences
-from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
 from distillery.records import FutureFormatError, decode_checksums, record_path
-from distillery.shard_format import open_regular, read_blocks
 from distillery.shard_format_fields import FIELD_DTYPES
+from distillery.system.errors import MissingFileError, UserError, teacher_command
+from distillery.system.files import open_regular, read_blocks
 from distillery.teacher_identity import LOCAL_REPO, token_grid_of
 from distillery.teacher_records import (
     BASIS_NAME,

@@ -15,9 +15,9 @@ import numpy as np
 
 from distillery.augment import Augmentation
 from distillery.backbones_entries import split_entry
-from distillery.files import expand_path, sha256_of
-from distillery.process import MissingFileError
 from distillery.shard_format_fields import FIELD_DTYPES
+from distillery.system.errors import MissingFileError
+from distillery.system.files import expand_path, sha256_of
 from distillery.teacher_records import FOLDER_NAME, file_hash
 
 # of a teacher from a local folder; what else is in the folder is compared by teacher_records_files

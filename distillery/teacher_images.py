@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from distillery.cache import load_index
-from distillery.commands import stage1_command
-from distillery.process import MissingFileError, UserError
 from distillery.reader import ShardFiles
 from distillery.reader_rows import ToFloat
+from distillery.system.errors import MissingFileError, UserError, stage1_command
 
 # images of one forward pass: part of what decides the bytes, so never a setting
 TEACHER_BATCH = 64

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery import distributed
 from distillery.augment import Augmentation
 from distillery.build import build_teacher_backbone, check_tokens, choose_precision
 from distillery.build_facts import weights_hash
 from distillery.cached_dataset import CachedTensorDataset
-from distillery.commands import stage1_command, teacher_command
 from distillery.config import Configs
-from distillery.files import format_bytes, sha256_of
 from distillery.models import MEMORY_FORMAT
-from distillery.process import UserError
 from distillery.records import image_scan
+from distillery.system import distributed
+from distillery.system.console import format_bytes
+from distillery.system.errors import UserError, stage1_command, teacher_command
+from distillery.system.files import sha256_of
 from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
 from distillery.teacher_images import ImageRows

@@ -13,7 +13,7 @@ from distillery.augment import Augmentation
 from distillery.losses import Features
 from distillery.models import MEMORY_FORMAT
 from distillery.models_pair import resample_tokens
-from distillery.process import UserError
+from distillery.system.errors import UserError
 from distillery.teacher_cache import encode_tokens
 from distillery.teacher_identity import TeacherCacheSpec
 

@@ -8,12 +8,13 @@ import numpy as np
 from distillery.build import choose_device
 from distillery.cache import load_index
 from distillery.config import Configs
-from distillery.files import format_bytes, free_bytes
 from distillery.plan import CachePlan, Survey
-from distillery.process import EXIT_DONE, EXIT_ERROR, StopFlag
-from distillery.progress import Progress
 from distillery.records import INDEX_NAME
 from distillery.shard_format_fields import FIELD_DTYPES
+from distillery.system.console import Progress, format_bytes
+from distillery.system.errors import EXIT_DONE, EXIT_ERROR
+from distillery.system.machine import free_bytes
+from distillery.system.signals import StopFlag
 from distillery.teacher_images import ImageRows
 from distillery.teacher_open import (
     build_live_teacher,

@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillery.commands import teacher_command
 from distillery.config import Configs
-from distillery.files import format_bytes
 from distillery.losses_table import fields_needed
 from distillery.models import Backbone, eval_mode
+from distillery.system.console import format_bytes
+from distillery.system.errors import teacher_command
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
 from distillery.teacher_targets import wanted_outputs

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.commands import teacher_command
-from distillery.files import hash_file, sha256_of
-from distillery.process import MissingFileError, UserError
 from distillery.records import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -30,8 +27,10 @@ from distillery.records import (
     parse_json,
     read_guarded,
 )
-from distillery.shard_format import open_regular, read_meta, read_regular
+from distillery.shard_format import read_meta
 from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
+from distillery.system.errors import MissingFileError, UserError, teacher_command
+from distillery.system.files import hash_file, open_regular, read_regular, sha256_of
 
 FOLDER_NAME = "teacher"
 STATISTICS_NAME = "statistics.json"

@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from distillery.process import MissingFileError, UserError
-from distillery.records import INDEX_NAME, FutureFormatError, holds, record_path
+from distillery.records import INDEX_NAME, FutureFormatError, record_path
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import holds
 from distillery.teacher_records import (
     BASIS_NAME,
     FILES_NAME,

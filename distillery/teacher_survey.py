@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.commands import teacher_command
 from distillery.plan import CachePlan, Survey, is_untouched
-from distillery.process import UserError
 from distillery.records import image_scan, valid_rows
+from distillery.system.errors import UserError, teacher_command
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from distillery.augment import Augmentation
 from distillery.augment_draws import draw_uniform, view_of_epoch
-from distillery.commands import teacher_command
 from distillery.config import Configs, TrainConfig
 from distillery.losses import Features
 from distillery.losses_table import LOSSES, fields_needed, needs_second_view
-from distillery.process import RunError, UserError
 from distillery.standardise import Targets
+from distillery.system.errors import RunError, UserError, teacher_command
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import configured_identity
 

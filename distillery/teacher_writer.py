@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.files import make_directory, may_try_again
-from distillery.process import RunError, StopFlag, UserError
 from distillery.records import FutureFormatError, RecordScan, record_path
+from distillery.system.errors import RunError, UserError
+from distillery.system.files import make_directory, may_try_again
+from distillery.system.signals import StopFlag
 from distillery.teacher_basis import ensure_basis
 from distillery.teacher_cache import load_basis, to_device
 from distillery.teacher_identity import TeacherCacheSpec

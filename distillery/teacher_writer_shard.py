@@ -9,20 +9,20 @@ import numpy as np
 import torch
 import xxhash
 
-from distillery.files import (
+from distillery.records import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
+from distillery.shard_format import crc32
+from distillery.shard_format_fields import frame_of, place_fields
+from distillery.system.direct_io import reserve
+from distillery.system.errors import UserError
+from distillery.system.files import (
     create_temporary,
     fsync_dir,
     hash_file,
     publish_no_clobber,
     pwrite_all,
-    reserve,
     temporary_name,
     write_atomic,
 )
-from distillery.process import UserError
-from distillery.records import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
-from distillery.shard_format import crc32
-from distillery.shard_format_fields import frame_of, place_fields
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_outputs import FieldSums
 from distillery.teacher_records import encode_sums, record_of_teacher_shard

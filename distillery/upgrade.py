@@ -15,8 +15,6 @@ import numpy as np
 from distillery.cache import load_index
 from distillery.cache_index import CacheIndex
 from distillery.cache_predecessor import seed_image_format
-from distillery.files import sha256_of, write_atomic
-from distillery.process import MissingFileError, UserError, usable_cpus
 from distillery.records import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -33,7 +31,10 @@ from distillery.records import (
     write_views,
 )
 from distillery.records_hash import hash_shard, record_of_shard
-from distillery.shard_format import DTYPES, ForeignShardError, find_payload, read_regular
+from distillery.shard_format import DTYPES, ForeignShardError, find_payload
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import read_regular, sha256_of, write_atomic
+from distillery.system.machine import usable_cpus
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.cache import CacheIndex, load_index, load_shard_layout
-from distillery.commands import remember_command, stage1_command, teacher_command
-from distillery.process import EXIT_DONE, EXIT_ERROR, MissingFileError, UserError, run_command, usable_cpus
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -34,7 +32,18 @@ from distillery.records import (
     record_path,
 )
 from distillery.records_hash import record_of_shard, rehash_record
-from distillery.shard_format import read_regular
+from distillery.system.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    MissingFileError,
+    UserError,
+    remember_command,
+    run_command,
+    stage1_command,
+    teacher_command,
+)
+from distillery.system.files import read_regular
+from distillery.system.machine import usable_cpus
 from distillery.teacher_records import STATISTICS_NAME, TEACHER_PATTERN, teacher_folders
 from distillery.teacher_records_problems import find_teacher_problems
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 from distillery.decode import Unit
 from distillery.decode_pool import WRITE_AHEAD, Work, decode_pool, split_into_units
-from distillery.files import make_directory, may_try_again
 from distillery.plan import CachePlan, Survey
-from distillery.process import RunError, StopFlag, UserError
 from distillery.records import RecordScan, image_scan, record_path, write_views
 from distillery.shard_format_payload import gap_before
+from distillery.system.errors import RunError, UserError
+from distillery.system.files import make_directory, may_try_again
+from distillery.system.signals import StopFlag
 from distillery.writer_errors import explain_write_error
 from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
 

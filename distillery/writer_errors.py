@@ -4,9 +4,11 @@ import errno
 import os
 from concurrent.futures.process import BrokenProcessPool
 
-from distillery.files import NO_SPACE_ERRNOS, format_bytes, free_bytes
 from distillery.plan import CachePlan
-from distillery.process import RunError, UserError
+from distillery.system.console import format_bytes
+from distillery.system.errors import RunError, UserError
+from distillery.system.files import NO_SPACE_ERRNOS
+from distillery.system.machine import free_bytes
 
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 

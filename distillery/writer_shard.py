@@ -10,19 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from distillery.decode import UnitResult
-from distillery.files import (
-    create_temporary,
-    fsync_dir,
-    is_locked,
-    is_network_file_system,
-    publish_no_clobber,
-    reserve,
-    temporary_name,
-    write_atomic,
-)
 from distillery.plan import CachePlan
 from distillery.preprocess import library_versions
-from distillery.process import UserError
 from distillery.records import (
     FORMAT_VERSION,
     FutureFormatError,
@@ -35,6 +24,17 @@ from distillery.records import (
 from distillery.records_hash import record_of_shard
 from distillery.shard_format_archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter
+from distillery.system.direct_io import reserve
+from distillery.system.errors import UserError
+from distillery.system.files import (
+    create_temporary,
+    fsync_dir,
+    is_locked,
+    publish_no_clobber,
+    temporary_name,
+    write_atomic,
+)
+from distillery.system.machine import is_network_file_system
 
 _TEMPORARY = re.compile(
     r"\.((images|teacher)_\w+\.(pt|json)|(index|statistics)\.json|token_basis\.pt|failures\.jsonl)\.tmp-[0-9a-f]{12}"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from distillery.plan import CachePlan, survey_cache
 from distillery.preprocess import PreprocessSpec
-from distillery.process import StopFlag
+from distillery.system.signals import StopFlag
 from distillery.writer import make_cache
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

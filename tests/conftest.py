@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distillery.commands import remember_command
+from distillery.system.errors import remember_command
 
 
 def pytest_configure(config):

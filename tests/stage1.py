@@ -18,7 +18,8 @@ from PIL import Image
 
 from distillery.plan import CachePlan, Survey, survey_cache
 from distillery.preprocess import PreprocessSpec
-from distillery.process import EXIT_DONE, Interrupted, StopFlag, run_command
+from distillery.system.errors import EXIT_DONE, Interrupted, run_command
+from distillery.system.signals import StopFlag
 from distillery.writer import CacheReport, make_cache
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

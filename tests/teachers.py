@@ -12,7 +12,7 @@ from distillery.build_facts import weights_hash
 from distillery.models import Backbone
 from distillery.plan import CachePlan, survey_cache
 from distillery.preprocess import PreprocessSpec
-from distillery.process import StopFlag
+from distillery.system.signals import StopFlag
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts
 from distillery.teacher_outputs import LiveTeacher
 from distillery.teacher_survey import TeacherPlan

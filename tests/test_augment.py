@@ -13,7 +13,7 @@ from distillery.augment import (
     gaussian_blur,
 )
 from distillery.augment_draws import NUM_DRAWS, draw_uniform, splitmix64, view_of_epoch
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVERYTHING = {

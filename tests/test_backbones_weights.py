@@ -9,7 +9,7 @@ from torchvision.models import VisionTransformer
 
 from distillery.backbones_weights import load_weights
 from distillery.models import build_backbone
-from distillery.process import MissingFileError, UserError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.teacher_identity import _teacher_configured
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25), "image_size": 32}

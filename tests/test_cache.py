@@ -14,8 +14,8 @@ from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
 from distillery.cache import load_index, load_labels, load_shard_layout
-from distillery.process import MissingFileError, UserError
 from distillery.records import FutureFormatError, read_record, record_text
+from distillery.system.errors import MissingFileError, UserError
 from distillery.verify import verify_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,7 +344,7 @@ def test_a_hostile_folder_costs_neither_memory_nor_time(cache):
     code = f"""
 import resource
 from distillery.cache import load_index, load_shard_layout
-from distillery.process import UserError
+from distillery.system.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:
     load_shard_layout(load_index({str(cache)!r}), 2)

@@ -6,7 +6,7 @@ import torch
 
 from distillery import checkpoint
 from distillery.checkpoint import checkpoint_dir, is_complete, latest_checkpoint, load_checkpoint, save_checkpoint
-from distillery.process import MissingFileError, RunError, UserError
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 
 def state_at(step: int) -> dict:

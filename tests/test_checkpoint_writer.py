@@ -8,7 +8,7 @@ from torch import nn
 from distillery import checkpoint_writer
 from distillery.checkpoint import checkpoint_path, is_complete, save_checkpoint
 from distillery.checkpoint_writer import CheckpointWriter, copy_to_host
-from distillery.process import RunError
+from distillery.system.errors import RunError
 
 
 def state_at(step: int) -> dict:

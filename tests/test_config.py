@@ -27,7 +27,7 @@ from distillery.config import (
 )
 from distillery.config_errors import REPLACED_KEYS
 from distillery.config_yaml import parse_yaml
-from distillery.process import MissingFileError, UserError
+from distillery.system.errors import MissingFileError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {section: ROOT / name for section, name in config_keys.FILE_NAMES.items()}

@@ -10,7 +10,7 @@ from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
 from distillery.config_schema import build_schema, generated_files, schema_name
 from distillery.config_yaml import parse_yaml
 from distillery.losses_table import LOSSES
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT, ROOT / "examples" / "demo", *sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir())]

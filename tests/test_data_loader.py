@@ -23,8 +23,9 @@ from data_loader import (
     build_pretraining_dataloader,
     load_labelled,
 )
-from distillery import distributed, raw_images
-from distillery.process import MissingFileError, RunError, UserError
+from distillery import raw_images
+from distillery.system import distributed
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8"]
 

@@ -16,7 +16,7 @@ from distillery import decode_pool
 from distillery.decode import Unit
 from distillery.decode_pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
 from distillery.preprocess import PreprocessSpec
-from distillery.process import RunError, UserError
+from distillery.system.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

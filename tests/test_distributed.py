@@ -18,7 +18,8 @@ import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
 import distill_trainer
-from distillery import checkpoint_writer, distributed, distributed_meeting, engine, run_evaluation
+from distillery import checkpoint_writer, engine, run_evaluation
+from distillery.system import distributed, meeting
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -261,7 +262,7 @@ def test_a_process_whose_others_never_come_says_whom_it_waits_for_and_obeys_a_si
 
 def test_a_process_whose_others_never_come_ends_with_status_1_and_one_message(runs):
     def hurry(_rank: int) -> None:
-        distributed_meeting.LIMIT_MINUTES = 0.5 / 60
+        meeting.LIMIT_MINUTES = 0.5 / 60
 
     (run,) = runs.start("run", 2, ranks=[0], before=hurry, launcher=srun_environment)
     assert run.wait(timeout_s=20) == 1

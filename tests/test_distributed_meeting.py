@@ -5,18 +5,18 @@ import threading
 
 import pytest
 
-from distillery import distributed_meeting
-from distillery.distributed_meeting import meet
-from distillery.launcher import World
-from distillery.process import Interrupted, RunError, UserError
+from distillery.system import meeting
+from distillery.system.errors import Interrupted, RunError, UserError
+from distillery.system.launcher import World
+from distillery.system.meeting import meet
 
 
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch):
-    monkeypatch.setattr(distributed_meeting, "LIMIT_MINUTES", 1 / 60)
-    monkeypatch.setattr(distributed_meeting, "_SILENT_S", 0.3)
-    monkeypatch.setattr(distributed_meeting, "_UNKNOWN_NAME_S", 0.1)
-    monkeypatch.setattr(distributed_meeting, "_RETRY_S", 0.05)
+    monkeypatch.setattr(meeting, "LIMIT_MINUTES", 1 / 60)
+    monkeypatch.setattr(meeting, "_SILENT_S", 0.3)
+    monkeypatch.setattr(meeting, "_UNKNOWN_NAME_S", 0.1)
+    monkeypatch.setattr(meeting, "_RETRY_S", 0.05)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
 
@@ -74,7 +74,7 @@ def test_a_request_to_stop_ends_the_waiting_at_once(port):
 
 
 def test_a_taken_port_is_an_error_within_moments(monkeypatch):
-    monkeypatch.setattr(distributed_meeting, "_TAKEN_PORT_S", 0.3)
+    monkeypatch.setattr(meeting, "_TAKEN_PORT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
         with pytest.raises(
@@ -99,7 +99,7 @@ def test_a_port_of_another_program_is_told_from_one_where_nobody_is():
 
 
 def test_process_0_may_go_and_come_back_while_the_others_wait(port, monkeypatch):
-    monkeypatch.setattr(distributed_meeting, "LIMIT_MINUTES", 20 / 60)
+    monkeypatch.setattr(meeting, "LIMIT_MINUTES", 20 / 60)
     store = []
     other = threading.Thread(target=lambda: store.append(meet(World(1, 3), "127.0.0.1", port)))
     third = threading.Thread(target=lambda: store.append(meet(World(2, 3), "127.0.0.1", port)))

@@ -23,7 +23,8 @@ from distillery.losses import Features
 from distillery.losses_queue import EmbeddingQueue
 from distillery.models import build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
-from distillery.process import StopFlag, UserError
+from distillery.system.errors import UserError
+from distillery.system.signals import StopFlag
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

@@ -21,7 +21,7 @@ from distillery.evaluate import (
 )
 from distillery.evaluate_table import format_table
 from distillery.losses import Features
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

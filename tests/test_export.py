@@ -19,7 +19,7 @@ from distillery.export_onnx import build_onnx, compare_onnx
 from distillery.export_student import build_bare_student, find_other_call, load_student
 from distillery.metrics import RunLog
 from distillery.models import Backbone, build_backbone
-from distillery.process import UserError, run_command
+from distillery.system.errors import UserError, run_command
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 HUBCONF = """

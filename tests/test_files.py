@@ -7,30 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from distillery import files
-from distillery.files import (
-    ALIGNMENT_BYTES,
-    bypass_page_cache,
+from distillery.system import files
+from distillery.system.console import format_bytes
+from distillery.system.direct_io import ALIGNMENT_BYTES, bypass_page_cache, drop_written, reserve
+from distillery.system.errors import UserError
+from distillery.system.files import (
     canonical_json,
     create_temporary,
-    drop_written,
     expand_path,
-    file_system_of,
-    format_bytes,
-    free_bytes,
     fsync_dir,
     is_locked,
-    is_network_file_system,
     make_directory,
     publish_no_clobber,
     pwrite_all,
-    reserve,
     sha256_of,
     temporary_name,
     write_all,
     write_atomic,
 )
-from distillery.process import UserError
+from distillery.system.machine import file_system_of, free_bytes, is_network_file_system
 
 
 def names(folder: Path) -> set[str]:

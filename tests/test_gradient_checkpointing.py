@@ -10,7 +10,7 @@ from distillery.backbones_checkpointing import use_gradient_checkpointing
 from distillery.losses import total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import StudentWithHeads
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 # timm's own way; torchvision's models, which have none: blocks in stages, and blocks one level deeper

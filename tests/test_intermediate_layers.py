@@ -9,7 +9,7 @@ from distillery.config import TrainConfig, load_configs
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align, align_teacher
-from distillery.process import UserError
+from distillery.system.errors import UserError
 from distillery.teacher_targets import check_fields
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

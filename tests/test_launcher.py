@@ -2,8 +2,8 @@
 
 import pytest
 
-from distillery.launcher import World, check_environment, is_restarted, meeting_point, world_from_environment
-from distillery.process import UserError
+from distillery.system.errors import UserError
+from distillery.system.launcher import World, check_environment, is_restarted, meeting_point, world_from_environment
 
 HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}

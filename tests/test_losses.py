@@ -7,7 +7,7 @@ from torch import nn
 
 from distillery.losses import Features, check_gradients, total_loss
 from distillery.losses_table import LOSSES, check_losses, fields_needed, needs_second_view, queue_size_of
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 # of layers two, one after the other
 SHAPES = {"pooled": (6, 16), "tokens": (3, 9, 16), "logits": (6, 10), "layers": (2, 3, 9, 16)}

@@ -3,9 +3,9 @@ import multiprocessing
 import pytest
 import torch
 
-from distillery import distributed
 from distillery.losses_queue import EmbeddingQueue
-from distillery.process import UserError
+from distillery.system import distributed
+from distillery.system.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillery.metrics import RunLog, pack_numbers, plain_value, read_rows, unpack_numbers
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 
 def open_log(run_dir, *, tensorboard=False, wandb_project=None, is_main=True):

@@ -14,7 +14,7 @@ from distillery.losses import Features, check_gradients, total_loss
 from distillery.losses_table import LOSSES, fields_needed
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align_teacher, resample_tokens
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATA = {"data_mean": MEAN, "data_std": STD}

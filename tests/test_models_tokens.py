@@ -16,8 +16,8 @@ from distillery.config import TrainConfig
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align
-from distillery.process import UserError
 from distillery.standardise import Targets
+from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_records_problems import find_teacher_problems
 

@@ -24,7 +24,7 @@ from distillery.pictures import (
     write_pictures,
 )
 from distillery.pictures_canvas import TILE_PX, enlarged, thumbnails
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 
 class Grid(nn.Module):

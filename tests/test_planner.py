@@ -10,12 +10,11 @@ from distillery.planner import (
     TrainingFacts,
     advice_lines,
     cache_lines,
-    free_inodes,
-    hours,
-    memory_left,
     training_advice,
     training_lines,
 )
+from distillery.system.console import hours
+from distillery.system.machine import free_inodes, memory_left
 
 # 500,000 images, 64 x 500 of them an epoch
 FACTS = TrainingFacts(

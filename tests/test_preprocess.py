@@ -26,7 +26,7 @@ from distillery.preprocess import (
     normalise_into,
     preprocess_image,
 )
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

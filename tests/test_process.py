@@ -7,24 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from distillery import process
-from distillery.process import (
-    EXIT_INTERRUPTED,
-    STOP_SIGNALS,
-    Interrupted,
-    MissingFileError,
-    RunError,
-    StopFlag,
-    UserError,
-    environment_number,
-    run_command,
-    usable_cpus,
-)
+from distillery.system import signals
+from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError, RunError, UserError, run_command
+from distillery.system.machine import environment_number, usable_cpus
+from distillery.system.signals import STOP_SIGNALS, StopFlag
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = """
 import sys, time
-from distillery.process import StopFlag
+from distillery.system.signals import StopFlag
 with StopFlag() as stop:
     print("ready", flush=True)
     for _ in range(1000):
@@ -58,7 +49,7 @@ def test_odd_variables_of_launchers_are_ignored(monkeypatch, odd):
     for name in ("SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "SLURM_JOB_END_TIME"):
         monkeypatch.setenv(name, odd)
     assert usable_cpus() >= 1
-    assert process.slurm_seconds_left() == float("inf")
+    assert signals.slurm_seconds_left() == float("inf")
 
 
 @pytest.mark.parametrize("text, number", [*((odd, None) for odd in ODD), ("0", 0), (" 12\n", 12), ("007", 7)])
@@ -93,7 +84,7 @@ def test_the_second_signal_leaves_at_once_even_when_the_work_does_not_look(secon
     worker = subprocess.Popen([sys.executable, "-c", WORK], env=environment, stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline() == "ready\n"
     worker.send_signal(signal.SIGTERM)
-    time.sleep(process._ECHO_S + 0.2)
+    time.sleep(signals._ECHO_S + 0.2)
     began = time.monotonic()
     worker.send_signal(second)
     assert worker.wait(timeout=5) == EXIT_INTERRUPTED

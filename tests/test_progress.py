@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-import distillery.progress as progress_module
-from distillery.progress import Progress, epoch_line, format_field, format_seconds, training_fields
+from distillery.progress import epoch_line, training_fields
+from distillery.system import console
+from distillery.system.console import Progress, format_field, format_seconds
 
 
 class Terminal(io.StringIO):
@@ -17,7 +18,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -169,7 +170,7 @@ def test_numbers_are_short_and_words_stay():
 
 
 def test_importing_it_loads_neither_torch_nor_tqdm():
-    code = "import sys, distillery.progress; print([m for m in ('torch', 'tqdm', 'tensorboard') if m in sys.modules])"
+    code = "import sys, distillery.system.console; print([m for m in ('torch', 'tqdm', 'tensorboard') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -12,9 +12,9 @@ from stage1 import SmallSource, run_stage1, small_plan
 
 from distillery import reader
 from distillery.cache import load_index
-from distillery.process import MissingFileError, RunError, UserError
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows, ToFloat
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8"]
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery import records
-from distillery.process import UserError
+from distillery import records as records_module
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -32,6 +31,7 @@ from distillery.records import (
     write_views,
 )
 from distillery.records_hash import record_of_shard
+from distillery.system.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -271,18 +271,18 @@ def test_views_that_agree_leave_a_folder_alone_that_can_only_be_read(cache, monk
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(records, "write_atomic", refuse)
+    monkeypatch.setattr(records_module, "write_atomic", refuse)
     assert write_views(cache, image_scan(cache))["num_samples"] == 8
 
 
 def test_an_index_is_complete_when_all_rows_wanted_are_there_and_not_merely_as_many(cache):
-    records = image_scan(cache).records()
-    assert index_of(records)["complete"]
-    assert not index_of(records[:2])["complete"]
-    assert index_of(records[:2], 16)["complete"]
-    assert index_of(records[:2], 12)["complete"]
+    records_module = image_scan(cache).records()
+    assert index_of(records_module)["complete"]
+    assert not index_of(records_module[:2])["complete"]
+    assert index_of(records_module[:2], 16)["complete"]
+    assert index_of(records_module[:2], 12)["complete"]
     # as many rows as wanted, but not the first ones
-    assert not index_of(records[1:], 12)["complete"]
+    assert not index_of(records_module[1:], 12)["complete"]
 
 
 def test_records_of_two_configurations_make_no_index(cache, tmp_path):
@@ -302,10 +302,10 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
     for name, path in late.items():
         shutil.move(path, tmp_path / name)
     scan = image_scan(cache)
-    records = scan.records
+    records_module = scan.records
 
     def records_then_publish():
-        found = records()
+        found = records_module()
         for name, path in late.items():
             if not path.exists():
                 shutil.copy(tmp_path / name, path)

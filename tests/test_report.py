@@ -13,9 +13,9 @@ from browser import CHROMIUM, inspect, screenshot
 from PIL import Image, PngImagePlugin
 
 from distillery.metrics import RunLog
-from distillery.process import MissingFileError
 from distillery.report import summary_table, write_plots, write_report
 from distillery.report_facts import dataset_label, load_run, summary_sentences
+from distillery.system.errors import MissingFileError
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}

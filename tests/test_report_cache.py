@@ -11,10 +11,10 @@ from caches import MEAN, STD, make_test_cache
 from test_report import Structure
 
 from distillery.cache import load_index
-from distillery.process import UserError
 from distillery.records import read_record, record_text
 from distillery.report_cache import CONTACTS, is_cache, sample, write_cache_report
 from distillery.report_cache_sizes import source_sizes
+from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

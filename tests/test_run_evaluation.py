@@ -6,9 +6,9 @@ from caches import make_test_cache
 from torch import nn
 
 from distillery.losses import Features
-from distillery.process import Interrupted
 from distillery.run_evaluation import FEATURES_DIR, RunEvaluation
 from distillery.standardise import Targets
+from distillery.system.errors import Interrupted
 
 WIDTH = 6
 

@@ -6,7 +6,6 @@ from test_checkpoint import state_at
 
 from distillery import run_folder
 from distillery.checkpoint import checkpoint_dir, save_checkpoint
-from distillery.process import MissingFileError, UserError
 from distillery.run_folder import (
     RunLock,
     check_global_batch,
@@ -17,6 +16,7 @@ from distillery.run_folder import (
     set_aside,
 )
 from distillery.run_folder_start import Start, find_start, prepare_folder
+from distillery.system.errors import MissingFileError, UserError
 
 CONFIG = {
     "data": {"num_workers": 1, "image_size": 32},

@@ -9,7 +9,6 @@ import pytest
 from distillery import sampling_random
 from distillery.build import steps_per_epoch
 from distillery.config import TrainConfig
-from distillery.process import UserError
 from distillery.sampling import (
     SUBSET_MODES,
     EpochOrder,
@@ -19,6 +18,7 @@ from distillery.sampling import (
     epoch_shards,
     rank_slice,
 )
+from distillery.system.errors import UserError
 
 SHARD_ROWS = np.array([8, 8, 5, 0, 8, 8, 3])
 

@@ -13,19 +13,11 @@ import pytest
 import torch
 import xxhash
 
-from distillery.process import UserError
-from distillery.shard_format import (
-    DTYPES,
-    PAYLOAD_OFFSET,
-    ForeignShardError,
-    find_payload,
-    open_regular,
-    payload_header,
-    read_member,
-    read_meta,
-    read_regular,
-)
+from distillery.shard_format import DTYPES, ForeignShardError, find_payload, payload_header, read_member, read_meta
+from distillery.shard_format_archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter, gap_before
+from distillery.system.errors import UserError
+from distillery.system.files import open_regular, read_regular
 
 META = json.dumps({"reason": "Ümläut \u2028", "numbers": [1, 2.5]})
 

@@ -10,9 +10,9 @@ import torch
 import xxhash
 
 from distillery import shard_format_payload
-from distillery.files import ALIGNMENT_BYTES
-from distillery.shard_format import PAYLOAD_OFFSET
+from distillery.shard_format_archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter, gap_before
+from distillery.system.direct_io import ALIGNMENT_BYTES
 
 ROWS = np.random.default_rng(0).integers(0, 256, (40, 3, 10, 11), dtype=np.uint8)
 ROW_BYTES = ROWS[0].nbytes

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from distillery import sources_archives, sources_tables, sources_tar
-from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources import open_source
 from distillery.sources_base import scan_folder
 from distillery.sources_listing import expand_braces, split_of_name
+from distillery.system.errors import MissingFileError, RunError, UserError
 
 CLASSES = ["cat", "dog", "eel"]
 NUM_IMAGES = 23

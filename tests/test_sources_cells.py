@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distillery.process import MissingFileError, UserError
 from distillery.sources import open_source
+from distillery.system.errors import MissingFileError, UserError
 from tests.test_sources import IMAGES, encode
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
-from distillery.process import UserError
 from distillery.sources import open_source
+from distillery.system.errors import UserError
 from tests.test_sources import IMAGES
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

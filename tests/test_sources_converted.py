@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from distillery.process import MissingFileError, RunError, UserError
 from distillery.sources import open_source
 from distillery.sources_converted import _failure
+from distillery.system.errors import MissingFileError, RunError, UserError
 from tests.test_sources import IMAGES
 
 datasets = pytest.importorskip("datasets")

@@ -15,9 +15,10 @@ import precompute_cache
 from distillery.build import eval_folders
 from distillery.cache import load_index, load_labels
 from distillery.config import load_configs
-from distillery.process import StopFlag, UserError
 from distillery.sources import open_source
 from distillery.sources_evaluation import PartOfSource, label_warnings, number_as, spread_rows
+from distillery.system.errors import UserError
+from distillery.system.signals import StopFlag
 
 
 def png(number):

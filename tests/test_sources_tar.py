@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
-from distillery.process import MissingFileError, UserError
 from distillery.sources import open_source
+from distillery.system.errors import MissingFileError, UserError
 
 IMAGES = [f"image {index}".encode() * 40 for index in range(6)]
 

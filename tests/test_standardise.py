@@ -4,9 +4,9 @@ from scipy.linalg import hadamard as scipy_hadamard
 
 from distillery.config import load_train_config
 from distillery.losses import Features
-from distillery.process import UserError
 from distillery.standardise import Moments, Targets
 from distillery.standardise_phi_s import equalising_rotation, hadamard, phi_s_rotation
+from distillery.system.errors import UserError
 
 
 def anisotropic(rows: int, width: int, seed: int = 0) -> torch.Tensor:

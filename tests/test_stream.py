@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillery.process import RunError
 from distillery.stream import BatchMemory, BatchStream
+from distillery.system.errors import RunError
 
 ROW_BYTES = 16
 

@@ -19,10 +19,9 @@ import precompute_cache
 from distillery import teacher_open, teacher_records_files
 from distillery.build_facts import check_same_teacher
 from distillery.cached_dataset import CachedTensorDataset
-from distillery.commands import remember_command
 from distillery.config import load_configs
 from distillery.evaluate import load_candidates
-from distillery.process import MissingFileError, UserError, run_command
+from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_open import open_teacher_cache
 from distillery.teacher_records import FILES_NAME

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from teachers import make_teacher_test_cache
 
-from distillery.process import UserError
 from distillery.records import FutureFormatError, record_path, record_text
 from distillery.shard_format_fields import place_fields
+from distillery.system.errors import UserError
 from distillery.teacher_records import (
     encode_sums,
     fields_of,

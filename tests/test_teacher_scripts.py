@@ -16,7 +16,7 @@ from workplace import Workplace, run
 
 import precompute_cache
 from distillery import teacher_pass
-from distillery.process import run_command
+from distillery.system.errors import run_command
 from distillery.teacher_outputs import LiveTeacher
 from distillery.verify import verify_folder
 

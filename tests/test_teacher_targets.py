@@ -19,8 +19,8 @@ from distillery.config import TrainConfig, load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
 from distillery.loader import DevicePrefetcher
 from distillery.models_pair import FrozenTeacher, align, resample_tokens
-from distillery.process import RunError, UserError
 from distillery.standardise import Targets
+from distillery.system.errors import RunError, UserError
 from distillery.teacher_open import open_teacher_cache
 from distillery.teacher_survey import images_for_training
 from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields

@@ -15,7 +15,7 @@ import distill_trainer
 from distillery import build, build_facts, engine, run_evaluation
 from distillery.config import load_dumped_configs
 from distillery.evaluate import evaluate_run
-from distillery.process import UserError
+from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache
 
 # 2 epochs of 5 steps of 2 batches; stochastic depth, averaged weights, checkpoints in the middle of an epoch

@@ -13,8 +13,8 @@ from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery import teacher_writer_shard
-from distillery.process import RunError, UserError
 from distillery.records import record_path
+from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import fit_basis
@@ -81,8 +81,8 @@ def test_jobs_in_any_order_make_the_same_folder(reference, work):
 
 
 def test_two_passes_over_one_range_share_it(reference, work, monkeypatch):
-    monkeypatch.setattr("distillery.process.StopFlag.__enter__", lambda self: self)
-    monkeypatch.setattr("distillery.process.StopFlag.__exit__", lambda self, *exc: None)
+    monkeypatch.setattr("distillery.system.signals.StopFlag.__enter__", lambda self: self)
+    monkeypatch.setattr("distillery.system.signals.StopFlag.__exit__", lambda self, *exc: None)
     reports = []
     threads = [threading.Thread(target=lambda: reports.append(run_pass(*work))) for _ in range(2)]
     for thread in threads:

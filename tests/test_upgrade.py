@@ -16,8 +16,8 @@ from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import load_index, load_shard_layout
-from distillery.process import MissingFileError, UserError
 from distillery.records import FutureFormatError, read_record
+from distillery.system.errors import MissingFileError, UserError
 from distillery.upgrade import rebuild_index
 from distillery.verify import report_verification, verify_cache
 

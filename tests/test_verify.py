@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.process import MissingFileError, UserError
 from distillery.records import FutureFormatError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.verify import find_problems, repair_command, report_verification, verify_cache
 
 ROOT = Path(__file__).resolve().parents[1]

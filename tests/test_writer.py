@@ -13,11 +13,12 @@ import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery import decode_pool, writer, writer_shard
-from distillery.files import create_temporary, temporary_name
 from distillery.plan import survey_cache
 from distillery.preprocess import library_versions, normalisation_table, preprocess_image
-from distillery.process import RunError, StopFlag, UserError
 from distillery.records import read_record
+from distillery.system.errors import RunError, UserError
+from distillery.system.files import create_temporary, temporary_name
+from distillery.system.signals import StopFlag
 from distillery.verify import verify_cache
 from distillery.writer import make_cache
 

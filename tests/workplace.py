@@ -171,7 +171,7 @@ class ForkedRun:
 def _train(arguments: list[str], before: Callable[[], None] | None) -> int:
     import distill_trainer
     from distillery.command_line import parse_training_command
-    from distillery.process import run_command
+    from distillery.system.errors import run_command
 
     sys.argv = ["distill_trainer.py", *arguments]
     if before is not None:

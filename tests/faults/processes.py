@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from distillery import decode_pool, writer
-from distillery.process import ignore_stop_signals
+from distillery.system.signals import ignore_stop_signals
 
 FINISHED = 0
 

@@ -11,9 +11,9 @@ from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import load_index
-from distillery.process import UserError
 from distillery.reader import ShardFiles
 from distillery.records import FutureFormatError
+from distillery.system.errors import UserError
 from distillery.verify import find_problems, verify_cache
 
 

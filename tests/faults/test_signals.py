@@ -19,7 +19,8 @@ from processes import kill_group, members, wait_until
 from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery.process import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, STOP_SIGNALS
+from distillery.system.errors import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED
+from distillery.system.signals import STOP_SIGNALS
 from distillery.verify import verify_cache
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -16,8 +16,9 @@ from training import STUDENTS, assert_same_run, flags_of, of_folder, start, stra
 from workplace import ROOT, at_call
 
 import data_loader
-from distillery import engine, process
+from distillery import engine
 from distillery.checkpoint import checkpoint_dir
+from distillery.system import errors, signals
 
 SETTINGS = STUDENTS["vit"]
 
@@ -196,14 +197,14 @@ def test_max_minutes_saves_and_leaves(place, folder):
 @pytest.mark.parametrize("end, early_s", [(-5, None), (50, 5), (10_000, 120)])
 def test_slurms_end_counts_when_it_lies_ahead_and_early_enough_to_save(monkeypatch, end, early_s):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + end))
-    left = process.StopFlag()._deadline - time.monotonic()
+    left = signals.StopFlag()._deadline - time.monotonic()
     assert left == math.inf if early_s is None else left == pytest.approx(end - early_s, abs=1.5)
 
 
 @pytest.mark.parametrize("end", ["", "soon", "Unknown"])
 def test_an_end_that_slurm_does_not_know_is_none(monkeypatch, end):
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)
-    assert process.slurm_seconds_left() == math.inf
+    assert signals.slurm_seconds_left() == math.inf
 
 
 @pytest.mark.parametrize(
@@ -217,11 +218,11 @@ def test_an_end_that_slurm_does_not_know_is_none(monkeypatch, end):
 )
 def test_an_echo_or_slurms_next_signal_does_not_drop_the_work_in_hand(numbers, leaves):
     def work() -> None:
-        with process.StopFlag():
+        with signals.StopFlag():
             for number in numbers:
                 if number is None:
-                    time.sleep(process._ECHO_S + 0.1)
+                    time.sleep(signals._ECHO_S + 0.1)
                 else:
                     os.kill(os.getpid(), number)
 
-    assert wait(fork(work)) == (process.EXIT_INTERRUPTED if leaves else 0)
+    assert wait(fork(work)) == (errors.EXIT_INTERRUPTED if leaves else 0)

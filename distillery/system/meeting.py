@@ -14,8 +14,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from distillery.launcher import World
-from distillery.process import Interrupted, RunError, UserError, environment_number, environment_text
+from distillery.system.errors import Interrupted, RunError, UserError
+from distillery.system.launcher import World
+from distillery.system.machine import environment_number, environment_text
 
 # a launcher starts all within moments, but torch's import takes minutes on the file system of a busy cluster
 LIMIT_MINUTES = 10.0

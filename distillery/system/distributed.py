@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distillery.distributed_meeting import meet
-from distillery.launcher import meeting_point, world_from_environment
-from distillery.process import Interrupted, RunError, UserError, environment_text, exit_status_of, report_error
+from distillery.system.errors import Interrupted, RunError, UserError, exit_status_of, report_error
+from distillery.system.launcher import meeting_point, world_from_environment
+from distillery.system.machine import environment_text
+from distillery.system.meeting import meet
 
 # how long the others wait for rank 0: an evaluation of a large set at 224 px outlasts torch's 10 and 30 minutes
 _PATIENCE = timedelta(hours=24)
 # what gloo and NCCL say when the process at the other end is gone
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-
 _hosts: dist.ProcessGroup | None = None
 
 

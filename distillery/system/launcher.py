@@ -8,7 +8,8 @@ so that a wrong variable is an error within a second.
 import os
 from dataclasses import dataclass
 
-from distillery.process import UserError, environment_number, environment_text
+from distillery.system.errors import UserError
+from distillery.system.machine import environment_number, environment_text
 
 _TORCHRUN = ("RANK", "WORLD_SIZE")
 _MEANINGS = {"MASTER_ADDR": "the host of process 0", "MASTER_PORT": "a free port on the host of process 0"}

@@ -1,48 +1,30 @@
 """Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
 
 import contextlib
-import ctypes
 import errno
 import fcntl
-import functools
 import getpass
 import hashlib
 import itertools
 import json
 import os
 import re
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
-from distillery.process import UserError
+from distillery.system.errors import UserError
 
-NETWORK_FILE_SYSTEMS = {
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "smb3",
-    "fuse.sshfs",
-    "9p",
-    "afs",
-    "wekafs",
-    "panfs",
-    "orangefs",
-    "fuse.glusterfs",
-    "fuse.juicefs",
-}
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# of memory and file, for writes past the page cache: a page, and more than a sector of any usual disk
-ALIGNMENT_BYTES = 4096
 # how often a file is written anew, from its data, in all; ENOENT and ESTALE: another process took the temporary file
 # for a dead writer's leftover
 ATTEMPTS_AFTER = {errno.EIO: 2, errno.ENOENT: 5, errno.ESTALE: 5}
+MAX_MEMBER_BYTES = 512 << 20
+CHUNK_BYTES = 4 << 20
 
 
 def expand_path(text: str | os.PathLike) -> Path:
@@ -187,32 +169,6 @@ def write_atomic(path: Path, data: bytes) -> None:
                 raise
 
 
-def bypass_page_cache(fd: int, wanted: bool) -> bool:
-    """Have writes to a file go straight to the disk, or no longer; returns whether they do now.
-
-    They must then begin and end at multiples of ALIGNMENT_BYTES, in memory as in the file; where the file system cannot
-    do it, or not with pages of that size, writes go on as before or fail with EINVAL. Durable they are only after
-    fsync, as ever. Source: open(2), O_DIRECT; fcntl(2), F_SETFL.
-    """
-    direct = getattr(os, "O_DIRECT", 0)
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~direct
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | direct if wanted else flags)
-    except OSError:
-        return False
-    return wanted and direct != 0
-
-
-def start_writeback(fd: int, offset: int, count: int) -> None:
-    """Have Linux begin to write these bytes to the disk, without waiting: the fsync to come then has little left to do.
-
-    Source: sync_file_range(2). A hint: where it is not known or fails, fsync does all the work and tells the error.
-    """
-    function = _libc_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    if function is not None and count > 0:
-        function(fd, offset, count, 2)  # SYNC_FILE_RANGE_WRITE
-
-
 def may_try_again(error: OSError, failures: dict[int, int]) -> bool:
     """Whether what an error of the system hit is worth making anew, in new files.
 
@@ -224,39 +180,6 @@ def may_try_again(error: OSError, failures: dict[int, int]) -> bool:
     """
     failures[error.errno] = failures.get(error.errno, 0) + 1
     return failures[error.errno] < ATTEMPTS_AFTER.get(error.errno, 1)
-
-
-def reserve(fd: int, count: int) -> None:
-    """Have Linux set room on the disk aside for the first `count` bytes; the file's size stays what it is.
-
-    Writing to them and the fsync then cost less: the blocks need not be accounted for and sought page by page.
-    Source: fallocate(2). A hint: where it is not known or fails, the writes find room or tell the error. Not
-    os.posix_fallocate, which writes zeros where the file system cannot do it.
-    """
-    function = _libc_function("fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if function is not None:
-        function(fd, 1, 0, count)  # FALLOC_FL_KEEP_SIZE
-
-
-def drop_written(fd: int, end: int) -> None:
-    """Have Linux let go of its copies in memory of the file's bytes up to `end`, as far as they are on the disk.
-
-    A stream of hundreds of GB would push everything else out of the page cache, and new pages are dear: in a virtual
-    machine one can cost more than to fill it. Bytes not yet on the disk stay, so call it some way behind
-    start_writeback. Source: posix_fadvise(2), POSIX_FADV_DONTNEED. A hint.
-    """
-    if end > 0 and hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, 0, end, os.POSIX_FADV_DONTNEED)
-
-
-@functools.cache
-def _libc_function(name: str, *argtypes: type):
-    """A function of the C library, None where it has no such function."""
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function.argtypes = argtypes
-    return function
 
 
 def publish_no_clobber(temporary: Path, final: Path) -> bool:
@@ -285,45 +208,58 @@ def publish_no_clobber(temporary: Path, final: Path) -> bool:
     return True
 
 
-def file_system_of(path: Path) -> str:
-    """The type of the file system that holds `path`, as /proc/mounts names it ('' where that cannot be read)."""
-    try:
-        mounts = Path("/proc/mounts").read_text()
-    except OSError:
-        return ""
-    real = os.path.realpath(path)
-    best, kind = "", ""
-    for line in mounts.splitlines():
-        _, mount_point, file_system, *_ = line.split()
-        mount_point = mount_point.replace("\\040", " ")
-        inside = real == mount_point or real.startswith(mount_point.rstrip("/") + "/")
-        if inside and len(mount_point) >= len(best):
-            best, kind = mount_point, file_system
-    return kind
-
-
-def is_network_file_system(path: Path) -> bool:
-    """Whether `path` lies on a network or parallel file system, where small reads are slow and mmap is risky."""
-    return file_system_of(path) in NETWORK_FILE_SYSTEMS
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes a user may still write where `path` lies or will lie (quotas can be tighter: they are not visible here)."""
-    while not path.exists():
-        path = path.parent
-    stats = os.statvfs(path)
-    return stats.f_bavail * stats.f_frsize
-
-
 def hash_file(file: BinaryIO) -> str:
     """XXH3-128 of an open file's bytes from its present position on, "xxh3_128:<hex>" as records have it."""
     return f"xxh3_128:{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}"
 
 
-def format_bytes(count: float) -> str:
-    """1234567 -> '1.2 MB' (powers of 1000, as disks are sold)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def holds(path: Path, content: bytes) -> bool:
+    """Whether there is a regular file with these very bytes."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode) and read_regular(path, len(content)) == content
+    except (OSError, UserError):
+        return False
+
+
+def read_blocks(file, count: int) -> Iterator[memoryview]:
+    """The next `count` bytes of an unbuffered file, in blocks of one buffer that is used again; fewer at its end."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, count))))
+    while count > 0 and (size := file.readinto(buffer[:count])):
+        yield buffer[:size]
+        count -= size
+
+
+def read_regular(path: os.PathLike, max_bytes: int = MAX_MEMBER_BYTES) -> bytes:
+    """A whole small file, opened by open_regular.
+
+    Raises:
+        UserError: it is larger than max_bytes.
+    """
+    with open_regular(path) as file:
+        data = b"".join(map(bytes, read_blocks(file, max_bytes + 1)))
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: larger than {max_bytes} bytes; no file of this kind is.")
+    return data
+
+
+def open_regular(path: os.PathLike):
+    """Open for reading, refusing symbolic links, devices and pipes: a name in a cache folder must be a plain file.
+
+    Raises:
+        UserError: it is something else. OSError: it is not there, or may not be read.
+    """
+    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            reason = "is a symbolic link; a cache folder may itself be one, its files may not"
+        elif error.errno == errno.ENXIO:
+            reason = "is not a regular file"
+        else:
+            raise
+        raise UserError(f"{path} {reason}.") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path} is not a regular file.")
+    return os.fdopen(fd, "rb", buffering=0)
