@@ -1,6 +1,6 @@
 # make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
-# make schemas  after a change of distillery/config_keys_*.py: schemas/, the YAML files' comments, docs/configuration.md, README
+# make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md, README
 # All make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
 
 PYTHON ?= python3.11
@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python distill_trainer.py $(DEMO_CONFIG)
 
 schemas: install
-	$(BIN)/python -m distillery.config_schema
+	$(BIN)/python -m distillery.config.generate
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,7 +27,10 @@ from distillery.cached_dataset import (
     load_labelled,
     part_of_index,
 )
-from distillery.config import ALIASES, DataConfig, TrainConfig, load_data_config, load_train_config
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import load_data_config, load_train_config
+from distillery.config.sections import ALIASES
 from distillery.loader import DevicePrefetcher, PretrainingLoader
 from distillery.preprocess import PreprocessSpec
 from distillery.raw_images import ImageDecoder, RawRows, pieces_of

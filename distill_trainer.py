@@ -27,7 +27,7 @@ from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import build, build_facts, pictures, run_folder
 from distillery.checkpoint import load_checkpoint
 from distillery.checkpoint_writer import CheckpointWriter
-from distillery.config import dump_configs
+from distillery.config.load import dump_configs
 from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of

@@ -89,7 +89,7 @@ def main() -> int:
     """Parse, plan, then make what is missing."""
     arguments = parse_arguments()
     remember_command(vars(arguments), arguments.overrides)
-    from distillery.config import load_configs
+    from distillery.config.load import load_configs
     from distillery.losses_table import check_losses
 
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)

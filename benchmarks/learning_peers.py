@@ -59,7 +59,7 @@ class Curve:
 
 
 def configs_of(folder: Path) -> Any:
-    from distillery.config import load_configs
+    from distillery.config.load import load_configs
 
     return load_configs(folder / "data.yaml", folder / "train.yaml", folder / "model.yaml")
 

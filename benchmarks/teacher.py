@@ -31,7 +31,7 @@ import yaml
 from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import build, build_facts
-from distillery.config import Configs, load_configs
+from distillery.config.load import Configs, load_configs
 from distillery.engine import Progress, train_one_epoch
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag

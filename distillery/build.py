@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from distillery.augment import Augmentation
 from distillery.cache import load_index, load_labels
 from distillery.cache_index import CacheIndex
-from distillery.config import Configs, DataConfig, ModelConfig, TrainConfig
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_model import ModelConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import Configs
 from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.losses_queue import EmbeddingQueue

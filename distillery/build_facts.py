@@ -12,7 +12,9 @@ import xxhash
 from torch import Tensor, nn
 
 from distillery.build import build_teacher, choose_precision, describe_schedule
-from distillery.config import Configs, DataConfig, TrainConfig
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import Configs
 from distillery.engine import Task
 from distillery.metrics import pack_numbers
 from distillery.models import Backbone

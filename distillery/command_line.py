@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from distillery.config import Configs, load_configs
+from distillery.config.load import Configs, load_configs
 from distillery.losses_table import check_losses, fields_needed
 from distillery.metrics import import_wandb
 from distillery.system.errors import UserError, remember_command

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # --help and wrong arguments answer before torch is imported
     import torch
     from torch import Tensor
 
-    from distillery.config import Configs
+    from distillery.config.load import Configs
 
 BATCH_SIZE = 256
 # rows of the label-free comparison with the teacher: overlap@10 depends on their number, so it is fixed
@@ -345,7 +345,7 @@ def find_checkpoints(run_dir: Path, given: list[Path] | None) -> list[Path]:
 
 def main() -> int:
     """Evaluate, print the table, write the JSON file."""
-    from distillery.config import load_dumped_configs
+    from distillery.config.load import load_dumped_configs
 
     arguments = parse_arguments()
     run_dir = expand_path(arguments.run)

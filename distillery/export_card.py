@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from distillery.config_docs import as_yaml
+from distillery.config.yaml_text import as_yaml
 from distillery.metrics import METRICS_NAME, read_rows
 from distillery.system.files import expand_path
 

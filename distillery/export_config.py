@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.report_facts import dataset_label
+from distillery.config.load import dataset_label
 
 if TYPE_CHECKING:
     from distillery.export_student import Student

@@ -233,7 +233,7 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     """
     from distillery.build import eval_folders
     from distillery.checkpoint import latest_checkpoint
-    from distillery.config import load_dumped_configs
+    from distillery.config.load import load_dumped_configs
     from distillery.evaluate import STUDENT, load_candidates
 
     checkpoint = latest_checkpoint(run_dir)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.config import DataConfig
+from distillery.config.keys_data import DataConfig
 from distillery.decode import Unit, decode_unit
 from distillery.decode_pool import memory_bytes, needs_resampler
 from distillery.plan import CachePlan, Survey

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distillery.build import global_batch_size
-from distillery.config import Configs, DataConfig
+from distillery.config.keys_data import DataConfig
+from distillery.config.load import Configs
 from distillery.engine import Task, batches_by_step, train_step
 from distillery.loader import DevicePrefetcher
 from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from distillery.config.load import dataset_label
 from distillery.metrics import METRICS_NAME, read_rows
 from distillery.report_axes import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
@@ -24,8 +25,6 @@ MEASURES = (
 PLOTS_NAME = "plots"
 # made where there are models (distillery/pictures.py), shown where there are none
 PCA_NAME, NEIGHBOURS_NAME = "pca.png", "neighbours.png"
-# data set names that are formats: the files say more
-FILE_FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 PASSING_NOTE = (
     "Here the student scores above its teacher. That happens on narrow or easy data: the teacher's features describe "
     "far more than these images ask for, while the student was trained on these very images and kept what tells them "
@@ -115,18 +114,6 @@ class RunFacts:
         """model -> its last row on a data set, in the order of MODELS."""
         rows = [row for row in of_kind(self.rows, "eval") if row.get("dataset") == dataset]
         return {model: found[-1] for model in MODELS if (found := [r for r in rows if r.get("model") == model])}
-
-
-def dataset_label(data: dict[str, Any]) -> str | None:
-    """The data set's name for people: the hub id, or the folder or files that a format such as parquet names."""
-    name = data.get("dataset_name")
-    if name not in FILE_FORMATS:
-        return name
-    files = data.get("data_files") or data.get("data_dir") or name
-    files = list(files.values()) if isinstance(files, dict) else files
-    files = files if isinstance(files, list) else [files]
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{Path(str(files[0])).name}{more}"
 
 
 def load_run(run_dir: Path) -> RunFacts:

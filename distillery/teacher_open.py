@@ -21,7 +21,7 @@ from distillery.augment import Augmentation
 from distillery.build import build_teacher_backbone, check_tokens, choose_precision
 from distillery.build_facts import weights_hash
 from distillery.cached_dataset import CachedTensorDataset
-from distillery.config import Configs
+from distillery.config.load import Configs
 from distillery.models import MEMORY_FORMAT
 from distillery.records import image_scan
 from distillery.system import distributed

@@ -7,7 +7,7 @@ import numpy as np
 
 from distillery.build import choose_device
 from distillery.cache import load_index
-from distillery.config import Configs
+from distillery.config.load import Configs
 from distillery.plan import CachePlan, Survey
 from distillery.records import INDEX_NAME
 from distillery.shard_format_fields import FIELD_DTYPES

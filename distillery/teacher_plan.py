@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillery.config import Configs
+from distillery.config.load import Configs
 from distillery.losses_table import fields_needed
 from distillery.models import Backbone, eval_mode
 from distillery.system.console import format_bytes

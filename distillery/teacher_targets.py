@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distillery.augment import Augmentation
 from distillery.augment_draws import draw_uniform, view_of_epoch
-from distillery.config import Configs, TrainConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import Configs
 from distillery.losses import Features
 from distillery.losses_table import LOSSES, fields_needed, needs_second_view
 from distillery.standardise import Targets

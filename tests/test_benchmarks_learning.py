@@ -11,7 +11,7 @@ from benchmarks.learning import Results
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_runs import VARIANTS, Setting, curve_of, write_configs
 from benchmarks.learning_tables import ablation_rows, knn_at, main_rows
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small", epochs=2, ablation_epochs=1)

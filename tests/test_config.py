@@ -11,12 +11,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from distillery import config_keys
-from distillery.config import (
+from distillery.config import sections
+from distillery.config.errors import REPLACED_KEYS
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_model import ModelConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import (
     Configs,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
     check_configs,
     dump_configs,
     load_configs,
@@ -25,12 +26,11 @@ from distillery.config import (
     load_model_config,
     load_train_config,
 )
-from distillery.config_errors import REPLACED_KEYS
-from distillery.config_yaml import parse_yaml
+from distillery.config.yaml_text import parse_yaml
 from distillery.system.errors import MissingFileError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = {section: ROOT / name for section, name in config_keys.FILE_NAMES.items()}
+SHIPPED = {section: ROOT / name for section, name in sections.FILE_NAMES.items()}
 ALL_SHIPPED = tuple(SHIPPED[section] for section in ("data", "train", "model"))
 DATA = {"dataset_name": "some/images", "cache_dir": "cache"}
 TRAIN = {"checkpoint_dir": "run"}
@@ -48,7 +48,7 @@ def model_keys(model: type[BaseModel]) -> dict[str, object]:
     keys = {}
     for key, entry in model.model_fields.items():
         keys[key] = entry.get_default(call_default_factory=True)
-        sub_model = config_keys.SUB_MODELS.get(key)
+        sub_model = sections.SUB_MODELS.get(key)
         if sub_model is not None:
             prefix = f"{key}.cifar10" if key == "eval_datasets" else key
             keys |= {f"{prefix}.{name}": default for name, default in model_keys(sub_model).items()}
@@ -93,7 +93,7 @@ def test_shipped_files_load_together():
 @pytest.mark.parametrize("section", SHIPPED)
 def test_shipped_file_names_every_key_and_no_other(section):
     optional_parents = {"eval_datasets.cifar10"}
-    expected = set(model_keys(config_keys.MODELS[section]))
+    expected = set(model_keys(sections.MODELS[section]))
     free_names = {"distill_loss_weights.cls", "distill_loss_weights.patch"}
     assert set(file_keys(SHIPPED[section])) - optional_parents - free_names == expected
 
@@ -101,7 +101,7 @@ def test_shipped_file_names_every_key_and_no_other(section):
 @pytest.mark.parametrize("section", SHIPPED)
 def test_shipped_comments_state_the_true_defaults(section):
     comments, checked = file_keys(SHIPPED[section]), 0
-    for key, default in model_keys(config_keys.MODELS[section]).items():
+    for key, default in model_keys(sections.MODELS[section]).items():
         if isinstance(default, BaseModel):
             continue
         stated = re.findall(r"\(default ((?:\{.*?\}|\[.*?\]|[^()])*)\)", comments[key])
@@ -116,7 +116,7 @@ def test_shipped_comments_state_the_true_defaults(section):
 
 @pytest.mark.parametrize("section", SHIPPED)
 def test_shipped_values_differ_from_the_defaults_only_where_meant(section):
-    model = config_keys.MODELS[section]
+    model = sections.MODELS[section]
     values = model.model_validate(parse_yaml(SHIPPED[section].read_bytes()))
     differing = {key for key, entry in model.model_fields.items() if getattr(values, key) != entry.get_default()}
     meant = {
@@ -146,14 +146,14 @@ def test_shipped_files_are_short_enough_to_edit(path):
 
 
 def test_keys_of_the_three_files_are_disjoint():
-    names = {section: set(model.model_fields) for section, model in config_keys.MODELS.items()}
+    names = {section: set(model.model_fields) for section, model in sections.MODELS.items()}
     for one, other in itertools.combinations(names, 2):
         assert not names[one] & names[other]
-    assert not set(config_keys.ALIASES) & set().union(*names.values())
-    assert set(config_keys.ALIASES.values()) <= set().union(*names.values())
+    assert not set(sections.ALIASES) & set().union(*names.values())
+    assert set(sections.ALIASES.values()) <= set().union(*names.values())
 
 
-@pytest.mark.parametrize("model", [*config_keys.MODELS.values(), *config_keys.SUB_MODELS.values()])
+@pytest.mark.parametrize("model", [*sections.MODELS.values(), *sections.SUB_MODELS.values()])
 def test_every_field_has_a_description_and_a_json_schema(model):
     assert all(entry.description for entry in model.model_fields.values())
     assert set(json.loads(json.dumps(model.model_json_schema()))["properties"]) == set(model.model_fields)
@@ -161,12 +161,12 @@ def test_every_field_has_a_description_and_a_json_schema(model):
 
 def test_sub_models_are_listed_for_their_unknown_key_messages():
     nested = set()
-    for model in config_keys.MODELS.values():
+    for model in sections.MODELS.values():
         for key, entry in model.model_fields.items():
             if re.search(r"#/\$defs/(?!JsonValue)", json.dumps(model.model_json_schema()["properties"][key])):
                 nested.add(key)
-            assert not isinstance(entry.default, BaseModel) or type(entry.default) is config_keys.SUB_MODELS[key]
-    assert nested == set(config_keys.SUB_MODELS)
+            assert not isinstance(entry.default, BaseModel) or type(entry.default) is sections.SUB_MODELS[key]
+    assert nested == set(sections.SUB_MODELS)
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "min_lr", "weight_decay"])
@@ -268,7 +268,7 @@ ODD_SCALARS = [None, True, 3, -1.5, 10**30, float("nan"), "x", "", b"x", object(
 ODD_VALUES = [*ODD_SCALARS, [], [1, [2]], {}, {"a": 1}, {1: {2: 3}}]
 
 
-@pytest.mark.parametrize("section, key", [(s, key) for s, m in config_keys.MODELS.items() for key in model_keys(m)])
+@pytest.mark.parametrize("section, key", [(s, key) for s, m in sections.MODELS.items() for key in model_keys(m)])
 def test_any_value_of_any_key_loads_or_is_a_user_error(section, key):
     refused = 0
     for value in ODD_VALUES:
@@ -387,12 +387,12 @@ def test_key_of_the_predecessor_says_what_took_its_place_in_whichever_file_it_st
     with pytest.raises(UserError, match=f"key '{key}' is gone: [^;]+"):
         LOADERS[section]({key: 1})
     elsewhere = "train" if section != "train" else "data"
-    with pytest.raises(UserError, match=f"key '{key}' is gone: .*; see {config_keys.FILE_NAMES[section]}"):
+    with pytest.raises(UserError, match=f"key '{key}' is gone: .*; see {sections.FILE_NAMES[section]}"):
         LOADERS[elsewhere]({key: 1})
 
 
 def test_replacements_name_only_keys_that_exist():
-    known = {key for model in config_keys.MODELS.values() for key in model_keys(model)}
+    known = {key for model in sections.MODELS.values() for key in model_keys(model)}
     others = {"load_dataset", "distill_trainer", "kl_logits", "resume_from", "no_resume"}
     words = {
         word
@@ -403,7 +403,7 @@ def test_replacements_name_only_keys_that_exist():
     assert words - others <= known | {key.split(".")[-1] for key in known}
 
 
-@pytest.mark.parametrize("alias, name", config_keys.ALIASES.items())
+@pytest.mark.parametrize("alias, name", sections.ALIASES.items())
 def test_alias_is_the_key_and_both_names_may_only_agree(alias, name):
     one, other = {"cache_root": ("a", "b"), "use_cached_tensors": (True, False), "prefetch_factor": (2, 8)}[alias]
     values = {key: value for key, value in DATA.items() if key != name}

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from distillery.config import load_configs
-from distillery.config_docs import as_yaml, find_field, with_comments
-from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
-from distillery.config_schema import build_schema, generated_files, schema_name
-from distillery.config_yaml import parse_yaml
+from distillery.config.generate import build_schema, find_field, generated_files, schema_name, with_comments
+from distillery.config.load import load_configs
+from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
+from distillery.config.yaml_text import as_yaml, parse_yaml
 from distillery.losses_table import LOSSES
 from distillery.system.errors import UserError
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery import augment, build, build_facts
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 from distillery.engine import Progress, Schedule, train_step
 from distillery.engine_state import state_of
 from distillery.losses import Features

@@ -9,7 +9,7 @@ from caches import make_test_cache
 
 from distillery import build, evaluate
 from distillery.checkpoint import save_checkpoint
-from distillery.config import Configs, dump_configs, load_configs
+from distillery.config.load import Configs, dump_configs, load_configs
 from distillery.evaluate import (
     compare_with_teacher,
     evaluate_features,

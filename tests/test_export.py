@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from distillery import export, export_features
 from distillery.backbones import BuiltModel
 from distillery.checkpoint import save_checkpoint
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 from distillery.export import export_student
 from distillery.export_attention import PlainAttention, plain_attention
 from distillery.export_config import find_origin

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from distillery.build import build_models
-from distillery.config import TrainConfig, load_configs
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import load_configs
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align, align_teacher

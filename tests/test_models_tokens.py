@@ -12,7 +12,7 @@ from torch import nn
 from distillery.backbones import BuiltModel
 from distillery.build import check_tokens
 from distillery.build_facts import teacher_hash, weights_hash
-from distillery.config import TrainConfig
+from distillery.config.keys_train import TrainConfig
 from distillery.losses import check_gradients, total_loss
 from distillery.models import Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads, align

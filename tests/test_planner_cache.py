@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from distillery.config import load_data_config
+from distillery.config.load import load_data_config
 from distillery.plan import CachePlan
 from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
 from distillery.preprocess import PreprocessSpec

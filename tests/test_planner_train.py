@@ -7,7 +7,7 @@ import torch
 from workplace import Workplace
 
 from distillery import sources
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 from distillery.planner_train import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
 from distillery.sources_hub_facts import HubFacts, NotDownloadedError
 from distillery.system.errors import UserError

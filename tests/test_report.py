@@ -12,9 +12,10 @@ import yaml
 from browser import CHROMIUM, inspect, screenshot
 from PIL import Image, PngImagePlugin
 
+from distillery.config.load import dataset_label
 from distillery.metrics import RunLog
 from distillery.report import summary_table, write_plots, write_report
-from distillery.report_facts import dataset_label, load_run, summary_sentences
+from distillery.report_facts import load_run, summary_sentences
 from distillery.system.errors import MissingFileError
 
 ROOT = Path(__file__).resolve().parents[1]

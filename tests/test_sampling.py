@@ -8,7 +8,7 @@ import pytest
 
 from distillery import sampling_random
 from distillery.build import steps_per_epoch
-from distillery.config import TrainConfig
+from distillery.config.keys_train import TrainConfig
 from distillery.sampling import (
     SUBSET_MODES,
     EpochOrder,

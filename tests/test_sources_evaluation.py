@@ -14,7 +14,7 @@ from PIL import Image
 import precompute_cache
 from distillery.build import eval_folders
 from distillery.cache import load_index, load_labels
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 from distillery.sources import open_source
 from distillery.sources_evaluation import PartOfSource, label_warnings, number_as, spread_rows
 from distillery.system.errors import UserError

@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
-from distillery.config import load_train_config
+from distillery.config.load import load_train_config
 from distillery.losses import Features
 from distillery.standardise import Moments, Targets
 from distillery.standardise_phi_s import equalising_rotation, hadamard, phi_s_rotation

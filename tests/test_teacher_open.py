@@ -19,7 +19,7 @@ import precompute_cache
 from distillery import teacher_open, teacher_records_files
 from distillery.build_facts import check_same_teacher
 from distillery.cached_dataset import CachedTensorDataset
-from distillery.config import load_configs
+from distillery.config.load import load_configs
 from distillery.evaluate import load_candidates
 from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
 from distillery.teacher_cache import TeacherCache

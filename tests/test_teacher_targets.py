@@ -15,7 +15,8 @@ from distillery import build, teacher_open, teacher_pass
 from distillery.augment import Augmentation
 from distillery.augment_draws import view_of_epoch
 from distillery.cached_dataset import CachedTensorDataset
-from distillery.config import TrainConfig, load_configs
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
 from distillery.loader import DevicePrefetcher
 from distillery.models_pair import FrozenTeacher, align, resample_tokens

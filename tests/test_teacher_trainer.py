@@ -13,7 +13,7 @@ from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, compar
 
 import distill_trainer
 from distillery import build, build_facts, engine, run_evaluation
-from distillery.config import load_dumped_configs
+from distillery.config.load import load_dumped_configs
 from distillery.evaluate import evaluate_run
 from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache

@@ -4,17 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from distillery.config_types import (
-    Mean,
-    ModelSource,
-    Number,
-    OutIndices,
-    PathText,
-    PositiveInt,
-    Std,
-    StrictModel,
-    Text,
-)
+from distillery.config.types import Mean, ModelSource, Number, OutIndices, PathText, PositiveInt, Std, StrictModel, Text
 
 
 class ProjectorConfig(StrictModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from distillery.config_types import (
+from distillery.config.types import (
     AreaRange,
     Count,
     NonNegativeNumber,

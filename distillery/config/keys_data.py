@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distillery.config_types import (
+from distillery.config.types import (
     Count,
     FilePatterns,
     Mean,

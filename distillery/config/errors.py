@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
-from distillery.config_yaml import parse_yaml
+from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
+from distillery.config.yaml_text import parse_yaml
 
 # what took the place of the predecessor's keys; * stands for anything
 REPLACED_KEYS = {

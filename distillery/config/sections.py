@@ -1,9 +1,9 @@
 """The three YAML files: models, names, required keys; config_keys_{data,train,model}.py say what each key means."""
 
-from distillery.config_keys_data import DataConfig, EvalDataset
-from distillery.config_keys_model import ModelConfig, ProjectorConfig
-from distillery.config_keys_train import AugmentConfig, TeacherCacheConfig, TrainConfig
-from distillery.config_types import StrictModel
+from distillery.config.keys_data import DataConfig, EvalDataset
+from distillery.config.keys_model import ModelConfig, ProjectorConfig
+from distillery.config.keys_train import AugmentConfig, TeacherCacheConfig, TrainConfig
+from distillery.config.types import StrictModel
 
 MODELS: dict[str, type[StrictModel]] = {"data": DataConfig, "train": TrainConfig, "model": ModelConfig}
 FILE_NAMES = {"data": "data_config.yaml", "train": "train_config_kd.yaml", "model": "model_config_kd.yaml"}

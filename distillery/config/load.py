@@ -16,15 +16,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distillery.config_errors import explain_error, owner_of, shown, unknown_key
-from distillery.config_keys import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS
-from distillery.config_keys_data import DataConfig
-from distillery.config_keys_model import ModelConfig
-from distillery.config_keys_train import TrainConfig
-from distillery.config_types import StrictModel
-from distillery.config_yaml import Dumper, parse_yaml, read_yaml
+from distillery.config.errors import explain_error, owner_of, shown, unknown_key
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_model import ModelConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS
+from distillery.config.types import StrictModel
+from distillery.config.yaml_text import Dumper, parse_yaml, read_yaml
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
+
+Source = str | os.PathLike | Mapping[str, Any] | StrictModel
+# data set names that are formats: the files say more
+FILE_FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,6 @@ class Configs:
         """Plain JSON values in sections data, train, model: what run folders and checkpoints keep."""
         sections = {section: getattr(self, section) for section in MODELS}
         return {section: config.model_dump(mode="json") for section, config in sections.items() if config is not None}
-
-
-Source = str | os.PathLike | Mapping[str, Any] | StrictModel
 
 
 def load_data_config(source: Source, overrides: Sequence[str] = (), *, require_source: bool = True) -> DataConfig:
@@ -192,7 +193,7 @@ def _read_draft(section: str, source: Source, label: str | None, problems: list[
     elif isinstance(source, Mapping):
         draft = _Draft(label or FILE_NAMES[section].removesuffix(".yaml"), copy.deepcopy(dict(source)))
     else:
-        shipped = Path(__file__).resolve().parents[1] / FILE_NAMES[section]
+        shipped = Path(__file__).resolve().parents[2] / FILE_NAMES[section]
         values = read_yaml(expand_path(source), f"Copy the shipped one and edit it: cp {shipped} {source}")
         draft = _Draft(str(source), values)
     for key in [key for key in draft.values if not isinstance(key, str)]:
@@ -251,3 +252,15 @@ def _apply_override(text: str, drafts: Mapping[str, _Draft]) -> str | None:
             return f"'{'.'.join(steps[:depth])}' is {shown(target)} and has no keys of its own"
     target[steps[-1]] = value
     return None
+
+
+def dataset_label(data: dict[str, Any]) -> str | None:
+    """The data set's name for people: the hub id, or the folder or files that a format such as parquet names."""
+    name = data.get("dataset_name")
+    if name not in FILE_FORMATS:
+        return name
+    files = data.get("data_files") or data.get("data_dir") or name
+    files = list(files.values()) if isinstance(files, dict) else files
+    files = files if isinstance(files, list) else [files]
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{Path(str(files[0])).name}{more}"

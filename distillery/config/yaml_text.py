@@ -1,11 +1,13 @@
-"""YAML as people write it: 1e-4 is a number, a date is text, a key that stands twice is an error with its line."""
+"""YAML in and out: numbers as people write them, duplicate keys refused, values as one line of YAML."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from distillery.config_types import EXPONENT_NUMBER
+from distillery.config.types import EXPONENT_NUMBER
 from distillery.system.errors import MissingFileError, UserError
 
 
@@ -74,3 +76,16 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form KEY: VALUE, found a {type(values).__name__}")
     return values
+
+
+def as_yaml(value: Any) -> str:
+    """A value in YAML's flow style, numbers as people write them: 1e-6, [0.1, 0.2], {cls: 1.0}."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_yaml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return re.sub(r"e-0", "e-", repr(value)) if isinstance(value, float) else str(value)
