@@ -32,13 +32,13 @@ from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_data_config, load_train_config
 from distillery.config.sections import ALIASES
 from distillery.loader import DevicePrefetcher, PretrainingLoader
-from distillery.preprocess import PreprocessSpec
 from distillery.raw_images import ImageDecoder, RawRows, pieces_of
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.shard_format import row_bytes_of
-from distillery.sources import open_source
+from distillery.sources.pixels import PreprocessSpec
+from distillery.sources.registry import open_source
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import MissingFileError, UserError, stage1_command

@@ -80,7 +80,7 @@ class CacheJob:
 
     title: str
     plan: object  # distillery.plan.CachePlan
-    source: object  # distillery.sources.Source
+    source: object  # distillery.sources.base.Source
     shards: range
     warnings: list[str]
 
@@ -198,14 +198,14 @@ def parts_of(data) -> list[CachePart]:
 
 def build_jobs(data, num_jobs: int, job_id: int) -> list[CacheJob]:
     """The share of every part that this process makes, its source opened (and downloaded where it is not here)."""
-    from distillery.sources import open_source
+    from distillery.sources.registry import open_source
 
     return _jobs_of(data, [(part, open_source(**part.arguments)) for part in parts_of(data)], num_jobs, job_id)
 
 
 def _jobs_of(data, opened: list[tuple[CachePart, object]], num_jobs: int, job_id: int) -> list[CacheJob]:
     """The jobs of opened parts; the two splits of an evaluation set get one numbering of their classes."""
-    from distillery.sources_evaluation import label_warnings, number_as
+    from distillery.sources.evaluation import label_warnings, number_as
 
     jobs, sources = [], {}
     for part, source in opened:
@@ -224,7 +224,7 @@ def _jobs_of(data, opened: list[tuple[CachePart, object]], num_jobs: int, job_id
 def _rows_wanted(part: CachePart, source):
     """The source, or of a split that is cut for evaluation as many rows from all over it."""
     from distillery.plan import is_made_of
-    from distillery.sources_evaluation import PartOfSource, spread_rows
+    from distillery.sources.evaluation import PartOfSource, spread_rows
 
     is_cut = part.is_evaluation and part.limit is not None and part.limit < len(source)
     # caches of earlier versions hold the first rows, and stay as they are
@@ -235,7 +235,7 @@ def _rows_wanted(part: CachePart, source):
 
 def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int, warnings: list[str]) -> CacheJob:
     from distillery.plan import CachePlan
-    from distillery.preprocess import PreprocessSpec
+    from distillery.sources.pixels import PreprocessSpec
 
     plan = CachePlan(
         directory=part.folder,
@@ -274,8 +274,8 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
 def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
     """The plan alone: nothing is written, nothing is downloaded; a few images are decoded to tell the hours."""
     from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
-    from distillery.sources import open_source
-    from distillery.sources_hub_facts import NotDownloadedError
+    from distillery.sources.hub import NotDownloadedError
+    from distillery.sources.registry import open_source
 
     data, opened, remote = configs.data, [], []
     for part in parts_of(data):

@@ -25,7 +25,7 @@ def synthetic_jpegs(count: int, size_px: int, *, seed: int = 0) -> list[bytes]:
 
 def read_images(parquet: Path, image_column: str | None) -> list[bytes]:
     """All encoded images of a parquet file."""
-    from distillery.sources import open_source
+    from distillery.sources.registry import open_source
 
     source = open_source(dataset_name="parquet", data_files=str(parquet), image_column=image_column)
     return source.read(0, len(source))
@@ -70,7 +70,7 @@ class RepeatedJpegs:
 def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = 512) -> None:
     """A cache by the project's own stage 1; arguments: images, size (px), dtype, tiny."""
     from distillery.plan import CachePlan, survey_cache
-    from distillery.preprocess import PreprocessSpec
+    from distillery.sources.pixels import PreprocessSpec
     from distillery.system.machine import usable_cpus
     from distillery.system.signals import StopFlag
     from distillery.writer import make_cache

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
 from benchmarks.precompute_contenders import MEAN, STD, Setting, ours
-from distillery.preprocess import normalisation_table
+from distillery.sources.pixels import normalisation_table
 from distillery.system.console import format_bytes
 from distillery.system.machine import usable_cpus
 

@@ -5,7 +5,7 @@
 A contender is a function of a Setting that makes the whole cache in setting.folder; "whole" is its images/s from the
 call until everything is written, with what it imports and the start of its workers; it returns what else it can tell:
 "steady", without those. All store the same tensors. Ours reads the parquet file; the others are given the encoded
-images in memory, which favours them, and decode by distillery.preprocess, except the seed style, whose transforms are
+images in memory, which favours them, and decode by distillery.sources.pixels, except the seed style, whose transforms are
 PIL's.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.common import read_images
 from distillery.decode_pool import keep_freed_memory
-from distillery.preprocess import PreprocessSpec, normalisation_table, normalise_into, preprocess_image
+from distillery.sources.pixels import PreprocessSpec, normalisation_table, normalise_into, preprocess_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHARD_ROWS = 2048
@@ -113,7 +113,7 @@ def ceiling(setting: Setting) -> dict:
 def ours(setting: Setting) -> dict:
     """Stage 1, through make_cache. steady: from the first rows that are done to the last shard published."""
     from distillery.plan import CachePlan, survey_cache
-    from distillery.sources import open_source
+    from distillery.sources.registry import open_source
     from distillery.system.signals import StopFlag
     from distillery.writer import make_cache
 

@@ -21,7 +21,7 @@ from distillery.losses_table import LOSSES, fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
 from distillery.sampling import rows_of_draw
-from distillery.sources_evaluation import label_warnings
+from distillery.sources.evaluation import label_warnings
 from distillery.standardise import Targets
 from distillery.system import distributed
 from distillery.system.errors import UserError, stage1_command

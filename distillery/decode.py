@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from distillery.preprocess import (
+from distillery.shard_format import DTYPES
+from distillery.sources.pixels import (
     DecodeError,
     PreprocessSpec,
     decode_image,
@@ -16,7 +17,6 @@ from distillery.preprocess import (
     normalise_into,
     resize_image,
 )
-from distillery.shard_format import DTYPES
 
 
 @dataclass(frozen=True)

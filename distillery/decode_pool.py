@@ -23,7 +23,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
 from distillery.decode import Unit, UnitResult, decode_unit
-from distillery.preprocess import DecodeError, PreprocessSpec, decode_image
+from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image
 from distillery.system.console import format_bytes
 from distillery.system.direct_io import ALIGNMENT_BYTES
 from distillery.system.errors import UserError

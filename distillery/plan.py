@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from distillery.preprocess import PreprocessSpec, library_versions
 from distillery.records import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -21,6 +20,7 @@ from distillery.records import (
     shard_name,
 )
 from distillery.shard_format import ForeignShardError, read_meta, row_bytes_of
+from distillery.sources.pixels import PreprocessSpec, library_versions
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, sha256_of
 

@@ -10,16 +10,10 @@ from distillery.decode import Unit, decode_unit
 from distillery.decode_pool import memory_bytes, needs_resampler
 from distillery.plan import CachePlan, Survey
 from distillery.planner import CacheWork, DecodeSpeed, cache_lines
-from distillery.preprocess import (
-    DecodeError,
-    PreprocessSpec,
-    decode_image,
-    library_versions,
-    load_resampler,
-)
 from distillery.shard_format import DTYPES
-from distillery.sources_base import Source
-from distillery.sources_hub_facts import HubFacts
+from distillery.sources.base import Source
+from distillery.sources.hub import HubFacts
+from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler
 from distillery.system.console import format_bytes
 from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 

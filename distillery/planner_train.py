@@ -56,8 +56,8 @@ def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
     has_cache = data.cache_dir is not None and (data.cache_path / "index.json").exists()
     if has_cache or data.use_cached is False or data.dataset_name is None:
         return build_loader()
-    from distillery.sources import open_source
-    from distillery.sources_hub_facts import NotDownloadedError
+    from distillery.sources.hub import NotDownloadedError
+    from distillery.sources.registry import open_source
 
     limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery.preprocess import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
+from distillery.sources.pixels import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
 from distillery.system import distributed
 from distillery.system.errors import UserError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from distillery.cache import CacheIndex
-from distillery.preprocess import normalisation_table, normalise_into
 from distillery.reader import ShardFiles
+from distillery.sources.pixels import normalisation_table, normalise_into
 
 
 class ToFloat:

@@ -11,7 +11,6 @@ import numpy as np
 
 from distillery.decode import UnitResult
 from distillery.plan import CachePlan
-from distillery.preprocess import library_versions
 from distillery.records import (
     FORMAT_VERSION,
     FutureFormatError,
@@ -24,6 +23,7 @@ from distillery.records import (
 from distillery.records_hash import record_of_shard
 from distillery.shard_format_archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter
+from distillery.sources.pixels import library_versions
 from distillery.system.direct_io import reserve
 from distillery.system.errors import UserError
 from distillery.system.files import (

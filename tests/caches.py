@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from distillery.plan import CachePlan, survey_cache
-from distillery.preprocess import PreprocessSpec
+from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.writer import make_cache
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from distillery.plan import CachePlan, Survey, survey_cache
-from distillery.preprocess import PreprocessSpec
+from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import EXIT_DONE, Interrupted, run_command
 from distillery.system.signals import StopFlag
 from distillery.writer import CacheReport, make_cache

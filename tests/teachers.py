@@ -11,7 +11,7 @@ from distillery.backbones import BuiltModel
 from distillery.build_facts import weights_hash
 from distillery.models import Backbone
 from distillery.plan import CachePlan, survey_cache
-from distillery.preprocess import PreprocessSpec
+from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts
 from distillery.teacher_outputs import LiveTeacher

@@ -7,8 +7,8 @@ from PIL import Image
 from stage1 import MEAN, STD
 
 from distillery.decode import Unit, decode_unit
-from distillery.preprocess import PreprocessSpec, normalisation_table
 from distillery.shard_format import DTYPES
+from distillery.sources.pixels import PreprocessSpec, normalisation_table
 
 SIZE = 12
 

@@ -15,7 +15,7 @@ from stage1 import MEAN, STD, SmallSource, folder_bytes, run_stage1, small_plan
 from distillery import decode_pool
 from distillery.decode import Unit
 from distillery.decode_pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
-from distillery.preprocess import PreprocessSpec
+from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 
 from distillery import plan as plan_module
 from distillery.plan import survey_cache
-from distillery.preprocess import PreprocessSpec
 from distillery.records import FutureFormatError, read_record, record_text
 from distillery.shard_format_payload import PayloadWriter
+from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import UserError
 
 SOURCE = SmallSource()

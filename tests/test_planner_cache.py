@@ -4,8 +4,8 @@ import pytest
 from distillery.config.load import load_data_config
 from distillery.plan import CachePlan
 from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
-from distillery.preprocess import PreprocessSpec
-from distillery.sources_hub_facts import HubFacts
+from distillery.sources.hub import HubFacts
+from distillery.sources.pixels import PreprocessSpec
 
 SPEC = PreprocessSpec(32, "squash", "lanczos", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 

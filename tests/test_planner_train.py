@@ -6,10 +6,10 @@ import pytest
 import torch
 from workplace import Workplace
 
-from distillery import sources
 from distillery.config.load import load_configs
 from distillery.planner_train import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
-from distillery.sources_hub_facts import HubFacts, NotDownloadedError
+from distillery.sources import registry
+from distillery.sources.hub import HubFacts, NotDownloadedError
 from distillery.system.errors import UserError
 from tests.test_engine import build_task
 
@@ -62,13 +62,13 @@ def test_a_cache_that_is_there_is_planned_with(tmp_path):
 
 @pytest.mark.parametrize("changes, expected", [({}, 5000), ({"max_samples": 700}, 700), ({"max_shards": 2}, 4096)])
 def test_before_stage_1_the_plan_counts_images_without_downloading_them(tmp_path, monkeypatch, changes, expected):
-    monkeypatch.setattr(sources, "open_source", not_here(5000))
+    monkeypatch.setattr(registry, "open_source", not_here(5000))
     loader = plan_loader(configs_of(tmp_path, **changes), lambda: pytest.fail("it must not be opened"))
     assert sum(loader.valid_rows_per_shard) == expected
 
 
 def test_a_number_of_images_that_nobody_knows_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "open_source", not_here(None))
+    monkeypatch.setattr(registry, "open_source", not_here(None))
     with pytest.raises(UserError, match="--set max_samples=N"):
         plan_loader(configs_of(tmp_path), lambda: None)
 

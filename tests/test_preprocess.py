@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from distillery import preprocess
-from distillery.preprocess import (
+from distillery.sources import pixels as pixels_module
+from distillery.sources.pixels import (
     MAX_PIXELS,
     DecodeError,
     PreprocessSpec,
@@ -93,13 +93,13 @@ JPEG_OPTIONS = {
 @pytest.mark.parametrize("size", [(40, 56), (33, 47), (1, 1), (8, 300)])
 def test_the_fast_jpeg_path_gives_exactly_pillows_pixels(name, size):
     data = encode(photo(*size), "JPEG", **JPEG_OPTIONS[name])
-    assert preprocess._plain_jpeg_size(data) == size[::-1]
+    assert pixels_module._plain_jpeg_size(data) == size[::-1]
     np.testing.assert_array_equal(decode_image(data), pillow_rgb(data))
 
 
 def test_the_fast_jpeg_path_takes_grey_and_leaves_exif_xmp_cmyk_and_other_formats_to_pillow():
     grey = encode(Image.fromarray(photo()).convert("L"), "JPEG")
-    assert preprocess._plain_jpeg_size(grey) == (56, 40)
+    assert pixels_module._plain_jpeg_size(grey) == (56, 40)
     np.testing.assert_array_equal(decode_image(grey), pillow_rgb(grey))
     others = [
         encode(photo(), "JPEG", exif=exif_block(1)),
@@ -109,7 +109,7 @@ def test_the_fast_jpeg_path_takes_grey_and_leaves_exif_xmp_cmyk_and_other_format
         b"\xff\xd8",
         b"\xff\xd8\xff",
     ]
-    assert [preprocess._plain_jpeg_size(data) for data in others] == [None] * len(others)
+    assert [pixels_module._plain_jpeg_size(data) for data in others] == [None] * len(others)
 
 
 def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monkeypatch):
@@ -129,7 +129,7 @@ def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monk
             data[rng.integers(len(data))] = rng.integers(256)
         damaged.append(bytes(data))
     fast = [outcome(data) for data in damaged]
-    monkeypatch.setattr(preprocess, "simplejpeg", None)
+    monkeypatch.setattr(pixels_module, "simplejpeg", None)
     assert fast == [outcome(data) for data in damaged]
     assert 10 < sum(isinstance(result, str) for result in fast) < 140
 
@@ -161,7 +161,7 @@ def reference_resize(pixels, size, interpolation):
     return np.clip(np.einsum("hi,ijc,wj->chw", rows, pixels.astype(np.float64), columns, optimize=True), 0, 255)
 
 
-@pytest.mark.parametrize("interpolation", preprocess.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", pixels_module.INTERPOLATIONS)
 @pytest.mark.parametrize("shape, size", [((40, 56), 16), ((40, 56), 64), ((500, 37), 32), ((900, 1200), 8)])
 def test_squash_equals_the_float64_antialiased_resize_up_to_rounding(interpolation, shape, size):
     pixels = photo(*shape)
@@ -187,8 +187,8 @@ def test_a_very_long_image_is_cropped_without_a_giant_intermediate():
     assert np.unique(result).tolist() == [pixels[0, 29999, 0]]
 
 
-@pytest.mark.parametrize("interpolation", preprocess.INTERPOLATIONS)
-@pytest.mark.parametrize("resize_mode", preprocess.RESIZE_MODES)
+@pytest.mark.parametrize("interpolation", pixels_module.INTERPOLATIONS)
+@pytest.mark.parametrize("resize_mode", pixels_module.RESIZE_MODES)
 def test_an_image_of_the_target_size_keeps_its_pixels(interpolation, resize_mode):
     pixels = photo(32, 32)
     result = preprocess_image(encode(pixels, "PNG"), spec_of(32, resize_mode, interpolation))
@@ -213,7 +213,7 @@ def test_pixels_are_the_same_at_every_instruction_set_level_of_the_cpu():
 
 
 def test_importing_preprocess_does_not_import_torch():
-    program = "import sys, distillery.preprocess; sys.exit('torch' in sys.modules)"
+    program = "import sys, distillery.sources.pixels; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -408,7 +408,7 @@ def test_a_damaged_png_with_a_large_text_keeps_the_reason_of_the_file_as_it_is(m
         with pytest.raises(DecodeError) as reason:
             decode_image(data)
         with monkeypatch.context() as without_a_second_try:
-            without_a_second_try.setattr(preprocess, "bare_png", lambda data: None)
+            without_a_second_try.setattr(pixels_module, "bare_png", lambda data: None)
             with pytest.raises(DecodeError, match=f"^{re.escape(str(reason.value))}$"):
                 decode_image(data)
 
@@ -550,7 +550,7 @@ def test_whatever_pillow_raises_for_a_file_becomes_a_decode_error_without_addres
     def fail(_image):
         raise Odd(f"bad thing in {io.BytesIO()!r} at 0x7f00aa\nsecond line")
 
-    monkeypatch.setattr(preprocess, "_as_rgb", fail)
+    monkeypatch.setattr(pixels_module, "_as_rgb", fail)
     with pytest.raises(DecodeError, match=r"^Odd: bad thing in \.\.\. at \.\.\. second line$"):
         decode_image(grey_png())
 
@@ -613,8 +613,8 @@ def test_a_table_of_pixels_is_refused():
 def test_normalising_looks_every_pixel_up_in_its_channels_table(monkeypatch, dtype, library, size):
     if library != "OpenCV":
         elsewhere = SimpleNamespace(LUT=lambda channel, values, out: values[channel])
-        monkeypatch.setattr(preprocess, "load_look_up", lambda: None if library == "NumPy" else elsewhere)
-    elif preprocess.load_look_up() is None:
+        monkeypatch.setattr(pixels_module, "load_look_up", lambda: None if library == "NumPy" else elsewhere)
+    elif pixels_module.load_look_up() is None:
         pytest.skip("opencv-python-headless is not installed")
     table = normalisation_table(MEAN, STD, dtype)
     pixels = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)

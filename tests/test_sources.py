@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distillery import sources_archives, sources_tables, sources_tar
-from distillery.sources import open_source
-from distillery.sources_base import scan_folder
-from distillery.sources_listing import expand_braces, split_of_name
+from distillery.sources import archives, tables
+from distillery.sources import tar as tar_module
+from distillery.sources.listing import expand_braces, scan_folder, split_of_name
+from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, RunError, UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -163,7 +163,7 @@ def test_every_kind_gives_the_same_images_and_labels(arguments):
 
 
 def test_reads_of_any_range_in_any_order_equal_the_whole(arguments, monkeypatch):
-    monkeypatch.setattr(sources_tables, "_WINDOW_BYTES", 2000)
+    monkeypatch.setattr(tables, "_WINDOW_BYTES", 2000)
     source = open_source(**arguments)
     rng = random.Random(0)
     for _ in range(60):
@@ -184,7 +184,7 @@ def test_rows_outside_the_source_are_an_index_error(tmp_path, start, stop):
 
 
 def test_views_stay_what_they_were_while_other_rows_are_read(arguments, monkeypatch):
-    monkeypatch.setattr(sources_tables, "_WINDOW_BYTES", 2000)
+    monkeypatch.setattr(tables, "_WINDOW_BYTES", 2000)
     source = open_source(**arguments)
     views = [source.read_views(start, start + 2) for start in range(0, NUM_IMAGES - 1, 2)]
     source.read(0, NUM_IMAGES)
@@ -485,7 +485,7 @@ def test_a_class_label_is_preferred_to_a_name_and_fine_labels_to_coarse_ones(tmp
 
 
 def test_a_window_of_a_large_row_group_stays_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_tables, "_WINDOW_BYTES", 4 * len(IMAGES[0]))
+    monkeypatch.setattr(tables, "_WINDOW_BYTES", 4 * len(IMAGES[0]))
     source = open_source(**make_parquet_one_group(tmp_path))
     assert source.read(0, 10) == IMAGES[:10]
     assert len(source._handles["window"]) <= 5
@@ -639,7 +639,7 @@ def test_a_rotten_deflated_member_is_a_missing_image_and_its_neighbours_are_read
 
 
 def test_a_zip_bomb_and_a_cut_member_are_missing_images_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_archives, "_MAX_IMAGE_BYTES", 5000)
+    monkeypatch.setattr(archives, "_MAX_IMAGE_BYTES", 5000)
     path = write_zip(tmp_path / "a.zip", zipfile.ZIP_DEFLATED, NAMES[:3], [IMAGES[0], bytes(50_000_000), IMAGES[2]])
     source = open_source(dataset_name="imagefolder", data_files=str(path))
     assert source.read(0, 3) == [IMAGES[0], b"", IMAGES[2]]
@@ -679,7 +679,7 @@ def test_what_is_no_usable_zip_is_named(tmp_path):
 
 
 def test_more_archives_than_may_be_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_archives, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(archives, "_MAX_OPEN_FILES", 3)
     for row in range(12):
         write_tar(tmp_path / f"{row:02d}.tar", samples(row, row + 1))
     source = open_source(dataset_name="webdataset", data_dir=str(tmp_path))
@@ -700,7 +700,7 @@ def test_tar_indexes_equal_tarfiles_own(tmp_path, format):
     path = write_tar(tmp_path / "a.tar", [(name, IMAGES[row]) for row, name in enumerate(names)], format)
     with tarfile.open(path) as archive:
         expected = [(info.name, info.offset_data, info.size) for info in archive]
-    index = sources_tar.index_tar(str(path))
+    index = tar_module.index_tar(str(path))
     assert [(member.name, member.offset, member.num_bytes) for member in index.members] == expected
     assert index.left_out == {}
 
@@ -721,7 +721,7 @@ def test_tar_archives_with_folders_links_and_no_end_mark_are_indexed(tmp_path):
     source = open_source(dataset_name="webdataset", data_files=str(path))
     assert source.read(0, len(source)) == [image for row in range(3) for image in (IMAGES[row], IMAGES[0])]
     path = write_tar(tmp_path / "b.tar", samples())
-    members = sources_tar.index_tar(str(path)).members
+    members = tar_module.index_tar(str(path)).members
     end = members[-1].offset + -(-members[-1].num_bytes // 512) * 512
     os.truncate(path, end)
     assert open_source(dataset_name="webdataset", data_files=str(path)).read(0, NUM_IMAGES) == IMAGES

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distillery.sources import open_source
+from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, UserError
 from tests.test_sources import IMAGES, encode
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
-from distillery.sources import open_source
+from distillery.sources.registry import open_source
 from distillery.system.errors import UserError
 from tests.test_sources import IMAGES
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from distillery.sources import open_source
-from distillery.sources_converted import _failure
+from distillery.sources.converted import _failure
+from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, RunError, UserError
 from tests.test_sources import IMAGES
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distillery.sources import open_source
-from distillery.sources_listing import split_of_name
+from distillery.sources.listing import split_of_name
+from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, UserError
 
 IMAGES = [f"image {index}".encode() for index in range(6)]

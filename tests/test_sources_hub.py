@@ -13,14 +13,14 @@ import urllib.parse
 import pyarrow.parquet as pq
 import pytest
 
-from distillery import sources_hub
-from distillery.sources_hub import with_retries
+from distillery.sources import hub as hub_module
+from distillery.sources.hub import with_retries
 from tests.test_sources import IMAGES, LABELS, NUM_IMAGES, table, write_folder, write_parquet
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 CLIENT = """
 import hashlib, json, os, sys
-from distillery.sources import open_source
+from distillery.sources.registry import open_source
 answers = []
 for arguments in json.loads(sys.argv[1]):
     try:
@@ -339,7 +339,7 @@ def test_retries_are_bounded_and_the_last_error_is_raised_and_said(capsys):
 @pytest.mark.parametrize("call_s, tries", [(0, 6), (23, 2), (40, 1)])
 def test_calls_that_wait_long_for_nothing_are_tried_less_often(monkeypatch, call_s, tries):
     now, calls = [0.0], []
-    monkeypatch.setattr(sources_hub.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hub_module.time, "monotonic", lambda: now[0])
 
     def call():
         calls.append(1)

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from distillery.sources import open_source
+from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, UserError
 
 IMAGES = [f"image {index}".encode() * 40 for index in range(6)]

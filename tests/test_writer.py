@@ -14,8 +14,8 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 
 from distillery import decode_pool, writer, writer_shard
 from distillery.plan import survey_cache
-from distillery.preprocess import library_versions, normalisation_table, preprocess_image
 from distillery.records import read_record
+from distillery.sources.pixels import library_versions, normalisation_table, preprocess_image
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import create_temporary, temporary_name
 from distillery.system.signals import StopFlag

@@ -8,11 +8,11 @@ import glob
 import os
 from pathlib import Path
 
-from distillery.sources_base import DataFiles, Source
-from distillery.sources_images import ImageFolderSource
-from distillery.sources_listing import resolve_files
-from distillery.sources_tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
-from distillery.sources_webdataset import WebDatasetSource
+from distillery.sources.base import Source
+from distillery.sources.folders import ImageFolderSource
+from distillery.sources.listing import DataFiles, resolve_files
+from distillery.sources.tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
+from distillery.sources.webdataset import WebDatasetSource
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path
 
@@ -69,7 +69,7 @@ def open_source(
             f"dataset_name {dataset_name}: load_dataset takes *, ? and [ in a folder's name for a pattern. Rename the "
             f"folder, or write dataset_name: KIND and data_dir: {place}, with one of {', '.join(SOURCES)} for KIND."
         )
-    from distillery.sources_hub import resolve_dataset
+    from distillery.sources.hub import resolve_dataset
 
     found = resolve_dataset(
         dataset_name if place is None else os.path.abspath(place),

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from distillery.preprocess_alpha import stored_as, take_transparent_colour, without_empty_alpha
-from distillery.preprocess_png import bare_png
+from distillery.sources.png import bare_png
+from distillery.sources.transparency import stored_as, take_transparent_colour, without_empty_alpha
 from distillery.system.errors import UserError
 
 try:
@@ -50,7 +50,6 @@ POLICY_VERSION = 1
 MAX_PIXELS = 178_956_970  # where Pillow refuses by default: half a gigabyte of RGB
 # an explicit list: some of Pillow's other plugins run external programs or accept any text as an image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-
 _ORIENTATION_TAG = 0x0112
 _OTHER_JPEG_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 

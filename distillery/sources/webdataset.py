@@ -6,17 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distillery.sources_archives import Member, OpenFiles, read_exactly
-from distillery.sources_base import (
-    IMAGE_SUFFIXES,
-    FileList,
-    Source,
-    is_hidden_path,
-    map_files,
-    number_labels,
-    suffix_of,
-)
-from distillery.sources_tar import index_tar
+from distillery.sources.archives import Member, OpenFiles, read_exactly
+from distillery.sources.base import Source, number_labels
+from distillery.sources.listing import IMAGE_SUFFIXES, FileList, is_hidden_path, map_files, suffix_of
+from distillery.sources.tar import index_tar
 from distillery.system.errors import UserError
 
 Place = tuple[int, Member]  # number of the archive, member

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from distillery.sources_base import Source
+from distillery.sources.base import Source
 from distillery.system.errors import UserError
 from distillery.system.files import sha256_of
 

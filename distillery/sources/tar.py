@@ -5,7 +5,7 @@ import tarfile
 from collections import Counter
 from typing import BinaryIO
 
-from distillery.sources_archives import ArchiveIndex, Link, Member, resolve_links
+from distillery.sources.archives import ArchiveIndex, Link, Member, resolve_links
 from distillery.system.errors import UserError
 
 _BLOCK_BYTES = 512

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distillery.sources_columns import LABEL_NAMES
+from distillery.sources.columns import LABEL_NAMES
 from distillery.system.errors import MissingFileError, UserError
 
 FILE_NAME = "file_name"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from distillery.sources_base import IMAGE_SUFFIXES, METADATA_NAMES, is_hidden_path, suffix_of
+from distillery.sources.listing import IMAGE_SUFFIXES, METADATA_NAMES, is_hidden_path, suffix_of
 from distillery.system.errors import UserError
 
 _MAX_OPEN_FILES = 64

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.sources_base import FileList, Source, map_files, scan_folder
-from distillery.sources_cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
-from distillery.sources_columns import (
+from distillery.sources.base import Source
+from distillery.sources.cells import Encoded, Place, Value, evidence_of, images_of, is_relative_path, shorten, values_of
+from distillery.sources.columns import (
     check_columns,
     feature_of,
     features_of,
@@ -24,6 +24,7 @@ from distillery.sources_columns import (
     number_all_labels,
     types_of,
 )
+from distillery.sources.listing import FileList, map_files, scan_folder
 from distillery.system.errors import MissingFileError, RunError, UserError
 
 # more would be no faster, and from 64 MiB on slower: fresh memory costs a page fault for every 4 KiB

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from distillery.preprocess_png import SIGNATURE
+from distillery.sources.png import SIGNATURE
 
 # how a PNG without alpha channel stores its samples, in Pillow's words -> bits of a sample
 _SAMPLE_BITS = {"1": 1, "L;2": 2, "L;4": 4, "L": 8, "I;16B": 16, "RGB": 8, "RGB;16B": 16}

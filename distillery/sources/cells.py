@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distillery.sources_base import IMAGE_SUFFIXES, suffix_of
+from distillery.sources.listing import IMAGE_SUFFIXES, suffix_of
 from distillery.system.errors import MissingFileError, UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -29,7 +29,6 @@ _BASE64_HEAD = re.compile(r"[A-Za-z0-9+/_-]{24}")
 _PACKED = re.compile(r"[A-Za-z0-9+/_=\s-]{100,}")
 _NO_PATH_ERRNOS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 _SHOWN_CHARACTERS = 80
-
 Encoded = bytes | memoryview
 
 

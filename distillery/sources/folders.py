@@ -5,40 +5,26 @@ import posixpath
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from distillery.sources_archives import ArchiveIndex, Member, OpenFiles, index_zip, read_zip_member
-from distillery.sources_base import (
+from distillery.sources.archives import ArchiveIndex, Member, OpenFiles, index_zip, read_zip_member
+from distillery.sources.base import PackedNames, Source, number_labels
+from distillery.sources.listing import (
     IMAGE_SUFFIXES,
     METADATA_NAMES,
     FileList,
-    Source,
+    below_split,
+    is_inside,
     map_files,
-    number_labels,
     suffix_of,
 )
-from distillery.sources_listing import below_split, is_inside
-from distillery.sources_metadata import Listing, MetadataFile, list_rows
+from distillery.sources.metadata import Listing, MetadataFile, list_rows
 from distillery.system.errors import UserError
 
 _LOOSE = -1  # in the place of an offset: a file of its own
-
-
-class PackedNames:
-    """Many short texts as one block of bytes: a list of a million str costs a worker 100 MB."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._bytes = b"".join(encoded)
-
-    def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[index])])
 
 
 class ImageFolderSource(Source):

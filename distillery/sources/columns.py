@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from distillery.sources_base import number_labels
-from distillery.sources_cells import is_bytes, is_list, is_text, plain_type, shorten
+from distillery.sources.base import number_labels
+from distillery.sources.cells import is_bytes, is_list, is_text, plain_type, shorten
 from distillery.system.errors import UserError
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.sources_base import FileList, check_split
-from distillery.sources_tables import Beside
+from distillery.sources.listing import FileList, check_split
+from distillery.sources.tables import Beside
 from distillery.system.errors import RunError, UserError
 
 # a conversion by folder has so many parts at most; beyond, relative paths are refused

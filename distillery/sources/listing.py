@@ -1,31 +1,179 @@
-"""Which files a configuration means: patterns and folders, and the split that a name speaks of."""
+"""The files a source is made of: folders, patterns, splits, and the identity of a list of files."""
 
 import glob
+import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
-from distillery.sources_base import (
-    IMAGE_SUFFIXES,
-    DataFiles,
-    FileList,
-    check_split,
-    file_list_of,
-    scan_folder,
-    suffix_of,
-)
+import numpy as np
+
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path
 
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".ico",
+})
+# fmt: on
+METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
+_END_BYTES = 64 * 1024
+# small reads of many files wait for a network file system, not for a CPU
+_IO_THREADS = 16
+T = TypeVar("T")
+DataFiles = str | Sequence[str] | dict[str, str | Sequence[str]] | None
 SPLIT_WORDS = (
     ("train", "training"),
     ("validation", "valid", "val", "dev"),
     ("test", "testing", "eval", "evaluation"),
 )
+
+
+@dataclass(frozen=True)
+class FileList:
+    """The files of a source in row order; `names` are relative to `root`, with forward slashes.
+
+    Args:
+        paths: where the files are, if not at root / name.
+        others: names of files that were seen and are of another kind.
+        num_outside: files that belong to no split, beside others that do.
+        split: the split that the names speak of, where they were chosen by that.
+    """
+
+    root: str
+    names: list[str]
+    sizes: np.ndarray
+    paths: list[str] | None = None
+    others: list[str] = field(default_factory=list)
+    num_outside: int = 0
+    split: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        """Where a file is."""
+        return self.paths[index] if self.paths is not None else os.path.join(self.root, self.names[index])
+
+    def left_out(self) -> dict[str, int]:
+        """What was seen and is in none of `names`, for the plan."""
+        return {"other files": len(self.others), "files of no split": self.num_outside}
+
+    def identity(self, *, with_ends: bool) -> dict:
+        """Count, bytes and one hash over names and sizes, and the first and last 64 KiB of each file if `with_ends`.
+
+        The footer of a parquet file and the directory of a zip archive change with any row, so this notices new
+        content at the cost of two small reads a file; a folder that is moved or copied keeps its identity.
+        """
+        digest = hashlib.sha256()
+        ends = map_files(hash_of_ends, [self.path(i) for i in range(len(self))]) if with_ends else [b""] * len(self)
+        for name, size, end in zip(self.names, self.sizes.tolist(), ends, strict=True):
+            digest.update(os.fsencode(name) + b"\0" + str(size).encode() + b"\0" + end)
+        return {"count": len(self), "bytes": int(self.sizes.sum()), "hash": f"sha256:{digest.hexdigest()}"}
+
+
+def hash_of_ends(path: str) -> bytes:
+    """SHA-256 of a file's first and last 64 KiB (the whole of a small one)."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(_END_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(_END_BYTES, size - _END_BYTES))
+        digest.update(file.read())
+    return digest.digest()
+
+
+def map_files(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    """function(path) for every path, in order, several at a time: the time goes into waiting for the file system."""
+    with ThreadPoolExecutor(min(_IO_THREADS, max(1, len(paths)))) as pool:
+        return list(pool.map(function, paths))
+
+
+def file_list_of(paths: Sequence[str]) -> FileList:
+    """The list of these existing files, in this order, named relative to the folder they have in common."""
+    paths = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+    return FileList(root, names, np.array([os.stat(path).st_size for path in paths], np.int64))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data: dot files, and what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_hidden_path(name: str) -> bool:
+    """Whether a member of an archive is hidden, or lies in a hidden folder; "." and ".." are no names."""
+    # most names have neither, and there may be millions
+    if "/." not in f"/{name}" and "__MACOSX" not in name:
+        return False
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
+def suffix_of(name: str) -> str:
+    """ ".jpeg" for "n01440764_18.JPEG"."""
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return f".{suffix.lower()}" if stem else ""
+
+
+def scan_folder(root: str | os.PathLike, suffixes: Iterable[str]) -> FileList:
+    """All files with these suffixes under `root`, sorted by name; follows links, leaves out hidden files.
+
+    Raises:
+        MissingFileError: there is no such folder.
+    """
+    root, suffixes = os.path.abspath(root), frozenset(suffixes)
+    if not os.path.isdir(root):
+        raise MissingFileError(f"Folder not found: {root}")
+
+    def list_directory(relative: str) -> tuple[list[tuple[str, int]], list[str], list[str]]:
+        files, folders, others = [], [], []
+        with os.scandir(os.path.join(root, relative)) as entries:
+            for entry in entries:
+                name = f"{relative}/{entry.name}" if relative else entry.name
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    if not (entry.is_symlink() and _leads_back(entry.path)):
+                        folders.append(name)
+                elif suffix_of(entry.name) in suffixes and entry.is_file():
+                    files.append((name, entry.stat().st_size))
+                else:
+                    others.append(name)
+        return files, folders, others
+
+    found, level, all_others = [], [""], []
+    while level:
+        listings = map_files(list_directory, level)
+        level = []
+        for files, folders, others in listings:
+            found += files
+            level += folders
+            all_others += others
+    found.sort()
+    sizes = np.array([size for _, size in found], np.int64)
+    return FileList(root, [name for name, _ in found], sizes, None, sorted(all_others))
+
+
+def _leads_back(link: str) -> bool:
+    """Whether a link to a folder leads to one that it lies in itself."""
+    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return os.path.commonpath([target, here]) == target
+
+
+def check_split(split: str, splits: Iterable[str], where: str) -> None:
+    """Raise the error that lists the splits there are, unless `split` is one of them."""
+    # str: datasets' NamedSplit prints as such
+    splits = [str(name) for name in splits]
+    if split not in splits:
+        hint = " Parts of a split are chosen with max_samples." if "[" in split or "+" in split else ""
+        raise UserError(f"split {split!r} is not in {where}; it has {', '.join(map(repr, splits)) or 'none'}.{hint}")
 
 
 def words_of(split: str) -> tuple[str, ...]:
