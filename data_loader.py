@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery.cache import CacheIndex, load_index
+from distillery.cache.archive import row_bytes_of
+from distillery.cache.folder import load_index
+from distillery.cache.index import CacheIndex
 from distillery.cached_dataset import (
     CachedTensorDataset,
     RandomShardSubsetCachedDataset,
@@ -36,7 +38,6 @@ from distillery.raw_images import ImageDecoder, RawRows, pieces_of
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows
 from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
-from distillery.shard_format import row_bytes_of
 from distillery.sources.pixels import PreprocessSpec
 from distillery.sources.registry import open_source
 from distillery.system import distributed

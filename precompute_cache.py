@@ -79,7 +79,7 @@ class CacheJob:
     """One cache folder to make, and this process's share of its shards. warnings: what is wrong with its labels."""
 
     title: str
-    plan: object  # distillery.plan.CachePlan
+    plan: object  # distillery.cache.plan.CachePlan
     source: object  # distillery.sources.base.Source
     shards: range
     warnings: list[str]
@@ -223,7 +223,7 @@ def _jobs_of(data, opened: list[tuple[CachePart, object]], num_jobs: int, job_id
 
 def _rows_wanted(part: CachePart, source):
     """The source, or of a split that is cut for evaluation as many rows from all over it."""
-    from distillery.plan import is_made_of
+    from distillery.cache.plan import is_made_of
     from distillery.sources.evaluation import PartOfSource, spread_rows
 
     is_cut = part.is_evaluation and part.limit is not None and part.limit < len(source)
@@ -234,7 +234,7 @@ def _rows_wanted(part: CachePart, source):
 
 
 def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int, warnings: list[str]) -> CacheJob:
-    from distillery.plan import CachePlan
+    from distillery.cache.plan import CachePlan
     from distillery.sources.pixels import PreprocessSpec
 
     plan = CachePlan(
@@ -253,7 +253,7 @@ def _job_of(data, part: CachePart, source, num_jobs: int, job_id: int, warnings:
 
 def survey_job(job: CacheJob):
     """What is already there of a job's shards."""
-    from distillery.plan import survey_cache
+    from distillery.cache.plan import survey_cache
 
     return survey_cache(job.plan, job.shards)
 
@@ -329,7 +329,7 @@ def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> in
 
 def rebuild_indexes(data) -> int:
     """Make index.json, failures.jsonl and lost records again from the shards alone, in every folder of the cache."""
-    from distillery.upgrade import rebuild_index
+    from distillery.cache.rebuild import rebuild_index
 
     status = EXIT_DONE
     limit = parts_of(data)[0].limit
@@ -347,7 +347,7 @@ def rebuild_indexes(data) -> int:
 
 def report_outcome(jobs: list[CacheJob], data) -> int:
     """Say what the folders hold now; exit status 3 when too many images failed."""
-    from distillery.records import FAILURES_NAME, image_scan, index_of
+    from distillery.cache.images import FAILURES_NAME, image_scan, index_of
 
     status = EXIT_DONE
     for job in jobs:

@@ -69,7 +69,7 @@ class RepeatedJpegs:
 
 def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = 512) -> None:
     """A cache by the project's own stage 1; arguments: images, size (px), dtype, tiny."""
-    from distillery.plan import CachePlan, survey_cache
+    from distillery.cache.plan import CachePlan, survey_cache
     from distillery.sources.pixels import PreprocessSpec
     from distillery.system.machine import usable_cpus
     from distillery.system.signals import StopFlag

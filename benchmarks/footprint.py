@@ -25,10 +25,12 @@ import numpy as np
 
 from benchmarks.common import write_cache
 from data_loader import build_pretraining_dataloader
-from distillery.cache import CacheIndex, load_index, load_shard_layout
+from distillery.cache.archive import DTYPES
+from distillery.cache.folder import load_index, load_shard_layout
+from distillery.cache.images import index_text, shard_name
+from distillery.cache.index import CacheIndex
+from distillery.cache.store import FORMAT_VERSION
 from distillery.reader import ShardFiles
-from distillery.records import FORMAT_VERSION, index_text, shard_name
-from distillery.shard_format import DTYPES
 from distillery.system.console import format_bytes
 
 SMALL_ROWS = 256

@@ -40,7 +40,7 @@ from torch import Tensor
 from benchmarks.common import draw_bars, write_cache
 from benchmarks.loader_peers import PEERS
 from data_loader import CachedTensorDataset, build_pretraining_dataloader
-from distillery.cache import load_index, load_shard_layout
+from distillery.cache.folder import load_index, load_shard_layout
 from distillery.system.console import format_bytes
 from distillery.system.machine import file_system_of, usable_cpus
 

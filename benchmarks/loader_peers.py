@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_loader import build_pretraining_dataloader
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
 
 Epoch = Callable[[], Iterator[Tensor]]
 

@@ -112,7 +112,7 @@ def ceiling(setting: Setting) -> dict:
 
 def ours(setting: Setting) -> dict:
     """Stage 1, through make_cache. steady: from the first rows that are done to the last shard published."""
-    from distillery.plan import CachePlan, survey_cache
+    from distillery.cache.plan import CachePlan, survey_cache
     from distillery.sources.registry import open_source
     from distillery.system.signals import StopFlag
     from distillery.writer import make_cache

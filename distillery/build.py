@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distillery.augment import Augmentation
-from distillery.cache import load_index, load_labels
-from distillery.cache_index import CacheIndex
+from distillery.cache.folder import load_index, load_labels
+from distillery.cache.index import CacheIndex
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_model import ModelConfig
 from distillery.config.keys_train import TrainConfig

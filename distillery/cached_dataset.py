@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery.cache import CacheIndex, load_index, load_labels
+from distillery.cache.folder import load_index, load_labels
+from distillery.cache.index import CacheIndex
 from distillery.reader_rows import CachedRows
 from distillery.sampling import ShardDraws
 from distillery.system.errors import UserError, stage1_command

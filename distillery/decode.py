@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from distillery.shard_format import DTYPES
+from distillery.cache.archive import DTYPES
 from distillery.sources.pixels import (
     DecodeError,
     PreprocessSpec,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distillery.cache import CacheIndex
+from distillery.cache.index import CacheIndex
 from distillery.raw_images import RawRows
 from distillery.reader_rows import CachedRows
 from distillery.sampling import EpochOrder, Sampling, rank_slice

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from distillery.cache.archive import DTYPES
+from distillery.cache.plan import CachePlan, Survey
 from distillery.config.keys_data import DataConfig
 from distillery.decode import Unit, decode_unit
 from distillery.decode_pool import memory_bytes, needs_resampler
-from distillery.plan import CachePlan, Survey
 from distillery.planner import CacheWork, DecodeSpeed, cache_lines
-from distillery.shard_format import DTYPES
 from distillery.sources.base import Source
 from distillery.sources.hub import HubFacts
 from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler

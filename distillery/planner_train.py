@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distillery.build import global_batch_size
+from distillery.cache.images import shard_name
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs
 from distillery.engine import Task, batches_by_step, train_step
 from distillery.loader import DevicePrefetcher
 from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
-from distillery.records import shard_name
 from distillery.sampling import rows_of_draw
 from distillery.system import distributed
 from distillery.system.errors import UserError

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from distillery.cache import CacheIndex, ShardLayout, load_shard_layout
+from distillery.cache.folder import ShardLayout, load_shard_layout
+from distillery.cache.index import CacheIndex
 from distillery.system.errors import MissingFileError, RunError, UserError, stage1_command
 from distillery.system.files import open_regular
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.cache import CacheIndex
+from distillery.cache.index import CacheIndex
 from distillery.reader import ShardFiles
 from distillery.sources.pixels import normalisation_table, normalise_into
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distillery.cache.images import FAILURES_NAME, INDEX_NAME, read_record
+from distillery.cache.store import record_path
 from distillery.metrics import METRICS_NAME
-from distillery.records import FAILURES_NAME, INDEX_NAME, read_record, record_path
 from distillery.report_axes import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
 from distillery.report_cache_sizes import sizes_html
 from distillery.report_html import details, escape, figure, page, table, tiles
@@ -26,7 +27,7 @@ from distillery.system.files import read_regular, write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distillery.cache import CacheIndex
+    from distillery.cache.index import CacheIndex
 
 CACHE_REPORT_NAME = "cache_report.html"
 # images on the contact sheet, and those that the statistics are taken of
@@ -49,7 +50,7 @@ def write_cache_report(cache_dir: Path, out: Path) -> Path:
     Raises:
         UserError: `out` lies in the cache folder; the cache is damaged.
     """
-    from distillery.cache import load_index
+    from distillery.cache.folder import load_index
 
     out = out.resolve()
     if cache_dir.resolve() in out.parents:

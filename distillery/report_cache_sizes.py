@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distillery.records import decode_sizes, read_record, record_path, valid_rows
+from distillery.cache.images import decode_sizes, read_record, valid_rows
+from distillery.cache.store import record_path
 from distillery.report_axes import FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
 from distillery.report_html import figure, table
 from distillery.system.errors import UserError
@@ -15,7 +16,7 @@ from distillery.system.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distillery.cache import CacheIndex
+    from distillery.cache.index import CacheIndex
 
 # shards whose records are read
 SIZED_SHARDS = 256

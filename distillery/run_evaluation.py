@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
 from distillery.cached_dataset import load_labelled
 from distillery.evaluate import (
     BATCH_SIZE,

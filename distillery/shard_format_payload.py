@@ -7,8 +7,7 @@ import os
 import numpy as np
 import xxhash
 
-from distillery.shard_format import DTYPES, crc32, payload_header, shard_tail
-from distillery.shard_format_archive import PAYLOAD_OFFSET
+from distillery.cache.archive import DTYPES, PAYLOAD_OFFSET, crc32, payload_header, shard_tail
 from distillery.system.direct_io import ALIGNMENT_BYTES, bypass_page_cache, drop_written, start_writeback
 from distillery.system.files import pwrite_all
 

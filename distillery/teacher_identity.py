@@ -15,7 +15,7 @@ import numpy as np
 
 from distillery.augment import Augmentation
 from distillery.backbones_entries import split_entry
-from distillery.shard_format_fields import FIELD_DTYPES
+from distillery.cache.fields import FIELD_DTYPES
 from distillery.system.errors import MissingFileError
 from distillery.system.files import expand_path, sha256_of
 from distillery.teacher_records import FOLDER_NAME, file_hash

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
 from distillery.reader import ShardFiles
 from distillery.reader_rows import ToFloat
 from distillery.system.errors import MissingFileError, UserError, stage1_command

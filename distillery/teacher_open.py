@@ -20,10 +20,10 @@ import torch
 from distillery.augment import Augmentation
 from distillery.build import build_teacher_backbone, check_tokens, choose_precision
 from distillery.build_facts import weights_hash
+from distillery.cache.images import image_scan
 from distillery.cached_dataset import CachedTensorDataset
 from distillery.config.load import Configs
 from distillery.models import MEMORY_FORMAT
-from distillery.records import image_scan
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, stage1_command, teacher_command

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from distillery.build import choose_device
-from distillery.cache import load_index
+from distillery.cache.fields import FIELD_DTYPES
+from distillery.cache.folder import load_index
+from distillery.cache.images import INDEX_NAME
+from distillery.cache.plan import CachePlan, Survey
 from distillery.config.load import Configs
-from distillery.plan import CachePlan, Survey
-from distillery.records import INDEX_NAME
-from distillery.shard_format_fields import FIELD_DTYPES
 from distillery.system.console import Progress, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR
 from distillery.system.machine import free_bytes

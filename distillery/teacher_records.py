@@ -1,6 +1,6 @@
 """What a folder of teacher outputs says about itself: a record beside each shard; index.json and statistics.json.
 
-As distillery.records for images: the views follow from the records, a record from its shard, a shard from the images
+As distillery.cache.images for images: the views follow from the records, a record from its shard, a shard from the images
 and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
 """
 
@@ -15,20 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.records import (
+from distillery.cache.archive import read_meta
+from distillery.cache.fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
+from distillery.cache.images import INDEX_NAME, holds_first_rows, index_text
+from distillery.cache.store import (
     FORMAT_VERSION,
-    INDEX_NAME,
     RecordScan,
     check_version,
     decode_checksums,
-    holds_first_rows,
-    index_text,
     keep_views,
     parse_json,
     read_guarded,
 )
-from distillery.shard_format import read_meta
-from distillery.shard_format_fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
 from distillery.system.errors import MissingFileError, UserError, teacher_command
 from distillery.system.files import hash_file, open_regular, read_regular, sha256_of
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distillery.records import FORMAT_VERSION, FutureFormatError, read_guarded, record_text
+from distillery.cache.store import FORMAT_VERSION, FutureFormatError, read_guarded, record_text
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path, is_locked, write_atomic
 from distillery.teacher_records import FILES_NAME, file_hash

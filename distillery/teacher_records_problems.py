@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from distillery.records import INDEX_NAME, FutureFormatError, record_path
+from distillery.cache.images import INDEX_NAME
+from distillery.cache.store import FutureFormatError, record_path
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import holds
 from distillery.teacher_records import (

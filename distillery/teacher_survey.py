@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.plan import CachePlan, Survey, is_untouched
-from distillery.records import image_scan, valid_rows
+from distillery.cache.images import image_scan, valid_rows
+from distillery.cache.plan import CachePlan, Survey, is_untouched
 from distillery.system.errors import UserError, teacher_command
 from distillery.teacher_identity import TeacherCacheSpec
 from distillery.teacher_records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name

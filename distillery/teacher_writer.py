@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery.records import FutureFormatError, RecordScan, record_path
+from distillery.cache.store import FutureFormatError, RecordScan, record_path
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import make_directory, may_try_again
 from distillery.system.signals import StopFlag

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import xxhash
 
-from distillery.records import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
-from distillery.shard_format import crc32
-from distillery.shard_format_fields import frame_of, place_fields
+from distillery.cache.archive import crc32
+from distillery.cache.fields import frame_of, place_fields
+from distillery.cache.store import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
 from distillery.system.direct_io import reserve
 from distillery.system.errors import UserError
 from distillery.system.files import (

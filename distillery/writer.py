@@ -16,10 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+from distillery.cache.images import image_scan, write_views
+from distillery.cache.plan import CachePlan, Survey
+from distillery.cache.store import RecordScan, record_path
 from distillery.decode import Unit
 from distillery.decode_pool import WRITE_AHEAD, Work, decode_pool, split_into_units
-from distillery.plan import CachePlan, Survey
-from distillery.records import RecordScan, image_scan, record_path, write_views
 from distillery.shard_format_payload import gap_before
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import make_directory, may_try_again

@@ -4,7 +4,7 @@ import errno
 import os
 from concurrent.futures.process import BrokenProcessPool
 
-from distillery.plan import CachePlan
+from distillery.cache.plan import CachePlan
 from distillery.system.console import format_bytes
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import NO_SPACE_ERRNOS

@@ -9,19 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from distillery.cache.archive import PAYLOAD_OFFSET
+from distillery.cache.images import encode_sizes, read_record, record_of_shard
+from distillery.cache.plan import CachePlan
+from distillery.cache.store import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
 from distillery.decode import UnitResult
-from distillery.plan import CachePlan
-from distillery.records import (
-    FORMAT_VERSION,
-    FutureFormatError,
-    encode_checksums,
-    encode_sizes,
-    read_record,
-    record_path,
-    record_text,
-)
-from distillery.records_hash import record_of_shard
-from distillery.shard_format_archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter
 from distillery.sources.pixels import library_versions
 from distillery.system.direct_io import reserve

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distillery.plan import CachePlan, survey_cache
+from distillery.cache.plan import CachePlan, survey_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.writer import make_cache

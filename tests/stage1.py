@@ -16,7 +16,7 @@ if __name__ in {"__main__", "__mp_main__"}:
 import numpy as np
 from PIL import Image
 
-from distillery.plan import CachePlan, Survey, survey_cache
+from distillery.cache.plan import CachePlan, Survey, survey_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import EXIT_DONE, Interrupted, run_command
 from distillery.system.signals import StopFlag

@@ -9,8 +9,8 @@ from torch import nn
 from distillery.augment import Augmentation
 from distillery.backbones import BuiltModel
 from distillery.build_facts import weights_hash
+from distillery.cache.plan import CachePlan, survey_cache
 from distillery.models import Backbone
-from distillery.plan import CachePlan, survey_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts

@@ -13,10 +13,11 @@ import torch
 from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery.cache import load_index, load_labels, load_shard_layout
-from distillery.records import FutureFormatError, read_record, record_text
+from distillery.cache.folder import load_index, load_labels, load_shard_layout
+from distillery.cache.images import read_record
+from distillery.cache.store import FutureFormatError, record_text
+from distillery.cache.verify import verify_cache
 from distillery.system.errors import MissingFileError, UserError
-from distillery.verify import verify_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -343,7 +344,8 @@ def test_a_hostile_folder_costs_neither_memory_nor_time(cache):
     os.truncate(cache / "images_shard_00002.pt", 10**12)  # a hole, as long as the index wants to have it
     code = f"""
 import resource
-from distillery.cache import load_index, load_shard_layout
+from distillery.cache.folder import load_index
+from distillery.cache.folder import load_shard_layout
 from distillery.system.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:

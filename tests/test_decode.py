@@ -6,8 +6,8 @@ import xxhash
 from PIL import Image
 from stage1 import MEAN, STD
 
+from distillery.cache.archive import DTYPES
 from distillery.decode import Unit, decode_unit
-from distillery.shard_format import DTYPES
 from distillery.sources.pixels import PreprocessSpec, normalisation_table
 
 SIZE = 12

@@ -8,9 +8,10 @@ import pytest
 import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery import plan as plan_module
-from distillery.plan import survey_cache
-from distillery.records import FutureFormatError, read_record, record_text
+from distillery.cache import plan as plan_module
+from distillery.cache.images import read_record
+from distillery.cache.plan import survey_cache
+from distillery.cache.store import FutureFormatError, record_text
 from distillery.shard_format_payload import PayloadWriter
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import UserError

@@ -11,7 +11,7 @@ from caches import make_test_cache, normalised, stored_images
 from stage1 import SmallSource, run_stage1, small_plan
 
 from distillery import reader
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
 from distillery.reader import ShardFiles
 from distillery.reader_rows import CachedRows, ToFloat
 from distillery.system.errors import MissingFileError, RunError, UserError

@@ -9,28 +9,30 @@ import numpy as np
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery import records as records_module
-from distillery.records import (
+from distillery.cache import store
+from distillery.cache.images import (
     FAILURES_NAME,
     INDEX_NAME,
-    FutureFormatError,
     check_record,
-    decode_checksums,
     decode_sizes,
-    encode_checksums,
     encode_sizes,
     failures_of,
     image_scan,
     index_of,
-    parse_json,
     read_record,
-    record_path,
-    record_text,
+    record_of_shard,
     shard_name,
     valid_rows,
     write_views,
 )
-from distillery.records_hash import record_of_shard
+from distillery.cache.store import (
+    FutureFormatError,
+    decode_checksums,
+    encode_checksums,
+    parse_json,
+    record_path,
+    record_text,
+)
 from distillery.system.errors import UserError
 
 
@@ -271,18 +273,18 @@ def test_views_that_agree_leave_a_folder_alone_that_can_only_be_read(cache, monk
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(records_module, "write_atomic", refuse)
+    monkeypatch.setattr(store, "write_atomic", refuse)
     assert write_views(cache, image_scan(cache))["num_samples"] == 8
 
 
 def test_an_index_is_complete_when_all_rows_wanted_are_there_and_not_merely_as_many(cache):
-    records_module = image_scan(cache).records()
-    assert index_of(records_module)["complete"]
-    assert not index_of(records_module[:2])["complete"]
-    assert index_of(records_module[:2], 16)["complete"]
-    assert index_of(records_module[:2], 12)["complete"]
+    images = image_scan(cache).records()
+    assert index_of(images)["complete"]
+    assert not index_of(images[:2])["complete"]
+    assert index_of(images[:2], 16)["complete"]
+    assert index_of(images[:2], 12)["complete"]
     # as many rows as wanted, but not the first ones
-    assert not index_of(records_module[1:], 12)["complete"]
+    assert not index_of(images[1:], 12)["complete"]
 
 
 def test_records_of_two_configurations_make_no_index(cache, tmp_path):
@@ -302,10 +304,10 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
     for name, path in late.items():
         shutil.move(path, tmp_path / name)
     scan = image_scan(cache)
-    records_module = scan.records
+    images = scan.records
 
     def records_then_publish():
-        found = records_module()
+        found = images()
         for name, path in late.items():
             if not path.exists():
                 shutil.copy(tmp_path / name, path)

@@ -10,8 +10,9 @@ from browser import CHROMIUM, inspect
 from caches import MEAN, STD, make_test_cache
 from test_report import Structure
 
-from distillery.cache import load_index
-from distillery.records import read_record, record_text
+from distillery.cache.folder import load_index
+from distillery.cache.images import read_record
+from distillery.cache.store import record_text
 from distillery.report_cache import CONTACTS, is_cache, sample, write_cache_report
 from distillery.report_cache_sizes import source_sizes
 from distillery.system.errors import UserError

@@ -13,8 +13,15 @@ import pytest
 import torch
 import xxhash
 
-from distillery.shard_format import DTYPES, ForeignShardError, find_payload, payload_header, read_member, read_meta
-from distillery.shard_format_archive import PAYLOAD_OFFSET
+from distillery.cache.archive import (
+    DTYPES,
+    PAYLOAD_OFFSET,
+    ForeignShardError,
+    find_payload,
+    payload_header,
+    read_member,
+    read_meta,
+)
 from distillery.shard_format_payload import PayloadWriter, gap_before
 from distillery.system.errors import UserError
 from distillery.system.files import open_regular, read_regular

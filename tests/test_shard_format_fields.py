@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillery.shard_format import crc32, read_meta
-from distillery.shard_format_fields import digest_file, frame_of, place_fields
+from distillery.cache.archive import crc32, read_meta
+from distillery.cache.fields import digest_file, frame_of, place_fields
 from distillery.system.errors import UserError
 
 SPECS = {"pooled": ("float16", (5, 2, 3)), "tokens": ("int8", (5, 2, 4, 7)), "logits": ("float32", (5, 2, 1))}

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from distillery import shard_format_payload
-from distillery.shard_format_archive import PAYLOAD_OFFSET
+from distillery.cache.archive import PAYLOAD_OFFSET
 from distillery.shard_format_payload import PayloadWriter, gap_before
 from distillery.system.direct_io import ALIGNMENT_BYTES
 

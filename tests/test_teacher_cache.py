@@ -11,8 +11,8 @@ from stage1 import folder_bytes
 from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.augment import Augmentation
+from distillery.cache.store import record_path
 from distillery.models_pair import resample_tokens
-from distillery.records import record_path
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import sha256_of
 from distillery.teacher_cache import TeacherCache, find_teacher_cache

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from teachers import make_teacher_test_cache
 
-from distillery.records import FutureFormatError, record_path, record_text
-from distillery.shard_format_fields import place_fields
+from distillery.cache.fields import place_fields
+from distillery.cache.store import FutureFormatError, record_path, record_text
 from distillery.system.errors import UserError
 from distillery.teacher_records import (
     encode_sums,

@@ -13,7 +13,7 @@ from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery import teacher_writer_shard
-from distillery.records import record_path
+from distillery.cache.store import record_path
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_images import ImageRows

@@ -15,11 +15,13 @@ import yaml
 from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.cache import load_index, load_shard_layout
-from distillery.records import FutureFormatError, read_record
+from distillery.cache.folder import load_index, load_shard_layout
+from distillery.cache.images import read_record
+from distillery.cache.rebuild import rebuild_index
+from distillery.cache.store import FutureFormatError
+from distillery.cache.verify import verify_cache
 from distillery.system.errors import MissingFileError, UserError
-from distillery.upgrade import rebuild_index
-from distillery.verify import report_verification, verify_cache
+from distillery.verify import report_verification
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = SmallSource()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.records import FutureFormatError
+from distillery.cache.store import FutureFormatError
+from distillery.cache.verify import find_problems, verify_cache
 from distillery.system.errors import MissingFileError, UserError
-from distillery.verify import find_problems, repair_command, report_verification, verify_cache
+from distillery.verify import repair_command, report_verification
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = SmallSource()

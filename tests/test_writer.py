@@ -13,13 +13,13 @@ import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery import decode_pool, writer, writer_shard
-from distillery.plan import survey_cache
-from distillery.records import read_record
+from distillery.cache.images import read_record
+from distillery.cache.plan import survey_cache
+from distillery.cache.verify import verify_cache
 from distillery.sources.pixels import library_versions, normalisation_table, preprocess_image
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import create_temporary, temporary_name
 from distillery.system.signals import StopFlag
-from distillery.verify import verify_cache
 from distillery.writer import make_cache
 
 SOURCE = SmallSource()

@@ -11,8 +11,8 @@ from processes import FINISHED, fork, use_forked_workers, wait
 from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery.cache import load_index, load_shard_layout
-from distillery.verify import verify_cache
+from distillery.cache.folder import load_index, load_shard_layout
+from distillery.cache.verify import verify_cache
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
+from distillery.cache.store import FutureFormatError
+from distillery.cache.verify import find_problems, verify_cache
 from distillery.reader import ShardFiles
-from distillery.records import FutureFormatError
 from distillery.system.errors import UserError
-from distillery.verify import find_problems, verify_cache
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from scale import SCALE, scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from syscalls import watched
 
-from distillery.cache import load_index
+from distillery.cache.folder import load_index
+from distillery.cache.verify import verify_cache
 from distillery.reader import ShardFiles
 from distillery.system.errors import RunError, UserError
-from distillery.verify import verify_cache
 
 KB = 1 << 10
 

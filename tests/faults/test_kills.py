@@ -14,7 +14,7 @@ from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from syscalls import killed_at, watched
 
-from distillery.verify import verify_cache
+from distillery.cache.verify import verify_cache
 
 STAGE1 = Path(__file__).resolve().parents[1] / "stage1.py"
 

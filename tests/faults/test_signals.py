@@ -19,9 +19,9 @@ from processes import kill_group, members, wait_until
 from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
+from distillery.cache.verify import verify_cache
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED
 from distillery.system.signals import STOP_SIGNALS
-from distillery.verify import verify_cache
 
 TESTS = Path(__file__).resolve().parents[1]
 SIGNALS = sorted(STOP_SIGNALS)

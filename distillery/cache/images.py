@@ -1,56 +1,41 @@
-"""What a cache folder says about itself: a record beside each shard; index.json and failures.jsonl as views of them.
-
-Whatever is lost can be made again from what is left: the views from the records, a record from its shard, a shard by
-stage 1. Nothing here trusts a file: every field is checked before use, no pickle is executed.
-"""
+"""An image shard's record, checked and made from its bytes; index.json and failures.jsonl as views of the records."""
 
 import base64
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from distillery.shard_format import DTYPES
+from distillery.cache.archive import DTYPES, crc32, payload_header, read_member, read_meta, shard_tail
+from distillery.cache.store import (
+    FORMAT_VERSION,
+    RecordScan,
+    check_version,
+    decode_checksums,
+    encode_checksums,
+    keep_views,
+    parse_json,
+    read_guarded,
+)
 from distillery.system.errors import UserError
-from distillery.system.files import canonical_json, holds, read_regular, sha256_of, write_atomic
+from distillery.system.files import MAX_MEMBER_BYTES, canonical_json, open_regular, read_blocks, sha256_of
 
-FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 FAILURES_NAME = "failures.jsonl"
 SHARD_PATTERN = re.compile(r"images_(?:shard|s\d{3,})_\d{5,}\.pt")
 # source kind of an upgraded cache of this project's predecessor, whose shards carry no description of themselves
 PREDECESSOR = "predecessor"
-_MAX_RECORD_BYTES = 256 << 20
 _MAX_ROWS = 1 << 53  # the largest count that JSON readers of other languages keep exact
-
-
-class FutureFormatError(UserError):
-    """Written by a later version of this project: never taken for damage, never written over."""
 
 
 def shard_name(shard_idx: int) -> str:
     """images_shard_00007.pt for 7."""
     return f"images_shard_{shard_idx:05d}.pt"
-
-
-def record_path(shard_path: Path) -> Path:
-    """The record that stands beside a shard."""
-    return shard_path.with_suffix(".json")
-
-
-def encode_checksums(values: np.ndarray) -> dict:
-    """uint64 [N] as it stands in a record."""
-    return {"algorithm": "xxh3_64", "values": base64.b64encode(values.astype("<u8").tobytes()).decode()}
-
-
-def decode_checksums(entry: dict) -> np.ndarray:
-    """uint64 [N] out of a record."""
-    return np.frombuffer(base64.b64decode(entry["values"], validate=True), dtype="<u8")
 
 
 def encode_sizes(values: np.ndarray) -> dict:
@@ -73,28 +58,6 @@ def read_record(path: Path) -> dict:
     return check_record(read_guarded(path), path)
 
 
-def read_guarded(path: Path) -> dict:
-    """A file that record_text wrote, every byte checked with the hash it carries; errors as read_record."""
-    text = read_regular(path, _MAX_RECORD_BYTES)
-    record = parse_json(path, text)
-    check_version(record, path)
-    record.pop("record_hash", None)
-    try:
-        is_intact = record_text(record) == text
-    except (ValueError, RecursionError):
-        is_intact = False
-    if not is_intact:
-        raise UserError(f"{path}: damaged: its text is not the one its record_hash was taken of.")
-    return record
-
-
-def record_text(record: dict) -> bytes:
-    """A record as it stands on disk, with the hash that guards it."""
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
-    guarded = record | {"record_hash": f"xxh3_64:{xxhash.xxh3_64_hexdigest(text.encode())}"}
-    return json.dumps(guarded, sort_keys=True).encode() + b"\n"
-
-
 def valid_rows(record: dict) -> np.ndarray:
     """bool [N]: the rows that hold an image."""
     valid = np.ones(record["num_samples"], dtype=bool)
@@ -105,16 +68,6 @@ def valid_rows(record: dict) -> np.ndarray:
 def is_predecessors(record: dict) -> bool:
     """Whether a record is of an upgraded cache of the predecessor, whose shards do not describe themselves."""
     return record["identity"]["source"].get("kind") == PREDECESSOR
-
-
-def check_version(record: dict, path: Path) -> None:
-    """Raise FutureFormatError when a record, an index or a shard's description is of a later version."""
-    version = record.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FutureFormatError(
-            f"{path}: format_version {version} is of a later version of this project; update the code. "
-            f"(If none ever wrote here, {path.name} is damaged: remove it.)"
-        )
 
 
 def check_meta(record: dict, path: Path) -> dict:
@@ -170,75 +123,6 @@ def _is_consistent(record: dict, name: str) -> bool:
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
     )
-
-
-def parse_json(path: Path, text: str | bytes) -> dict:
-    """A JSON object, or a UserError that names the file."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
-
-
-class RecordScan:
-    """All readable records of a folder whose shards are there; a second look reads only the files that changed.
-
-    Args:
-        directory: the folder.
-        pattern: what a shard's name matches.
-        read: gives a record, checked; FileNotFoundError or UserError where it is lost or damaged.
-        bulk: keys that are left out: needed only by whoever reads the rows.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        pattern: re.Pattern,
-        read: Callable[[Path], dict],
-        bulk: Sequence[str],
-    ) -> None:
-        self.directory, self.pattern, self.read, self.bulk = directory, pattern, read, bulk
-        self._seen: dict[str, tuple[tuple, dict | None]] = {}
-
-    def records(self) -> list[dict]:
-        """The records by global_start, unreadable ones left out (their shards are hashed and adopted by stage 1).
-
-        Raises:
-            FutureFormatError: one is of a later version.
-        """
-        entries = {entry.name: entry for entry in os.scandir(self.directory)}
-        found = []
-        for name, entry in entries.items():
-            shard = name.removesuffix(".json") + ".pt"
-            if not name.endswith(".json") or shard not in entries or not self.pattern.fullmatch(shard):
-                continue
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # another writer dropped it just now
-                continue
-            stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-            if self._seen.get(name, (None,))[0] != stamp:
-                self._seen[name] = (stamp, self._read(Path(entry.path)))
-            if record := self._seen[name][1]:
-                found.append(record)
-        return sorted(found, key=lambda record: record["global_start"])
-
-    def _read(self, path: Path) -> dict | None:
-        try:
-            record = self.read(path)
-        except (FutureFormatError, PermissionError):
-            raise
-        except (UserError, OSError):
-            return None
-        return {key: value for key, value in record.items() if key not in self.bulk}
 
 
 def image_scan(directory: Path) -> RecordScan:
@@ -305,33 +189,67 @@ def write_views(directory: Path, scan: RecordScan, num_target: int | None = None
     return keep_views(scan, views_of)
 
 
-def keep_views(scan: RecordScan, views_of: Callable[[list[dict]], tuple[dict, dict[Path, bytes]]]) -> dict | None:
-    """Write what views_of makes of a folder's records, again until no other writer published meanwhile.
+def record_of_shard(path: Path) -> dict:
+    """The record of a shard from the shard alone, every byte of it compared with what it should be.
+
+    Raises:
+        UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
+    """
+    text = read_meta(path)
+    record = check_meta(parse_json(path, text), path)
+    size, digest, row_digests, payload_crc, tail = hash_shard(path, record)
+    wrong = np.flatnonzero(row_digests != decode_checksums(record["row_checksums"]))
+    if len(wrong):
+        raise UserError(f"{path}: damaged: {len(wrong)} rows differ from their checksums, the first is row {wrong[0]}.")
+    # the rest of the file follows from its rows, labels and description: no byte of it is taken on trust
+    shape = (record["num_samples"], *record["image_shape"])
+    labels = np.frombuffer(read_member(path, "data/2"), "<i8") if record["identity"]["labels"] else None
+    if tail != shard_tail(payload_crc, record["dtype"], shape, valid_rows(record), labels, text):
+        raise UserError(f"{path}: damaged: the bytes after its rows are not those of this shard.")
+    return record | {"bytes": size, "hash": digest}
+
+
+def rehash_record(path: Path, record: dict) -> dict:
+    """The record of a predecessor's shard, which does not describe itself, with all that its bytes decide afresh."""
+    size, digest, row_digests, _, _ = hash_shard(path, record, own_format=False)
+    return record | {"bytes": size, "hash": digest, "row_checksums": encode_checksums(row_digests)}
+
+
+def hash_shard(path: Path, record: dict, *, own_format: bool = True) -> tuple[int, str, np.ndarray, int, bytes]:
+    """One sequential read of a shard.
 
     Args:
-        scan: of the folder.
-        views_of: gives the index, and path -> content of each file that is a view; one without content is removed.
+        path: the shard.
+        record: where its rows are: payload_offset, num_samples, image_shape, dtype.
+        own_format: the shard must begin as ours do, and the bytes after its rows are wanted.
     Returns:
-        The index; None where there are no records.
-    Raises:
-        UserError: as write_views.
+        (size in bytes, file hash, XXH3-64 of every row as uint64 [N], CRC-32 of the rows, the bytes after them or b"").
     """
-    while True:
-        records = scan.records()
-        if not records:
-            return None
-        for record in records[1:]:
-            if record["fingerprint"] != records[0]["fingerprint"]:
-                raise UserError(
-                    f"{scan.directory}: {records[0]['shard_path']} and {record['shard_path']} were made with different "
-                    "configurations, by two jobs at the same time. Remove the ones you do not want."
-                )
-        index, views = views_of(records)
-        for path, content in views.items():
-            if not content:
-                if os.path.lexists(path):  # a folder that can only be read has nothing to be removed
-                    path.unlink(missing_ok=True)
-            elif not holds(path, content):
-                write_atomic(path, content)
-        if scan.records() == records:
-            return index
+    row_bytes = math.prod(record["image_shape"]) * np.dtype(DTYPES[record["dtype"]]).itemsize
+    digests = np.zeros(record["num_samples"], np.uint64)
+    file_hash, row_hash, payload_crc, tail = xxhash.xxh3_128(), xxhash.xxh3_64(), 0, bytearray()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = b"".join(map(bytes, read_blocks(file, record["payload_offset"])))
+        file_hash.update(head)
+        if own_format and head != payload_header():
+            raise UserError(f"{path}: damaged: it does not begin as a shard does.")
+        row, left = 0, row_bytes
+        for block in read_blocks(file, len(digests) * row_bytes):
+            file_hash.update(block)
+            payload_crc = crc32(block, payload_crc)
+            while block:
+                part = block[:left]
+                row_hash.update(part)
+                block, left = block[len(part) :], left - len(part)
+                if left == 0:
+                    digests[row] = row_hash.intdigest()
+                    row_hash.reset()
+                    row, left = row + 1, row_bytes
+        for block in read_blocks(file, size):
+            file_hash.update(block)
+            if own_format:
+                tail += block
+            if len(tail) > MAX_MEMBER_BYTES:
+                raise UserError(f"{path}: more bytes after its rows than any shard has.")
+    return size, f"xxh3_128:{file_hash.hexdigest()}", digests, payload_crc, bytes(tail)

@@ -7,19 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from distillery.records import (
-    FAILURES_NAME,
-    INDEX_NAME,
-    SHARD_PATTERN,
-    FutureFormatError,
-    check_version,
-    image_scan,
-    is_predecessors,
-    parse_json,
-    record_path,
-    shard_name,
-)
-from distillery.shard_format import ForeignShardError, read_meta, row_bytes_of
+from distillery.cache.archive import ForeignShardError, read_meta, row_bytes_of
+from distillery.cache.images import FAILURES_NAME, INDEX_NAME, SHARD_PATTERN, image_scan, is_predecessors, shard_name
+from distillery.cache.store import FutureFormatError, check_version, parse_json, record_path
 from distillery.sources.pixels import PreprocessSpec, library_versions
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, sha256_of

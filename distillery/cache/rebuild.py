@@ -12,26 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache import load_index
-from distillery.cache_index import CacheIndex
-from distillery.cache_predecessor import seed_image_format
-from distillery.records import (
-    FORMAT_VERSION,
+from distillery.cache.archive import DTYPES, ForeignShardError, find_payload
+from distillery.cache.folder import load_index, seed_image_format
+from distillery.cache.images import (
     INDEX_NAME,
     PREDECESSOR,
     SHARD_PATTERN,
-    FutureFormatError,
     check_record,
-    encode_checksums,
+    hash_shard,
     image_scan,
-    parse_json,
     read_record,
-    record_path,
-    record_text,
+    record_of_shard,
     write_views,
 )
-from distillery.records_hash import hash_shard, record_of_shard
-from distillery.shard_format import DTYPES, ForeignShardError, find_payload
+from distillery.cache.index import CacheIndex
+from distillery.cache.store import (
+    FORMAT_VERSION,
+    FutureFormatError,
+    encode_checksums,
+    parse_json,
+    record_path,
+    record_text,
+)
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import read_regular, sha256_of, write_atomic
 from distillery.system.machine import usable_cpus

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.records import INDEX_NAME, SHARD_PATTERN
-from distillery.shard_format import DTYPES, row_bytes_of
+from distillery.cache.archive import DTYPES, row_bytes_of
+from distillery.cache.images import INDEX_NAME, SHARD_PATTERN
 from distillery.system.errors import UserError, stage1_command
 
 # what a damaged or hostile index makes Python raise

@@ -1,4 +1,4 @@
-"""A shard of several big tensors: the archive of distillery.shard_format, with each tensor at a place known beforehand.
+"""A shard of several big tensors: the archive of distillery.cache.archive, with each tensor at a place known beforehand.
 
 Sizes alone decide the places, so that rows of all tensors can be written and read in place. Nothing imports torch.
 """
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.shard_format import archive_tail, crc32
-from distillery.shard_format_archive import Member, data_descriptor, local_header
+from distillery.cache.archive import Member, archive_tail, crc32, data_descriptor, local_header
 from distillery.system.errors import UserError
 from distillery.system.files import open_regular, read_blocks
 

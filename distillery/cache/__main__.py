@@ -1,0 +1,22 @@
+"""Check a cache: python -m distillery.cache verify DIR."""
+
+import argparse
+from pathlib import Path
+
+from distillery.system.errors import run_command
+
+
+def main() -> int:
+    """python -m distillery.cache verify DIR: the same as python -m distillery.verify DIR."""
+    parser = argparse.ArgumentParser(prog="python -m distillery.cache", description="Check a cache; reads only.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    verify = commands.add_parser("verify", help="compare every byte with the hashes; writes nothing")
+    verify.add_argument("directory", type=Path, metavar="DIR", help="a cache_dir, or one of the folders below it")
+    directory = parser.parse_args().directory
+    from distillery.verify import verify_folder  # that module reads caches through this one
+
+    return verify_folder(directory)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,214 @@
+"""What is wrong with a folder of images: every byte against its hash, every view against the records. Reads only."""
+
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from distillery.cache.folder import load_index, load_shard_layout
+from distillery.cache.images import (
+    FAILURES_NAME,
+    INDEX_NAME,
+    SHARD_PATTERN,
+    failures_of,
+    image_scan,
+    index_of,
+    index_text,
+    is_predecessors,
+    read_record,
+    record_of_shard,
+    rehash_record,
+)
+from distillery.cache.index import CacheIndex
+from distillery.cache.store import FutureFormatError, parse_json, record_path
+from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import read_regular
+from distillery.system.machine import usable_cpus
+
+_OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a cache folder.
+
+    remove: the file to take away before stage 1 runs again, or None where running stage 1 is enough. A disk that gives
+        back other bytes than it was given leaves no trace in the file's times, by which stage 1 chooses what to hash.
+    """
+
+    text: str
+    remove: Path | None = None
+
+
+def verify_cache(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Every problem of a cache folder, each naming its file; an empty list when all is well. Writes nothing.
+
+    progress: called with a number of bytes as they are read.
+    """
+    return [problem.text for problem in find_problems(directory, progress)]
+
+
+def find_problems(directory: Path, progress: Callable[[int], None] | None = None) -> list[Problem]:
+    """verify_cache, with what to remove before stage 1 can repair it.
+
+    Raises:
+        MissingFileError: no cache there.
+        FutureFormatError: the index or a record is of a later version.
+    """
+    directory = Path(directory)
+    index, problems = _load_views(directory)
+    if index is not None and not index.verified:
+        return _verify_seed(index)
+    listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
+    # of shards and records: a record alone says that its shard is lost, where no index does
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    on_disk = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
+    on_disk = {name for name in on_disk if SHARD_PATTERN.fullmatch(name)}
+    lock, fingerprints = threading.Lock(), {}
+
+    def check(name: str) -> list[Problem]:
+        found = list(_verify_shard(directory / name, index, listed.get(name), fingerprints))
+        if progress and (directory / name).exists():
+            with lock:
+                progress((directory / name).stat().st_size)
+        return found
+
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        for found in pool.map(check, sorted(on_disk | set(listed))):
+            problems += found
+    if index is None:
+        problems += _verify_agreement(directory, fingerprints)
+    return problems + list(_verify_views(directory, index))
+
+
+def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
+    """(the index, or None where it is damaged, or missing beside shards or records; the problem then)."""
+    try:
+        return load_index(directory), []
+    except FutureFormatError:
+        raise
+    except MissingFileError:
+        if not has_shards(directory, SHARD_PATTERN):
+            raise
+        return None, [Problem(f"{directory / INDEX_NAME}: missing")]
+    except UserError as error:
+        return None, [Problem(str(error))]
+
+
+def has_shards(directory: Path, pattern: re.Pattern) -> bool:
+    """Whether a folder holds shards with such names, or records of them."""
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    return any(path.suffix in (".pt", ".json") and pattern.fullmatch(path.stem + ".pt") for path in paths)
+
+
+def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator[Problem]:
+    """Without an index: shards whose own description is of another cache than that of most."""
+    counts = Counter(fingerprints.values()).most_common(2)
+    if len(counts) < 2:
+        return
+    (most, count), (_, second) = counts
+    for name, fingerprint in sorted(fingerprints.items()):
+        if count == second:
+            yield Problem(f"{directory / name}: as many shards here are of another cache; keep those of one of them")
+        elif fingerprint != most:
+            yield Problem(f"{directory / name}: of another cache than most shards here", directory / name)
+
+
+def _verify_shard(
+    path: Path, index: CacheIndex | None, s: int | None, fingerprints: dict[str, str]
+) -> Iterator[Problem]:
+    """What is wrong with a shard and its record; `fingerprints` gets the one that the shard itself tells."""
+    record, recorded = None, record_path(path)
+    try:
+        record = read_record(recorded)
+    except FileNotFoundError:
+        yield Problem(f"{recorded}: missing")
+    except FutureFormatError:
+        raise
+    except (UserError, OSError) as error:
+        yield Problem(_naming(recorded, error), recorded)
+    try:
+        is_ours = record is None or not is_predecessors(record)
+        remade = record_of_shard(path) if is_ours else rehash_record(path, record)
+    except FileNotFoundError:
+        yield Problem(f"{path}: missing")
+        return
+    except (UserError, OSError) as error:
+        yield Problem(_naming(path, error), path)
+        return
+    fingerprints[path.name] = remade["fingerprint"]
+    if record is not None and remade != record:
+        yield Problem(f"{path}: differs from its record in {_differing_keys(remade, record)}", path)
+    if index is not None and s is None:
+        yield Problem(f"{path}: not listed in index.json", path if remade["fingerprint"] != index.fingerprint else None)
+    if index is not None and s is not None:
+        expected = {
+            "fingerprint": index.fingerprint,
+            "global_start": int(index.shard_starts[s]),
+            "num_samples": int(index.shard_rows[s]),
+            "num_failed": int(index.shard_failed[s]),
+            "bytes": int(index.shard_bytes[s]),
+        }
+        if wrong := [key for key, value in expected.items() if remade[key] != value]:
+            is_foreign = remade["fingerprint"] != index.fingerprint
+            yield Problem(f"{path}: differs from index.json in {', '.join(wrong)}", path if is_foreign else None)
+
+
+def _naming(path: Path, error: Exception) -> str:
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+def _differing_keys(a: dict, b: dict) -> str:
+    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))) or "their spelling"
+
+
+def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
+    """index.json and failures.jsonl against the records, and files that belong to no cache."""
+    records = image_scan(directory).records()
+    if index is not None and records:
+        text = read_regular(directory / INDEX_NAME)
+        found = parse_json(directory / INDEX_NAME, text)
+        # whether the cache is complete depends on max_samples, which only the configuration knows
+        expected = index_of(records) | {"complete": found.get("complete")}
+        if text != index_text(expected):
+            yield Problem(f"{directory / INDEX_NAME}: differs from the records in {_differing_keys(found, expected)}")
+    failures = directory / FAILURES_NAME
+    try:
+        text = read_regular(failures)
+    except FileNotFoundError:
+        text = b""
+    except (UserError, OSError) as error:
+        yield Problem(_naming(failures, error), failures)
+        text = failures_of(records)
+    if text != failures_of(records):
+        yield Problem(f"{failures}: differs from the records")
+    is_upgraded = any(map(is_predecessors, records))
+    for entry in os.scandir(directory):
+        is_known = entry.name in _OTHER_NAMES or SHARD_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
+        is_old_index = is_upgraded and entry.name.startswith("index_shard_")
+        if not is_known and not is_old_index and not entry.name.startswith(".nfs"):
+            reason = "left by a killed run; stage 1 removes it"
+            if ".tmp-" not in entry.name:
+                reason = "not part of a cache; move it elsewhere"
+            yield Problem(f"{entry.path}: {reason}")
+
+
+def _verify_seed(index: CacheIndex) -> list[Problem]:
+    problems = []
+    for s in range(len(index.shard_names)):
+        try:
+            load_shard_layout(index, s)
+        except UserError as error:
+            problems.append(Problem(str(error)))
+    return problems
+
+
+def folders_of(directory: Path) -> list[Path]:
+    """A cache folder and the evaluation caches below it."""
+    patterns = (INDEX_NAME, "images_*.pt", "images_*.json")
+    below = {path.parent for pattern in patterns for path in directory.glob(f"eval/*/*/{pattern}")}
+    return [directory, *sorted(below)]
