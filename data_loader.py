@@ -6,8 +6,8 @@
         for images in loader: ...                                        # float32 [B, 3, H, W], normalised
 
 The classes are map-style data sets that any torch DataLoader takes as well; the loader above does not need one: threads
-read rows straight into reused batches (distillery/reader.py, stream.py) in an order that is a pure function of (seed,
-epoch, shards), whatever the number of processes and threads (distillery/sampling.py).
+read rows straight into reused batches (distillery/reading/shard_files.py, stream.py) in an order that is a pure
+function of (seed, epoch, shards), whatever the number of processes and threads (distillery/reading/order.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,22 +22,22 @@ from torch.utils.data import Dataset
 from distillery.cache.archive import row_bytes_of
 from distillery.cache.folder import load_index
 from distillery.cache.index import CacheIndex
-from distillery.cached_dataset import (
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import load_data_config, load_train_config
+from distillery.config.sections import ALIASES
+from distillery.reading.datasets import (
     CachedTensorDataset,
     RandomShardSubsetCachedDataset,
     checked_rows,
     load_labelled,
     part_of_index,
 )
-from distillery.config.keys_data import DataConfig
-from distillery.config.keys_train import TrainConfig
-from distillery.config.load import load_data_config, load_train_config
-from distillery.config.sections import ALIASES
-from distillery.loader import DevicePrefetcher, PretrainingLoader
-from distillery.raw_images import ImageDecoder, RawRows, pieces_of
-from distillery.reader import ShardFiles
-from distillery.reader_rows import CachedRows
-from distillery.sampling import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
+from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
+from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
+from distillery.reading.raw import ImageDecoder, RawRows, pieces_of
+from distillery.reading.rows import CachedRows
+from distillery.reading.shard_files import ShardFiles
 from distillery.sources.pixels import PreprocessSpec
 from distillery.sources.registry import open_source
 from distillery.system import distributed

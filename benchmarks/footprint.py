@@ -30,7 +30,7 @@ from distillery.cache.folder import load_index, load_shard_layout
 from distillery.cache.images import index_text, shard_name
 from distillery.cache.index import CacheIndex
 from distillery.cache.store import FORMAT_VERSION
-from distillery.reader import ShardFiles
+from distillery.reading.shard_files import ShardFiles
 from distillery.system.console import format_bytes
 
 SMALL_ROWS = 256

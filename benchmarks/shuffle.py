@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 
-from distillery.sampling import Sampling, block_sizes
+from distillery.reading.order import Sampling, block_sizes
 
 SHARD_ROWS = 2048
 

@@ -20,7 +20,7 @@ from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import LOSSES, fields_needed, queue_size_of
 from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
 from distillery.models_pair import FrozenTeacher, StudentWithHeads
-from distillery.sampling import rows_of_draw
+from distillery.reading.shard_draws import rows_of_draw
 from distillery.sources.evaluation import label_warnings
 from distillery.standardise import Targets
 from distillery.system import distributed

@@ -19,7 +19,7 @@ from distillery.engine import Task
 from distillery.metrics import pack_numbers
 from distillery.models import Backbone
 from distillery.models_pair import FrozenTeacher
-from distillery.sampling import EpochOrder
+from distillery.reading.order import EpochOrder
 from distillery.standardise import PHI_S, Targets
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, teacher_command

@@ -120,7 +120,7 @@ def evaluate_on_folders(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """`evaluate_features` of one model on the caches of an evaluation set's two splits."""
-    from distillery.cached_dataset import load_labelled
+    from distillery.reading.datasets import load_labelled
 
     train_x, train_y = extract_features(model_fn, load_labelled(train, BATCH_SIZE), device)
     test_x, test_y = extract_features(model_fn, load_labelled(test, BATCH_SIZE), device)
@@ -249,7 +249,7 @@ def evaluate_candidate(
         linear: fit the linear probe.
         device: where the models run.
     """
-    from distillery.cached_dataset import load_labelled
+    from distillery.reading.datasets import load_labelled
 
     train, test = (extract_features(candidate.own, load_labelled(folder, BATCH_SIZE), device) for folder in folders)
     measured = evaluate_features(*train, *test, k=k, linear=linear, device=device)

@@ -255,7 +255,7 @@ def choose_pool(folders: dict[str, tuple[Path, Path]], data: Any) -> Pool:
         folders: as build.eval_folders gives them.
         data: the run's DataConfig.
     """
-    from distillery.cached_dataset import CachedTensorDataset, cached_labels
+    from distillery.reading.datasets import CachedTensorDataset, cached_labels
 
     for name, (_, test) in folders.items():
         dataset = CachedTensorDataset(test)

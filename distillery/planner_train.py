@@ -14,9 +14,9 @@ from distillery.cache.images import shard_name
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs
 from distillery.engine import Task, batches_by_step, train_step
-from distillery.loader import DevicePrefetcher
 from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
-from distillery.sampling import rows_of_draw
+from distillery.reading.loader import DevicePrefetcher
+from distillery.reading.shard_draws import rows_of_draw
 from distillery.system import distributed
 from distillery.system.errors import UserError
 from distillery.system.machine import memory_left

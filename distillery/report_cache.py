@@ -91,7 +91,7 @@ def sample(index: CacheIndex) -> tuple[list[int], dict[str, np.ndarray], list[st
         global_idx of those on the contact sheet; mean, std (float [N, 3] per image and channel, of pixels in 0..1) and
         histogram (int [3, 64], of all of them); the contact sheet's cells as HTML.
     """
-    from distillery.reader_rows import CachedRows
+    from distillery.reading.rows import CachedRows
 
     reader = CachedRows(index)
     valid = index.shard_rows - index.shard_failed

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from distillery.cache.folder import load_index
-from distillery.cached_dataset import load_labelled
 from distillery.evaluate import (
     BATCH_SIZE,
     MAX_COMPARED_ROWS,
@@ -27,6 +26,7 @@ from distillery.losses import Features
 from distillery.metrics import RunLog
 from distillery.models import Backbone
 from distillery.models_pair import StudentWithHeads
+from distillery.reading.datasets import load_labelled
 from distillery.standardise import Targets
 from distillery.system.console import Progress
 from distillery.system.errors import Interrupted

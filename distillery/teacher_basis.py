@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distillery.reading.rows import TEACHER_BATCH, ImageRows
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import create_temporary, fsync_dir, publish_no_clobber, temporary_name, write_all
 from distillery.teacher_cache import load_basis
 from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_images import TEACHER_BATCH, ImageRows
 from distillery.teacher_outputs import LiveTeacher, basis_bytes, fit_basis, valid_features
 from distillery.teacher_records import BASIS_NAME, file_hash
 from distillery.teacher_survey import TeacherPlan

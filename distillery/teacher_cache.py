@@ -20,7 +20,7 @@ from distillery.cache.fields import FIELD_DTYPES
 from distillery.cache.folder import ShardLayout
 from distillery.cache.plan import differences
 from distillery.cache.store import FutureFormatError, decode_checksums, record_path
-from distillery.reader import ShardFiles
+from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import MissingFileError, UserError, teacher_command
 from distillery.system.files import open_regular, read_blocks
 from distillery.teacher_identity import LOCAL_REPO, token_grid_of

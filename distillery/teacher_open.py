@@ -21,16 +21,16 @@ from distillery.augment import Augmentation
 from distillery.build import build_teacher_backbone, check_tokens, choose_precision
 from distillery.build_facts import weights_hash
 from distillery.cache.images import image_scan
-from distillery.cached_dataset import CachedTensorDataset
 from distillery.config.load import Configs
 from distillery.models import MEMORY_FORMAT
+from distillery.reading.datasets import CachedTensorDataset
+from distillery.reading.rows import ImageRows
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, stage1_command, teacher_command
 from distillery.system.files import sha256_of
 from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
 from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
-from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import LiveTeacher
 from distillery.teacher_records import FILES_NAME, read_teacher_index, teacher_shard_name
 from distillery.teacher_records_files import (

@@ -11,11 +11,11 @@ from distillery.cache.folder import load_index
 from distillery.cache.images import INDEX_NAME
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.load import Configs
+from distillery.reading.rows import ImageRows
 from distillery.system.console import Progress, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR
 from distillery.system.machine import free_bytes
 from distillery.system.signals import StopFlag
-from distillery.teacher_images import ImageRows
 from distillery.teacher_open import (
     build_live_teacher,
     compare_files,

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from distillery.cache.store import FutureFormatError, RecordScan, record_path
+from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import make_directory, may_try_again
 from distillery.system.signals import StopFlag
 from distillery.teacher_basis import ensure_basis
 from distillery.teacher_cache import load_basis, to_device
 from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, valid_features
 from distillery.teacher_records import (
     BASIS_NAME,

@@ -23,7 +23,7 @@ from data_loader import (
     build_pretraining_dataloader,
     load_labelled,
 )
-from distillery import raw_images
+from distillery.reading import raw as raw_module
 from distillery.system import distributed
 from distillery.system.errors import MissingFileError, RunError, UserError
 
@@ -515,8 +515,8 @@ def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_
 def test_raw_images_are_read_no_further_ahead_than_memory_is_meant_for(tmp_path, raw_source, monkeypatch):
     source = raw_source(Images(400))
     whole = indices_of(build(tmp_path, 4, data=RAW))
-    monkeypatch.setattr(raw_images, "_FIRST_ROWS", 10)
-    monkeypatch.setattr(raw_images, "_WAITING_BYTES", 40 * len(source.encoded(0)))
+    monkeypatch.setattr(raw_module, "_FIRST_ROWS", 10)
+    monkeypatch.setattr(raw_module, "_WAITING_BYTES", 40 * len(source.encoded(0)))
     source.reads.clear()
     loader = build(tmp_path, 4, data=RAW | {"prefetch_batches": 1})
     batches = iter(loader)
@@ -568,7 +568,7 @@ class UnreadableFrom(Images):
 
 
 def test_images_that_cannot_be_read_end_the_epoch_where_they_are_wanted(tmp_path, raw_source, monkeypatch):
-    monkeypatch.setattr(raw_images, "_TOGETHER", 8)
+    monkeypatch.setattr(raw_module, "_TOGETHER", 8)
     raw_source(UnreadableFrom(40))
     loader = build(tmp_path, 8, data=RAW | {"shards_per_epoch": None, "shuffle": "none", "shard_subset_mode": "fixed"})
     order = [batch[0] for batch in np.array(loader._epoch_order().rows(0, 40)[0]).reshape(5, 8).tolist()]
@@ -583,7 +583,7 @@ def test_a_reader_that_cannot_start_is_an_error(tmp_path, raw_source, monkeypatc
     def full(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(raw_images.RawRows, "_read_part", full)
+    monkeypatch.setattr(raw_module.RawRows, "_read_part", full)
     assert "can't start new thread" in str(end_of(build(tmp_path, 8, data=RAW))[1])
 
 

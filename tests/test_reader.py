@@ -10,10 +10,10 @@ import torch
 from caches import make_test_cache, normalised, stored_images
 from stage1 import SmallSource, run_stage1, small_plan
 
-from distillery import reader
 from distillery.cache.folder import load_index
-from distillery.reader import ShardFiles
-from distillery.reader_rows import CachedRows, ToFloat
+from distillery.reading import shard_files
+from distillery.reading.rows import CachedRows, ToFloat
+from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import MissingFileError, RunError, UserError
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8"]
@@ -44,7 +44,7 @@ def open_descriptors() -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", [None, 0, 1])
-@pytest.mark.parametrize("mode", reader.READ_MODES)
+@pytest.mark.parametrize("mode", shard_files.READ_MODES)
 def test_rows_equal_plain_torch_load_in_any_order(tmp_path, dtype, seed, mode):
     make_test_cache(tmp_path, 21, dtype=dtype, bad=(3, 20))
     index = load_index(tmp_path)
@@ -124,7 +124,7 @@ def test_images_of_a_predecessor_that_are_not_normalised_are_normalised_once(tmp
 
 
 @pytest.mark.parametrize("place", [0.0, 0.37, 0.999])
-@pytest.mark.parametrize("mode", reader.READ_MODES)
+@pytest.mark.parametrize("mode", shard_files.READ_MODES)
 def test_a_flipped_bit_is_found_at_the_first_read_and_named(tmp_path, place, mode):
     make_test_cache(tmp_path, 16)
     index = load_index(tmp_path)
@@ -140,8 +140,8 @@ def test_a_flipped_bit_is_found_at_the_first_read_and_named(tmp_path, place, mod
 def test_checksums_are_compared_once_always_or_never(tmp_path, monkeypatch):
     make_test_cache(tmp_path, 16)
     index, digests = load_index(tmp_path), []
-    digest = reader.xxhash.xxh3_64_intdigest
-    monkeypatch.setattr(reader.xxhash, "xxh3_64_intdigest", lambda data: digests.append(1) or digest(data))
+    digest = shard_files.xxhash.xxh3_64_intdigest
+    monkeypatch.setattr(shard_files.xxhash, "xxh3_64_intdigest", lambda data: digests.append(1) or digest(data))
     for verify, first, second in (("first", 16, 0), ("always", 16, 16), ("never", 0, 0)):
         files = ShardFiles(index, verify=verify)
         for expected in (first, second):
@@ -173,7 +173,7 @@ def test_a_shard_cut_before_it_is_opened_is_an_error_with_both_sizes(tmp_path):
         read_all(ShardFiles(load_index(tmp_path)))
 
 
-@pytest.mark.parametrize("mode", reader.READ_MODES)
+@pytest.mark.parametrize("mode", shard_files.READ_MODES)
 def test_a_shard_cut_while_it_is_open_is_an_error_with_the_row(tmp_path, mode):
     make_test_cache(tmp_path, 16)
     files = ShardFiles(load_index(tmp_path), mode=mode)
@@ -290,7 +290,7 @@ def test_copies_are_independent(tmp_path):
 
 def test_reading_ahead_changes_nothing_and_can_be_stopped(tmp_path, monkeypatch):
     make_test_cache(tmp_path, 16)
-    monkeypatch.setattr(reader, "_is_resident", lambda fd, probe, offset: False)
+    monkeypatch.setattr(shard_files, "_is_resident", lambda fd, probe, offset: False)
     files = ShardFiles(load_index(tmp_path))
     shards, local = np.array([1, 0, 0, 1]), np.array([3, 2, 1, 7])
     asked = []
@@ -303,11 +303,11 @@ def test_reading_ahead_changes_nothing_and_can_be_stopped(tmp_path, monkeypatch)
 def test_of_a_window_in_memory_only_a_few_rows_are_looked_at(tmp_path, monkeypatch):
     make_test_cache(tmp_path, 160)
     looked, advised = [], []
-    monkeypatch.setattr(reader, "_is_resident", lambda fd, probe, offset: not looked.append(offset))
+    monkeypatch.setattr(shard_files, "_is_resident", lambda fd, probe, offset: not looked.append(offset))
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments))
     files = ShardFiles(load_index(tmp_path))
     files.advise(np.repeat(np.arange(20), 4), np.tile(np.arange(0, 8, 2), 20))
-    assert len(looked) <= 2 * (reader._SAMPLED_RUNS + 1)
+    assert len(looked) <= 2 * (shard_files._SAMPLED_RUNS + 1)
     assert not advised
 
 

@@ -6,18 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from distillery import sampling_random
 from distillery.build import steps_per_epoch
 from distillery.config.keys_train import TrainConfig
-from distillery.sampling import (
-    SUBSET_MODES,
-    EpochOrder,
-    Sampling,
-    ShardDraws,
-    block_sizes,
-    epoch_shards,
-    rank_slice,
-)
+from distillery.reading import shard_draws
+from distillery.reading.order import EpochOrder, Sampling, block_sizes, rank_slice
+from distillery.reading.shard_draws import SUBSET_MODES, ShardDraws, epoch_shards
 from distillery.system.errors import UserError
 
 SHARD_ROWS = np.array([8, 8, 5, 0, 8, 8, 3])
@@ -186,11 +179,11 @@ def test_batch_mates_change_between_epochs():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 1000, 5000])
 def test_computed_permutation_is_one(n, monkeypatch):
-    monkeypatch.setattr(sampling_random, "_LARGEST_HELD_ORDER", 0)
-    values = sampling_random.RandomOrder(n, 3, 4)(np.arange(n))
+    monkeypatch.setattr(shard_draws, "_LARGEST_HELD_ORDER", 0)
+    values = shard_draws.RandomOrder(n, 3, 4)(np.arange(n))
     assert sorted(values.tolist()) == list(range(n))
     assert n < 64 or (values != np.arange(n)).mean() > 0.9
-    assert n < 64 or values.tolist() != sampling_random.RandomOrder(n, 3, 5)(np.arange(n)).tolist()
+    assert n < 64 or values.tolist() != shard_draws.RandomOrder(n, 3, 5)(np.arange(n)).tolist()
 
 
 def test_memory_does_not_grow_with_the_rows():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distillery.stream import BatchMemory, BatchStream
+from distillery.reading.stream import BatchMemory, BatchStream
 from distillery.system.errors import RunError
 
 ROW_BYTES = 16

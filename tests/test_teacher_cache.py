@@ -13,11 +13,11 @@ from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teach
 from distillery.augment import Augmentation
 from distillery.cache.store import record_path
 from distillery.models_pair import resample_tokens
+from distillery.reading.rows import ImageRows
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import sha256_of
 from distillery.teacher_cache import TeacherCache, find_teacher_cache
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity
-from distillery.teacher_images import ImageRows
 from distillery.teacher_records_problems import find_teacher_problems
 
 FORMS = {

@@ -18,9 +18,9 @@ from workplace import Workplace
 import precompute_cache
 from distillery import teacher_open, teacher_records_files
 from distillery.build_facts import check_same_teacher
-from distillery.cached_dataset import CachedTensorDataset
 from distillery.config.load import load_configs
 from distillery.evaluate import load_candidates
+from distillery.reading.datasets import CachedTensorDataset
 from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_open import open_teacher_cache

@@ -14,12 +14,12 @@ from test_engine import MEAN, STD, build_task, images_of, run_epoch
 from distillery import build, teacher_open, teacher_pass
 from distillery.augment import Augmentation
 from distillery.augment_draws import view_of_epoch
-from distillery.cached_dataset import CachedTensorDataset
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
-from distillery.loader import DevicePrefetcher
 from distillery.models_pair import FrozenTeacher, align, resample_tokens
+from distillery.reading.datasets import CachedTensorDataset
+from distillery.reading.loader import DevicePrefetcher
 from distillery.standardise import Targets
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_open import open_teacher_cache

@@ -14,9 +14,9 @@ from teachers import images_plan, live_teacher, make_images, make_teacher_test_c
 
 from distillery import teacher_writer_shard
 from distillery.cache.store import record_path
+from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache import TeacherCache
-from distillery.teacher_images import ImageRows
 from distillery.teacher_outputs import fit_basis
 from distillery.teacher_records import statistics_of, teacher_scan
 from distillery.teacher_records_problems import find_teacher_problems

@@ -13,7 +13,7 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 from distillery.cache.folder import load_index
 from distillery.cache.store import FutureFormatError
 from distillery.cache.verify import find_problems, verify_cache
-from distillery.reader import ShardFiles
+from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import UserError
 
 

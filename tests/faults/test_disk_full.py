@@ -17,7 +17,7 @@ from syscalls import watched
 
 from distillery.cache.folder import load_index
 from distillery.cache.verify import verify_cache
-from distillery.reader import ShardFiles
+from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import RunError, UserError
 
 KB = 1 << 10

@@ -3,7 +3,7 @@
 Reads are preadv unless a mapping is asked for: a mapped file that shrinks may kill the process (SIGBUS), and faults of
 single pages make a mapping many times slower than reads on Lustre and NFS. Where the files are local and in memory, a
 copy from the mapping saves the kernel's part. Both release the GIL, so threads suffice; they and the memory they fill
-are in distillery/stream.py.
+are in distillery/reading/stream.py.
 """
 
 import mmap
@@ -53,6 +53,8 @@ class _OpenShard:
 
 
 _all_files: weakref.WeakSet["ShardFiles"] = weakref.WeakSet()
+
+
 # a thread that is not there in the child may have held a lock when the process was forked
 os.register_at_fork(after_in_child=lambda: [files._reset() for files in list(_all_files)])
 

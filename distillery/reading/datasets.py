@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
-from distillery.reader_rows import CachedRows
-from distillery.sampling import ShardDraws
+from distillery.reading.rows import CachedRows
+from distillery.reading.shard_draws import ShardDraws
 from distillery.system.errors import UserError, stage1_command
 
 _DEFAULT_SUBSET_SEED = 42

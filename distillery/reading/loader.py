@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distillery.cache.index import CacheIndex
-from distillery.raw_images import RawRows
-from distillery.reader_rows import CachedRows
-from distillery.sampling import EpochOrder, Sampling, rank_slice
-from distillery.stream import Batch, BatchMemory, BatchStream
+from distillery.reading.order import EpochOrder, Sampling, rank_slice
+from distillery.reading.raw import RawRows
+from distillery.reading.rows import CachedRows
+from distillery.reading.stream import Batch, BatchMemory, BatchStream
 from distillery.system import distributed
 from distillery.system.errors import UserError
 

@@ -28,7 +28,6 @@ _FIRST_ROWS = 256
 _TOGETHER = 64  # neighbours read at a time
 _POLL_S = 0.25
 _FEW_FAILURES = 10
-
 Read = Callable[[range], list[bytes]]
 
 

@@ -25,7 +25,6 @@ from distillery.system.errors import RunError
 _SLOW_S = 10.0
 _POLL_S = 0.25
 _LAST_READS_S = 1.0
-
 RowIds = tuple[np.ndarray, np.ndarray]
 
 
