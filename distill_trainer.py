@@ -7,7 +7,7 @@
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
 else. A new loss is a function in distillery/losses_terms.py and a line in losses_table.py, a new kind of model goes
-into distillery/backbones.py; this file only puts the parts together.
+into distillery/models/builders.py; this file only puts the parts together.
 """
 
 import functools
@@ -32,6 +32,7 @@ from distillery.engine import Progress, check_first_step, check_numbers, train_o
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
 from distillery.metrics import RunLog, read_rows
+from distillery.models import configured
 from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
 from distillery.progress import epoch_line, training_fields
 from distillery.report import summary_table, write_plots, write_report
@@ -48,7 +49,7 @@ from distillery.teacher_open import open_teacher_cache
 def main(command: TrainingCommand) -> int:
     """Join the other processes if there are any, then train."""
     with StopFlag(command.arguments.max_minutes) as stop:
-        device = build.choose_device(command.arguments.device)
+        device = configured.choose_device(command.arguments.device)
         with distributed.joined(device, lambda: stop.requested):
             return Run(command, device, stop).train()
 

@@ -371,7 +371,7 @@ def download(configs) -> int:
     for job in build_jobs(configs.data, 1, 0):
         print(f"{job.title}: {job.source.describe()}: {len(job.source)} images, all here")
     if configs.model is not None:
-        from distillery.models import download_weights
+        from distillery.models.backbone import download_weights
 
         for line in download_weights(configs.model.model_dump()):
             print(line)

@@ -73,9 +73,10 @@ def timm_mse(folder: Path, learning_rate: float) -> None:
 
     from data_loader import DevicePrefetcher, build_pretraining_dataloader
     from distillery import build
-    from distillery.augment import Augmentation
+    from distillery.models import configured
+    from distillery.models.views import Augmentation
 
-    configs, device = configs_of(folder), build.choose_device("auto")
+    configs, device = configs_of(folder), configured.choose_device("auto")
     train = configs.train
     loader = build_pretraining_dataloader(configs.data, train, with_indices=True, raw=True)
     assert loader.normalized, "stored pixels are taken as they are"
@@ -85,7 +86,7 @@ def timm_mse(folder: Path, learning_rate: float) -> None:
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=train.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps * train.num_epochs)
     augmentation = Augmentation(**train.augment.model_dump(), mean=configs.data.mean, std=configs.data.std)
-    is_bf16 = build.choose_precision(train.precision, device) == "bf16"
+    is_bf16 = configured.choose_precision(train.precision, device) == "bf16"
     curve = Curve(configs, device)
     curve.evaluate(student, 0, 0, last=False)
     for epoch in range(train.num_epochs):
@@ -110,11 +111,11 @@ def timm_task(configs: Any, device: Any) -> tuple:
     from timm.task import FeatureDistillationTask
     from timm.task.distillation import DistillationTeacher
 
-    from distillery import build
+    from distillery.models import configured
 
-    teacher = build.build_teacher_backbone(configs.model, configs.data).to(device)
+    teacher = configured.build_teacher_backbone(configs.model, configs.data).to(device)
     torch.manual_seed(configs.train.seed)
-    student = build.build_student_backbone(configs.model, configs.data).to(device)
+    student = configured.build_student_backbone(configs.model, configs.data).to(device)
     if teacher.img_size != student.img_size:
         raise ValueError(f"timm's task has one size for both models, these want {teacher.img_size}, {student.img_size}")
     for backbone in (teacher, student):
@@ -202,12 +203,12 @@ def evaluate_states(folder: Path) -> None:
     """The curve of the states that lightly-train left, by the code that evaluates everyone."""
     import torch
 
-    from distillery import build
+    from distillery.models import configured
 
-    configs, device = configs_of(folder), build.choose_device("auto")
+    configs, device = configs_of(folder), configured.choose_device("auto")
     given = SimpleNamespace(**json.loads((folder / "setting.json").read_text()))
     images = len(list(Path(given.images).iterdir())) // given.batch_size * given.batch_size
-    student = build.build_student_backbone(configs.model, configs.data).to(device)
+    student = configured.build_student_backbone(configs.model, configs.data).to(device)
     curve = Curve(configs, device)
     for epoch, seconds in json.loads((folder / "times.json").read_text()).items():
         student.model.load_state_dict(torch.load(folder / f"state_{epoch}.pt", weights_only=True))

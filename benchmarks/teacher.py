@@ -33,6 +33,7 @@ from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import build, build_facts
 from distillery.config.load import Configs, load_configs
 from distillery.engine import Progress, train_one_epoch
+from distillery.models import configured
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.teacher_open import open_teacher_cache
@@ -150,7 +151,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> Configs:
 
 def student_alone(configs: Configs, device: torch.device, steps: int) -> Callable[[], None]:
     """The bare loop."""
-    model = build.build_student_backbone(configs.model, configs.data).to(device).train()
+    model = configured.build_student_backbone(configs.model, configs.data).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     size = configs.data.image_size
     images = torch.randn((configs.train.batch_size, 3, size, size), device=device)

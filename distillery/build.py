@@ -7,103 +7,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distillery.augment import Augmentation
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
 from distillery.config.keys_data import DataConfig
-from distillery.config.keys_model import ModelConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
-from distillery.drop_path import StochasticDepth
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import LOSSES, fields_needed, queue_size_of
-from distillery.models import MEMORY_FORMAT, Backbone, build_backbone
-from distillery.models_pair import FrozenTeacher, StudentWithHeads
+from distillery.models.backbone import MEMORY_FORMAT, Backbone
+from distillery.models.configured import build_student_backbone, build_teacher_backbone, choose_precision, on_device
+from distillery.models.drop_path import StochasticDepth
+from distillery.models.pair import StudentWithHeads
+from distillery.models.views import Augmentation
+from distillery.models_pair import FrozenTeacher
 from distillery.reading.shard_draws import rows_of_draw
 from distillery.sources.evaluation import label_warnings
 from distillery.standardise import Targets
 from distillery.system import distributed
 from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
-from distillery.system.launcher import world_from_environment
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets, check_fields
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for --device auto|cuda|cpu; this process's own GPU when several run on a node.
-
-    Raises:
-        UserError: CUDA was asked for and is not usable.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device cuda: torch {torch.__version__} finds no usable GPU (CUDA build: {torch.version.cuda or 'no'}). "
-            "Check nvidia-smi and the job's --gres, install a CUDA build of torch, or use --device cpu."
-        )
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = world_from_environment().local_rank
-    # srun may show each task its own GPU only: then that one is number 0
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth the search
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """bf16, fp16 or fp32 for `precision`; auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."""
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> Backbone:
-    """The student's backbone, its weights drawn from torch's present seed unless pretrained."""
-    return build_backbone(
-        source=model.student_source,
-        name=model.student_name,
-        repo=model.student_repo,
-        pretrained=model.student_pretrained,
-        checkpoint=model.student_checkpoint,
-        img_size=model.student_img_size,
-        kwargs=model.student_kwargs,
-        mean=model.student_mean,
-        std=model.student_std,
-        drop_path_rate=model.drop_path_rate,
-        data_mean=data.mean,
-        data_std=data.std,
-        image_size=data.image_size,
-        use_cls_token=model.use_cls_token,
-        out_indices=model.student_out_indices,
-        gradient_checkpointing=gradient_checkpointing,
-        role="student",
-    )
-
-
-def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits: bool = False) -> Backbone:
-    """The teacher's backbone with its published weights or checkpoint."""
-    return build_backbone(
-        source=model.teacher_source,
-        name=model.teacher_name,
-        repo=model.teacher_repo,
-        pretrained=model.teacher_pretrained,
-        checkpoint=model.teacher_checkpoint,
-        img_size=model.teacher_img_size,
-        kwargs=model.teacher_kwargs,
-        mean=model.teacher_mean,
-        std=model.teacher_std,
-        data_mean=data.mean,
-        data_std=data.std,
-        image_size=data.image_size,
-        use_cls_token=model.use_cls_token,
-        with_logits=with_logits,
-        out_indices=model.teacher_out_indices,
-        role="teacher",
-    )
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
@@ -114,11 +39,7 @@ def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
         build_teacher_backbone(configs.model, configs.data, with_logits=with_logits),
         standardise=train.standardise_targets,
     )
-    return _on_device(teacher, device)
-
-
-def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device, memory_format=MEMORY_FORMAT)
+    return on_device(teacher, device)
 
 
 def build_models(
@@ -146,7 +67,7 @@ def build_models(
         fields,
         configs.model.projector.model_dump(),
     )
-    return teacher, _on_device(student, device)
+    return teacher, on_device(student, device)
 
 
 def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
-from distillery.build import build_teacher, choose_precision, describe_schedule
+from distillery.build import build_teacher, describe_schedule
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.engine import Task
 from distillery.metrics import pack_numbers
-from distillery.models import Backbone
+from distillery.models.backbone import Backbone
+from distillery.models.configured import choose_precision
+from distillery.models.weights import weights_hash
 from distillery.models_pair import FrozenTeacher
 from distillery.reading.order import EpochOrder
 from distillery.standardise import PHI_S, Targets
@@ -129,15 +130,6 @@ def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch
     rows = [i * len(dataset) // count for i in range(count)]
     for start in range(0, count, batch_size):
         yield torch.stack(dataset.__getitems__(rows[start : start + batch_size])).to(device)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """XXH3-128 over a model's weights and buffers, names included."""
-    digest = xxhash.xxh3_128()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.drop_path import StochasticDepth
 from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
 from distillery.losses import check_gradients, total_loss
 from distillery.losses_queue import EmbeddingQueue
 from distillery.losses_table import needs_second_view
-from distillery.models_pair import StudentWithHeads, align
+from distillery.models.drop_path import StochasticDepth
+from distillery.models.pair import StudentWithHeads, align
 from distillery.standardise import Targets
 from distillery.system import distributed
 from distillery.system.signals import StopFlag

@@ -53,7 +53,7 @@ def extract_features(
     import torch
     from torch import nn
 
-    from distillery.models import eval_mode
+    from distillery.models.backbone import eval_mode
 
     features, labels = [], []
     with torch.no_grad(), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
@@ -212,8 +212,8 @@ def load_candidates(
 
 def _check_teacher(configs: Configs, teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
     """Raise UserError unless the students were trained towards a teacher of these weights."""
-    from distillery.build_facts import weights_hash
     from distillery.checkpoint import load_checkpoint
+    from distillery.models.weights import weights_hash
 
     model = configs.model
     if not model.teacher_pretrained and model.teacher_checkpoint is None and model.teacher_source != "torch_hub":
@@ -352,8 +352,8 @@ def main() -> int:
     configs = load_dumped_configs(run_dir / "config.yaml")
     checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
 
-    from distillery.build import choose_device
     from distillery.checkpoint import load_checkpoint
+    from distillery.models.configured import choose_device
     from distillery.run_folder import check_same_models
 
     for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run

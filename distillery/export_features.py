@@ -13,7 +13,7 @@ from distillery.system.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distillery.models import Backbone
+    from distillery.models.backbone import Backbone
 
 TOLERANCE = 1e-4  # of the largest feature
 
@@ -67,7 +67,7 @@ def is_same(found: Any, wanted: Tensor) -> bool:
 
 def _candidates(backbone: Backbone) -> Iterator[str]:
     """Expressions from the plainest to the one that spells out what the model's adapter does."""
-    from distillery.adapters import prefix_tokens, trunk_names
+    from distillery.models.adapters import prefix_tokens, trunk_names
 
     model = backbone.model
     yield "model(images)"

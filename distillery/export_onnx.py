@@ -10,7 +10,7 @@ from distillery.system.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillery.models import Backbone
+    from distillery.models.backbone import Backbone
 
 ONNX_TOLERANCE = 1e-4
 OTHER_FORMATS = "Take another format, e.g. --format safetensors"

@@ -12,7 +12,7 @@ from distillery.system.files import expand_path
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distillery.models import Backbone
+    from distillery.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build_bare_student(config: dict[str, dict[str, Any]]) -> Backbone:
     Returns:
         A backbone that takes images normalised with its own mean and std.
     """
-    from distillery.models import build_backbone
+    from distillery.models.backbone import build_backbone
 
     data, model = config["data"], config["model"]
 

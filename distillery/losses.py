@@ -3,16 +3,15 @@
 A loss is one function `(student, teacher, *, options) -> scalar` in losses_terms.py and one line in losses_table.py.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distillery.losses_table import LOSSES, QUEUE_SIZE, check_losses
+from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 
 # norms at the first step: a constant written as a loss 1e-15 to 3e-8 (rounding), the weakest working loss 2e-5
@@ -22,30 +21,6 @@ FIELD_REMEDIES = {
     "logits": "take a teacher with a classifier",
     "layers": "set teacher_out_indices and student_out_indices",
 }
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a model says about a batch: B images, P = h * w patches in row-major order, D channels, C classes."""
-
-    pooled: Tensor  # [B, D]: class token or pooled map
-    tokens: Tensor | None  # [B, P, D]: patch tokens or the cells of a feature map; None: not stored
-    grid: tuple[int, int]  # (h, w)
-    logits: Tensor | None = None  # [B, C]
-    layers: tuple[Tensor, ...] = ()  # [B, P, D] each: intermediate layers
-    layer_grids: tuple[tuple[int, int], ...] = ()  # (h, w) of each of them
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor there is by name; the layers as layers_0, layers_1 and so on."""
-        named = {"pooled": self.pooled, "tokens": self.tokens, "logits": self.logits}
-        named |= {f"layers_{i}": layer for i, layer in enumerate(self.layers)}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def with_tensors(self, named: Mapping[str, Tensor]) -> "Features":
-        """The same with some tensors changed, named as in tensors()."""
-        changed = tuple(named.get(f"layers_{i}", layer) for i, layer in enumerate(self.layers))
-        fields = {name: value for name, value in named.items() if not name.startswith("layers_")}
-        return dataclasses.replace(self, layers=changed, **fields)
 
 
 def total_loss(

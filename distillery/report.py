@@ -110,7 +110,7 @@ def main() -> int:
     load_run(folder)  # a folder that is no run is refused before torch is imported
     reason: str | None = "left out: --no_pictures"
     if not arguments.no_pictures:
-        from distillery.build import choose_device
+        from distillery.models.configured import choose_device
         from distillery.pictures import draw_run, why_not
 
         reason = why_not(lambda: draw_run(folder, choose_device("auto")))

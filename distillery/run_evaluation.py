@@ -22,10 +22,9 @@ from distillery.evaluate import (
     evaluate_features,
     extract_features,
 )
-from distillery.losses import Features
 from distillery.metrics import RunLog
-from distillery.models import Backbone
-from distillery.models_pair import StudentWithHeads
+from distillery.models.backbone import Backbone, Features
+from distillery.models.pair import StudentWithHeads
 from distillery.reading.datasets import load_labelled
 from distillery.standardise import Targets
 from distillery.system.console import Progress

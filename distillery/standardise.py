@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from distillery.losses import Features
+from distillery.models.backbone import Features
 from distillery.standardise_phi_s import phi_s_rotation
 from distillery.system.errors import UserError
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from distillery.augment import Augmentation
-from distillery.backbones_entries import split_entry
 from distillery.cache.fields import FIELD_DTYPES
+from distillery.models.checkpoint_entries import split_entry
+from distillery.models.views import Augmentation
 from distillery.system.errors import MissingFileError
 from distillery.system.files import expand_path, sha256_of
 from distillery.teacher_records import FOLDER_NAME, file_hash

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery.augment import Augmentation
-from distillery.build import build_teacher_backbone, check_tokens, choose_precision
-from distillery.build_facts import weights_hash
+from distillery.build import check_tokens
 from distillery.cache.images import image_scan
 from distillery.config.load import Configs
-from distillery.models import MEMORY_FORMAT
+from distillery.models.backbone import MEMORY_FORMAT
+from distillery.models.configured import build_teacher_backbone, choose_precision
+from distillery.models.views import Augmentation
+from distillery.models.weights import weights_hash
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.rows import ImageRows
 from distillery.system import distributed

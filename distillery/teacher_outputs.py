@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.augment import Augmentation
-from distillery.losses import Features
-from distillery.models import MEMORY_FORMAT
-from distillery.models_pair import resample_tokens
+from distillery.models.backbone import MEMORY_FORMAT, Features
+from distillery.models.pair import resample_tokens
+from distillery.models.views import Augmentation
 from distillery.system.errors import UserError
 from distillery.teacher_cache import encode_tokens
 from distillery.teacher_identity import TeacherCacheSpec

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from distillery.build import choose_device
 from distillery.cache.fields import FIELD_DTYPES
 from distillery.cache.folder import load_index
 from distillery.cache.images import INDEX_NAME
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.load import Configs
+from distillery.models.configured import choose_device
 from distillery.reading.rows import ImageRows
 from distillery.system.console import Progress, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR

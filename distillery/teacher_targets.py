@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.augment import Augmentation
-from distillery.augment_draws import draw_uniform, view_of_epoch
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
-from distillery.losses import Features
 from distillery.losses_table import LOSSES, fields_needed, needs_second_view
+from distillery.models.backbone import Features
+from distillery.models.draws import draw_uniform, view_of_epoch
+from distillery.models.views import Augmentation
 from distillery.standardise import Targets
 from distillery.system.errors import RunError, UserError, teacher_command
 from distillery.teacher_cache import TeacherCache

@@ -6,11 +6,11 @@ import torch
 from caches import MEAN, STD, Images, make_test_cache
 from torch import nn
 
-from distillery.augment import Augmentation
-from distillery.backbones import BuiltModel
-from distillery.build_facts import weights_hash
 from distillery.cache.plan import CachePlan, survey_cache
-from distillery.models import Backbone
+from distillery.models.backbone import Backbone
+from distillery.models.builders import BuiltModel
+from distillery.models.views import Augmentation
+from distillery.models.weights import weights_hash
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.adapters import choose_adapter
-from distillery.backbones import BuiltModel
-from distillery.models import Backbone, build_backbone
+from distillery.models.adapters import choose_adapter
+from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.builders import BuiltModel
 from distillery.system.errors import UserError
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25)}

@@ -4,7 +4,8 @@ import itertools
 import pytest
 import torch
 
-from distillery.augment import (
+from distillery.models.draws import NUM_DRAWS, draw_uniform, splitmix64, view_of_epoch
+from distillery.models.views import (
     Augmentation,
     adjust_colours,
     colour_matrices,
@@ -12,7 +13,6 @@ from distillery.augment import (
     crop_boxes,
     gaussian_blur,
 )
-from distillery.augment_draws import NUM_DRAWS, draw_uniform, splitmix64, view_of_epoch
 from distillery.system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

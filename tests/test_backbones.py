@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from distillery.backbones import patch_size_of, round_to_patch
-from distillery.backbones_weights import load_weights
-from distillery.models import build_backbone, download_weights
+from distillery.models.backbone import build_backbone, download_weights
+from distillery.models.builders import patch_size_of, round_to_patch
+from distillery.models.weights import load_weights
 from distillery.system.errors import MissingFileError, UserError
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25), "image_size": 32}

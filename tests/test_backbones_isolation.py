@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillery.models import Backbone, build_backbone
+from distillery.models.backbone import Backbone, build_backbone
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25), "image_size": 32}
 NET = """

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from distillery.backbones_weights import load_weights
-from distillery.models import build_backbone
+from distillery.models.backbone import build_backbone
+from distillery.models.weights import load_weights
 from distillery.system.errors import MissingFileError, UserError
 from distillery.teacher_identity import _teacher_configured
 

@@ -5,7 +5,7 @@ import torchvision
 from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
-from distillery.drop_path import DropPath, StochasticDepth
+from distillery.models.drop_path import DropPath, StochasticDepth
 
 
 def student(rate: float = 0.5) -> nn.Module:

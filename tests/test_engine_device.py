@@ -14,11 +14,12 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillery import augment, build, build_facts
+from distillery import build, build_facts
 from distillery.config.load import load_configs
 from distillery.engine import Progress, Schedule, train_step
 from distillery.engine_state import state_of
-from distillery.losses import Features
+from distillery.models import views
+from distillery.models.backbone import Features
 from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets
@@ -52,9 +53,9 @@ def pretended_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_args: True)
     # the clock's events; only reading them, once every log_every steps, makes the host wait
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
-    augment._constant.cache_clear()
+    views._constant.cache_clear()
     yield
-    augment._constant.cache_clear()
+    views._constant.cache_clear()
 
 
 def move_to_fake(model: nn.Module) -> None:
@@ -123,7 +124,7 @@ def test_views_and_targets_of_stored_outputs_stay_on_the_gpu(pretended_cuda):
         cache.basis = {"mean": torch.zeros(768), "components": torch.zeros(256, 768), "scale": torch.zeros(256)}
         targets = Targets(cache.widths, True)
         move_to_fake(targets)
-        augmentation = augment.Augmentation(**settings["augment"], mean=data.mean, std=data.std)
+        augmentation = views.Augmentation(**settings["augment"], mean=data.mean, std=data.std)
         stored = StoredTargets(cache, targets, augmentation, configs.train)
         images, rows = torch.zeros((4, 3, 224, 224), device=CUDA), torch.arange(4, device=CUDA)
         pooled = torch.zeros((4, 768), dtype=torch.float16, device=CUDA)

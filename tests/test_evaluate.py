@@ -20,7 +20,7 @@ from distillery.evaluate import (
     load_candidates,
 )
 from distillery.evaluate_table import format_table
-from distillery.losses import Features
+from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from distillery.backbones import BuiltModel
-from distillery.backbones_checkpointing import use_gradient_checkpointing
 from distillery.losses import total_loss
-from distillery.models import Backbone, build_backbone
-from distillery.models_pair import StudentWithHeads
+from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.builders import BuiltModel
+from distillery.models.gradient_checkpointing import use_gradient_checkpointing
+from distillery.models.pair import StudentWithHeads
 from distillery.system.errors import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -9,13 +9,15 @@ from caches import MEAN, STD, make_test_cache
 from teachers import images_plan, live_teacher, run_pass, teacher_plan
 from torch import nn
 
-from distillery.backbones import BuiltModel
 from distillery.build import check_tokens
-from distillery.build_facts import teacher_hash, weights_hash
+from distillery.build_facts import teacher_hash
 from distillery.config.keys_train import TrainConfig
 from distillery.losses import check_gradients, total_loss
-from distillery.models import Backbone, build_backbone
-from distillery.models_pair import FrozenTeacher, StudentWithHeads, align
+from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.builders import BuiltModel
+from distillery.models.pair import StudentWithHeads, align
+from distillery.models.weights import weights_hash
+from distillery.models_pair import FrozenTeacher
 from distillery.standardise import Targets
 from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache

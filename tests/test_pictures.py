@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 from data_loader import CachedTensorDataset
-from distillery.backbones import BuiltModel
-from distillery.models import Backbone
+from distillery.models.backbone import Backbone
+from distillery.models.builders import BuiltModel
 from distillery.pictures import (
     Pool,
     colour_tokens,

@@ -3,7 +3,7 @@ import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
 from distillery.config.load import load_train_config
-from distillery.losses import Features
+from distillery.models.backbone import Features
 from distillery.standardise import Moments, Targets
 from distillery.standardise_phi_s import equalising_rotation, hadamard, phi_s_rotation
 from distillery.system.errors import UserError

@@ -10,9 +10,9 @@ from caches import MEAN, STD
 from stage1 import folder_bytes
 from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
-from distillery.augment import Augmentation
 from distillery.cache.store import record_path
-from distillery.models_pair import resample_tokens
+from distillery.models.pair import resample_tokens
+from distillery.models.views import Augmentation
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import sha256_of

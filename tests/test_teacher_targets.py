@@ -12,12 +12,14 @@ from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, te
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
 from distillery import build, teacher_open, teacher_pass
-from distillery.augment import Augmentation
-from distillery.augment_draws import view_of_epoch
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
-from distillery.models_pair import FrozenTeacher, align, resample_tokens
+from distillery.models import configured
+from distillery.models.draws import view_of_epoch
+from distillery.models.pair import align, resample_tokens
+from distillery.models.views import Augmentation
+from distillery.models_pair import FrozenTeacher
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.loader import DevicePrefetcher
 from distillery.standardise import Targets
@@ -432,7 +434,7 @@ def test_the_student_of_a_cached_run_starts_as_that_of_a_live_run_and_no_teacher
     configs = load_configs({"dataset_name": "parquet", "cache_dir": "none", "image_size": 32}, train, model)
     teacher, live = build.build_models(configs, torch.device("cpu"))
     cache = MemoryCache(teacher)
-    monkeypatch.setattr(build, "build_teacher_backbone", None)
+    monkeypatch.setattr(configured, "build_teacher_backbone", None)
     targets, cached = build.build_models(configs, torch.device("cpu"), cache)
     assert targets.widths == teacher.widths
     for a, b in zip(live.state_dict().values(), cached.state_dict().values(), strict=True):

@@ -12,9 +12,10 @@ import torch
 from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, comparable, send
 
 import distill_trainer
-from distillery import build, build_facts, engine, run_evaluation
+from distillery import build_facts, engine, run_evaluation
 from distillery.config.load import load_dumped_configs
 from distillery.evaluate import evaluate_run
+from distillery.models import configured
 from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache
 
@@ -84,7 +85,7 @@ def no_teacher() -> None:
     def fail(*_args, **_options):
         raise AssertionError("the teacher was built")
 
-    build.build_teacher_backbone = fail
+    configured.build_teacher_backbone = fail
 
 
 def no_evaluation() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillery.adapters import Outputs, choose_adapter, pools_by_attention
-from distillery.backbones import BUILDERS, BuiltModel, ModelRequest, prepare_parameters, round_to_patch, short_error
-from distillery.backbones_checkpointing import use_gradient_checkpointing
-from distillery.backbones_weights import load_weights
-from distillery.losses import Features
+from distillery.models.adapters import Outputs, choose_adapter, pools_by_attention
+from distillery.models.builders import (
+    BUILDERS,
+    BuiltModel,
+    ModelRequest,
+    prepare_parameters,
+    round_to_patch,
+    short_error,
+)
+from distillery.models.gradient_checkpointing import use_gradient_checkpointing
+from distillery.models.weights import load_weights
 from distillery.system.errors import UserError
 
 # the order in which tensor cores and oneDNN take convolutions: on two CPU cores a ResNet-56 ran 2.4 times as fast, a
 # training step of a ResNet-20 1.2 times; a ViT, with one convolution in all, does not mind
 MEMORY_FORMAT = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model says about a batch: B images, P = h * w patches in row-major order, D channels, C classes."""
+
+    pooled: Tensor  # [B, D]: class token or pooled map
+    tokens: Tensor | None  # [B, P, D]: patch tokens or the cells of a feature map; None: not stored
+    grid: tuple[int, int]  # (h, w)
+    logits: Tensor | None = None  # [B, C]
+    layers: tuple[Tensor, ...] = ()  # [B, P, D] each: intermediate layers
+    layer_grids: tuple[tuple[int, int], ...] = ()  # (h, w) of each of them
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor there is by name; the layers as layers_0, layers_1 and so on."""
+        named = {"pooled": self.pooled, "tokens": self.tokens, "logits": self.logits}
+        named |= {f"layers_{i}": layer for i, layer in enumerate(self.layers)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def with_tensors(self, named: Mapping[str, Tensor]) -> "Features":
+        """The same with some tensors changed, named as in tensors()."""
+        changed = tuple(named.get(f"layers_{i}", layer) for i, layer in enumerate(self.layers))
+        fields = {name: value for name, value in named.items() if not name.startswith("layers_")}
+        return dataclasses.replace(self, layers=changed, **fields)
 
 
 def build_backbone(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from distillery.backbones_isolation import repository_of
+from distillery.models.isolation import repository_of
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distillery.augment_draws import (
+from distillery.models.draws import (
     AREA,
     ASPECT,
     BLUR,
@@ -34,7 +34,6 @@ from distillery.system.errors import UserError
 
 # part of Augmentation.identity(): a change of this number says that the same arguments now give another view
 VERSION = 1
-
 MAX_LOG_ASPECT = math.log(4 / 3)
 JITTER_PROBABILITY = 0.8
 MAX_BRIGHTNESS, MAX_CONTRAST, MAX_SATURATION, MAX_HUE_TURNS = 0.4, 0.4, 0.2, 0.1

@@ -7,7 +7,7 @@ number of processes that share a batch. Here it is a function of (seed, epoch, g
 import torch
 from torch import Tensor, nn
 
-from distillery.augment_draws import draw_uniform
+from distillery.models.draws import draw_uniform
 
 # another stream of numbers than the augmentation's, which has the same address
 _PURPOSE = 0x5DEECE66D

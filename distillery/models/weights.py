@@ -7,9 +7,10 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from distillery.backbones_entries import Entry, choose_entry, split_entry
+from distillery.models.checkpoint_entries import Entry, choose_entry, split_entry
 from distillery.system import distributed
 from distillery.system.errors import MissingFileError, UserError
 
@@ -117,3 +118,12 @@ def _shape(tensor: Tensor | None) -> list[int] | None:
 
 def _some(items: list[str]) -> str:
     return f" ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})" if items else ""
+
+
+def weights_hash(model: nn.Module) -> str:
+    """XXH3-128 over a model's weights and buffers, names included."""
+    digest = xxhash.xxh3_128()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
