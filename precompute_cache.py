@@ -90,7 +90,7 @@ def main() -> int:
     arguments = parse_arguments()
     remember_command(vars(arguments), arguments.overrides)
     from distillery.config.load import load_configs
-    from distillery.losses_table import check_losses
+    from distillery.losses.registry import check_losses
 
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
     if configs.train is not None:

@@ -13,17 +13,16 @@ from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.engine import Ema, Schedule, Task, default_learning_rate
-from distillery.losses_queue import EmbeddingQueue
-from distillery.losses_table import LOSSES, fields_needed, queue_size_of
-from distillery.models.backbone import MEMORY_FORMAT, Backbone
+from distillery.losses.registry import fields_needed, queue_size_of
+from distillery.losses.targets import FrozenTeacher, Targets
+from distillery.losses.total import EmbeddingQueue, check_tokens
+from distillery.models.backbone import MEMORY_FORMAT
 from distillery.models.configured import build_student_backbone, build_teacher_backbone, choose_precision, on_device
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
 from distillery.models.views import Augmentation
-from distillery.models_pair import FrozenTeacher
 from distillery.reading.shard_draws import rows_of_draw
 from distillery.sources.evaluation import label_warnings
-from distillery.standardise import Targets
 from distillery.system import distributed
 from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
@@ -68,24 +67,6 @@ def build_models(
         configs.model.projector.model_dump(),
     )
     return teacher, on_device(student, device)
-
-
-def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:
-    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is asked for them."""
-    if backbone.token_width is not None:
-        return
-    stored = train.teacher_cache.tokens
-    if role == "teacher" and stored not in ("auto", "none"):
-        raise UserError(
-            f"teacher_cache.tokens is {stored}, and the teacher gives no patch tokens: set it to auto or to none"
-        )
-    compared = [n for n, weight in train.distill_loss_weights.items() if weight and LOSSES[n].field == "tokens"]
-    if compared:
-        name = ", ".join(compared)
-        raise UserError(
-            f"the {role} gives no patch tokens, and distill_loss_weights.{name} compares them: leave {name} out of "
-            f"distill_loss_weights (cls compares the pooled feature), or take another {role}"
-        )
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:

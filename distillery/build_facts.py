@@ -15,13 +15,12 @@ from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.engine import Task
+from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
 from distillery.metrics import pack_numbers
 from distillery.models.backbone import Backbone
 from distillery.models.configured import choose_precision
 from distillery.models.weights import weights_hash
-from distillery.models_pair import FrozenTeacher
 from distillery.reading.order import EpochOrder
-from distillery.standardise import PHI_S, Targets
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, teacher_command
 from distillery.system.files import sha256_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillery.config.load import Configs, load_configs
-from distillery.losses_table import check_losses, fields_needed
+from distillery.losses.registry import check_losses, fields_needed
 from distillery.metrics import import_wandb
 from distillery.system.errors import UserError, remember_command
 from distillery.system.launcher import check_environment

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from distillery.engine_clock import StepClock
 from distillery.engine_numbers import BadSteps, undo_where
-from distillery.losses import check_gradients, total_loss
-from distillery.losses_queue import EmbeddingQueue
-from distillery.losses_table import needs_second_view
+from distillery.losses.registry import needs_second_view
+from distillery.losses.targets import Targets
+from distillery.losses.total import EmbeddingQueue, check_gradients, total_loss
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads, align
-from distillery.standardise import Targets
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
 from distillery.teacher_targets import StoredTargets

@@ -22,11 +22,11 @@ from distillery.evaluate import (
     evaluate_features,
     extract_features,
 )
+from distillery.losses.targets import Targets
 from distillery.metrics import RunLog
 from distillery.models.backbone import Backbone, Features
 from distillery.models.pair import StudentWithHeads
 from distillery.reading.datasets import load_labelled
-from distillery.standardise import Targets
 from distillery.system.console import Progress
 from distillery.system.errors import Interrupted
 from distillery.system.files import make_directory, write_atomic

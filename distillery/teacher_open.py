@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery.build import check_tokens
 from distillery.cache.images import image_scan
 from distillery.config.load import Configs
+from distillery.losses.total import check_tokens
 from distillery.models.backbone import MEMORY_FORMAT
 from distillery.models.configured import build_teacher_backbone, choose_precision
 from distillery.models.views import Augmentation

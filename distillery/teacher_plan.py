@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillery.config.load import Configs
-from distillery.losses_table import fields_needed
+from distillery.losses.registry import fields_needed
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.system.console import format_bytes
 from distillery.system.errors import teacher_command

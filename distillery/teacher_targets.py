@@ -19,11 +19,11 @@ from torch import Tensor
 
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
-from distillery.losses_table import LOSSES, fields_needed, needs_second_view
+from distillery.losses.registry import LOSSES, fields_needed, needs_second_view
+from distillery.losses.targets import Targets
 from distillery.models.backbone import Features
 from distillery.models.draws import draw_uniform, view_of_epoch
 from distillery.models.views import Augmentation
-from distillery.standardise import Targets
 from distillery.system.errors import RunError, UserError, teacher_command
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_identity import configured_identity

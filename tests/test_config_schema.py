@@ -8,7 +8,7 @@ from distillery.config.generate import build_schema, find_field, generated_files
 from distillery.config.load import load_configs
 from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
 from distillery.config.yaml_text import as_yaml, parse_yaml
-from distillery.losses_table import LOSSES
+from distillery.losses.registry import LOSSES
 from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,10 +19,10 @@ from distillery.engine import (
 )
 from distillery.engine_numbers import check_weights
 from distillery.engine_state import restore, state_of
-from distillery.losses_queue import EmbeddingQueue
+from distillery.losses.targets import FrozenTeacher
+from distillery.losses.total import EmbeddingQueue
 from distillery.models.backbone import Features, build_backbone
 from distillery.models.pair import StudentWithHeads
-from distillery.models_pair import FrozenTeacher
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
 

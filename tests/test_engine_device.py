@@ -18,9 +18,9 @@ from distillery import build, build_facts
 from distillery.config.load import load_configs
 from distillery.engine import Progress, Schedule, train_step
 from distillery.engine_state import state_of
+from distillery.losses.targets import Targets
 from distillery.models import views
 from distillery.models.backbone import Features
-from distillery.standardise import Targets
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_targets import StoredTargets
 

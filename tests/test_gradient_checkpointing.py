@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from distillery.losses import total_loss
+from distillery.losses.total import total_loss
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.gradient_checkpointing import use_gradient_checkpointing

@@ -7,10 +7,10 @@ import torch
 from distillery.build import build_models
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
-from distillery.losses import check_gradients, total_loss
+from distillery.losses.targets import FrozenTeacher
+from distillery.losses.total import check_gradients, total_loss
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.pair import StudentWithHeads, align, align_teacher
-from distillery.models_pair import FrozenTeacher
 from distillery.system.errors import UserError
 from distillery.teacher_targets import check_fields
 

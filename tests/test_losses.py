@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.losses import check_gradients, total_loss
-from distillery.losses_table import LOSSES, check_losses, fields_needed, needs_second_view, queue_size_of
+from distillery.losses.registry import LOSSES, check_losses, fields_needed, needs_second_view, queue_size_of
+from distillery.losses.total import check_gradients, total_loss
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillery.losses import check_gradients, total_loss
-from distillery.losses_table import LOSSES, fields_needed
+from distillery.losses.registry import LOSSES, fields_needed
+from distillery.losses.targets import FrozenTeacher
+from distillery.losses.total import check_gradients, total_loss
 from distillery.models.backbone import Backbone, Features, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.pair import StudentWithHeads, align_teacher, resample_tokens
-from distillery.models_pair import FrozenTeacher
 from distillery.system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

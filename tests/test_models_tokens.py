@@ -9,16 +9,14 @@ from caches import MEAN, STD, make_test_cache
 from teachers import images_plan, live_teacher, run_pass, teacher_plan
 from torch import nn
 
-from distillery.build import check_tokens
 from distillery.build_facts import teacher_hash
 from distillery.config.keys_train import TrainConfig
-from distillery.losses import check_gradients, total_loss
+from distillery.losses.targets import FrozenTeacher, Targets
+from distillery.losses.total import check_gradients, check_tokens, total_loss
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.pair import StudentWithHeads, align
 from distillery.models.weights import weights_hash
-from distillery.models_pair import FrozenTeacher
-from distillery.standardise import Targets
 from distillery.system.errors import UserError
 from distillery.teacher_cache import TeacherCache
 from distillery.teacher_records_problems import find_teacher_problems

@@ -3,9 +3,8 @@ import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
 from distillery.config.load import load_train_config
+from distillery.losses.targets import Moments, Targets, equalising_rotation, hadamard, phi_s_rotation
 from distillery.models.backbone import Features
-from distillery.standardise import Moments, Targets
-from distillery.standardise_phi_s import equalising_rotation, hadamard, phi_s_rotation
 from distillery.system.errors import UserError
 
 

@@ -15,14 +15,13 @@ from distillery import build, teacher_open, teacher_pass
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
+from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.models import configured
 from distillery.models.draws import view_of_epoch
 from distillery.models.pair import align, resample_tokens
 from distillery.models.views import Augmentation
-from distillery.models_pair import FrozenTeacher
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.loader import DevicePrefetcher
-from distillery.standardise import Targets
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_open import open_teacher_cache
 from distillery.teacher_survey import images_for_training

@@ -35,7 +35,7 @@ class LossTerm:
     @property
     def function(self) -> Callable[..., "Tensor"]:
         """(student, teacher, *, options) -> float32 scalar."""
-        return getattr(importlib.import_module("distillery.losses_terms"), self.name)
+        return getattr(importlib.import_module("distillery.losses.terms"), self.name)
 
     @property
     def options(self) -> list[str]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.losses_table import LOSSES, QUEUE_SIZE, check_losses
-from distillery.models.backbone import Features
+from distillery.config.keys_train import TrainConfig
+from distillery.losses.registry import LOSSES, QUEUE_SIZE, check_losses
+from distillery.models.backbone import Backbone, Features
+from distillery.system import distributed
 from distillery.system.errors import UserError
 
 # norms at the first step: a constant written as a loss 1e-15 to 3e-8 (rounding), the weakest working loss 2e-5
@@ -114,3 +116,72 @@ def check_gradients(terms: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
 def _gradient_norm(term: Tensor, parameters: list[Tensor]) -> float:
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return float(sum(g.double().square().sum() for g in gradients if g is not None)) ** 0.5
+
+
+class EmbeddingQueue:
+    """Pooled features of the last images that the teacher saw, the same on every rank; the oldest go first.
+
+    All ranks put in their rows together, in the order of the ranks. So one checkpoint holds the queue of all, and its
+    content does not depend on how many processes share a batch, only its order, which no loss depends on.
+
+    Args:
+        size: rows kept at most.
+        width: channels of a row.
+        device: where they are kept; size * width * 4 bytes.
+    """
+
+    def __init__(self, size: int, width: int, device: torch.device) -> None:
+        self._rows = torch.zeros(size, width, device=device)
+        self._pushed = 0
+
+    @property
+    def rows(self) -> Tensor:
+        """What has been put in so far, [K, D] with K <= size; float32."""
+        return self._rows[: min(self._pushed, len(self._rows))]
+
+    @torch.no_grad()
+    def push(self, features: Tensor) -> None:
+        """Put in this rank's features [B, D], and those of the other ranks, in the place of the oldest."""
+        size = len(self._rows)
+        new = distributed.rows_of_all_ranks(features.float())[-size:]
+        # one NaN would spoil every step until its row is replaced
+        new = torch.where(new.isfinite(), new, 0.0)
+        places = (torch.arange(len(new), device=new.device) + self._pushed) % size
+        self._rows.index_copy_(0, places, new)
+        self._pushed += len(new)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"rows": self._rows.clone(), "pushed": self._pushed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what state() gave.
+
+        Raises:
+            UserError: it is of another size or width.
+        """
+        if state["rows"].shape != self._rows.shape:
+            raise UserError(
+                f"the checkpoint's queue is {list(state['rows'].shape)}, this run's {list(self._rows.shape)}: put "
+                "loss_options.similarity_queue.queue_size back"
+            )
+        self._rows.copy_(state["rows"])
+        self._pushed = state["pushed"]
+
+
+def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:
+    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is asked for them."""
+    if backbone.token_width is not None:
+        return
+    stored = train.teacher_cache.tokens
+    if role == "teacher" and stored not in ("auto", "none"):
+        raise UserError(
+            f"teacher_cache.tokens is {stored}, and the teacher gives no patch tokens: set it to auto or to none"
+        )
+    compared = [n for n, weight in train.distill_loss_weights.items() if weight and LOSSES[n].field == "tokens"]
+    if compared:
+        name = ", ".join(compared)
+        raise UserError(
+            f"the {role} gives no patch tokens, and distill_loss_weights.{name} compares them: leave {name} out of "
+            f"distill_loss_weights (cls compares the pooled feature), or take another {role}"
+        )

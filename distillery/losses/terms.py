@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distillery.losses_table import LEAST_BATCH
+from distillery.losses.registry import LEAST_BATCH
 from distillery.system.errors import UserError
 
 
