@@ -42,8 +42,8 @@ from distillery.system import distributed
 from distillery.system.console import Progress as ConsoleProgress
 from distillery.system.files import expand_path, make_directory, write_atomic
 from distillery.system.launcher import is_restarted
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_open import open_teacher_cache
+from distillery.teacher_cache.opening import open_teacher_cache
+from distillery.teacher_cache.reader import TeacherCache
 
 
 def main(command: TrainingCommand) -> int:

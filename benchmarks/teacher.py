@@ -36,7 +36,7 @@ from distillery.engine import Progress, train_one_epoch
 from distillery.models import configured
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
-from distillery.teacher_open import open_teacher_cache
+from distillery.teacher_cache.opening import open_teacher_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teacher"

@@ -26,8 +26,8 @@ from distillery.sources.evaluation import label_warnings
 from distillery.system import distributed
 from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_targets import StoredTargets, check_fields
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.teacher_cache.targets import StoredTargets, check_fields
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:

@@ -24,8 +24,8 @@ from distillery.reading.order import EpochOrder
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, teacher_command
 from distillery.system.files import sha256_of
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_plan import describe_cache, describe_saving
+from distillery.teacher_cache.estimate import describe_cache, describe_saving
+from distillery.teacher_cache.reader import TeacherCache
 
 
 def compiled_graphs() -> str:

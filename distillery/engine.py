@@ -18,7 +18,7 @@ from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads, align
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
-from distillery.teacher_targets import StoredTargets
+from distillery.teacher_cache.targets import StoredTargets
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10

@@ -16,7 +16,9 @@ from distillery.system.console import Progress, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR
 from distillery.system.machine import free_bytes
 from distillery.system.signals import StopFlag
-from distillery.teacher_open import (
+from distillery.teacher_cache.estimate import forward_flops
+from distillery.teacher_cache.local_files import TeacherFiles
+from distillery.teacher_cache.opening import (
     build_live_teacher,
     compare_files,
     files_of_teacher,
@@ -25,13 +27,11 @@ from distillery.teacher_open import (
     spec_to_go_on_with,
     use_exact_convolutions,
 )
-from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_plan import forward_flops
-from distillery.teacher_records import teacher_scan
-from distillery.teacher_records_files import TeacherFiles
-from distillery.teacher_survey import TeacherPlan, images_for_training, survey_teacher
-from distillery.teacher_targets import check_storable
-from distillery.teacher_verify import replay_views
+from distillery.teacher_cache.outputs import LiveTeacher
+from distillery.teacher_cache.records import teacher_scan
+from distillery.teacher_cache.replay import replay_views
+from distillery.teacher_cache.survey import TeacherPlan, images_for_training, survey_teacher
+from distillery.teacher_cache.targets import check_storable
 from distillery.teacher_writer import make_teacher_cache
 
 DEFAULT_REPLAYS = 64

@@ -23,18 +23,17 @@ from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import make_directory, may_try_again
 from distillery.system.signals import StopFlag
-from distillery.teacher_basis import ensure_basis
-from distillery.teacher_cache import load_basis, to_device
-from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_outputs import FieldSums, LiveTeacher, encode_features, valid_features
-from distillery.teacher_records import (
+from distillery.teacher_cache.identity import TeacherCacheSpec
+from distillery.teacher_cache.outputs import FieldSums, LiveTeacher, encode_features, ensure_basis, valid_features
+from distillery.teacher_cache.reader import load_basis, to_device
+from distillery.teacher_cache.records import (
     BASIS_NAME,
     mark_as_current,
     read_teacher_record,
     teacher_scan,
     write_teacher_views,
 )
-from distillery.teacher_survey import (
+from distillery.teacher_cache.survey import (
     TeacherPlan,
     check_fingerprint,
     check_images,

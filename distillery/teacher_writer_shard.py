@@ -23,9 +23,9 @@ from distillery.system.files import (
     temporary_name,
     write_atomic,
 )
-from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_outputs import FieldSums
-from distillery.teacher_records import encode_sums, record_of_teacher_shard
+from distillery.teacher_cache.identity import TeacherCacheSpec
+from distillery.teacher_cache.outputs import FieldSums
+from distillery.teacher_cache.records import encode_sums, record_of_teacher_shard
 
 
 class OpenTeacherShard:

@@ -22,8 +22,8 @@ from distillery.system.errors import (
     stage1_command,
     teacher_command,
 )
-from distillery.teacher_records import STATISTICS_NAME, TEACHER_PATTERN, teacher_folders
-from distillery.teacher_records_problems import find_teacher_problems
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.records import STATISTICS_NAME, TEACHER_PATTERN, teacher_folders
 
 
 def repair_command(problems: list[Problem], stage1: str) -> str:

@@ -13,9 +13,9 @@ from distillery.models.views import Augmentation
 from distillery.models.weights import weights_hash
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
-from distillery.teacher_identity import TeacherCacheSpec, configured_identity, teacher_facts
-from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_survey import TeacherPlan
+from distillery.teacher_cache.identity import TeacherCacheSpec, configured_identity, teacher_facts
+from distillery.teacher_cache.outputs import LiveTeacher
+from distillery.teacher_cache.survey import TeacherPlan
 from distillery.teacher_writer import make_teacher_cache
 from distillery.writer import CacheReport, make_cache
 

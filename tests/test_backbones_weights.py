@@ -10,7 +10,7 @@ from torchvision.models import VisionTransformer
 from distillery.models.backbone import build_backbone
 from distillery.models.weights import load_weights
 from distillery.system.errors import MissingFileError, UserError
-from distillery.teacher_identity import _teacher_configured
+from distillery.teacher_cache.identity import _teacher_configured
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25), "image_size": 32}
 State = dict[str, torch.Tensor]

@@ -21,8 +21,8 @@ from distillery.engine_state import state_of
 from distillery.losses.targets import Targets
 from distillery.models import views
 from distillery.models.backbone import Features
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_targets import StoredTargets
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.teacher_cache.targets import StoredTargets
 
 CUDA = torch.device("cuda", 0)
 

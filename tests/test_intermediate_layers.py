@@ -12,7 +12,7 @@ from distillery.losses.total import check_gradients, total_loss
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.pair import StudentWithHeads, align, align_teacher
 from distillery.system.errors import UserError
-from distillery.teacher_targets import check_fields
+from distillery.teacher_cache.targets import check_fields
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 # tokens in blocks of one width, maps in stages, maps kept channels last

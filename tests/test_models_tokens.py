@@ -18,8 +18,8 @@ from distillery.models.builders import BuiltModel
 from distillery.models.pair import StudentWithHeads, align
 from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_records_problems import find_teacher_problems
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.reader import TeacherCache
 
 DATA = {"data_mean": MEAN, "data_std": STD}
 

@@ -16,9 +16,9 @@ from distillery.models.views import Augmentation
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import sha256_of
-from distillery.teacher_cache import TeacherCache, find_teacher_cache
-from distillery.teacher_identity import TeacherCacheSpec, configured_identity
-from distillery.teacher_records_problems import find_teacher_problems
+from distillery.teacher_cache.identity import TeacherCacheSpec, configured_identity
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.reader import TeacherCache, find_teacher_cache
 
 FORMS = {
     "none": {},

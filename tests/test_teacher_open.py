@@ -16,23 +16,23 @@ from teachers import MODEL
 from workplace import Workplace
 
 import precompute_cache
-from distillery import teacher_open, teacher_records_files
 from distillery.build_facts import check_same_teacher
 from distillery.config.load import load_configs
 from distillery.evaluate import load_candidates
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_open import open_teacher_cache
-from distillery.teacher_records import FILES_NAME
-from distillery.teacher_records_files import (
+from distillery.teacher_cache import local_files, opening
+from distillery.teacher_cache.local_files import (
     changed_files,
     local_sources,
     remember_files,
     remembered_files,
     scan_teacher_files,
 )
-from distillery.teacher_records_problems import find_teacher_problems
+from distillery.teacher_cache.opening import open_teacher_cache
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.teacher_cache.records import FILES_NAME
 
 NET = """
 from torch import nn
@@ -135,21 +135,21 @@ def place(made, tmp_path) -> Place:
 @pytest.fixture
 def built(monkeypatch) -> list:
     """One entry each time the teacher is built to be compared."""
-    calls, build_teacher = [], teacher_open.build_teacher_backbone
+    calls, build_teacher = [], opening.build_teacher_backbone
 
     def counted(*arguments, **options):
         calls.append(1)
         return build_teacher(*arguments, **options)
 
-    monkeypatch.setattr(teacher_open, "build_teacher_backbone", counted)
+    monkeypatch.setattr(opening, "build_teacher_backbone", counted)
     return calls
 
 
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """The names of the files that are hashed."""
-    calls, file_hash = [], teacher_records_files.file_hash
-    monkeypatch.setattr(teacher_records_files, "file_hash", lambda path: calls.append(path.name) or file_hash(path))
+    calls, file_hash = [], local_files.file_hash
+    monkeypatch.setattr(local_files, "file_hash", lambda path: calls.append(path.name) or file_hash(path))
     return calls
 
 
@@ -300,7 +300,7 @@ def test_a_folder_that_can_only_be_read_is_used_and_one_line_says_what_could_not
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(teacher_records_files, "write_atomic", refuse)
+    monkeypatch.setattr(local_files, "write_atomic", refuse)
     place.open()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if FILES_NAME in line]
     assert line.endswith("not written (Read-only file system): the next start compares the teacher again")
@@ -416,7 +416,7 @@ def test_links_are_followed_and_what_no_teacher_is_made_of_is_left_out(tmp_path)
 def test_a_huge_folder_is_known_by_its_times_and_one_of_too_many_files_is_compared_every_time(
     place, built, hashed, monkeypatch
 ):
-    monkeypatch.setattr(teacher_records_files, "MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr(local_files, "MAX_HASHED_BYTES", 10)
     (place.outputs / FILES_NAME).unlink()
     place.open()
     place.open()
@@ -424,7 +424,7 @@ def test_a_huge_folder_is_known_by_its_times_and_one_of_too_many_files_is_compar
     (place.folder / "hub" / "net.py").touch()
     place.open()
     assert built == [1, 1]
-    monkeypatch.setattr(teacher_records_files, "MAX_FILES", 2)
+    monkeypatch.setattr(local_files, "MAX_FILES", 2)
     for _ in range(2):
         place.open()
     assert built == [1] * 4

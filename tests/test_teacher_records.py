@@ -8,7 +8,8 @@ from teachers import make_teacher_test_cache
 from distillery.cache.fields import place_fields
 from distillery.cache.store import FutureFormatError, record_path, record_text
 from distillery.system.errors import UserError
-from distillery.teacher_records import (
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.records import (
     encode_sums,
     fields_of,
     read_teacher_record,
@@ -16,7 +17,6 @@ from distillery.teacher_records import (
     statistics_of,
     teacher_shard_name,
 )
-from distillery.teacher_records_problems import find_teacher_problems
 
 
 @pytest.fixture(scope="module")

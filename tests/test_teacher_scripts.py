@@ -17,7 +17,7 @@ from workplace import Workplace, run
 import precompute_cache
 from distillery import teacher_pass
 from distillery.system.errors import run_command
-from distillery.teacher_outputs import LiveTeacher
+from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.verify import verify_folder
 
 SETTINGS = ["--set", "eval_datasets={}", "--set", "teacher_cache.views=2"]

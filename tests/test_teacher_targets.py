@@ -11,7 +11,7 @@ import torch
 from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build, teacher_open, teacher_pass
+from distillery import build, teacher_pass
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
@@ -23,9 +23,10 @@ from distillery.models.views import Augmentation
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.loader import DevicePrefetcher
 from distillery.system.errors import RunError, UserError
-from distillery.teacher_open import open_teacher_cache
-from distillery.teacher_survey import images_for_training
-from distillery.teacher_targets import StoredTargets, TargetLoader, check_fields
+from distillery.teacher_cache import opening
+from distillery.teacher_cache.opening import open_teacher_cache
+from distillery.teacher_cache.survey import images_for_training
+from distillery.teacher_cache.targets import StoredTargets, TargetLoader, check_fields
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
 NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9
@@ -277,7 +278,7 @@ def test_a_run_on_the_first_images_of_a_larger_cache_needs_the_outputs_of_these_
     make_images(images_plan(tmp_path), bad=(17,))
     plan = teacher_plan(images_plan(tmp_path, 20, source_rows=40), live_teacher())
     run_pass(plan, live_teacher())
-    monkeypatch.setattr(teacher_open, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    monkeypatch.setattr(opening, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
     configs = SimpleNamespace(
         data=SimpleNamespace(cache_path=tmp_path), train=train_config(), model=SimpleNamespace(model_dump=lambda: MODEL)
     )
@@ -321,7 +322,7 @@ def test_the_pass_covers_what_training_takes_where_images_failed_and_the_cache_h
         job = teacher_pass.build_teacher_job(configs, wanted, share)
         assert job.plan.images.num_rows == rows
         run_pass(job.plan, live_teacher(), job.shards)
-    monkeypatch.setattr(teacher_open, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
+    monkeypatch.setattr(opening, "wanted_outputs", lambda _configs, _images: plan.spec.configured)
     dataset = CachedTensorDataset(tmp_path, max_samples=max_samples)
     loader = SimpleNamespace(shard_names=[], fingerprint="", dataset=dataset)
     cache = open_teacher_cache(configs, loader, torch.device("cpu"))

@@ -17,7 +17,7 @@ from distillery.config.load import load_dumped_configs
 from distillery.evaluate import evaluate_run
 from distillery.models import configured
 from distillery.system.errors import UserError
-from distillery.teacher_cache import TeacherCache
+from distillery.teacher_cache.reader import TeacherCache
 
 # 2 epochs of 5 steps of 2 batches; stochastic depth, averaged weights, checkpoints in the middle of an epoch
 CACHED = {"teacher_cache.enabled": True, "teacher_cache.views": 2, "num_epochs": 2, "max_steps_per_epoch": 5,

@@ -16,12 +16,12 @@ from distillery import teacher_writer_shard
 from distillery.cache.store import record_path
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_outputs import fit_basis
-from distillery.teacher_records import statistics_of, teacher_scan
-from distillery.teacher_records_problems import find_teacher_problems
-from distillery.teacher_survey import survey_teacher
-from distillery.teacher_verify import replay_views
+from distillery.teacher_cache.outputs import fit_basis
+from distillery.teacher_cache.problems import find_teacher_problems
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.teacher_cache.records import statistics_of, teacher_scan
+from distillery.teacher_cache.replay import replay_views
+from distillery.teacher_cache.survey import survey_teacher
 
 FULL = {"tokens": "full"}
 

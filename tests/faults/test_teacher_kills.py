@@ -16,8 +16,8 @@ from syscalls import killed_at
 from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_power_loss import Disk, rebuild, record
 
-from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_records_problems import find_teacher_problems
+from distillery.teacher_cache.outputs import LiveTeacher
+from distillery.teacher_cache.problems import find_teacher_problems
 
 VIEWS_OF_RECORDS = {"index.json", "statistics.json"}
 

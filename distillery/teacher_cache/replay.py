@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillery.reading.rows import TEACHER_BATCH, ImageRows
-from distillery.teacher_cache import TeacherCache, decode_tokens, to_device
-from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_outputs import LiveTeacher, encode_features
+from distillery.teacher_cache.identity import TeacherCacheSpec
+from distillery.teacher_cache.outputs import LiveTeacher, encode_features
+from distillery.teacher_cache.reader import TeacherCache, decode_tokens, to_device
 
 # float16 storage and another batch's rounding stay above .99999, bfloat16 arithmetic on another device above .9995
 LEAST_COSINE = 0.999

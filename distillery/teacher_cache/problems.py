@@ -8,7 +8,8 @@ from distillery.cache.images import INDEX_NAME
 from distillery.cache.store import FutureFormatError, record_path
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import holds
-from distillery.teacher_records import (
+from distillery.teacher_cache.local_files import check_files_record
+from distillery.teacher_cache.records import (
     BASIS_NAME,
     FILES_NAME,
     STATISTICS_NAME,
@@ -20,7 +21,6 @@ from distillery.teacher_records import (
     teacher_scan,
     teacher_views,
 )
-from distillery.teacher_records_files import check_files_record
 
 
 def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:

@@ -30,11 +30,8 @@ from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, stage1_command, teacher_command
 from distillery.system.files import sha256_of
-from distillery.teacher_cache import TeacherCache, find_teacher_cache, fitting_folders
-from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
-from distillery.teacher_outputs import LiveTeacher
-from distillery.teacher_records import FILES_NAME, read_teacher_index, teacher_shard_name
-from distillery.teacher_records_files import (
+from distillery.teacher_cache.identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_cache.local_files import (
     MAX_FILES,
     TeacherFiles,
     changed_files,
@@ -43,8 +40,11 @@ from distillery.teacher_records_files import (
     remembered_files,
     scan_teacher_files,
 )
-from distillery.teacher_targets import wanted_outputs
-from distillery.teacher_verify import Replay, replay_views
+from distillery.teacher_cache.outputs import LiveTeacher
+from distillery.teacher_cache.reader import TeacherCache, find_teacher_cache, fitting_folders
+from distillery.teacher_cache.records import FILES_NAME, read_teacher_index, teacher_shard_name
+from distillery.teacher_cache.replay import Replay, replay_views
+from distillery.teacher_cache.targets import wanted_outputs
 
 # views run again to see whether the code gives the same outputs: other code changes every view
 _NUM_REPLAYS = 8

@@ -9,8 +9,8 @@ import numpy as np
 from distillery.cache.images import image_scan, valid_rows
 from distillery.cache.plan import CachePlan, Survey, is_untouched
 from distillery.system.errors import UserError, teacher_command
-from distillery.teacher_identity import TeacherCacheSpec
-from distillery.teacher_records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
+from distillery.teacher_cache.identity import TeacherCacheSpec
+from distillery.teacher_cache.records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from distillery.cache.store import FORMAT_VERSION, FutureFormatError, read_guarded, record_text
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path, is_locked, write_atomic
-from distillery.teacher_records import FILES_NAME, file_hash
+from distillery.teacher_cache.records import FILES_NAME, file_hash
 
 LOCAL_DIR = "local-dir:"
 _README = re.compile(r"readme|readme.*\.(md|rst|txt|html)", re.IGNORECASE)

@@ -25,8 +25,8 @@ from distillery.models.backbone import Features
 from distillery.models.draws import draw_uniform, view_of_epoch
 from distillery.models.views import Augmentation
 from distillery.system.errors import RunError, UserError, teacher_command
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_identity import configured_identity
+from distillery.teacher_cache.identity import configured_identity
+from distillery.teacher_cache.reader import TeacherCache
 
 # in the place of an epoch in draw_uniform: no epoch, view or start of a view has this number
 _LIVE_STEPS = -2

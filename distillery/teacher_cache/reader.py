@@ -23,8 +23,9 @@ from distillery.cache.store import FutureFormatError, decode_checksums, record_p
 from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import MissingFileError, UserError, teacher_command
 from distillery.system.files import open_regular, read_blocks
-from distillery.teacher_identity import LOCAL_REPO, token_grid_of
-from distillery.teacher_records import (
+from distillery.teacher_cache.identity import LOCAL_REPO, token_grid_of
+from distillery.teacher_cache.local_files import local_dir_of, path_of_text
+from distillery.teacher_cache.records import (
     BASIS_NAME,
     FOLDER_NAME,
     fields_of,
@@ -35,7 +36,6 @@ from distillery.teacher_records import (
     statistics_of,
     teacher_folders,
 )
-from distillery.teacher_records_files import local_dir_of, path_of_text
 
 _MAX_BASIS_BYTES = 1 << 30
 

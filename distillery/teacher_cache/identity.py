@@ -18,7 +18,7 @@ from distillery.models.checkpoint_entries import split_entry
 from distillery.models.views import Augmentation
 from distillery.system.errors import MissingFileError
 from distillery.system.files import expand_path, sha256_of
-from distillery.teacher_records import FOLDER_NAME, file_hash
+from distillery.teacher_cache.records import FOLDER_NAME, file_hash
 
 # of a teacher from a local folder; what else is in the folder is compared by teacher_records_files
 LOCAL_REPO = "hubconf.py "

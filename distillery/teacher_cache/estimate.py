@@ -10,9 +10,9 @@ from distillery.losses.registry import fields_needed
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.system.console import format_bytes
 from distillery.system.errors import teacher_command
-from distillery.teacher_cache import TeacherCache
-from distillery.teacher_identity import TeacherCacheSpec, teacher_facts
-from distillery.teacher_targets import wanted_outputs
+from distillery.teacher_cache.identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.teacher_cache.targets import wanted_outputs
 
 # a backward pass computes two products for every one of the forward pass
 _PASSES_OF_A_STEP = 3
