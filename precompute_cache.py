@@ -115,7 +115,7 @@ def main() -> int:
         for job, survey in zip(jobs, surveys, strict=True):
             shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop)
         if teacher is not None and not shards_left:
-            from distillery.teacher_pass import make_outputs
+            from distillery.precompute.teacher_job import make_outputs
 
             shards_left = make_outputs(teacher, stop)
         if shards_left:
@@ -125,7 +125,7 @@ def main() -> int:
             )
         status = report_outcome(jobs, configs.data)
         if teacher is not None:
-            from distillery.teacher_pass import report_outputs
+            from distillery.precompute.teacher_job import report_outputs
 
             report_outputs(teacher)
         return status
@@ -145,7 +145,8 @@ def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def plan_teacher(configs, job: CacheJob):
     """Load the teacher and print what its outputs over the training images will be; a teacher_pass.TeacherJob."""
-    from distillery.teacher_pass import build_teacher_job, survey_teacher, teacher_plan_lines
+    from distillery.precompute.teacher_job import build_teacher_job, teacher_plan_lines
+    from distillery.teacher_cache.survey import survey_teacher
 
     teacher = build_teacher_job(configs, job.plan, job.shards)
     print("\n".join(teacher_plan_lines(teacher, survey_teacher(teacher.plan, teacher.shards))))
@@ -159,7 +160,7 @@ def verify(configs, arguments: argparse.Namespace) -> int:
     status = report_verification(configs.data.cache_path)
     if not arguments.teacher or status != EXIT_DONE:
         return status
-    from distillery.teacher_pass import DEFAULT_REPLAYS, verify_outputs
+    from distillery.precompute.teacher_job import DEFAULT_REPLAYS, verify_outputs
 
     return verify_outputs(configs, DEFAULT_REPLAYS if arguments.verify is True else arguments.verify)
 
@@ -260,7 +261,7 @@ def survey_job(job: CacheJob):
 
 def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
     """What will be made, how much room it takes, how much there is."""
-    from distillery.planner_cache import bytes_to_write, job_lines, room_lines
+    from distillery.precompute.estimate import bytes_to_write, job_lines, room_lines
 
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
@@ -273,7 +274,7 @@ def print_plan(jobs: list[CacheJob], surveys: list, data) -> None:
 
 def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
     """The plan alone: nothing is written, nothing is downloaded; a few images are decoded to tell the hours."""
-    from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
+    from distillery.precompute.estimate import measure_decoding, plan_lines, remote_lines
     from distillery.sources.hub import NotDownloadedError
     from distillery.sources.registry import open_source
 
@@ -303,8 +304,8 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
 
 def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
+    from distillery.precompute.pipeline import make_cache
     from distillery.system.console import Progress
-    from distillery.writer import make_cache
 
     if stop.requested:
         return len(survey.missing) + len(survey.doubtful)

@@ -70,10 +70,10 @@ class RepeatedJpegs:
 def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: int = 512) -> None:
     """A cache by the project's own stage 1; arguments: images, size (px), dtype, tiny."""
     from distillery.cache.plan import CachePlan, survey_cache
+    from distillery.precompute.pipeline import make_cache
     from distillery.sources.pixels import PreprocessSpec
     from distillery.system.machine import usable_cpus
     from distillery.system.signals import StopFlag
-    from distillery.writer import make_cache
 
     source = RepeatedJpegs(arguments.images, arguments.size)
     spec = PreprocessSpec(arguments.size, "squash", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import read_images
-from distillery.decode_pool import keep_freed_memory
+from distillery.precompute.pool import keep_freed_memory
 from distillery.sources.pixels import PreprocessSpec, normalisation_table, normalise_into, preprocess_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -113,9 +113,9 @@ def ceiling(setting: Setting) -> dict:
 def ours(setting: Setting) -> dict:
     """Stage 1, through make_cache. steady: from the first rows that are done to the last shard published."""
     from distillery.cache.plan import CachePlan, survey_cache
+    from distillery.precompute.pipeline import make_cache
     from distillery.sources.registry import open_source
     from distillery.system.signals import StopFlag
-    from distillery.writer import make_cache
 
     marks, limits = [], []
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from distillery.cache.plan import CachePlan, survey_cache
+from distillery.precompute.pipeline import make_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
-from distillery.writer import make_cache
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from distillery.cache.plan import CachePlan, Survey, survey_cache
+from distillery.precompute.pipeline import CacheReport, make_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import EXIT_DONE, Interrupted, run_command
 from distillery.system.signals import StopFlag
-from distillery.writer import CacheReport, make_cache
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

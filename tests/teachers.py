@@ -11,13 +11,13 @@ from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.views import Augmentation
 from distillery.models.weights import weights_hash
+from distillery.precompute.pipeline import CacheReport, make_cache
+from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.identity import TeacherCacheSpec, configured_identity, teacher_facts
 from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.teacher_cache.survey import TeacherPlan
-from distillery.teacher_writer import make_teacher_cache
-from distillery.writer import CacheReport, make_cache
 
 MODEL = {
     "teacher_source": "torch_hub", "teacher_name": "tiny", "teacher_repo": "someone/somewhere",

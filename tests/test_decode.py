@@ -7,7 +7,7 @@ from PIL import Image
 from stage1 import MEAN, STD
 
 from distillery.cache.archive import DTYPES
-from distillery.decode import Unit, decode_unit
+from distillery.precompute.worker import Unit, decode_unit
 from distillery.sources.pixels import PreprocessSpec, normalisation_table
 
 SIZE = 12

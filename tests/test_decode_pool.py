@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from stage1 import MEAN, STD, SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery import decode_pool
-from distillery.decode import Unit
-from distillery.decode_pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
+from distillery.precompute import pool as pool_module
+from distillery.precompute.pool import SLOT_BYTES, InlinePool, Slots, memory_bytes, needs_resampler, split_into_units
+from distillery.precompute.worker import Unit
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import RunError, UserError
 
@@ -32,18 +32,18 @@ def test_runs_of_images_are_all_images_in_order_and_none_is_larger_than_allowed(
     rng = np.random.default_rng(seed)
     images = [bytes(int(size)) for size in rng.integers(0, 30, rng.integers(0, 40))]
     most_rows = 1 + seed % 4
-    runs = list(split_into_units(images, decode_pool.STORED_BYTES // most_rows, 25))
+    runs = list(split_into_units(images, pool_module.STORED_BYTES // most_rows, 25))
     assert [image for run in runs for image in run] == images
     assert all(run and (len(run) == 1 or sum(map(len, run)) <= 25) and len(run) <= most_rows for run in runs)
 
 
 def test_a_row_larger_than_the_memory_of_a_unit_is_a_unit_of_its_own(monkeypatch):
-    assert list(split_into_units([b"a", b"b"], decode_pool.STORED_BYTES + 1)) == [[b"a"], [b"b"]]
-    assert decode_pool.stored_bytes_of(decode_pool.STORED_BYTES + 1) > decode_pool.STORED_BYTES + 4096
+    assert list(split_into_units([b"a", b"b"], pool_module.STORED_BYTES + 1)) == [[b"a"], [b"b"]]
+    assert pool_module.stored_bytes_of(pool_module.STORED_BYTES + 1) > pool_module.STORED_BYTES + 4096
 
 
 def test_a_slot_gives_back_what_was_put_into_it_and_touches_no_other():
-    slots = Slots(3, SLOT_BYTES, 8192, decode_pool.create_shared_memory(3 * (SLOT_BYTES + 8192)))
+    slots = Slots(3, SLOT_BYTES, 8192, pool_module.create_shared_memory(3 * (SLOT_BYTES + 8192)))
     images = [os.urandom(size) for size in (SLOT_BYTES - 10, 0, 9, 1)]
     slots.fill(1, images)
     assert slots.read(1, [len(image) for image in images]) == images
@@ -74,7 +74,7 @@ def test_a_limit_on_file_sizes_below_the_shared_memory_is_a_message_and_leaves_n
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(UserError, match=r"share 2.1 MB of memory.*ulimit -f.*num_workers: 1"):
-            decode_pool.create_shared_memory(2 << 20)
+            pool_module.create_shared_memory(2 << 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -98,7 +98,7 @@ def test_torch_is_asked_for_only_where_something_must_be_resized_by_it(images, i
 def test_images_larger_than_a_slot_become_the_same_rows(tmp_path, monkeypatch):
     source = SmallSource()
     run_stage1(small_plan(tmp_path / "a", source), source)
-    monkeypatch.setattr(decode_pool, "SLOT_BYTES", 4096)
+    monkeypatch.setattr(pool_module, "SLOT_BYTES", 4096)
     monkeypatch.setattr(
         source, "images", [data + bytes(5000) if i % 2 else data for i, data in enumerate(source.images)]
     )
@@ -167,13 +167,13 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_no_hang(tmp_path, monke
                 time.sleep(0.2)
             return super().read(start, stop)
 
-    pools, original = [], decode_pool.ProcessPool.__init__
+    pools, original = [], pool_module.ProcessPool.__init__
 
     def note(self, *args, **options):
         pools.append(self)
         original(self, *args, **options)
 
-    monkeypatch.setattr(decode_pool.ProcessPool, "__init__", note)
+    monkeypatch.setattr(pool_module.ProcessPool, "__init__", note)
     source = KillsAWorker(200)
     with pytest.raises(RunError, match="a decode worker was killed"):
         run_stage1(small_plan(tmp_path, source), source, num_workers=2)

@@ -12,7 +12,7 @@ from distillery.cache import plan as plan_module
 from distillery.cache.images import read_record
 from distillery.cache.plan import survey_cache
 from distillery.cache.store import FutureFormatError, record_text
-from distillery.shard_format_payload import PayloadWriter
+from distillery.precompute.image_shard import PayloadWriter
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import UserError
 

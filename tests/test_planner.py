@@ -3,16 +3,8 @@ import math
 
 import pytest
 
-from distillery.planner import (
-    CacheWork,
-    DecodeSpeed,
-    StepSpeed,
-    TrainingFacts,
-    advice_lines,
-    cache_lines,
-    training_advice,
-    training_lines,
-)
+from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
+from distillery.precompute.estimate import CacheWork, DecodeSpeed, cache_lines
 from distillery.system.console import hours
 from distillery.system.machine import free_inodes, memory_left
 

@@ -3,7 +3,7 @@ import pytest
 
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
-from distillery.planner_cache import measure_decoding, plan_lines, remote_lines
+from distillery.precompute.estimate import measure_decoding, plan_lines, remote_lines
 from distillery.sources.hub import HubFacts
 from distillery.sources.pixels import PreprocessSpec
 

@@ -22,7 +22,7 @@ from distillery.cache.archive import (
     read_member,
     read_meta,
 )
-from distillery.shard_format_payload import PayloadWriter, gap_before
+from distillery.precompute.image_shard import PayloadWriter, gap_before
 from distillery.system.errors import UserError
 from distillery.system.files import open_regular, read_regular
 

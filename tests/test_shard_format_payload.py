@@ -9,9 +9,9 @@ import pytest
 import torch
 import xxhash
 
-from distillery import shard_format_payload
 from distillery.cache.archive import PAYLOAD_OFFSET
-from distillery.shard_format_payload import PayloadWriter, gap_before
+from distillery.precompute import image_shard
+from distillery.precompute.image_shard import PayloadWriter, gap_before
 from distillery.system.direct_io import ALIGNMENT_BYTES
 
 ROWS = np.random.default_rng(0).integers(0, 256, (40, 3, 10, 11), dtype=np.uint8)
@@ -49,7 +49,7 @@ def expected(tmp_path) -> bytes:
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_the_file_is_the_same_whatever_the_pieces_and_the_way(tmp_path, monkeypatch, expected, lengths, is_direct):
     if not is_direct:
-        monkeypatch.setattr(shard_format_payload, "bypass_page_cache", lambda _fd, _wanted: False)
+        monkeypatch.setattr(image_shard, "bypass_page_cache", lambda _fd, _wanted: False)
     size, digest = write(tmp_path / "s.pt", lengths)
     data = (tmp_path / "s.pt").read_bytes()
     assert data == expected
@@ -74,7 +74,7 @@ def failing_pwrite(monkeypatch, number: int, fatal: int, *, written: int = 0) ->
 
 
 def test_a_file_system_that_refuses_the_pages_gets_them_through_the_page_cache(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr(shard_format_payload, "bypass_page_cache", lambda _fd, wanted: wanted)
+    monkeypatch.setattr(image_shard, "bypass_page_cache", lambda _fd, wanted: wanted)
     offsets = failing_pwrite(monkeypatch, errno.EINVAL, 2)
     write(tmp_path / "s.pt", [13, 13, 13, 1])
     assert offsets[1] == offsets[2] == PAYLOAD_OFFSET + 13 * ROW_BYTES - gap_before(13 * ROW_BYTES)
@@ -83,7 +83,7 @@ def test_a_file_system_that_refuses_the_pages_gets_them_through_the_page_cache(t
 
 @pytest.mark.parametrize("written", [1, ALIGNMENT_BYTES - 1, ALIGNMENT_BYTES])
 def test_a_short_write_is_completed(tmp_path, monkeypatch, expected, written):
-    monkeypatch.setattr(shard_format_payload, "bypass_page_cache", lambda _fd, _wanted: False)
+    monkeypatch.setattr(image_shard, "bypass_page_cache", lambda _fd, _wanted: False)
     failing_pwrite(monkeypatch, 0, 1, written=written)
     write(tmp_path / "s.pt", [13, 27])
     assert (tmp_path / "s.pt").read_bytes() == expected

@@ -15,7 +15,7 @@ from stage1 import folder_bytes, wait_for_the_clock
 from workplace import Workplace, run
 
 import precompute_cache
-from distillery import teacher_pass
+from distillery.precompute import teacher_job
 from distillery.system.errors import run_command
 from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.verify import verify_folder
@@ -72,7 +72,7 @@ def copy(place, tmp_path) -> Path:
 
 
 def test_a_disk_too_small_for_the_outputs_is_told_before_the_pass(run_teacher, monkeypatch, tmp_path):
-    monkeypatch.setattr(teacher_pass, "free_bytes", lambda _folder: 1000)
+    monkeypatch.setattr(teacher_job, "free_bytes", lambda _folder: 1000)
     status, output, _ = run_teacher("--dry_run", cache=tmp_path / "cache")
     assert status == 0
     assert re.search(r"WARNING: \S+ kB are to be written, 1.0 kB are free", output), output
@@ -213,7 +213,7 @@ def test_a_folder_of_teacher_outputs_is_verified_alone(copy, capsys, damage, sta
 def test_verify_catches_a_shard_computed_with_other_weights(run_teacher, copy, monkeypatch):
     (teacher_folder(copy) / "teacher_shard_00001.pt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_pass, "build_live_teacher", with_other_weights)
+        patch.setattr(teacher_job, "build_live_teacher", with_other_weights)
         assert run_teacher(cache=copy)[0] == 0
     status, output, _ = run_teacher("--verify", "16", cache=copy)
     assert "every byte as its hash says" in output
@@ -222,7 +222,7 @@ def test_verify_catches_a_shard_computed_with_other_weights(run_teacher, copy, m
     assert not re.search(r"BAD .*teacher_shard_0000[023]", output)
 
 
-def with_other_weights(*arguments, build=teacher_pass.build_live_teacher):
+def with_other_weights(*arguments, build=teacher_job.build_live_teacher):
     teacher, spec = build(*arguments)
     generator = torch.Generator().manual_seed(0)
     for parameter in teacher.backbone.parameters():

@@ -11,7 +11,7 @@ import torch
 from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build, teacher_pass
+from distillery import build
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.engine import Progress, check_first_step, forward_losses, train_step
@@ -20,6 +20,7 @@ from distillery.models import configured
 from distillery.models.draws import view_of_epoch
 from distillery.models.pair import align, resample_tokens
 from distillery.models.views import Augmentation
+from distillery.precompute import teacher_job
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.loader import DevicePrefetcher
 from distillery.system.errors import RunError, UserError
@@ -308,8 +309,8 @@ def test_the_pass_covers_what_training_takes_where_images_failed_and_the_cache_h
     tmp_path, monkeypatch, max_samples, rows
 ):
     make_images(images_plan(tmp_path), bad=(7, 15, 16))  # the last of two shards of 8, the first of the third
-    monkeypatch.setattr(teacher_pass, "build_live_teacher", lambda *_: (live_teacher(), plan.spec))
-    monkeypatch.setattr(teacher_pass, "forward_flops", lambda _backbone, _size: 0)
+    monkeypatch.setattr(teacher_job, "build_live_teacher", lambda *_: (live_teacher(), plan.spec))
+    monkeypatch.setattr(teacher_job, "forward_flops", lambda _backbone, _size: 0)
     wanted = images_plan(tmp_path, max_samples, source_rows=40)
     plan = teacher_plan(wanted, live_teacher())
     configs = SimpleNamespace(
@@ -319,7 +320,7 @@ def test_the_pass_covers_what_training_takes_where_images_failed_and_the_cache_h
     )
     middle = wanted.num_shards // 2
     for share in (range(middle), range(middle, wanted.num_shards)):
-        job = teacher_pass.build_teacher_job(configs, wanted, share)
+        job = teacher_job.build_teacher_job(configs, wanted, share)
         assert job.plan.images.num_rows == rows
         run_pass(job.plan, live_teacher(), job.shards)
     monkeypatch.setattr(opening, "wanted_outputs", lambda _configs, _images: plan.spec.configured)

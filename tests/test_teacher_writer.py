@@ -12,8 +12,8 @@ from caches import make_test_cache
 from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
-from distillery import teacher_writer_shard
 from distillery.cache.store import record_path
+from distillery.precompute import teacher_shards
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.outputs import fit_basis
@@ -94,7 +94,7 @@ def test_two_passes_over_one_range_share_it(reference, work, monkeypatch):
 
 
 def test_stopped_after_any_batch_it_goes_on_to_the_same_bytes(reference, work, monkeypatch):
-    monkeypatch.setattr("distillery.teacher_writer._GRACE_S", -1)
+    monkeypatch.setattr("distillery.precompute.teacher_shards._GRACE_S", -1)
     for looks in range(12):
         report = run_pass(*work, stop=Stop(looks))
         assert report.shards_made + report.shards_left <= 5
@@ -245,13 +245,13 @@ def test_outputs_that_do_not_fit_the_dtype_are_refused(work):
 def test_a_full_disk_stops_the_pass_cleanly_and_it_goes_on_later(reference, work, monkeypatch, number, kind):
     calls = itertools.count()
 
-    def fail(fd, data, offset, write=teacher_writer_shard.pwrite_all):
+    def fail(fd, data, offset, write=teacher_shards.pwrite_all):
         if next(calls) == 10:
             raise OSError(number, os.strerror(number))
         return write(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_writer_shard, "pwrite_all", fail)
+        patch.setattr(teacher_shards, "pwrite_all", fail)
         with pytest.raises(kind, match="full|quota|cannot be written to"):
             run_pass(*work)
     assert not list(work[0].directory.glob(".*"))

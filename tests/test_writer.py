@@ -12,15 +12,15 @@ import pytest
 import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery import decode_pool, writer, writer_shard
 from distillery.cache.images import read_record
 from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
+from distillery.precompute import image_shard, pipeline, pool
+from distillery.precompute.pipeline import make_cache
 from distillery.sources.pixels import library_versions, normalisation_table, preprocess_image
 from distillery.system.errors import RunError, UserError
 from distillery.system.files import create_temporary, temporary_name
 from distillery.system.signals import StopFlag
-from distillery.writer import make_cache
 
 SOURCE = SmallSource()
 
@@ -50,13 +50,13 @@ def test_neither_batch_size_nor_workers_change_a_byte(tmp_path, reference, batch
 def test_there_are_as_many_workers_as_the_images_keep_busy_whatever_the_batch_size(
     tmp_path, monkeypatch, batch_size, rows, workers
 ):
-    asked, inline = [], decode_pool.decode_pool
+    asked, inline = [], pool.decode_pool
 
     def build(num_workers, *arguments):
         asked.append(num_workers)
         return inline(1, *arguments)
 
-    monkeypatch.setattr(writer, "decode_pool", build)
+    monkeypatch.setattr(pipeline, "decode_pool", build)
     source = SmallSource(rows)
     run_stage1(small_plan(tmp_path, source), source, batch_size=batch_size, num_workers=8)
     assert asked == [workers]
@@ -291,7 +291,7 @@ def test_a_name_taken_by_the_same_shard_is_left_to_the_one_who_was_first(tmp_pat
     run_stage1(plan, SOURCE)
     kept = inodes(tmp_path)
     survey = replace(survey_cache(plan, range(3)), done=[], missing=[0, 1, 2])
-    monkeypatch.setattr(writer, "is_published", lambda *_: False)  # it was not there yet when we looked
+    monkeypatch.setattr(pipeline, "is_published", lambda *_: False)  # it was not there yet when we looked
     with StopFlag() as stop:
         make_cache(plan, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=1, stop=stop)
     assert inodes(tmp_path) == kept
@@ -338,8 +338,8 @@ def test_a_shard_another_process_is_at_work_on_is_left_for_the_end(tmp_path, ref
     plan = small_plan(tmp_path, SOURCE)
     fd = create_temporary(temporary_name(plan.shard_path(0)))
     fed = []
-    feed = writer._Pipeline._feed
-    monkeypatch.setattr(writer._Pipeline, "_feed", lambda self, idx: fed.append(idx) or feed(self, idx))
+    feed = pipeline._Pipeline._feed
+    monkeypatch.setattr(pipeline._Pipeline, "_feed", lambda self, idx: fed.append(idx) or feed(self, idx))
     run_stage1(plan, SOURCE)
     os.close(fd)
     assert fed == [1, 2, 0]  # made all the same: its maker may be stopped for ever
@@ -386,7 +386,7 @@ def test_temporary_files_of_dead_writers_are_removed_those_of_living_ones_stay_u
 
 
 def test_on_a_network_file_system_only_old_temporary_files_count_as_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer_shard, "is_network_file_system", lambda _path: True)
+    monkeypatch.setattr(image_shard, "is_network_file_system", lambda _path: True)
     plan = small_plan(tmp_path, SOURCE)
     young, old = temporary_name(plan.shard_path(1)), temporary_name(plan.shard_path(2))
     for path in (young, old):
@@ -452,7 +452,7 @@ class Stopping(SmallSource):
 def test_a_stop_finishes_or_drops_the_shard_in_hand_and_the_next_run_goes_on(
     tmp_path, reference, monkeypatch, nth, grace_s
 ):
-    monkeypatch.setattr(writer, "_GRACE_S", grace_s)
+    monkeypatch.setattr(pipeline, "_GRACE_S", grace_s)
     plan = small_plan(tmp_path, SOURCE)
     report, _ = run_stage1(plan, Stopping(nth))
     assert report.shards_left == 3 - report.shards_made

@@ -2,7 +2,7 @@
 
 A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache; its shards are aligned row by
 row with the images'. View k of an image is Augmentation.views(images, global_idx, k, seed=...): a mirrored view is a
-view of its own, with outputs of its own. Written by distillery.teacher_writer.
+view of its own, with outputs of its own. Written by distillery.precompute.teacher_shards.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,7 @@
-"""Stage 1's plan in words; a few images decoded to tell the hours, and what the hub says without a download."""
+"""What stage 1 will cost: bytes, files, memory and hours, from a few decoded images."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,87 @@ import numpy as np
 from distillery.cache.archive import DTYPES
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.keys_data import DataConfig
-from distillery.decode import Unit, decode_unit
-from distillery.decode_pool import memory_bytes, needs_resampler
-from distillery.planner import CacheWork, DecodeSpeed, cache_lines
+from distillery.precompute.pool import memory_bytes, needs_resampler
+from distillery.precompute.worker import Unit, decode_unit
 from distillery.sources.base import Source
 from distillery.sources.hub import HubFacts
 from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler
-from distillery.system.console import format_bytes
+from distillery.system.console import format_bytes, hours
 from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 
+# measured (Private_* of smaps_rollup, Python 3.11, torch 2.14), without torch and with it, which resizes: a decode
+# worker, and the server that all of them are forked from and share the rest with
+_WORKER_BYTES, _SERVER_BYTES = {False: 8 << 20, True: 84 << 20}, {False: 27 << 20, True: 290 << 20}
+# Pillow's image, its conversion and the array of the same pixels are there at once
+_COPIES_OF_PIXELS = 3
 _FIRST = 8
+
+
+@dataclass(frozen=True)
+class CacheWork:
+    """What stage 1 is to make, over all folders and for this job alone; bytes of float or uint8 rows.
+
+    num_shards: of this job's share; num_folders: caches; unit_bytes: memory for units in flight.
+    """
+
+    num_images: int
+    num_bytes: int
+    num_shards: int
+    num_folders: int
+    num_workers: int
+    unit_bytes: int
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """A few images of the source, made into rows by this process.
+
+    seconds: an image, by one worker; encoded_bytes: of an image, on average; pixels: of the largest; needs_torch: to
+    resize them.
+    """
+
+    num_images: int
+    seconds: float
+    encoded_bytes: float
+    pixels: int
+    needs_torch: bool
+
+
+def cache_lines(work: CacheWork, speed: DecodeSpeed | None, free_inodes: int | None) -> list[str]:
+    """Files, memory and hours of stage 1; speed None: nothing could be measured."""
+    num_files = 2 * work.num_shards + 2 * work.num_folders
+    free = "" if free_inodes is None else f"; {free_inodes:,} are free"
+    lines = [f"files: {num_files:,} ({work.num_shards:,} shards, a record each, index and failures){free}"]
+    if free_inodes is not None and num_files > free_inodes:
+        lines.append(
+            f"WARNING: {num_files:,} files are to be made, the file system has room for {free_inodes:,}: "
+            "raise cache_shard_size"
+        )
+    if speed is None:
+        return lines
+    each = _WORKER_BYTES[speed.needs_torch] + _COPIES_OF_PIXELS * 3 * speed.pixels
+    shared = work.unit_bytes + _SERVER_BYTES[speed.needs_torch]
+    if work.num_workers == 1:
+        lines.append(f"memory: about {format_bytes(each + shared)}: one worker decodes in this process")
+    else:
+        lines.append(
+            f"memory: about {format_bytes(work.num_workers * each + shared)} beside this process: {work.num_workers} "
+            f"decode workers of {format_bytes(each)}, and {format_bytes(shared)} that they share"
+        )
+    rate = work.num_workers / speed.seconds
+    by_all = f", {rate:,.0f} by {work.num_workers}" if work.num_workers > 1 else ""
+    lines.append(
+        f"speed: {speed.num_images} images took {1000 * speed.seconds:.3g} ms each here: {1 / speed.seconds:,.0f} "
+        f"images/s by one worker{by_all}"
+    )
+    if work.num_images:
+        seconds = work.num_images / rate
+        lines.append(
+            f"time: about {hours(seconds)} for the {work.num_images:,} images of this job, if the source gives "
+            f"{format_bytes(speed.encoded_bytes * rate)}/s and the cache's disk takes "
+            f"{format_bytes(work.num_bytes / seconds)}/s; a slower one of the two decides"
+        )
+    return lines
 
 
 def bytes_to_write(plan: CachePlan, survey: Survey) -> int:

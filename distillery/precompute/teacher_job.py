@@ -11,6 +11,7 @@ from distillery.cache.images import INDEX_NAME
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.load import Configs
 from distillery.models.configured import choose_device
+from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.reading.rows import ImageRows
 from distillery.system.console import Progress, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR
@@ -32,7 +33,6 @@ from distillery.teacher_cache.records import teacher_scan
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_cache.targets import check_storable
-from distillery.teacher_writer import make_teacher_cache
 
 DEFAULT_REPLAYS = 64
 

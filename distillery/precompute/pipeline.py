@@ -9,6 +9,8 @@ two writers of one shard write the same bytes, so nothing here needs a lock to b
 """
 
 import contextlib
+import errno
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,14 +21,21 @@ from dataclasses import dataclass
 from distillery.cache.images import image_scan, write_views
 from distillery.cache.plan import CachePlan, Survey
 from distillery.cache.store import RecordScan, record_path
-from distillery.decode import Unit
-from distillery.decode_pool import WRITE_AHEAD, Work, decode_pool, split_into_units
-from distillery.shard_format_payload import gap_before
+from distillery.precompute.image_shard import (
+    OpenShard,
+    adopt_shard,
+    gap_before,
+    is_being_made,
+    is_published,
+    remove_leftovers,
+)
+from distillery.precompute.pool import WRITE_AHEAD, Work, decode_pool, split_into_units
+from distillery.precompute.worker import Unit
+from distillery.system.console import format_bytes
 from distillery.system.errors import RunError, UserError
-from distillery.system.files import make_directory, may_try_again
+from distillery.system.files import NO_SPACE_ERRNOS, make_directory, may_try_again
+from distillery.system.machine import free_bytes
 from distillery.system.signals import StopFlag
-from distillery.writer_errors import explain_write_error
-from distillery.writer_shard import OpenShard, adopt_shard, is_being_made, is_published, remove_leftovers
 
 # how many encoded images are read before the first are decoded, and how many bytes at a time from then on
 _FIRST_ROWS, _READ_BYTES = 32, 16 << 20
@@ -34,6 +43,7 @@ _FIRST_ROWS, _READ_BYTES = 32, 16 << 20
 _PUBLISH_AHEAD = 2
 # a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
+_DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -352,3 +362,35 @@ def _make_shards(plan, source, to_make, made: set, found: set, *, num_workers, b
             pipeline.close()
             made |= pipeline.made
             found |= pipeline.found
+
+
+def explain_write_error(plan: CachePlan, error: Exception, shards_left: list[int], num_workers: int) -> Exception:
+    """An error of the system, as what it means for the user."""
+    if isinstance(error, BrokenProcessPool):
+        return RunError(
+            "a decode worker was killed, most likely by the system for want of memory. Everything published stays; "
+            f"run the same command again with fewer workers (num_workers is {num_workers})."
+        )
+    if error.errno in NO_SPACE_ERRNOS:
+        return RunError(_no_space_message(plan, error, shards_left))
+    reason = f"{error.filename or plan.directory}: {os.strerror(error.errno) if error.errno else error}"
+    if error.errno in _DENIED_ERRNOS:
+        return UserError(
+            f"the cache folder {plan.directory} cannot be written to ({reason}). Training reads it as it is; to go on "
+            "making it, have its permissions changed, or give another cache_dir."
+        )
+    return RunError(
+        f"{reason} (error {error.errno}) while writing the cache. Nothing doubtful was published; everything published "
+        "stays. When the storage works again, run the same command again."
+    )
+
+
+def _no_space_message(plan: CachePlan, error: OSError, shards_left: list[int]) -> str:
+    needed = sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * plan.row_bytes
+    what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit (ulimit -f) was reached"}
+    return (
+        f"{plan.directory}: {what.get(error.errno, 'the disk is full')} ({os.strerror(error.errno)}). "
+        f"{len(shards_left)} shards are left to make: {needed} bytes ({format_bytes(needed)}) needed, "
+        f"{free_bytes(plan.directory)} bytes ({format_bytes(free_bytes(plan.directory))}) free. "
+        "Everything published is intact; make room and run the same command again."
+    )

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
-from distillery.decode import Unit, UnitResult, decode_unit
+from distillery.precompute.worker import Unit, UnitResult, decode_unit
 from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image
 from distillery.system.console import format_bytes
 from distillery.system.direct_io import ALIGNMENT_BYTES
@@ -117,7 +117,7 @@ class ProcessPool(Pool):
         # forks of a server: to fork this process, which runs Arrow's threads, can deadlock, and in a fresh interpreter
         # each worker would import torch for itself
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distillery.decode_pool", *preload])
+        context.set_forkserver_preload(["distillery.precompute.pool", *preload])
         with _signals_blocked():
             # apart and first: starting it ends the blocking of SIGINT and SIGTERM
             resource_tracker.ensure_running()
