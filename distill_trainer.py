@@ -24,26 +24,24 @@ COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "_
 import torch
 
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery import build, build_facts, pictures, run_folder
-from distillery.checkpoint import load_checkpoint
-from distillery.checkpoint_writer import CheckpointWriter
+from distillery import pictures
 from distillery.config.load import dump_configs
-from distillery.engine import Progress, check_first_step, check_numbers, train_one_epoch
-from distillery.engine_numbers import check_weights
-from distillery.engine_state import restore, state_of
-from distillery.metrics import RunLog, read_rows
 from distillery.models import configured
-from distillery.planner_train import SyntheticLoader, plan_loader, plan_run
-from distillery.progress import epoch_line, training_fields
 from distillery.report import summary_table, write_plots, write_report
 from distillery.run_evaluation import RunEvaluation
-from distillery.run_folder_start import find_start, prepare_folder
 from distillery.system import distributed
 from distillery.system.console import Progress as ConsoleProgress
 from distillery.system.files import expand_path, make_directory, write_atomic
 from distillery.system.launcher import is_restarted
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.reader import TeacherCache
+from distillery.training import bindings, build, describe, folder
+from distillery.training.checkpoints import CheckpointWriter, load_checkpoint, restore, state_of
+from distillery.training.engine import Progress, check_first_step, check_numbers, train_one_epoch
+from distillery.training.estimate import SyntheticLoader, plan_loader, plan_run
+from distillery.training.folder import find_start, prepare_folder
+from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
+from distillery.training.watch import check_weights
 
 
 def main(command: TrainingCommand) -> int:
@@ -62,13 +60,13 @@ class Run:
         self.data, self.training = self.configs.data, self.configs.train
         self.dir = self.training.checkpoint_path
         self.is_main = distributed.is_main()
-        self.lock = run_folder.RunLock(self.dir)
+        self.lock = folder.RunLock(self.dir)
         # process 0 alone looks at the disk: two nodes may not see the same files yet
         self.begin, self.state, frozen, self.notes = distributed.decided_by_main(self._look_at_folder)
         self.loader = self._build_loader(frozen)
-        self.shards = build_facts.shards_of(self.loader)
+        self.shards = bindings.shards_of(self.loader)
         if frozen is not None:
-            run_folder.check_shards(frozen, self.shards, self.data.cache_dir)
+            folder.check_shards(frozen, self.shards, self.data.cache_dir)
         self.steps_in_epoch = build.steps_per_epoch(
             self.training, self.loader.valid_rows_per_shard, self.data.shards_per_epoch
         )
@@ -86,7 +84,7 @@ class Run:
 
     def _look_at_folder(self) -> tuple:
         """(where to begin, the checkpoint's content, the frozen shards, what to tell the user)."""
-        run_folder.check_place(self.dir)
+        folder.check_place(self.dir)
         if not self.arguments.dry_run:
             self.lock.take(create=False)
         config = self.configs.as_dict()
@@ -104,19 +102,19 @@ class Run:
         if begin.checkpoint is not None:
             state = load_checkpoint(begin.checkpoint)
             where = begin.checkpoint if given else self.dir
-            harmless = run_folder.compare_configs(where, state["config"], config)
+            harmless = folder.compare_configs(where, state["config"], config)
             notes += [f"changed since then: {line}" for line in harmless]
-            run_folder.check_global_batch(
-                state, build.global_batch_size(self.training), build.describe_batch(self.training)
+            folder.check_global_batch(
+                state, build.global_batch_size(self.training), describe.describe_batch(self.training)
             )
         if not begin.fresh and not self.training.refresh_shards:
-            frozen = run_folder.frozen_shards(self.dir) or (state or {}).get("shards")
+            frozen = folder.frozen_shards(self.dir) or (state or {}).get("shards")
         return begin, state, frozen, notes
 
     def _build_loader(self, frozen: dict | None) -> Any:
         build_loader = functools.partial(
             build_pretraining_dataloader,
-            build_facts.data_of_frozen(self.data, frozen),
+            bindings.data_of_frozen(self.data, frozen),
             self.training,
             with_indices=True,
             raw=True,
@@ -142,7 +140,7 @@ class Run:
             build.eval_folders(self.data) if is_evaluated else {},
             self.student,
             self.teacher,
-            lambda: build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device),
+            lambda: build.loaded_teacher(self.configs, self.teacher, self.cache, self.device),
             k=self.training.knn_k,
             device=self.device,
             is_stopped=lambda: self.stop.requested,
@@ -160,9 +158,9 @@ class Run:
 
     def restore_or_prepare(self) -> None:
         """Put weights, optimiser and position where the checkpoint says, or get ready for a first step."""
-        self.teacher_hash = build_facts.teacher_hash(self.teacher, self.cache)
+        self.teacher_hash = bindings.teacher_hash(self.teacher, self.cache)
         if self.state is not None:
-            build_facts.check_same_teacher(self.dir, self.state, self.teacher_hash, self.cache)
+            bindings.check_same_teacher(self.dir, self.state, self.teacher_hash, self.cache)
             restore(self.task, self.progress, self.state, build.global_batch_size(self.training))
             if self.state["config"]["train"]["num_epochs"] != self.training.num_epochs:
                 before, now = self.state["learning_rate"], self.schedule.at(self.progress.step)
@@ -171,7 +169,7 @@ class Run:
                 )
         elif self.training.standardise_targets and not self.arguments.dry_run:
             # one process gathers, so that all have the same to the last bit
-            gather = functools.partial(build_facts.gather_statistics, self.loader, self.task)
+            gather = functools.partial(build.gather_statistics, self.loader, self.task)
             self.teacher.load_statistics(distributed.decided_by_main(gather))
         self.first_step = self.progress.step
         self.state = None  # weights and moments on the CPU, of no more use
@@ -188,10 +186,10 @@ class Run:
                 raise
             raise RunError(str(error)) from error  # found wrong after training began: status 2 says nothing is written
         except Exception as error:
-            if not build_facts.is_out_of_memory(error):
+            if not describe.is_out_of_memory(error):
                 raise
             step, size = self.progress.step, self.data.image_size
-            raise RunError(build_facts.memory_advice(self.training, size, self.device, step)) from error
+            raise RunError(describe.memory_advice(self.training, size, self.device, step)) from error
         finally:
             self.checkpoints.close()
 
@@ -219,11 +217,11 @@ class Run:
     def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
         """What is left of the present epoch, or as much of it as a request to stop allows."""
         if self.progress.step == 0:
-            first = build_facts.first_images(self.loader, self.task)
+            first = build.first_images(self.loader, self.task)
             check_first_step(self.task, *first)
             self.show_models(log, first)
         if self.is_main:
-            facts = build_facts.epoch_facts(self.loader, self.progress.epoch)
+            facts = bindings.epoch_facts(self.loader, self.progress.epoch)
             log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
         self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
         batches = self.loader
@@ -238,7 +236,7 @@ class Run:
                 rows.append(row)
             console.advance(1, epoch=progress.epoch + 1, **(training_fields(row) if row else {}))
             if self.tells_compilation:
-                console.message(build_facts.compiled_graphs())
+                console.message(describe.compiled_graphs())
                 self.tells_compilation = False
             save_every = self.training.save_every
             if save_every and progress.step % save_every == 0 and progress.step != epoch_end:
@@ -262,7 +260,7 @@ class Run:
         if not self.is_main:
             return
         num_images, is_plan = sum(self.shards["rows"]), self.arguments.dry_run
-        lines = build_facts.describe_run(self.configs, self.task, self.steps_in_epoch, num_images, is_plan=is_plan)
+        lines = describe.describe_run(self.configs, self.task, self.steps_in_epoch, num_images, is_plan=is_plan)
         print("\n".join([*self.notes, *lines]), flush=True)
 
     def announce_plan(self) -> None:
@@ -283,7 +281,7 @@ class Run:
         )
         if self.progress.epoch < self.training.num_epochs:
             log.truncate_after(self.progress.step)
-        plan = build_facts.plan_of(self.task, sum(self.shards["rows"]))
+        plan = bindings.plan_of(self.task, sum(self.shards["rows"]))
         plan["global_batch_size"] = build.global_batch_size(self.training)
         told = [row for row in read_rows(log.path) if row.get("kind") == "start"] if self.is_main else []
         if not told or any(told[-1].get(key) != value for key, value in plan.items()):
@@ -295,9 +293,9 @@ class Run:
         self.lock.take(create=True)
         for note in prepare_folder(self.dir, self.begin, self.progress.step):
             print(note, flush=True)
-        (self.dir / run_folder.PREEMPTED_NAME).unlink(missing_ok=True)
-        write_atomic(self.dir / run_folder.CONFIG_NAME, dump_configs(self.configs).encode())
-        run_folder.freeze_shards(self.dir, self.shards)
+        (self.dir / folder.PREEMPTED_NAME).unlink(missing_ok=True)
+        write_atomic(self.dir / folder.CONFIG_NAME, dump_configs(self.configs).encode())
+        folder.freeze_shards(self.dir, self.shards)
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint of this moment, or begin to; numbers that are not finite are an error instead."""
@@ -310,7 +308,7 @@ class Run:
                 "teacher_hash": self.teacher_hash,
                 "teacher_cache": self.cache and self.cache.fingerprint,
                 "global_batch_size": build.global_batch_size(self.training),
-                "global_batch_text": build.describe_batch(self.training),
+                "global_batch_text": describe.describe_batch(self.training),
             }
             best = log.best_step("knn_top1")
             keep, protect = self.training.keep_checkpoints, () if best is None else (best,)
@@ -332,7 +330,7 @@ class Run:
         with console.paused():
             is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
         if is_whole and not rows and step > 0 and self.training.tensorboard:
-            self.show_models(log, build_facts.first_images(self.loader, self.task))
+            self.show_models(log, build.first_images(self.loader, self.task))
         return is_whole
 
     def show_models(self, log: RunLog, batch: tuple[torch.Tensor, ...]) -> None:
@@ -346,7 +344,7 @@ class Run:
 
         def draw() -> None:
             pool = pictures.choose_pool(self.evaluation.folders, self.data)
-            teacher = build_facts.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
+            teacher = build.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
             student, step = self.student.student, self.progress.step
             pictures.write_pictures(self.dir, teacher, student, pool, step=step, device=self.device)
 
@@ -367,7 +365,7 @@ class Run:
             return EXIT_DONE
         reason, step = self.stop.reason or "asked to stop", self.progress.step
         if self.is_main:
-            run_folder.mark_preempted(self.dir, reason, step)
+            folder.mark_preempted(self.dir, reason, step)
         # torchrun and srun end the others as soon as the first has left with a status that is not 0
         distributed.wait_for_all()
         if not self.is_main:

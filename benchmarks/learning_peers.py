@@ -33,7 +33,7 @@ class Curve:
     """The points of a run; seconds since the parent started this process, evaluations left out."""
 
     def __init__(self, configs: Any, device: Any) -> None:
-        from distillery.build import eval_folders
+        from distillery.training.build import eval_folders
 
         self.folders, self.k, self.device = next(iter(eval_folders(configs.data).values())), configs.train.knn_k, device
         self.started, self.points, self.rows = float(os.environ["STARTED"]), [], {}
@@ -72,9 +72,9 @@ def timm_mse(folder: Path, learning_rate: float) -> None:
     import torch
 
     from data_loader import DevicePrefetcher, build_pretraining_dataloader
-    from distillery import build
     from distillery.models import configured
     from distillery.models.views import Augmentation
+    from distillery.training import build
 
     configs, device = configs_of(folder), configured.choose_device("auto")
     train = configs.train
@@ -226,9 +226,9 @@ def fixed_view(flags: list[str]) -> None:
     The trainer cannot be configured so, on purpose (Beyer et al. 2021, arXiv:2106.05237): its task is changed here.
     """
     import distill_trainer
-    from distillery import build
     from distillery.command_line import parse_training_command
     from distillery.system.errors import run_command
+    from distillery.training import build
 
     build_task = build.build_task
     build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))

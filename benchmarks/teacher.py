@@ -30,13 +30,13 @@ import yaml
 
 from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery import build, build_facts
 from distillery.config.load import Configs, load_configs
-from distillery.engine import Progress, train_one_epoch
 from distillery.models import configured
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
+from distillery.training import build
+from distillery.training.engine import Progress, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teacher"
@@ -173,9 +173,9 @@ def trainer(configs: Configs, device: torch.device, steps: int, *, stored: bool)
     schedule = build.build_schedule(configs.train, student, steps)
     task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
     if stored:
-        teacher.load_statistics(build_facts.stored_statistics(loader, task))
+        teacher.load_statistics(build.stored_statistics(loader, task))
     else:
-        teacher.gather_statistics(build_facts.spread_batches(loader.dataset, 256, 64, device))
+        teacher.gather_statistics(build.spread_batches(loader.dataset, 256, 64, device))
     progress, stop = Progress(), StopFlag()
 
     def run() -> None:

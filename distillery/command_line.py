@@ -8,9 +8,9 @@ from pathlib import Path
 
 from distillery.config.load import Configs, load_configs
 from distillery.losses.registry import check_losses, fields_needed
-from distillery.metrics import import_wandb
 from distillery.system.errors import UserError, remember_command
 from distillery.system.launcher import check_environment
+from distillery.training.log import import_wandb
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def load_candidates(
     Raises:
         UserError: a student was trained towards a teacher of other weights.
     """
-    from distillery.build import build_models
-    from distillery.checkpoint import load_checkpoint
+    from distillery.training.build import build_models
+    from distillery.training.checkpoints import load_checkpoint
 
     teacher, student = build_models(configs, device)
     _check_teacher(configs, teacher.backbone.model, checkpoints)
@@ -212,8 +212,8 @@ def load_candidates(
 
 def _check_teacher(configs: Configs, teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
     """Raise UserError unless the students were trained towards a teacher of these weights."""
-    from distillery.checkpoint import load_checkpoint
     from distillery.models.weights import weights_hash
+    from distillery.training.checkpoints import load_checkpoint
 
     model = configs.model
     if not model.teacher_pretrained and model.teacher_checkpoint is None and model.teacher_source != "torch_hub":
@@ -277,7 +277,7 @@ def evaluate_run(
         One row per data set and model: the fields of `evaluate_features`, those of `compare_with_teacher`, and
         knn_share, linear_share, rank_share: the figure as a share of the teacher's.
     """
-    from distillery.build import eval_folders
+    from distillery.training.build import eval_folders
 
     folders = eval_folders(configs.data)
     if not folders:
@@ -331,7 +331,7 @@ def find_checkpoints(run_dir: Path, given: list[Path] | None) -> list[Path]:
     Raises:
         UserError: the run has none.
     """
-    from distillery.checkpoint import latest_checkpoint
+    from distillery.training.checkpoints import latest_checkpoint
 
     if given:
         return [expand_path(path) for path in given]
@@ -352,9 +352,9 @@ def main() -> int:
     configs = load_dumped_configs(run_dir / "config.yaml")
     checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
 
-    from distillery.checkpoint import load_checkpoint
     from distillery.models.configured import choose_device
-    from distillery.run_folder import check_same_models
+    from distillery.training.checkpoints import load_checkpoint
+    from distillery.training.folder import check_same_models
 
     for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run
         check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())

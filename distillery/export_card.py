@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from distillery.config.yaml_text import as_yaml
-from distillery.metrics import METRICS_NAME, read_rows
 from distillery.system.files import expand_path
+from distillery.training.log import METRICS_NAME, read_rows
 
 
 def build_card(run_dir: Path, config: dict[str, Any], loaded_from: str) -> str:

@@ -64,7 +64,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
 
 
 def _recipe(student: Student) -> dict[str, Any]:
-    from distillery.engine import default_learning_rate
+    from distillery.training.engine import default_learning_rate
 
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     recipe = {name: train[name] for name in _RECIPE if name in train}

@@ -40,7 +40,7 @@ def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = F
     Raises:
         UserError: no checkpoint, no averaged weights, or weights that are not this student's.
     """
-    from distillery.checkpoint import latest_checkpoint, load_checkpoint
+    from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
     path = checkpoint or latest_checkpoint(run_dir)
     if path is None:

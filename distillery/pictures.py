@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from distillery import measures
-from distillery.engine import Progress, Task
-from distillery.metrics import RunLog
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
 from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
 from distillery.report_facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
 from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.training.engine import Progress, Task
+from distillery.training.log import RunLog
 
 # images whose features are compared; on a CPU a ViT-B at 224 px takes a tenth of a second for each
 POOL_IMAGES = 400
@@ -231,10 +231,10 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     Raises:
         UserError: no checkpoint, or no images that can be read.
     """
-    from distillery.build import eval_folders
-    from distillery.checkpoint import latest_checkpoint
     from distillery.config.load import load_dumped_configs
     from distillery.evaluate import STUDENT, load_candidates
+    from distillery.training.build import eval_folders
+    from distillery.training.checkpoints import latest_checkpoint
 
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:

@@ -16,13 +16,13 @@ import numpy as np
 
 from distillery.cache.images import FAILURES_NAME, INDEX_NAME, read_record
 from distillery.cache.store import record_path
-from distillery.metrics import METRICS_NAME
 from distillery.report_axes import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
 from distillery.report_cache_sizes import sizes_html
 from distillery.report_html import details, escape, figure, page, table, tiles
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, write_atomic
+from distillery.training.log import METRICS_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

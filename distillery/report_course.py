@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distillery.metrics import unpack_numbers
 from distillery.report_axes import (
     FIFTH,
     FOURTH,
@@ -26,6 +25,7 @@ from distillery.report_axes import (
     short_count,
     thin,
 )
+from distillery.training.log import unpack_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from distillery.config.load import dataset_label
-from distillery.metrics import METRICS_NAME, read_rows
 from distillery.report_axes import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
+from distillery.training.log import METRICS_NAME, read_rows
 
 MODELS = {"untrained": "untrained student", "student": "student", "student_ema": "student (EMA)", "teacher": "teacher"}
 MEASURES = (

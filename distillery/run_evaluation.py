@@ -23,13 +23,13 @@ from distillery.evaluate import (
     extract_features,
 )
 from distillery.losses.targets import Targets
-from distillery.metrics import RunLog
 from distillery.models.backbone import Backbone, Features
 from distillery.models.pair import StudentWithHeads
 from distillery.reading.datasets import load_labelled
 from distillery.system.console import Progress
 from distillery.system.errors import Interrupted
 from distillery.system.files import make_directory, write_atomic
+from distillery.training.log import RunLog
 
 # the teacher's features of the test rows, which the student's are compared with: a run on stored outputs has no teacher
 FEATURES_DIR = "teacher_features"

@@ -3,8 +3,8 @@ import pytest
 from caches import make_test_cache
 
 from data_loader import build_pretraining_dataloader
-from distillery.build_facts import epoch_facts
-from distillery.metrics import unpack_numbers
+from distillery.training.bindings import epoch_facts
+from distillery.training.log import unpack_numbers
 
 
 @pytest.fixture(scope="module")

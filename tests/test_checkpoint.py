@@ -4,9 +4,15 @@ import os
 import pytest
 import torch
 
-from distillery import checkpoint
-from distillery.checkpoint import checkpoint_dir, is_complete, latest_checkpoint, load_checkpoint, save_checkpoint
 from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.training import checkpoints
+from distillery.training.checkpoints import (
+    checkpoint_dir,
+    is_complete,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def state_at(step: int) -> dict:
@@ -78,7 +84,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, call, nu
     def fail(*_args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint.os, call, fail)
+    monkeypatch.setattr(checkpoints.os, call, fail)
     with pytest.raises(RunError, match="the checkpoints before it are intact"):
         save_checkpoint(tmp_path, state_at(2), 2, keep=1)
     monkeypatch.undo()

@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from distillery import checkpoint_writer
-from distillery.checkpoint import checkpoint_path, is_complete, save_checkpoint
-from distillery.checkpoint_writer import CheckpointWriter, copy_to_host
 from distillery.system.errors import RunError
+from distillery.training import checkpoints
+from distillery.training.checkpoints import (
+    CheckpointWriter,
+    checkpoint_path,
+    copy_to_host,
+    is_complete,
+    save_checkpoint,
+)
 
 
 def state_at(step: int) -> dict:
@@ -37,7 +42,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
         go_on.wait(20)
         return save_checkpoint(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
     writer = CheckpointWriter(tmp_path, None, in_background=True)
     state = state_at(3)
     writer.save(state, 3, keep=2)
@@ -68,7 +73,7 @@ def test_a_failed_write_is_told_at_the_next_checkpoint_and_not_twice(tmp_path, m
     def fail(*_, **__):
         raise RunError("the disk is full")
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fail)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
     writer = CheckpointWriter(tmp_path, checkpoint_path(tmp_path, 1), in_background=True)
     writer.save(state_at(2), 2, keep=2)
     with pytest.raises(RunError, match="the disk is full"):

@@ -18,8 +18,9 @@ import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
 import distill_trainer
-from distillery import checkpoint_writer, engine, run_evaluation
+from distillery import run_evaluation
 from distillery.system import distributed, meeting
+from distillery.training import checkpoints, engine
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -190,7 +191,7 @@ def fail() -> None:
         (0, engine, "train_step", 1),
         (1, distill_trainer, "check_first_step", 1),
         (0, run_evaluation, "evaluate_features", 3),
-        (0, checkpoint_writer, "save_checkpoint", 1),
+        (0, checkpoints, "save_checkpoint", 1),
     ],
 )
 def test_one_process_that_fails_ends_all_within_seconds_and_its_traceback_is_shown(runs, rank, module, name, call):

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.engine import (
+from distillery.losses.targets import FrozenTeacher
+from distillery.losses.total import EmbeddingQueue
+from distillery.models.backbone import Features, build_backbone
+from distillery.models.pair import StudentWithHeads
+from distillery.system.errors import UserError
+from distillery.system.signals import StopFlag
+from distillery.training.checkpoints import restore, state_of
+from distillery.training.engine import (
     SECOND_VIEW,
     Ema,
     Progress,
@@ -17,14 +24,7 @@ from distillery.engine import (
     train_one_epoch,
     train_step,
 )
-from distillery.engine_numbers import check_weights
-from distillery.engine_state import restore, state_of
-from distillery.losses.targets import FrozenTeacher
-from distillery.losses.total import EmbeddingQueue
-from distillery.models.backbone import Features, build_backbone
-from distillery.models.pair import StudentWithHeads
-from distillery.system.errors import UserError
-from distillery.system.signals import StopFlag
+from distillery.training.watch import check_weights
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

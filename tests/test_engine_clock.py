@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from distillery.engine_clock import StepClock
+from distillery.training.watch import StepClock
 
 
 def test_images_steps_and_waiting_are_counted_since_the_last_row():

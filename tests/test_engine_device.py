@@ -14,15 +14,15 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillery import build, build_facts
 from distillery.config.load import load_configs
-from distillery.engine import Progress, Schedule, train_step
-from distillery.engine_state import state_of
 from distillery.losses.targets import Targets
 from distillery.models import views
 from distillery.models.backbone import Features
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets
+from distillery.training import build, describe
+from distillery.training.checkpoints import state_of
+from distillery.training.engine import Progress, Schedule, train_step
 
 CUDA = torch.device("cuda", 0)
 
@@ -169,7 +169,7 @@ def test_compiling_compiles_what_is_called_once_and_leaves_no_trace_in_a_checkpo
     assert convolutions and attentions  # the bodies of both models are in the graphs, not only what surrounds them
     assert after_one_step == len(graphs) >= 2  # later steps, other epochs and draws do not compile again
     assert sum(counters["graph_break"].values()) == 0
-    assert build_facts.compiled_graphs() == f"torch.compile: {len(graphs)} graphs, 0 graph breaks"
+    assert describe.compiled_graphs() == f"torch.compile: {len(graphs)} graphs, 0 graph breaks"
     state = state_of(task, Progress())
     names = [*state["student"], *state["heads"], *state["ema"]]
     assert not any("_orig_mod" in name or name.startswith("module.") for name in names)

@@ -5,8 +5,8 @@ import torch
 from test_engine import batches, build_task, images_of, run_epoch
 from torch import nn
 
-from distillery.engine import Progress, check_numbers, train_step
-from distillery.engine_numbers import BadSteps, check_weights
+from distillery.training.engine import Progress, check_numbers, train_step
+from distillery.training.watch import BadSteps, check_weights
 
 CPU = torch.device("cpu")
 NAN = float("nan")

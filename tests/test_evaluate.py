@@ -7,8 +7,7 @@ import pytest
 import torch
 from caches import make_test_cache
 
-from distillery import build, evaluate
-from distillery.checkpoint import save_checkpoint
+from distillery import evaluate
 from distillery.config.load import Configs, dump_configs, load_configs
 from distillery.evaluate import (
     compare_with_teacher,
@@ -22,6 +21,8 @@ from distillery.evaluate import (
 from distillery.evaluate_table import format_table
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
+from distillery.training import build
+from distillery.training.checkpoints import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,6 @@ import yaml
 from safetensors.torch import load_file
 
 from distillery import export, export_features
-from distillery.checkpoint import save_checkpoint
 from distillery.config.load import load_configs
 from distillery.export import export_student
 from distillery.export_attention import PlainAttention, plain_attention
@@ -16,10 +15,11 @@ from distillery.export_config import find_origin
 from distillery.export_features import evaluate_call, is_same, sample_features
 from distillery.export_onnx import build_onnx, compare_onnx
 from distillery.export_student import build_bare_student, find_other_call, load_student
-from distillery.metrics import RunLog
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.system.errors import UserError, run_command
+from distillery.training.checkpoints import save_checkpoint
+from distillery.training.log import RunLog
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 HUBCONF = """

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distillery.build import build_models
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.losses.targets import FrozenTeacher
@@ -13,6 +12,7 @@ from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.pair import StudentWithHeads, align, align_teacher
 from distillery.system.errors import UserError
 from distillery.teacher_cache.targets import check_fields
+from distillery.training.build import build_models
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 # tokens in blocks of one width, maps in stages, maps kept channels last

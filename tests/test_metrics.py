@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillery.metrics import RunLog, pack_numbers, plain_value, read_rows, unpack_numbers
 from distillery.system.errors import UserError
+from distillery.training.log import RunLog, pack_numbers, plain_value, read_rows, unpack_numbers
 
 
 def open_log(run_dir, *, tensorboard=False, wandb_project=None, is_main=True):

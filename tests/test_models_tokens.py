@@ -9,7 +9,6 @@ from caches import MEAN, STD, make_test_cache
 from teachers import images_plan, live_teacher, run_pass, teacher_plan
 from torch import nn
 
-from distillery.build_facts import teacher_hash
 from distillery.config.keys_train import TrainConfig
 from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import check_gradients, check_tokens, total_loss
@@ -20,6 +19,7 @@ from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
+from distillery.training.bindings import teacher_hash
 
 DATA = {"data_mean": MEAN, "data_std": STD}
 

@@ -3,10 +3,10 @@ import math
 
 import pytest
 
-from distillery.planner import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
 from distillery.precompute.estimate import CacheWork, DecodeSpeed, cache_lines
 from distillery.system.console import hours
 from distillery.system.machine import free_inodes, memory_left
+from distillery.training.estimate import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
 
 # 500,000 images, 64 x 500 of them an epoch
 FACTS = TrainingFacts(

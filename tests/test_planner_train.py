@@ -7,10 +7,10 @@ import torch
 from workplace import Workplace
 
 from distillery.config.load import load_configs
-from distillery.planner_train import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
 from distillery.sources import registry
 from distillery.sources.hub import HubFacts, NotDownloadedError
 from distillery.system.errors import UserError
+from distillery.training.estimate import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
 from tests.test_engine import build_task
 
 

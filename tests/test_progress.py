@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from distillery.progress import epoch_line, training_fields
 from distillery.system import console
 from distillery.system.console import Progress, format_field, format_seconds
+from distillery.training.log import epoch_line, training_fields
 
 
 class Terminal(io.StringIO):

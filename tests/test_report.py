@@ -13,10 +13,10 @@ from browser import CHROMIUM, inspect, screenshot
 from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
-from distillery.metrics import RunLog
 from distillery.report import summary_table, write_plots, write_report
 from distillery.report_facts import load_run, summary_sentences
 from distillery.system.errors import MissingFileError
+from distillery.training.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}

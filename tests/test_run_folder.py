@@ -4,19 +4,21 @@ import os
 import pytest
 from test_checkpoint import state_at
 
-from distillery import run_folder
-from distillery.checkpoint import checkpoint_dir, save_checkpoint
-from distillery.run_folder import (
+from distillery.system.errors import MissingFileError, UserError
+from distillery.training import folder
+from distillery.training.checkpoints import checkpoint_dir, save_checkpoint
+from distillery.training.folder import (
     RunLock,
+    Start,
     check_global_batch,
     check_place,
     check_shards,
     compare_configs,
+    find_start,
     identity_of,
+    prepare_folder,
     set_aside,
 )
-from distillery.run_folder_start import Start, find_start, prepare_folder
-from distillery.system.errors import MissingFileError, UserError
 
 CONFIG = {
     "data": {"num_workers": 1, "image_size": 32},
@@ -73,10 +75,10 @@ def test_other_images_and_other_rows_are_refused(tmp_path):
 
 
 def test_a_damaged_shard_list_is_an_error_that_says_what_to_do(tmp_path):
-    assert run_folder.frozen_shards(tmp_path) is None
+    assert folder.frozen_shards(tmp_path) is None
     (tmp_path / "shards.json").write_text('{"fingerprint": "a", "sha')
     with pytest.raises(UserError, match="shards.json: damaged .* Delete it"):
-        run_folder.frozen_shards(tmp_path)
+        folder.frozen_shards(tmp_path)
 
 
 def test_setting_aside_moves_everything_and_keeps_what_was_set_aside_before(tmp_path):
@@ -93,21 +95,21 @@ def test_setting_aside_moves_everything_and_keeps_what_was_set_aside_before(tmp_
 def test_the_marker_of_a_job_with_an_odd_restart_count_is_what_the_batch_script_looks_for(tmp_path, monkeypatch, odd):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", odd)
-    run_folder.mark_preempted(tmp_path, "SIGTERM", 500)
+    folder.mark_preempted(tmp_path, "SIGTERM", 500)
     assert "\njob 12 restart 0\n" in (tmp_path / "PREEMPTED").read_text()
 
 
 def test_the_marker_says_which_start_of_which_job_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert not run_folder.is_preempted(tmp_path)
-    run_folder.mark_preempted(tmp_path, "SIGTERM", 500)
+    assert not folder.is_preempted(tmp_path)
+    folder.mark_preempted(tmp_path, "SIGTERM", 500)
     assert (tmp_path / "PREEMPTED").read_text() == "SIGTERM at step 500\njob 12 restart 3\n"
-    assert run_folder.is_preempted(tmp_path)
+    assert folder.is_preempted(tmp_path)
 
 
 def test_a_lock_is_held_until_the_process_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(folder, "_LOCK_PATIENCE_S", 0.0)
     RunLock(tmp_path).take(create=False)  # nobody has ever trained here
     assert not list(tmp_path.iterdir())
     child = os.fork()

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from distillery.build import steps_per_epoch
 from distillery.config.keys_train import TrainConfig
 from distillery.reading import shard_draws
 from distillery.reading.order import EpochOrder, Sampling, block_sizes, rank_slice
 from distillery.reading.shard_draws import SUBSET_MODES, ShardDraws, epoch_shards
 from distillery.system.errors import UserError
+from distillery.training.build import steps_per_epoch
 
 SHARD_ROWS = np.array([8, 8, 5, 0, 8, 8, 3])
 

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import precompute_cache
-from distillery.build import eval_folders
 from distillery.cache.folder import load_index, load_labels
 from distillery.config.load import load_configs
 from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
 from distillery.sources.registry import open_source
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
+from distillery.training.build import eval_folders
 
 
 def png(number):

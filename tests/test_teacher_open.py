@@ -16,7 +16,6 @@ from teachers import MODEL
 from workplace import Workplace
 
 import precompute_cache
-from distillery.build_facts import check_same_teacher
 from distillery.config.load import load_configs
 from distillery.evaluate import load_candidates
 from distillery.reading.datasets import CachedTensorDataset
@@ -33,6 +32,7 @@ from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.records import FILES_NAME
+from distillery.training.bindings import check_same_teacher
 
 NET = """
 from torch import nn

@@ -11,10 +11,8 @@ import torch
 from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
 from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
-from distillery import build
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
-from distillery.engine import Progress, check_first_step, forward_losses, train_step
 from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.models import configured
 from distillery.models.draws import view_of_epoch
@@ -28,6 +26,8 @@ from distillery.teacher_cache import opening
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.survey import images_for_training
 from distillery.teacher_cache.targets import StoredTargets, TargetLoader, check_fields
+from distillery.training import build
+from distillery.training.engine import Progress, check_first_step, forward_losses, train_step
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
 NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9

@@ -12,12 +12,13 @@ import torch
 from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, comparable, send
 
 import distill_trainer
-from distillery import build_facts, engine, run_evaluation
+from distillery import run_evaluation
 from distillery.config.load import load_dumped_configs
 from distillery.evaluate import evaluate_run
 from distillery.models import configured
 from distillery.system.errors import UserError
 from distillery.teacher_cache.reader import TeacherCache
+from distillery.training import bindings, engine
 
 # 2 epochs of 5 steps of 2 batches; stochastic depth, averaged weights, checkpoints in the middle of an epoch
 CACHED = {"teacher_cache.enabled": True, "teacher_cache.views": 2, "num_epochs": 2, "max_steps_per_epoch": 5,
@@ -246,12 +247,12 @@ def test_other_teacher_outputs_than_the_runs_own_are_refused(place):
     state = checkpoint_of(place.folder / "cached")
     (folder,) = (place.folder / "cache" / "teacher").iterdir()
     cache = TeacherCache(folder)
-    build_facts.check_same_teacher(Path("run"), state, cache.weights_hash, cache)
+    bindings.check_same_teacher(Path("run"), state, cache.weights_hash, cache)
     cache.fingerprint = "f" * 64
     with pytest.raises(UserError, match="other teacher outputs.*now ffffffffffff"):
-        build_facts.check_same_teacher(Path("run"), state, cache.weights_hash, cache)
+        bindings.check_same_teacher(Path("run"), state, cache.weights_hash, cache)
     with pytest.raises(UserError, match="other weights"):
-        build_facts.check_same_teacher(Path("run"), state, "another", cache)
+        bindings.check_same_teacher(Path("run"), state, "another", cache)
 
 
 def test_a_dry_run_says_what_stored_outputs_cost_and_save(place, tmp_path):

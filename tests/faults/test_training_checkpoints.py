@@ -13,8 +13,8 @@ from scale import scaled
 from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
-from distillery import checkpoint, engine
-from distillery.checkpoint import checkpoint_dir, latest_checkpoint, load_checkpoint, save_checkpoint
+from distillery.training import checkpoints, engine
+from distillery.training.checkpoints import checkpoint_dir, latest_checkpoint, load_checkpoint, save_checkpoint
 
 SETTINGS = STUDENTS["vit"]
 
@@ -98,7 +98,7 @@ def test_a_file_size_limit_in_a_save_is_one_message_and_the_same_command_goes_on
 
     def hit() -> None:
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
-        at_call(checkpoint, "_write", 3, limit)
+        at_call(checkpoints, "_write", 3, limit)
 
     first = start(place, run_dir, SETTINGS, before=hit)
     assert first.wait() == 1

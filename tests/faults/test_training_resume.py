@@ -11,7 +11,8 @@ from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
 import distill_trainer
-from distillery import checkpoint, engine, run_evaluation
+from distillery import run_evaluation
+from distillery.training import checkpoints, engine
 
 KILL = signal.SIGKILL
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
@@ -25,8 +26,8 @@ POINTS = {
     "in the evaluation before the first step": (run_evaluation, "extract_features", 2),
     "in the evaluation between two epochs": (run_evaluation, "extract_features", 6),
     "in the evaluation at the end": (run_evaluation, "extract_features", 9),
-    "in the writing of a checkpoint": (checkpoint.torch, "save", 2),
-    "between a checkpoint and its record": (checkpoint, "write_atomic", 1),
+    "in the writing of a checkpoint": (checkpoints.torch, "save", 2),
+    "between a checkpoint and its record": (checkpoints, "write_atomic", 1),
 }
 
 
@@ -134,7 +135,7 @@ def test_killed_in_the_save_that_a_signal_asked_for_equals_the_straight_run(plac
         def hit(step: int = step) -> None:
             at_call(engine, "train_step", step, send(signal.SIGTERM))
             fsync = os.fsync
-            checkpoint.os.fsync = lambda fd: (time.sleep(0.05), fsync(fd))
+            checkpoints.os.fsync = lambda fd: (time.sleep(0.05), fsync(fd))
 
         first = start(place, run_dir, settings, before=hit)
         while first.poll() is None and "SIGTERM" not in first.text:

@@ -16,9 +16,9 @@ from training import STUDENTS, assert_same_run, flags_of, of_folder, start, stra
 from workplace import ROOT, at_call
 
 import data_loader
-from distillery import engine
-from distillery.checkpoint import checkpoint_dir
 from distillery.system import errors, signals
+from distillery.training import engine
+from distillery.training.checkpoints import checkpoint_dir
 
 SETTINGS = STUDENTS["vit"]
 

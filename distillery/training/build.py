@@ -1,7 +1,10 @@
 """From configuration to objects: device, models, optimiser, schedule, and the task that the engine trains."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +15,10 @@ from distillery.cache.index import CacheIndex
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
-from distillery.engine import Ema, Schedule, Task, default_learning_rate
 from distillery.losses.registry import fields_needed, queue_size_of
-from distillery.losses.targets import FrozenTeacher, Targets
+from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_tokens
-from distillery.models.backbone import MEMORY_FORMAT
+from distillery.models.backbone import MEMORY_FORMAT, Backbone
 from distillery.models.configured import build_student_backbone, build_teacher_backbone, choose_precision, on_device
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
@@ -28,6 +30,8 @@ from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets, check_fields
+from distillery.training.bindings import teacher_hash
+from distillery.training.engine import Ema, Schedule, Task, default_learning_rate
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
@@ -99,12 +103,6 @@ def global_batch_size(train: TrainConfig) -> int:
     return train.batch_size * distributed.world_size() * train.grad_accumulation_steps
 
 
-def describe_batch(train: TrainConfig) -> str:
-    """The images of a step and what makes their number, in words."""
-    factors = f"{train.batch_size} x {distributed.world_size()} processes x {train.grad_accumulation_steps}"
-    return f"{global_batch_size(train)} images (batch_size x processes x grad_accumulation_steps = {factors})"
-
-
 def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_epoch: int | None) -> int:
     """Optimiser steps of every epoch.
 
@@ -120,28 +118,6 @@ def steps_per_epoch(train: TrainConfig, valid_rows: Sequence[int], shards_per_ep
             f"an epoch has {rows}. Use a smaller batch_size or more shards_per_epoch."
         )
     return min(steps, train.max_steps_per_epoch or steps)
-
-
-def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int, num_images: int) -> list[str]:
-    """What the run will do, in lines for the console: steps, images seen, warm-up, learning rate."""
-    train = configs.train
-    seen = steps_in_epoch * global_batch_size(train)
-    rule = "2e-3 x sqrt(global batch / 64), at most 4e-3; half of it without batch norm"
-    rule = "" if train.learning_rate else f" (learning_rate: null: {rule})"
-    lines = [
-        f"schedule: {train.num_epochs} epochs x {steps_in_epoch} steps = {schedule.total_steps} steps of "
-        f"{global_batch_size(train)} images (batch_size {train.batch_size} x {distributed.world_size()} processes x "
-        f"accumulation {train.grad_accumulation_steps})",
-        f"  an epoch sees {seen} of {num_images} images ({100 * seen / num_images:.3g} %), the run "
-        f"{seen * train.num_epochs} ({seen * train.num_epochs / num_images:.3g} times the data)",
-        f"  learning rate {schedule.learning_rate:.3g}{rule}, warm-up {schedule.warmup_steps} steps, cosine to "
-        f"{schedule.min_lr:.3g}; weight decay {train.weight_decay:g}",
-    ]
-    if train.warmup_epochs is not None and train.warmup_epochs > train.num_epochs:
-        lines.append(
-            f"  warmup_epochs {train.warmup_epochs:g} is longer than the run: clipped to {schedule.warmup_steps} steps"
-        )
-    return lines
 
 
 def build_task(
@@ -238,3 +214,59 @@ def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
             for warning in _label_warnings(*map(load_index, parts)):
                 print(f"WARNING: eval_datasets.{name}: {warning}")
     return folders
+
+
+def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Normalised images [B, 3, H, W] spread evenly over a data set, the same whatever the number of processes.
+
+    Of a data set of an epoch's shards: over all shards, as data are often sorted by class.
+    """
+    dataset = getattr(dataset, "base_dataset", dataset)
+    count = min(num_images, len(dataset))
+    rows = [i * len(dataset) // count for i in range(count)]
+    for start in range(0, count, batch_size):
+        yield torch.stack(dataset.__getitems__(rows[start : start + batch_size])).to(device)
+
+
+def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | None, device: torch.device) -> Backbone:
+    """The teacher's backbone, to be evaluated; read from its weights where the run itself does without it."""
+    if not isinstance(teacher, FrozenTeacher):
+        teacher = build_teacher(configs, device)
+        teacher_hash(teacher, cache)
+    return teacher.backbone
+
+
+def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
+    """A few images, normalised, their global_idx and their stored outputs, for engine.check_first_step."""
+    if task.stored is None:
+        images = next(spread_batches(loader.dataset, 8, 8, task.device))
+        return images, torch.arange(len(images), device=task.device)
+    batches = iter(loader)
+    images, global_idx = next(batches)
+    batches.close()
+    stored = task.stored.read(global_idx, epoch=0)
+    images, *others = (values[:8].to(task.device) for values in (images, global_idx, *stored))
+    return task.to_float(images), *others
+
+
+def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
+    """Statistics of the teacher's features, on the CPU, for Targets.load_statistics: of stored outputs where it can."""
+    found = {}
+    if task.stored is None or task.stored.live_fields:
+        task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
+        found = {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
+    return found if task.stored is None else found | stored_statistics(loader, task)
+
+
+def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[str, Tensor]:
+    """Statistics of stored outputs, for Targets.load_statistics.
+
+    The pass that stored them has means and deviations over all images and views. PHI-S needs covariances too: those
+    come from one view of the first num_images of the loader's order.
+    """
+    if task.teacher_module.standardise != PHI_S:
+        return task.stored.cache.statistics
+    batches = itertools.islice(loader, math.ceil(num_images / loader.batch_size))
+    return task.teacher_module.statistics_of(
+        task.stored.features(task.stored.read(global_idx, epoch=0)) for _, global_idx in batches
+    )

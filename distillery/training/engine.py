@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.engine_clock import StepClock
-from distillery.engine_numbers import BadSteps, undo_where
 from distillery.losses.registry import needs_second_view
 from distillery.losses.targets import Targets
 from distillery.losses.total import EmbeddingQueue, check_gradients, total_loss
@@ -19,6 +17,7 @@ from distillery.models.pair import StudentWithHeads, align
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.targets import StoredTargets
+from distillery.training.watch import BadSteps, StepClock, undo_where
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10

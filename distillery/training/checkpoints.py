@@ -5,17 +5,21 @@ checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint withou
 """
 
 import contextlib
+import copy
 import json
 import os
 import re
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
+from distillery.training.engine import Progress, Task
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
@@ -175,3 +179,100 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project; it lacks {', '.join(sorted(missing))}.")
     return state
+
+
+def copy_to_host(state: Any) -> Any:
+    """A copy of nested dicts, lists and tuples, their tensors on the CPU: what a step changes later is not in it."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # of its own type: a state_dict carries the versions of its modules
+        copied.update({key: copy_to_host(value) for key, value in state.items()})
+        return copied
+    if isinstance(state, list | tuple):
+        return type(state)(map(copy_to_host, state))
+    return state
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time.
+
+    Args:
+        run_dir: the run's folder.
+        last: the checkpoint that the run goes on from.
+        in_background: by a thread, while the training goes on. A kill then loses the checkpoint that is being written;
+            where steps take long beside a write, as on the CPU, that is not worth it.
+    """
+
+    def __init__(self, run_dir: Path, last: Path | None, *, in_background: bool) -> None:
+        self.run_dir, self.last, self.in_background = run_dir, last, in_background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, state: dict[str, Any], step: int, *, keep: int, protect: tuple[int, ...] = ()) -> None:
+        """Write a checkpoint, or begin to; arguments as of save_checkpoint. The one before is on the disk then.
+
+        Raises:
+            RunError: it or the one before could not be written.
+        """
+        self.wait()
+        if self.in_background:
+            state = copy_to_host(state)
+        self._writing = self._thread.submit(save_checkpoint, self.run_dir, state, step, keep=keep, protect=protect)
+        if not self.in_background:
+            self.wait()
+
+    def wait(self) -> Path | None:
+        """Come back when all is on the disk, with the newest checkpoint; errors as of save."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.last = writing.result()
+        return self.last
+
+    def close(self) -> None:
+        """Let what is being written come to its end; after an error, whose message this one must not hide."""
+        try:
+            self.wait()
+        except Exception as error:
+            print(f"error: {error}", file=sys.stderr)
+        self._thread.shutdown()
+
+
+def state_of(task: Task, progress: Progress) -> dict[str, Any]:
+    """Weights, optimiser, averages, random state and position, as plain values and tensors."""
+    return {
+        "student": task.student.student.model.state_dict(),
+        "heads": task.student.heads.state_dict(),
+        "optimizer": task.optimizer.state_dict(),
+        "ema": task.ema.state if task.ema else None,
+        # what the next step draws is seeded by its number; this is here for those who look
+        "rng": {"torch": torch.get_rng_state()},
+        "progress": {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples},
+        "scaler": task.scaler.state_dict(),
+        "target_statistics": task.teacher_module.statistics_state(),
+        "queue": task.queue.state() if task.queue else None,
+        "num_bad_steps": task.bad_steps.count.item(),
+        "learning_rate": task.schedule.at(max(0, progress.step - 1)),
+    }
+
+
+def restore(task: Task, progress: Progress, state: dict[str, Any], global_batch: int) -> None:
+    """Put a task and its progress where `state` was taken; global_batch: images per optimiser step."""
+    task.student.student.model.load_state_dict(state["student"])
+    task.student.heads.load_state_dict(state["heads"])
+    # how a step is computed is not part of a run: a saved choice would outlive a move from CPU to CUDA
+    own = task.optimizer.state_dict()["param_groups"]
+    for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
+        saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
+    task.optimizer.load_state_dict(state["optimizer"])
+    task.scaler.load_state_dict(state["scaler"])
+    task.bad_steps.count.fill_(state["num_bad_steps"])
+    if state["target_statistics"]:
+        task.teacher_module.load_statistics(state["target_statistics"])
+    if task.queue is not None and state.get("queue") is not None:
+        task.queue.load_state(state["queue"])
+    if task.ema is not None and state["ema"] is not None:
+        task.ema.state = {name: value.to(task.device) for name, value in state["ema"].items()}
+    place = state["progress"]
+    progress.step, progress.epoch, progress.samples = place["step"], place["epoch"], place["samples"]
+    progress.epoch_start = progress.step - progress.samples // global_batch

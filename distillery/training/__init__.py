@@ -1,0 +1,1 @@
+"""Stage 2 at work: the step, its parts put together, checkpoints, the run's folder and log."""

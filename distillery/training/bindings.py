@@ -1,0 +1,124 @@
+"""What a run is bound to: the shards, the teacher and the data that it began with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillery.config.keys_data import DataConfig
+from distillery.losses.targets import FrozenTeacher, Targets
+from distillery.models.weights import weights_hash
+from distillery.reading.order import EpochOrder
+from distillery.system.errors import UserError, teacher_command
+from distillery.system.files import sha256_of
+from distillery.teacher_cache.reader import TeacherCache
+from distillery.training.engine import Task
+from distillery.training.log import pack_numbers
+
+
+def shards_of(loader: Any) -> dict[str, Any]:
+    """What a run keeps of the data it is started on, for run_folder.freeze_shards."""
+    if loader.shard_names is not None:
+        fingerprint, names = loader.fingerprint, loader.shard_names
+    else:
+        decoder = loader.dataset.decoder
+        fingerprint = sha256_of({"source": decoder.source.identity, "preprocess": decoder.spec.identity()})
+        names = []
+    rows = loader.valid_rows_per_shard
+    return {"fingerprint": fingerprint, "shards": list(names), "rows": list(rows) if names else [sum(rows)]}
+
+
+def epoch_facts(loader: Any, epoch: int) -> dict[str, Any]:
+    """What an epoch reads, for its row of metrics.jsonl: images, and of a cache the places of the shards in the run's
+    list, packed (metrics.unpack_numbers).
+    """
+    order = loader.sampling.order(epoch)
+    if loader.shard_names is None:
+        return {"images": len(order)}
+    shards = order.shards
+    if order.total - len(order) >= loader.sampling.step_rows:  # a cap ends it early, maybe before some of its shards
+        shards = np.concatenate([np.unique(shards) for shards in _shards_by_window(order)])
+    return {"images": len(order), "shards": pack_numbers(np.unique(shards).tolist())}
+
+
+def _shards_by_window(order: EpochOrder) -> Iterator[np.ndarray]:
+    position = 0
+    while position < len(order):
+        end = order.window_bounds(position)[1]
+        yield order.rows(position, end)[0]
+        position = end
+
+
+def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfig:
+    """The data configuration that gives a run's own images again, whatever has been added since it was started.
+
+    Raises:
+        UserError: use_cached asks for the other kind of images.
+    """
+    if frozen is None:
+        return data
+    is_cached = bool(frozen["shards"])
+    if data.use_cached not in (None, is_cached):
+        kind = "a cache" if is_cached else "raw images"
+        raise UserError(
+            f"use_cached is {str(data.use_cached).lower()}, and this run was started on {kind}. Set it to null or "
+            f"{str(is_cached).lower()} to go on with it, or give another checkpoint_dir for a new run."
+        )
+    # a cache grows at its end only, by shards and by rows of the last one
+    changes = {"max_shards": None, "max_samples": sum(frozen["rows"]), "use_cached": is_cached}
+    return data.model_copy(update=changes)
+
+
+def plan_of(task: Task, num_images: int) -> dict[str, int]:
+    """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
+    models = {"student": task.student.student.model}
+    if isinstance(task.teacher_module, FrozenTeacher):
+        models["teacher"] = task.teacher_module.backbone.model
+    sizes = {f"{side}_parameters": sum(p.numel() for p in model.parameters()) for side, model in models.items()}
+    if "teacher" not in models:
+        sizes["teacher_parameters"] = task.stored.cache.identity["resolved"]["num_parameters"]
+    return {"total_steps": task.schedule.total_steps, "num_images": num_images, **sizes}
+
+
+def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
+    """weights_hash of the run's teacher, loaded or not, and how it pools where that is not the usual way.
+
+    Raises:
+        UserError: it is loaded, and its outputs have been stored with other weights, or pooled in another way.
+    """
+    if not isinstance(teacher, FrozenTeacher):
+        return _with_pooling(cache.weights_hash, cache.identity["resolved"].get("pooling"))
+    found, pooling = weights_hash(teacher.backbone.model), teacher.backbone.pooling
+    if cache is not None and cache.identity["resolved"].get("pooling") != pooling:
+        raise UserError(
+            f"the outputs in {cache.directory} hold the teacher's class token, and its image feature is now that of "
+            f"its attention pooling. Store its outputs again: {teacher_command()}"
+        )
+    if cache is not None and cache.weights_hash != found:
+        raise UserError(
+            f"the teacher has other weights ({found}) than the one whose outputs are in {cache.directory} "
+            f"({cache.weights_hash}). Put its files back, or store its outputs: {teacher_command()}"
+        )
+    return _with_pooling(found, pooling)
+
+
+def _with_pooling(weights: str, pooling: str | None) -> str:
+    return weights if pooling is None else f"{weights}, pooled by {pooling}"
+
+
+def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: TeacherCache | None) -> None:
+    """Raise UserError when a checkpoint's teacher or stored outputs are not the present ones; now: teacher_hash."""
+    if state["teacher_hash"] != now:
+        raise UserError(
+            f"the teacher has other weights ({now}) than when the run in {run_dir} was started "
+            f"({state['teacher_hash']}). Put its files (teacher_name, teacher_repo, teacher_checkpoint) back, or give "
+            "another checkpoint_dir."
+        )
+    before, found = state.get("teacher_cache"), cache and cache.fingerprint
+    if before != found:
+        raise UserError(
+            f"the run in {run_dir} was started on other teacher outputs: fingerprint {(before or 'none')[:12]}, now "
+            f"{(found or 'none')[:12]}. Put the teacher's files, the teacher_cache block and cache_dir back, or give "
+            "another checkpoint_dir."
+        )

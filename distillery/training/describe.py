@@ -1,0 +1,94 @@
+"""What a run says of itself: its models, its schedule, its memory."""
+
+import torch
+
+from distillery.config.keys_train import TrainConfig
+from distillery.config.load import Configs
+from distillery.models.configured import choose_precision
+from distillery.system import distributed
+from distillery.system.console import format_bytes
+from distillery.teacher_cache.estimate import describe_cache, describe_saving
+from distillery.training.bindings import plan_of
+from distillery.training.build import global_batch_size, loaded_teacher
+from distillery.training.engine import Schedule, Task
+
+
+def compiled_graphs() -> str:
+    """How much of what is called torch.compile has really compiled, for the console."""
+    from torch._dynamo.utils import counters
+
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"torch.compile: {graphs} graphs, {breaks} graph breaks" + (
+        "" if graphs else "; nothing was compiled: set compile_student and compile_teacher to false"
+    )
+
+
+def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:
+    """What a run will do, in lines for the console; is_plan: also what the teacher's stored outputs cost and save."""
+    model, sizes = configs.model, plan_of(task, num_images)
+    cache = task.stored and task.stored.cache
+    lines = [
+        f"teacher {model.teacher_name} ({sizes['teacher_parameters'] / 1e6:.2f} M parameters) -> student "
+        f"{model.student_name} ({sizes['student_parameters'] / 1e6:.2f} M) on {task.device}, {task.precision}",
+        *describe_schedule(configs, task.schedule, steps_in_epoch, num_images),
+    ]
+    if is_plan:
+        teacher = loaded_teacher(configs, task.teacher_module, cache, task.device)
+        lines += describe_saving(configs, teacher, task.student, cache, num_images)
+    elif cache is not None:
+        lines.append(describe_cache(cache, configs, num_images))
+    return lines
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or (torch has no error of its own for that) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(train: TrainConfig, image_size: int, device: torch.device, step: int) -> str:
+    """What to do after running out of memory, with the figures at hand."""
+    batch, steps, precision = train.batch_size, train.grad_accumulation_steps, choose_precision(train.precision, device)
+    text = (
+        f"out of memory at step {step}: batch_size {batch}, grad_accumulation_steps {steps}, image_size {image_size}, "
+        f"precision {precision}"
+    )
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.max_memory_reserved(device)
+        text += f"; {format_bytes(taken)} of the GPU's {format_bytes(total)} were taken, {format_bytes(free)} are free"
+    text += ". The checkpoints are intact; run the same command with"
+    if batch % 2 == 0:
+        text += f" --set batch_size={batch // 2} --set grad_accumulation_steps={2 * steps} (the same global batch),"
+    if not train.gradient_checkpointing:
+        text += " --set gradient_checkpointing=true (slower),"
+    if precision == "fp32" and device.type == "cuda":
+        text += " precision: bf16 (a new run),"
+    return text + " a smaller student or teacher_img_size, or on more memory."
+
+
+def describe_batch(train: TrainConfig) -> str:
+    """The images of a step and what makes their number, in words."""
+    factors = f"{train.batch_size} x {distributed.world_size()} processes x {train.grad_accumulation_steps}"
+    return f"{global_batch_size(train)} images (batch_size x processes x grad_accumulation_steps = {factors})"
+
+
+def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int, num_images: int) -> list[str]:
+    """What the run will do, in lines for the console: steps, images seen, warm-up, learning rate."""
+    train = configs.train
+    seen = steps_in_epoch * global_batch_size(train)
+    rule = "2e-3 x sqrt(global batch / 64), at most 4e-3; half of it without batch norm"
+    rule = "" if train.learning_rate else f" (learning_rate: null: {rule})"
+    lines = [
+        f"schedule: {train.num_epochs} epochs x {steps_in_epoch} steps = {schedule.total_steps} steps of "
+        f"{global_batch_size(train)} images (batch_size {train.batch_size} x {distributed.world_size()} processes x "
+        f"accumulation {train.grad_accumulation_steps})",
+        f"  an epoch sees {seen} of {num_images} images ({100 * seen / num_images:.3g} %), the run "
+        f"{seen * train.num_epochs} ({seen * train.num_epochs / num_images:.3g} times the data)",
+        f"  learning rate {schedule.learning_rate:.3g}{rule}, warm-up {schedule.warmup_steps} steps, cosine to "
+        f"{schedule.min_lr:.3g}; weight decay {train.weight_decay:g}",
+    ]
+    if train.warmup_epochs is not None and train.warmup_epochs > train.num_epochs:
+        lines.append(
+            f"  warmup_epochs {train.warmup_epochs:g} is longer than the run: clipped to {schedule.warmup_steps} steps"
+        )
+    return lines

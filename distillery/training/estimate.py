@@ -1,0 +1,348 @@
+"""What a run will cost: hours, memory, the teacher's share, from a few timed steps; and advice."""
+
+import itertools
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillery.cache.images import shard_name
+from distillery.config.keys_data import DataConfig
+from distillery.config.load import Configs
+from distillery.reading.loader import DevicePrefetcher
+from distillery.reading.shard_draws import rows_of_draw
+from distillery.system import distributed
+from distillery.system.console import format_bytes, hours
+from distillery.system.errors import UserError
+from distillery.system.machine import memory_left
+from distillery.system.signals import slurm_seconds_left
+from distillery.training.build import global_batch_size
+from distillery.training.engine import Task, batches_by_step, train_step
+
+# shares from which on there is something to say
+_SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05
+_MANY_VIEWS = 50
+_LOSS_OF_A_KILL_S = 1800
+_NUM_STEPS, _BUDGET_S = 5, 20.0
+_READ_BATCHES, _READ_S = 24, 2.0
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What is known of a run before it begins. Steps are optimiser steps; images_in_epoch: what an epoch sees.
+
+    shard_steps: steps that the chosen shards of an epoch would give without max_steps_per_epoch; whole_steps: all
+    images once; row_bytes: of a stored image, 0 where none are; checkpoint_bytes: of one.
+    """
+
+    num_images: int
+    global_batch: int
+    steps_in_epoch: int
+    shard_steps: int
+    whole_steps: int
+    num_epochs: int
+    total_steps: int
+    steps_done: int
+    warmup_steps: int
+    max_steps_per_epoch: int | None
+    shards_per_epoch: int | None
+    save_every: int
+    keep_checkpoints: int
+    checkpoint_bytes: int
+    eval_every_epochs: int
+    num_eval_datasets: int
+    has_crop: bool
+    precision: str
+    on_cuda: bool
+    row_bytes: int
+    seconds_left: float
+    memory_left: int | None
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """A few training steps of one process.
+
+    step_seconds: of an optimiser step; the fractions: of the step's time; loader_images: images/s that reading alone
+    gives, None where there is nothing to read yet; memory_bytes: the process's peak, on the GPU (of memory_total)
+    where there is one.
+    """
+
+    num_steps: int
+    images_per_step: int
+    step_seconds: float
+    wait_fraction: float
+    teacher_fraction: float
+    student_fraction: float
+    loader_images: float | None
+    memory_bytes: int
+    memory_total: int | None
+
+    @property
+    def computed_images(self) -> float:
+        """Images/s of one process if it never waited for data."""
+        return self.images_per_step / (self.step_seconds * max(0.01, 1 - self.wait_fraction))
+
+    @property
+    def lasting_step_seconds(self) -> float:
+        """A step's time once what was read ahead is used up: of reading or computing, whichever is slower."""
+        return self.images_per_step / min(self.computed_images, self.loader_images or math.inf)
+
+
+def training_lines(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
+    """Speed, hours, memory and disk of a run."""
+    steps_left = facts.total_steps - facts.steps_done
+    seconds = speed.lasting_step_seconds
+    what = "images of the run" if speed.loader_images is not None else "random images"
+    of_what = f" of the GPU's {format_bytes(speed.memory_total)}" if speed.memory_total else ", the process as a whole"
+    lines = [
+        f"speed: {speed.num_steps} steps on {what} took {speed.step_seconds:.3g} s each, {speed.computed_images:,.0f} "
+        f"images/s a process; teacher {speed.teacher_fraction:.0%}, student {speed.student_fraction:.0%} of the time",
+        f"time: about {hours(steps_left * seconds)} for {steps_left:,} steps, besides evaluations; an epoch "
+        f"{hours(facts.steps_in_epoch * seconds)}",
+        f"memory: {format_bytes(speed.memory_bytes)} at the most in these steps{of_what}",
+        f"disk: {facts.keep_checkpoints + 1} checkpoints of {format_bytes(facts.checkpoint_bytes)} at the most: "
+        f"{format_bytes((facts.keep_checkpoints + 1) * facts.checkpoint_bytes)}",
+    ]
+    if speed.loader_images is not None:
+        lines.insert(1, f"  reading alone gives {speed.loader_images:,.0f} images/s here")
+    return lines
+
+
+def training_advice(facts: TrainingFacts, speed: StepSpeed | None = None) -> list[str]:
+    """What a careful colleague would say of the plan; speed None: nothing was timed."""
+    return [*_coverage_advice(facts), *_schedule_advice(facts), *(_speed_advice(facts, speed) if speed else [])]
+
+
+def _coverage_advice(facts: TrainingFacts) -> list[str]:
+    seen = facts.steps_in_epoch * facts.global_batch
+    times = facts.total_steps * facts.global_batch / facts.num_images
+    lines = []
+    if seen < _SMALL_EPOCH * facts.num_images:
+        is_capped = facts.max_steps_per_epoch is not None and facts.shard_steps > facts.steps_in_epoch
+        key = f"max_steps_per_epoch: {facts.max_steps_per_epoch}" if is_capped else (
+            f"shards_per_epoch: {facts.shards_per_epoch}")  # fmt: skip
+        lines.append(
+            f"an epoch is {100 * seen / facts.num_images:.2g} % of the data: {key} ends it after {seen:,} of "
+            f"{facts.num_images:,} images. Epochs of all of it: max_steps_per_epoch: null and shards_per_epoch: null, "
+            f"{facts.whole_steps:,} steps each"
+        )
+    if times < _SMALL_RUN:
+        enough = math.ceil(facts.num_images / max(1, seen))
+        lines.append(
+            f"the run ends when it has seen {times:.0%} of the images: num_epochs: {enough} is the first that sees all"
+        )
+    elif times > _MANY_VIEWS and not facts.has_crop:
+        lines.append(
+            f"every image comes {times:,.0f} times with no other change than a mirror image: set "
+            "augment.random_resized_crop, e.g. [0.3, 1.0], or fewer epochs"
+        )
+    return lines
+
+
+def _schedule_advice(facts: TrainingFacts) -> list[str]:
+    lines = []
+    if facts.num_eval_datasets and facts.eval_every_epochs > facts.num_epochs:
+        lines.append(
+            f"eval_every_epochs: {facts.eval_every_epochs} is more than num_epochs: {facts.num_epochs}: k-NN is "
+            "measured before the first step and after the last only"
+        )
+    if not facts.num_eval_datasets or not facts.eval_every_epochs:
+        key = "eval_datasets is empty" if not facts.num_eval_datasets else "eval_every_epochs is 0"
+        lines.append(f"{key}: nothing but the loss will tell how good the student is")
+    if facts.warmup_steps > 0.3 * facts.total_steps:
+        lines.append(
+            f"the warm-up takes {facts.warmup_steps:,} of {facts.total_steps:,} steps: warmup_epochs: null takes 5 %"
+        )
+    if facts.total_steps < 1000:
+        lines.append(f"{facts.total_steps:,} steps are few: enough to try things out, not for a student to keep")
+    return lines
+
+
+def _speed_advice(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
+    lines = []
+    wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
+    if wait > _MUCH_WAIT:
+        lines.append(
+            f"reading is slower than computing: some {wait:.0%} of the time would be spent waiting for data. Put the "
+            "cache on a local disk, take cache_dtype: uint8 (a quarter of float32's bytes), or raise num_workers"
+        )
+    cache_bytes = facts.num_images * facts.row_bytes
+    if facts.memory_left is not None and cache_bytes > facts.memory_left:
+        rate = speed.computed_images * facts.row_bytes
+        lines.append(
+            f"the images, {format_bytes(cache_bytes)}, are more than the memory that is free, "
+            f"{format_bytes(facts.memory_left)}: the disk must give {format_bytes(rate)}/s to each process"
+        )
+    if facts.on_cuda and facts.precision == "fp32":
+        lines.append("precision: fp32 leaves the tensor cores idle: auto takes bf16 where the GPU has it")
+    if facts.save_every * speed.lasting_step_seconds > _LOSS_OF_A_KILL_S:
+        minutes = facts.save_every * speed.lasting_step_seconds / 60
+        lines.append(f"save_every: {facts.save_every} steps are {minutes:.0f} minutes, which a kill -9 would cost")
+    seconds = (facts.total_steps - facts.steps_done) * speed.lasting_step_seconds
+    if seconds > facts.seconds_left:
+        jobs = math.ceil(seconds / facts.seconds_left)
+        lines.append(
+            f"this job has {hours(facts.seconds_left)} left, the run takes some {hours(seconds)}: about {jobs} jobs of "
+            "this length, each the same command"
+        )
+    return lines
+
+
+def advice_lines(advice: list[str]) -> list[str]:
+    """The advice as it is printed."""
+    return [f"advice: {text}." for text in advice]
+
+
+class SyntheticLoader:
+    """Random images in the place of a cache that is not there yet; the counts are those the cache would have."""
+
+    normalized = True
+    fingerprint = "synthetic"
+
+    def __init__(self, num_images: int, shard_size: int, batch_size: int, image_size: int) -> None:
+        self.num_images, self.batch_size, self.image_shape = num_images, batch_size, (3, image_size, image_size)
+        starts = range(0, num_images, shard_size)
+        self.valid_rows_per_shard = [min(shard_size, num_images - start) for start in starts]
+        self.shard_names = [shard_name(number) for number in range(len(starts))]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batch without end: (float32 [B, 3, H, W], int64 [B])."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch_size, *self.image_shape, generator=generator)
+        while True:
+            yield images, torch.arange(self.batch_size) % self.num_images
+
+
+def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
+    """What --dry_run trains on for a moment: the run's own loader, or random images where nothing is cached yet.
+
+    Raises:
+        UserError: there is no cache, and how many images it would have is not known before a download.
+    """
+    data = configs.data
+    has_cache = data.cache_dir is not None and (data.cache_path / "index.json").exists()
+    if has_cache or data.use_cached is False or data.dataset_name is None:
+        return build_loader()
+    from distillery.sources.hub import NotDownloadedError
+    from distillery.sources.registry import open_source
+
+    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
+    try:
+        limits.append(len(open_source(**data.source_arguments, download=False)))
+    except NotDownloadedError as error:
+        limits.append(error.facts.num_rows)
+    num_images = min((limit for limit in limits if limit), default=None)
+    if num_images is None:
+        raise UserError(
+            f"there is no cache at {data.cache_dir}, and the hub does not say how many images {data.dataset_name} has. "
+            "Give the number for this plan: --set max_samples=N, or make the cache first."
+        )
+    if distributed.is_main():
+        print(f"there is no cache at {data.cache_dir} yet: the plan is for {num_images:,} images, on random ones")
+    return SyntheticLoader(num_images, data.cache_shard_size, configs.train.batch_size, data.image_size)
+
+
+def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int, epoch: int) -> list[str]:
+    """Lines for the console: speed, hours, memory, disk, advice. The task is trained for a few steps."""
+    speed = measure_steps(task, loader, epoch)
+    facts = training_facts(configs, task, loader, steps_in_epoch, steps_done)
+    return [*training_lines(facts, speed), *advice_lines(training_advice(facts, speed))]
+
+
+def training_facts(
+    configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int = 0
+) -> TrainingFacts:
+    """What the configuration and the loader say of a run."""
+    data, train, rows = configs.data, configs.train, loader.valid_rows_per_shard
+    batch = global_batch_size(train)
+    weights = sum(value.numel() * value.element_size() for value in task.student.state_dict().values())
+    trained = sum(value.numel() * value.element_size() for value in task.student.parameters() if value.requires_grad)
+    return TrainingFacts(
+        num_images=sum(rows),
+        global_batch=batch,
+        steps_in_epoch=steps_in_epoch,
+        shard_steps=rows_of_draw(rows, data.shards_per_epoch) // batch,
+        whole_steps=sum(rows) // batch,
+        num_epochs=train.num_epochs,
+        total_steps=task.schedule.total_steps,
+        steps_done=steps_done,
+        warmup_steps=task.schedule.warmup_steps,
+        max_steps_per_epoch=train.max_steps_per_epoch,
+        shards_per_epoch=data.shards_per_epoch,
+        save_every=train.save_every or steps_in_epoch,
+        keep_checkpoints=train.keep_checkpoints,
+        # AdamW keeps two moments of every trained weight
+        checkpoint_bytes=weights + 2 * trained + (weights if train.ema_decay else 0),
+        eval_every_epochs=train.eval_every_epochs,
+        num_eval_datasets=len(data.eval_datasets),
+        has_crop=train.augment.random_resized_crop is not None,
+        precision=task.precision,
+        on_cuda=task.device.type == "cuda",
+        row_bytes=_row_bytes(data) if loader.shard_names is not None else 0,
+        seconds_left=slurm_seconds_left(),
+        memory_left=memory_left(),
+    )
+
+
+def _row_bytes(data: DataConfig) -> int:
+    item = {"float32": 4, "uint8": 1}.get(data.cache_dtype, 2)
+    return 3 * data.image_size**2 * item
+
+
+def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
+    """Time a few optimiser steps of the task, after one that pays for what happens once."""
+    batches = loader if task.stored is None else task.stored.batches(loader, epoch=epoch, step=0)
+    groups = batches_by_step(DevicePrefetcher(batches, task.device), task.accumulation_steps)
+    began, steps = time.monotonic(), 0
+    for step in range(1 + _NUM_STEPS):
+        if step <= 1:  # the first pays for what happens once
+            task.clock.restart()
+        with task.clock.part("wait"):
+            group = next(groups, None)
+        if group is None:
+            break
+        train_step(task, group, step, epoch)
+        task.clock.count(sum(len(batch[0]) for batch in group))
+        steps = max(1, step)
+        # all together: one process that goes on would wait for the others' gradients
+        if distributed.any_rank(time.monotonic() - began > _BUDGET_S)[0]:
+            break
+    row = task.clock.summary()
+    groups.close()
+    return StepSpeed(
+        num_steps=steps,
+        images_per_step=task.accumulation_steps * loader.batch_size,
+        step_seconds=row["step_seconds"],
+        wait_fraction=row["data_wait_fraction"],
+        teacher_fraction=row["teacher_fraction"],
+        student_fraction=row["student_fraction"],
+        loader_images=None if isinstance(loader, SyntheticLoader) else measure_loader(loader),
+        **_memory(task.device),
+    )
+
+
+def measure_loader(loader: Any) -> float:
+    """Images/s that the loader gives when nothing else is done, after the batches that it has read ahead."""
+    batches = iter(loader)
+    for _ in range(min(loader.prefetch_batches, len(loader) // 2)):
+        next(batches)
+    num_images, began = 0, time.perf_counter()
+    for batch in itertools.islice(batches, _READ_BATCHES):
+        num_images += len(batch[0])
+        if time.perf_counter() - began > _READ_S:
+            break
+    return num_images / (time.perf_counter() - began)
+
+
+def _memory(device: torch.device) -> dict[str, int | None]:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return {"memory_bytes": torch.cuda.max_memory_reserved(device), "memory_total": total}
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_bytes": kibibytes * 1024, "memory_total": None}
