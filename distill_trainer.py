@@ -26,9 +26,9 @@ import torch
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery import pictures
 from distillery.config.load import dump_configs
+from distillery.evaluate.during import RunEvaluation
 from distillery.models import configured
 from distillery.report import summary_table, write_plots, write_report
-from distillery.run_evaluation import RunEvaluation
 from distillery.system import distributed
 from distillery.system.console import Progress as ConsoleProgress
 from distillery.system.files import expand_path, make_directory, write_atomic

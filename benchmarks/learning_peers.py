@@ -43,7 +43,7 @@ class Curve:
 
         seconds: where the point was reached before; None: now.
         """
-        from distillery.evaluate import evaluate_on_folders
+        from distillery.evaluate.features import evaluate_on_folders
 
         began, with_probe = time.time(), last or epoch == 0
         row = evaluate_on_folders(student, *self.folders, k=self.k, linear=with_probe, device=self.device)

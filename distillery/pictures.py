@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery import measures
+from distillery.evaluate import measures
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
 from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
@@ -232,7 +232,8 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
         UserError: no checkpoint, or no images that can be read.
     """
     from distillery.config.load import load_dumped_configs
-    from distillery.evaluate import STUDENT, load_candidates
+    from distillery.evaluate.candidates import load_candidates
+    from distillery.evaluate.features import STUDENT
     from distillery.training.build import eval_folders
     from distillery.training.checkpoints import latest_checkpoint
 

@@ -18,7 +18,7 @@ import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
 import distill_trainer
-from distillery import run_evaluation
+from distillery.evaluate import during
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine
 
@@ -60,7 +60,7 @@ class Runs:
 
             def prepare(rank: int = rank) -> None:
                 distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-                run_evaluation.RunEvaluation.draw_features = lambda _self, _data, _step: None
+                during.RunEvaluation.draw_features = lambda _self, _data, _step: None
                 distill_trainer.summary_table = lambda _dir: ""
                 if before is not None:
                     before(rank)
@@ -190,7 +190,7 @@ def fail() -> None:
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
         (1, distill_trainer, "check_first_step", 1),
-        (0, run_evaluation, "evaluate_features", 3),
+        (0, during, "evaluate_features", 3),
         (0, checkpoints, "save_checkpoint", 1),
     ],
 )
@@ -220,7 +220,7 @@ def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
         distributed.dist.init_process_group = lambda *args, **options: begin(
             *args, **options, timeout=timedelta(seconds=2)
         )
-        at_call(run_evaluation, "evaluate_features", 1, lambda: time.sleep(4))
+        at_call(during, "evaluate_features", 1, lambda: time.sleep(4))
 
     runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
 

@@ -7,18 +7,10 @@ import pytest
 import torch
 from caches import make_test_cache
 
-from distillery import evaluate
 from distillery.config.load import Configs, dump_configs, load_configs
-from distillery.evaluate import (
-    compare_with_teacher,
-    evaluate_features,
-    evaluate_on_folders,
-    evaluate_run,
-    extract_features,
-    find_checkpoints,
-    load_candidates,
-)
-from distillery.evaluate_table import format_table
+from distillery.evaluate import __main__
+from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table, load_candidates
+from distillery.evaluate.features import compare_with_teacher, evaluate_features, evaluate_on_folders, extract_features
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 from distillery.training import build
@@ -230,7 +222,7 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, cap
     monkeypatch.setattr(
         sys, "argv", ["evaluate", "--run", str(tmp_path / "run"), "--no_linear", "--device", "cpu", "--json", str(out)]
     )
-    assert evaluate.main() == 0
+    assert __main__.main() == 0
     assert "untrained" in capsys.readouterr().out
     content = json.loads(out.read_text())
     assert content["knn_k"] == 3 and [row["model"] for row in content["rows"]] == ["untrained", "student", "teacher"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distillery import measures
-from distillery.measures import (
+from distillery.evaluate import measures
+from distillery.evaluate.measures import (
     effective_rank,
     feature_std,
     is_collapsed,

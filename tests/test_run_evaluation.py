@@ -5,9 +5,9 @@ import torch
 from caches import make_test_cache
 from torch import nn
 
+from distillery.evaluate.during import FEATURES_DIR, RunEvaluation
 from distillery.losses.targets import Targets
 from distillery.models.backbone import Features
-from distillery.run_evaluation import FEATURES_DIR, RunEvaluation
 from distillery.system.errors import Interrupted
 
 WIDTH = 6

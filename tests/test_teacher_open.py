@@ -17,7 +17,7 @@ from workplace import Workplace
 
 import precompute_cache
 from distillery.config.load import load_configs
-from distillery.evaluate import load_candidates
+from distillery.evaluate.candidates import load_candidates
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
 from distillery.teacher_cache import local_files, opening

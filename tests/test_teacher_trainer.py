@@ -12,9 +12,9 @@ import torch
 from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, comparable, send
 
 import distill_trainer
-from distillery import run_evaluation
 from distillery.config.load import load_dumped_configs
-from distillery.evaluate import evaluate_run
+from distillery.evaluate import during
+from distillery.evaluate.candidates import evaluate_run
 from distillery.models import configured
 from distillery.system.errors import UserError
 from distillery.teacher_cache.reader import TeacherCache
@@ -40,7 +40,7 @@ def start(
 
     def prepare() -> None:
         distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-        run_evaluation.RunEvaluation.draw_features = lambda _self, _data, _step: None
+        during.RunEvaluation.draw_features = lambda _self, _data, _step: None
         distill_trainer.summary_table = lambda _dir: ""
         if before is not None:
             before()

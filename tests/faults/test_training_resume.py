@@ -11,7 +11,7 @@ from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
 import distill_trainer
-from distillery import run_evaluation
+from distillery.evaluate import during
 from distillery.training import checkpoints, engine
 
 KILL = signal.SIGKILL
@@ -23,9 +23,9 @@ POINTS = {
     "between the two batches of a step": (engine, "forward_losses", 6),
     "after the last step of an epoch": (distill_trainer, "check_weights", 3),
     "in the last step": (engine, "forward_losses", 20),
-    "in the evaluation before the first step": (run_evaluation, "extract_features", 2),
-    "in the evaluation between two epochs": (run_evaluation, "extract_features", 6),
-    "in the evaluation at the end": (run_evaluation, "extract_features", 9),
+    "in the evaluation before the first step": (during, "extract_features", 2),
+    "in the evaluation between two epochs": (during, "extract_features", 6),
+    "in the evaluation at the end": (during, "extract_features", 9),
     "in the writing of a checkpoint": (checkpoints.torch, "save", 2),
     "between a checkpoint and its record": (checkpoints, "write_atomic", 1),
 }

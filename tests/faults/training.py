@@ -32,10 +32,10 @@ def flags_of(place: Workplace, run_dir: Path, settings: dict) -> list[str]:
 def without_report() -> None:
     """Leave out plots and report, which take longer than these runs."""
     import distill_trainer
-    from distillery import run_evaluation
+    from distillery.evaluate import during
 
     distill_trainer.write_plots = distill_trainer.write_report = distill_trainer.summary_table = lambda *_, **__: ""
-    run_evaluation.RunEvaluation.draw_features = lambda _self, _data, _step: None
+    during.RunEvaluation.draw_features = lambda _self, _data, _step: None
 
 
 def start(

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from distillery.cache.folder import load_index
-from distillery.evaluate import (
+from distillery.evaluate.features import (
     BATCH_SIZE,
     MAX_COMPARED_ROWS,
     STUDENT,

@@ -1,0 +1,1 @@
+"""How good features are, during a run and afterwards: python -m distillery.evaluate."""

@@ -1,0 +1,63 @@
+"""How good a run's student is, beside its teacher and its untrained self: k-NN, linear probe, label-free measures.
+
+    python -m distillery.evaluate --run DIR                              # the newest checkpoint
+    python -m distillery.evaluate --run DIR --checkpoint A.pt B.pt --json results.json
+
+Train and test features always come from the same weights: one function takes one model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
+from distillery.system.errors import EXIT_DONE, run_command
+from distillery.system.files import expand_path, write_atomic
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line of python -m distillery.evaluate."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distillery.evaluate", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run folder (checkpoint_dir)")
+    parser.add_argument("--checkpoint", nargs="+", type=Path, metavar="PATH", help="default: the newest of the run")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+    )
+    parser.add_argument(
+        "--no_linear", action="store_true", help="leave the linear probe out: it takes most of the time"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here as well")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Evaluate, print the table, write the JSON file."""
+    from distillery.config.load import load_dumped_configs
+
+    arguments = parse_arguments()
+    run_dir = expand_path(arguments.run)
+    configs = load_dumped_configs(run_dir / "config.yaml")
+    checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
+
+    from distillery.models.configured import choose_device
+    from distillery.training.checkpoints import load_checkpoint
+    from distillery.training.folder import check_same_models
+
+    for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run
+        check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())
+    rows = evaluate_run(configs, checkpoints, choose_device(arguments.device), linear=not arguments.no_linear)
+    print(format_table(rows))
+    if arguments.json is not None:
+        content = {"run": run_dir.name, "knn_k": configs.train.knn_k, "rows": rows}
+        path = expand_path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(main)
