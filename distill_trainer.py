@@ -24,11 +24,11 @@ COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "_
 import torch
 
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery import pictures
 from distillery.config.load import dump_configs
 from distillery.evaluate.during import RunEvaluation
 from distillery.models import configured
-from distillery.report import summary_table, write_plots, write_report
+from distillery.report import pictures
+from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system import distributed
 from distillery.system.console import Progress as ConsoleProgress
 from distillery.system.files import expand_path, make_directory, write_atomic

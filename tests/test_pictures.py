@@ -11,7 +11,8 @@ from torch.utils.data import Subset
 from data_loader import CachedTensorDataset
 from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
-from distillery.pictures import (
+from distillery.report.canvas import TILE_PX, enlarged, thumbnails
+from distillery.report.pictures import (
     Pool,
     colour_tokens,
     match_components,
@@ -23,7 +24,6 @@ from distillery.pictures import (
     why_not,
     write_pictures,
 )
-from distillery.pictures_canvas import TILE_PX, enlarged, thumbnails
 from distillery.system.errors import UserError
 
 

@@ -13,8 +13,8 @@ from browser import CHROMIUM, inspect, screenshot
 from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
-from distillery.report import summary_table, write_plots, write_report
-from distillery.report_facts import load_run, summary_sentences
+from distillery.report.facts import load_run, summary_sentences
+from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system.errors import MissingFileError
 from distillery.training.log import RunLog
 
@@ -259,7 +259,7 @@ def test_the_command_writes_the_report_and_answers_wrong_folders_with_status_2(t
 
 
 def with_pictures(run_dir, step=30):
-    """As distillery/pictures.py leaves them."""
+    """As distillery/report/pictures.py leaves them."""
     (run_dir / "plots").mkdir(exist_ok=True)
     for name in ("pca", "neighbours"):
         facts = PngImagePlugin.PngInfo()

@@ -13,8 +13,7 @@ from test_report import Structure
 from distillery.cache.folder import load_index
 from distillery.cache.images import read_record
 from distillery.cache.store import record_text
-from distillery.report_cache import CONTACTS, is_cache, sample, write_cache_report
-from distillery.report_cache_sizes import source_sizes
+from distillery.report.cache_page import CONTACTS, is_cache, sample, source_sizes, write_cache_report
 from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

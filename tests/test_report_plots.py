@@ -4,9 +4,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from distillery.report_axes import COLOURS, is_number, series, short_count, thin, to_png, to_svg
-from distillery.report_course import coverage_map, draw_timeline
-from distillery.report_plots import draw_all, draw_loss, draw_quality
+from distillery.report.curves import coverage_map, draw_all, draw_loss, draw_quality, draw_timeline
+from distillery.report.style import COLOURS, is_number, series, short_count, thin, to_png, to_svg
 
 
 def train_rows(count, **fields):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from distillery.config.load import dataset_label
-from distillery.report_axes import datasets_of, is_number, of_kind
+from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
 from distillery.training.log import METRICS_NAME, read_rows
 
@@ -23,7 +23,7 @@ MEASURES = (
     ("feature_std", "feature std", "{:.2f}"),
 )
 PLOTS_NAME = "plots"
-# made where there are models (distillery/pictures.py), shown where there are none
+# made where there are models (distillery/report/pictures.py), shown where there are none
 PCA_NAME, NEIGHBOURS_NAME = "pca.png", "neighbours.png"
 PASSING_NOTE = (
     "Here the student scores above its teacher. That happens on narrow or easy data: the teacher's features describe "

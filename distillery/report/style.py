@@ -32,7 +32,6 @@ INK, MUTED, GRID, STUDENT, TEACHER, UNTRAINED, THIRD, FOURTH, FIFTH = COLOURS
 # a run has thousands of rows, a picture a few hundred columns: more points only make the file larger
 MAX_POINTS = 300
 SIZE_INCHES = (4.1, 2.65)
-
 RC = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -66,7 +65,6 @@ RC = {
     "savefig.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: readable by machines, and in the page's own type
 }
-
 Rows = list[dict[str, Any]]
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distillery.report_axes import COLOURS
+from distillery.report.style import COLOURS
 
 
 def escape(value: Any) -> str:

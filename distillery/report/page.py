@@ -2,11 +2,12 @@
 
 import base64
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from distillery.report_axes import datasets_of, is_number, of_kind
-from distillery.report_facts import (
+from distillery.report.curves import draw_all
+from distillery.report.facts import (
     COLLAPSE_NOTE,
     MEASURES,
     MODELS,
@@ -17,11 +18,14 @@ from distillery.report_facts import (
     RunFacts,
     format_measure,
     has_collapsed,
+    load_run,
     passes_teacher,
     summary_sentences,
 )
-from distillery.report_html import clock, details, escape, figure, figures, page, table, tiles
+from distillery.report.html import clock, details, escape, figure, figures, page, table, tiles
+from distillery.report.style import datasets_of, is_number, of_kind, to_png, to_svg
 from distillery.system.console import format_seconds
+from distillery.system.files import write_atomic
 
 CAPTIONS = {
     "knn": "Images are classified by their {k} nearest labelled neighbours in feature space.",
@@ -38,6 +42,7 @@ CAPTIONS = {
 }
 # what stands in a section of its own, below the curves
 COURSE_PICTURES = ("time_shares", "shards", "timeline")
+REPORT_NAME = "report.html"
 
 
 def build_page(run: RunFacts, pictures: dict[str, str], no_pictures: str | None = None) -> str:
@@ -148,7 +153,7 @@ def _measure_html(row: dict[str, Any], name: str, form: str, model: str) -> str:
 
 
 def _features_html(run: RunFacts, no_pictures: str | None) -> str:
-    """The pictures that distillery/pictures.py has left in plots/."""
+    """The pictures that distillery/report/pictures.py has left in plots/."""
     shown = []
     for name, title in ((PCA_NAME, "Patch features"), (NEIGHBOURS_NAME, "Nearest neighbours")):
         path = run.run_dir / PLOTS_NAME / name
@@ -215,3 +220,59 @@ def _config_html(run: RunFacts) -> str:
 
 def _yaml_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | bool) or value is None else str(value)
+
+
+def write_plots(run_dir: Path) -> list[Path]:
+    """Write plots/*.png (loss.png, learning_rate.png, knn_<dataset>.png, ...); pictures without data are left out."""
+    return _write_plots(load_run(Path(run_dir)))[0]
+
+
+def _write_plots(run: RunFacts) -> tuple[list[Path], dict[str, Any]]:
+    figures = draw_all(run.rows, run.num_shards, run.shard_rows)
+    folder = run.run_dir / PLOTS_NAME
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for stem, figure in figures.items():
+        paths.append(folder / f"{stem}.png")
+        write_atomic(paths[-1], to_png(figure))
+    return paths, figures
+
+
+def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None = None) -> Path:
+    """Write plots/*.png and report.html: one file, light and dark, printable, without scripts or network.
+
+    Works at any time of a run: what has not happened yet is left out.
+
+    Args:
+        run_dir: the run folder.
+        out: where to; None: report.html in the run folder.
+        no_pictures: why pictures of the features could not be drawn; the page says so where there are none.
+    """
+    run = load_run(Path(run_dir))
+    _, figures = _write_plots(run)
+    path = out or run.run_dir / REPORT_NAME
+    svgs = {stem: to_svg(figure) for stem, figure in figures.items()}
+    write_atomic(path, build_page(run, svgs, no_pictures).encode())
+    return path
+
+
+def summary_table(run_dir: Path) -> str:
+    """The last evaluation as text for the console: untrained, student, teacher on every data set; '' without one."""
+    run = load_run(Path(run_dir))
+    lines = []
+    for dataset in datasets_of(run.rows):
+        models = run.evaluation(dataset)
+        shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
+        lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
+        for model, row in models.items():
+            cells = [f"  {format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
+            lines.append(f"  {MODELS[model]:<18}{''.join(cells)}")
+        if passes_teacher(models):
+            lines += _wrapped(PASSING_NOTE)
+        if has_collapsed(models.get("student", {})):
+            lines += _wrapped(COLLAPSE_NOTE)
+    return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, width=100, initial_indent="  ", subsequent_indent="  ")

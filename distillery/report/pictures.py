@@ -20,8 +20,8 @@ from torch import Tensor
 from distillery.evaluate import measures
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
-from distillery.pictures_canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
-from distillery.report_facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
+from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
+from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training.engine import Progress, Task
 from distillery.training.log import RunLog
