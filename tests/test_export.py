@@ -7,14 +7,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distillery import export, export_features
 from distillery.config.load import load_configs
-from distillery.export import export_student
-from distillery.export_attention import PlainAttention, plain_attention
-from distillery.export_config import find_origin
-from distillery.export_features import evaluate_call, is_same, sample_features
-from distillery.export_onnx import build_onnx, compare_onnx
-from distillery.export_student import build_bare_student, find_other_call, load_student
+from distillery.export import __main__, expressions
+from distillery.export.card import find_origin
+from distillery.export.expressions import evaluate_call, is_same, sample_features
+from distillery.export.formats import export_student
+from distillery.export.onnx import build_onnx, compare_onnx
+from distillery.export.plain_attention import PlainAttention, plain_attention
+from distillery.export.student import build_bare_student, find_other_call, load_student
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.system.errors import UserError, run_command
@@ -254,7 +254,7 @@ def test_a_wrong_expression_does_not_pass_and_a_student_without_any_is_refused(t
     wrong = ("model(images)", "model.forward_features(images)[:, 0]", f"{right} * 1.001", "model.fc_norm(images)")
     assert is_same(evaluate_call(right, model, images), wanted)
     assert not any(is_same(evaluate_call(call, model, images), wanted) for call in wrong)
-    monkeypatch.setattr(export_features, "_candidates", lambda backbone: wrong)
+    monkeypatch.setattr(expressions, "_candidates", lambda backbone: wrong)
     with pytest.raises(UserError, match="no call of VisionTransformer gives the features that were trained"):
         export_student(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -518,7 +518,7 @@ def test_the_command_exports_and_answers_mistakes_with_status_2(tmp_path, monkey
     make_run(tmp_path / "run", STUDENTS["cnn"])
     monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path / folder), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        run_command(export.main)
+        run_command(__main__.main)
     assert stop.value.code == status
     assert (tmp_path / "out" / "model.safetensors").exists() is (status == 0)
     out, err = capsys.readouterr()
@@ -530,7 +530,7 @@ def test_the_command_exports_averaged_weights_by_choice(tmp_path, monkeypatch, f
     make_run(tmp_path / "run", STUDENTS["cnn"], ema=True)
     monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit) as stop:
-        run_command(export.main)
+        run_command(__main__.main)
     assert stop.value.code == 0
     averaged = load_student(tmp_path / "run", ema=True).weights
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -9,20 +9,18 @@ Only the student leaves: teacher, heads and optimiser stay behind.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillery.export_card import build_card
-from distillery.export_config import describe
-from distillery.export_features import evaluate_call, find_feature_call, is_same, sample_features
-from distillery.export_onnx import build_onnx
-from distillery.export_student import Student, load_from_hub, load_student
-from distillery.system.errors import EXIT_DONE, UserError, run_command
-from distillery.system.files import expand_path, write_atomic
+from distillery.export.card import build_card, describe
+from distillery.export.expressions import evaluate_call, find_feature_call, is_same, sample_features
+from distillery.export.onnx import build_onnx
+from distillery.export.student import Student, load_from_hub, load_student
+from distillery.system.errors import UserError
+from distillery.system.files import write_atomic
 
-if TYPE_CHECKING:  # --help and wrong arguments answer before torch is imported
+if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMATS = ("timm", "safetensors", "huggingface", "onnx")
@@ -115,29 +113,3 @@ def check_same_features(model: nn.Module, student: Student, features: str) -> No
     """The model as its user has it gives what was trained, by the expression on the card."""
     images, wanted = sample_features(student.backbone)
     assert is_same(evaluate_call(features, model.eval(), images), wanted), f"built anew, the model has other {features}"
-
-
-def main() -> int:
-    """Export one student."""
-    parser = argparse.ArgumentParser(
-        prog="python -m distillery.export", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run folder (checkpoint_dir)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write, made if need be")
-    parser.add_argument("--format", choices=FORMATS, default="timm", help="default: timm")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest of the run")
-    parser.add_argument("--weights", choices=("student", "ema"), default="student",
-                        help="the last weights (default), or the averaged ones (ema_decay)")  # fmt: skip
-    parser.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the same as --weights ema")
-    arguments = parser.parse_args()
-    checkpoint = expand_path(arguments.checkpoint) if arguments.checkpoint else None
-    written = export_student(
-        expand_path(arguments.run), expand_path(arguments.out), arguments.format, checkpoint, arguments.weights == "ema"
-    )
-    for path in written:
-        print(path)
-    return EXIT_DONE
-
-
-if __name__ == "__main__":
-    run_command(main)

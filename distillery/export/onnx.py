@@ -56,7 +56,7 @@ def _trace(backbone: Backbone, images: Tensor) -> tuple[bytes, bool]:
     """The model, and whether its batch size is open."""
     import torch
 
-    from distillery.export_attention import PlainAttention
+    from distillery.export.plain_attention import PlainAttention
 
     class Pooled(torch.nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,1 @@
+"""The student, ready to leave: python -m distillery.export."""

@@ -1,0 +1,43 @@
+"""Take the student away: its weights under the model's own names, or ONNX, with a configuration and a model card.
+
+    python -m distillery.export --run DIR --out DIR                        # model.safetensors for timm.create_model
+    python -m distillery.export --run DIR --out DIR --format huggingface   # a folder to upload to the hub as it is
+    python -m distillery.export --run DIR --out DIR --format onnx --weights ema     # model.onnx of averaged weights
+
+Only the student leaves: teacher, heads and optimiser stay behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distillery.export.formats import FORMATS, export_student
+from distillery.system.errors import EXIT_DONE, run_command
+from distillery.system.files import expand_path
+
+
+def main() -> int:
+    """Export one student."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distillery.export", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run folder (checkpoint_dir)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write, made if need be")
+    parser.add_argument("--format", choices=FORMATS, default="timm", help="default: timm")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest of the run")
+    parser.add_argument("--weights", choices=("student", "ema"), default="student",
+                        help="the last weights (default), or the averaged ones (ema_decay)")  # fmt: skip
+    parser.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the same as --weights ema")
+    arguments = parser.parse_args()
+    checkpoint = expand_path(arguments.checkpoint) if arguments.checkpoint else None
+    written = export_student(
+        expand_path(arguments.run), expand_path(arguments.out), arguments.format, checkpoint, arguments.weights == "ema"
+    )
+    for path in written:
+        print(path)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(main)
