@@ -1,79 +1,43 @@
-"""The direction of imports: a module may import what stands above it in ROOMS or beside it, never what is below."""
+"""The rooms of distillery/ in their order: a room imports itself and the rooms before it, nothing imports a command."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-ROOMS = [
-    {"process", "commands", "launcher"},
-    {"files", "distributed", "progress"},
-    {"config", "preprocess", "shard_format"},
-    {"records", "sources", "losses", "standardise", "augment", "measures", "adapters"},
-    {"cache", "plan", "decode", "backbones", "teacher_records"},
-    {"verify", "writer", "upgrade", "reader", "sampling", "stream", "raw_images", "models", "checkpoint", "metrics",
-     "run_folder", "drop_path"},
-    {"report", "engine", "cached_dataset",
-     "teacher_identity", "teacher_cache", "teacher_outputs", "teacher_images", "teacher_survey",
-     "teacher_basis", "teacher_writer", "teacher_verify", "teacher_targets", "teacher_plan"},
-    {"loader", "build", "command_line", "planner"},
-    {"evaluate", "export", "teacher_open", "teacher_pass", "pictures", "run_evaluation"},
-]  # fmt: skip
-# what runs before anything slow is imported: configuration errors and --help answer in about a second
-LIGHT = ["process", "commands", "launcher", "files", "progress", "config", "preprocess", "shard_format", "records",
-         "cache", "plan", "decode", "sources", "losses_table", "writer", "verify", "command_line", "teacher_records",
-         "planner", "planner_cache"]  # fmt: skip
-
-
-def level_of(module: str) -> int:
-    name = module.split(".")[0]
-    for level, room in enumerate(ROOMS):
-        if name in room or any(name.startswith(f"{member}_") for member in room):
-            return level
-    raise AssertionError(f"distillery/{module}.py has no room in ROOMS")
+PACKAGE = Path(__file__).resolve().parents[1] / "distillery"
+ROOMS = ["system", "config", "sources", "cache", "reading", "models", "losses", "teacher_cache", "precompute",
+         "training", "evaluate", "report", "export"]  # fmt: skip
+# rooms that answer --help and configuration errors in about a second, before anything slow is imported
+LIGHT = ["system/errors", "system/signals", "system/machine", "system/files", "system/console", "config", "sources",
+         "cache", "losses/registry", "teacher_cache/records", "precompute/worker", "precompute/pipeline"]  # fmt: skip
+SLOW = {"torch", "timm", "torchvision", "datasets", "sklearn", "matplotlib", "tensorboard"}
 
 
 def imports_of(tree: ast.AST) -> list[str]:
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found += (
-                [node.module] if node.module != "distillery" else [f"distillery.{alias.name}" for alias in node.names]
-            )
-        elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return found
+    """Dotted names of all that is imported below a node."""
+    nodes = list(ast.walk(tree))
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return found + [f"{n.module}.{alias.name}" for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names]
 
 
-def top_level(tree: ast.Module) -> ast.Module:
-    """The module without the bodies of its functions and of `if TYPE_CHECKING`."""
-    kept = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
-    return ast.Module(body=kept, type_ignores=[])
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_itself_and_the_rooms_before_it(room):
+    assert not imports_of(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    allowed = set(ROOMS[: ROOMS.index(room) + 1]) - ({"precompute"} if room == "training" else set())
+    for path in (PACKAGE / room).glob("[!_]*.py"):
+        for name in imports_of(ast.parse(path.read_text())):
+            if name.startswith("distillery."):
+                assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
 
 
-def modules() -> list[Path]:
-    return sorted((ROOT / "distillery").glob("[!_]*.py"))
+@pytest.mark.parametrize("place", LIGHT)
+def test_light_modules_import_nothing_slow_at_the_top(place):
+    for path in [PACKAGE / f"{place}.py"] if "/" in place else (PACKAGE / place).glob("*.py"):
+        body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = imports_of(ast.Module(body=body, type_ignores=[]))
+        assert SLOW.isdisjoint(name.split(".")[0] for name in names), path
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
-def test_no_module_imports_one_to_its_right(path):
-    tree = ast.parse(path.read_text())
-    own = level_of(path.stem)
-    # main() of a command may call anything
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == "main")]
-    for module in imports_of(tree):
-        if module.startswith("distillery."):
-            assert level_of(module.removeprefix("distillery.")) <= own, f"{path.name} imports {module}"
-
-
-@pytest.mark.parametrize("name", LIGHT)
-def test_light_modules_import_neither_torch_nor_datasets_at_the_top(name):
-    path = ROOT / "distillery" / f"{name}.py"
-    slow = {"torch", "timm", "torchvision", "datasets", "sklearn", "matplotlib", "tensorboard"}
-    assert slow.isdisjoint(module.split(".")[0] for module in imports_of(top_level(ast.parse(path.read_text()))))
-
-
-def test_no_module_hides_a_package():
-    names = {path.stem for path in modules()}
-    assert names.isdisjoint({"datasets", "timm", "logging", "types", "queue", "torch", "numpy"})
+def test_every_folder_and_module_has_its_room():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] not in "_."} == set(ROOMS)

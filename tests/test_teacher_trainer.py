@@ -13,7 +13,6 @@ from workplace import ForkedRun, Workplace, assert_same_tensors, at_call, compar
 
 import distill_trainer
 from distillery.config.load import load_dumped_configs
-from distillery.evaluate import during
 from distillery.evaluate.candidates import evaluate_run
 from distillery.models import configured
 from distillery.system.errors import UserError
@@ -40,7 +39,7 @@ def start(
 
     def prepare() -> None:
         distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-        during.RunEvaluation.draw_features = lambda _self, _data, _step: None
+        distill_trainer.Run.draw_features = lambda _self: None
         distill_trainer.summary_table = lambda _dir: ""
         if before is not None:
             before()

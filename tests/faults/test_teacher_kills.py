@@ -14,10 +14,10 @@ from scale import SCALE, scaled
 from stage1 import folder_bytes
 from syscalls import killed_at
 from teachers import images_plan, live_teacher, make_images, run_pass, teacher_plan
-from test_power_loss import Disk, rebuild, record
 
 from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.teacher_cache.problems import find_teacher_problems
+from tests.faults.test_power_loss import Disk, rebuild, record
 
 VIEWS_OF_RECORDS = {"index.json", "statistics.json"}
 

@@ -32,10 +32,9 @@ def flags_of(place: Workplace, run_dir: Path, settings: dict) -> list[str]:
 def without_report() -> None:
     """Leave out plots and report, which take longer than these runs."""
     import distill_trainer
-    from distillery.evaluate import during
 
     distill_trainer.write_plots = distill_trainer.write_report = distill_trainer.summary_table = lambda *_, **__: ""
-    during.RunEvaluation.draw_features = lambda _self, _data, _step: None
+    distill_trainer.Run.draw_features = lambda _self: None
 
 
 def start(

@@ -18,7 +18,7 @@ from distillery.precompute.worker import Unit
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import RunError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def encode(height: int, width: int) -> bytes:

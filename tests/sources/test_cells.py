@@ -11,7 +11,7 @@ import pytest
 
 from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, UserError
-from tests.test_sources import IMAGES, encode
+from tests.sources.test_registry import IMAGES, encode
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CELLS = [{"bytes": data, "path": None} for data in IMAGES[:4]]

@@ -198,7 +198,7 @@ def test_an_image_of_the_target_size_keeps_its_pixels(interpolation, resize_mode
 
 def test_pixels_are_the_same_at_every_instruction_set_level_of_the_cpu():
     program = (
-        "import hashlib, sys; from tests.test_preprocess import *; digest = hashlib.sha256()\n"
+        "import hashlib, sys; from tests.sources.test_pixels import *; digest = hashlib.sha256()\n"
         "for mode in ('bilinear', 'bicubic'):\n"
         "    for shape in ((40, 56), (375, 500), (20, 17)):\n"
         "        digest.update(preprocess_image(encode(photo(*shape), 'JPEG'), spec_of(32, 'squash', mode)))\n"

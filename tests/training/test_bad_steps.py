@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from test_engine import batches, build_task, images_of, run_epoch
 from torch import nn
 
 from distillery.training.engine import Progress, check_numbers, train_step
 from distillery.training.watch import BadSteps, check_weights
+from tests.training.test_engine import batches, build_task, images_of, run_epoch
 
 CPU = torch.device("cpu")
 NAN = float("nan")

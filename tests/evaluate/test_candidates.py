@@ -16,7 +16,7 @@ from distillery.system.errors import UserError
 from distillery.training import build
 from distillery.training.checkpoints import save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def generator(seed=0):

@@ -12,7 +12,7 @@ from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileE
 from distillery.system.machine import environment_number, usable_cpus
 from distillery.system.signals import STOP_SIGNALS, StopFlag
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = """
 import sys, time
 from distillery.system.signals import StopFlag

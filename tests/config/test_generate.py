@@ -11,7 +11,7 @@ from distillery.config.yaml_text import as_yaml, parse_yaml
 from distillery.losses.registry import LOSSES
 from distillery.system.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT, ROOT / "examples" / "demo", *sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir())]
 READY = FOLDERS[2:]
 FORM = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "array": list,

@@ -2,7 +2,6 @@ import json
 import os
 
 import pytest
-from test_checkpoint import state_at
 
 from distillery.system.errors import MissingFileError, UserError
 from distillery.training import folder
@@ -19,6 +18,7 @@ from distillery.training.folder import (
     prepare_folder,
     set_aside,
 )
+from tests.training.test_checkpoints import state_at
 
 CONFIG = {
     "data": {"num_workers": 1, "image_size": 32},

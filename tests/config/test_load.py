@@ -29,7 +29,7 @@ from distillery.config.load import (
 from distillery.config.yaml_text import parse_yaml
 from distillery.system.errors import MissingFileError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {section: ROOT / name for section, name in sections.FILE_NAMES.items()}
 ALL_SHIPPED = tuple(SHIPPED[section] for section in ("data", "train", "model"))
 DATA = {"dataset_name": "some/images", "cache_dir": "cache"}

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, inspect
 from caches import MEAN, STD, make_test_cache
-from test_report import Structure
 
 from distillery.cache.folder import load_index
 from distillery.cache.images import read_record
 from distillery.cache.store import record_text
 from distillery.report.cache_page import CONTACTS, is_cache, sample, source_sizes, write_cache_report
 from distillery.system.errors import UserError
+from tests.report.test_page import Structure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def content_of(folder):

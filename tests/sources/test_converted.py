@@ -8,7 +8,7 @@ import pytest
 from distillery.sources.converted import _failure
 from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, RunError, UserError
-from tests.test_sources import IMAGES
+from tests.sources.test_registry import IMAGES
 
 datasets = pytest.importorskip("datasets")
 

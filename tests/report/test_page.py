@@ -18,7 +18,7 @@ from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system.errors import MissingFileError
 from distillery.training.log import RunLog
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}
 CONFIG = {
     "data": {"dataset_name": "pets", "eval_datasets": {"digits": {"dataset_name": "<b>&"}}, "mean": [0.5, 0.5, 0.5]},

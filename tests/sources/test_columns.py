@@ -11,7 +11,7 @@ import pytest
 
 from distillery.sources.registry import open_source
 from distillery.system.errors import UserError
-from tests.test_sources import IMAGES
+from tests.sources.test_registry import IMAGES
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CELLS = pa.array([{"bytes": data, "path": None} for data in IMAGES[:4]], STRUCT)

@@ -4,7 +4,7 @@ import sys
 
 import yaml
 
-from tests.test_sources_hub import ask, hub  # noqa: F401 - a fixture
+from tests.sources.test_hub import ask, hub  # noqa: F401 - a fixture
 from tests.workplace import ROOT
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
-from test_engine import MEAN, STD, build_task, images_of, run_epoch
 
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
@@ -28,6 +27,7 @@ from distillery.teacher_cache.survey import images_for_training
 from distillery.teacher_cache.targets import StoredTargets, TargetLoader, check_fields
 from distillery.training import build
 from distillery.training.engine import Progress, check_first_step, forward_losses, train_step
+from tests.training.test_engine import MEAN, STD, build_task, images_of, run_epoch
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
 NUM_VIEWS, NUM_IMAGES, VIEW_SEED = 4, 32, 9

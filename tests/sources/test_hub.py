@@ -15,7 +15,7 @@ import pytest
 
 from distillery.sources import hub as hub_module
 from distillery.sources.hub import with_retries
-from tests.test_sources import IMAGES, LABELS, NUM_IMAGES, table, write_folder, write_parquet
+from tests.sources.test_registry import IMAGES, LABELS, NUM_IMAGES, table, write_folder, write_parquet
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 CLIENT = """

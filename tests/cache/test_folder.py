@@ -19,7 +19,7 @@ from distillery.cache.store import FutureFormatError, record_text
 from distillery.cache.verify import verify_cache
 from distillery.system.errors import MissingFileError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from distillery.sources import registry
 from distillery.sources.hub import HubFacts, NotDownloadedError
 from distillery.system.errors import UserError
 from distillery.training.estimate import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
-from tests.test_engine import build_task
+from tests.training.test_engine import build_task
 
 
 class Batches:

@@ -23,7 +23,7 @@ from distillery.cache.verify import verify_cache
 from distillery.system.errors import MissingFileError, UserError
 from distillery.verify import report_verification
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = SmallSource()
 
 
