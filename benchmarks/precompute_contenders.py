@@ -5,8 +5,8 @@
 A contender is a function of a Setting that makes the whole cache in setting.folder; "whole" is its images/s from the
 call until everything is written, with what it imports and the start of its workers; it returns what else it can tell:
 "steady", without those. All store the same tensors. Ours reads the parquet file; the others are given the encoded
-images in memory, which favours them, and decode by distillery.sources.pixels, except the seed style, whose transforms are
-PIL's.
+images in memory, which favours them, and decode by distillery.sources.pixels, except the seed style, whose
+transforms are PIL's.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A shard of several big tensors: the archive of distillery.cache.archive, with each tensor at a place known beforehand.
+"""A shard of several big tensors: an archive as distillery.cache.archive writes it, with places known beforehand.
 
 Sizes alone decide the places, so that rows of all tensors can be written and read in place. Nothing imports torch.
 """

@@ -320,8 +320,8 @@ class OpenTeacherShard:
         """
         assert first == self.rows_written
         views = self.spec.num_views
-        for key, field in enumerate(self.fields):
-            part = np.ascontiguousarray(values[field.name])
+        for key, its_field in enumerate(self.fields):
+            part = np.ascontiguousarray(values[its_field.name])
             if not valid.all():
                 part[~valid] = 0
             data, checksums = memoryview(part).cast("B"), self.checksums[field.name]

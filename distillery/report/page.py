@@ -232,9 +232,9 @@ def _write_plots(run: RunFacts) -> tuple[list[Path], dict[str, Any]]:
     folder = run.run_dir / PLOTS_NAME
     folder.mkdir(exist_ok=True)
     paths = []
-    for stem, figure in figures.items():
+    for stem, drawn in figures.items():
         paths.append(folder / f"{stem}.png")
-        write_atomic(paths[-1], to_png(figure))
+        write_atomic(paths[-1], to_png(drawn))
     return paths, figures
 
 

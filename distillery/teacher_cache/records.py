@@ -1,7 +1,7 @@
 """What a folder of teacher outputs says about itself: a record beside each shard; index.json and statistics.json.
 
-As distillery.cache.images for images: the views follow from the records, a record from its shard, a shard from the images
-and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
+As distillery.cache.images for images: the views follow from the records, a record from its shard, a shard from the
+images and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
 """
 
 import base64
