@@ -324,12 +324,12 @@ class OpenTeacherShard:
             part = np.ascontiguousarray(values[its_field.name])
             if not valid.all():
                 part[~valid] = 0
-            data, checksums = memoryview(part).cast("B"), self.checksums[field.name]
+            data, checksums = memoryview(part).cast("B"), self.checksums[its_field.name]
             for i in range(len(part) * views):
-                row = data[i * field.view_bytes : (i + 1) * field.view_bytes]
+                row = data[i * its_field.view_bytes : (i + 1) * its_field.view_bytes]
                 checksums[first * views + i] = xxhash.xxh3_64_intdigest(row)
             self.crcs[key] = crc32(data, self.crcs[key])
-            pwrite_all(self.fd, data, field.offset + first * views * field.view_bytes)
+            pwrite_all(self.fd, data, its_field.offset + first * views * its_field.view_bytes)
         self.valid[first : first + len(valid)] = valid
         self.rows_written += len(valid)
 

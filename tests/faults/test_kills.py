@@ -16,7 +16,7 @@ from syscalls import killed_at, watched
 
 from distillery.cache.verify import verify_cache
 
-STAGE1 = Path(__file__).resolve().parents[1] / "stage1.py"
+STAGE1 = Path(__file__).resolve().parents[1] / "support" / "stage1.py"
 
 
 def check_visible_shards(folder, reference) -> None:

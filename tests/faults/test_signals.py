@@ -60,7 +60,7 @@ class Program:
 
 
 def stage1(folder: Path, *, slow_s: float, num_rows: int = 60) -> Program:
-    command = [sys.executable, str(TESTS / "stage1.py"), str(folder / "cache"), "--num_workers", "2"]
+    command = [sys.executable, str(TESTS / "support" / "stage1.py"), str(folder / "cache"), "--num_workers", "2"]
     return Program([*command, "--slow_s", str(slow_s), "--num_rows", str(num_rows)], folder / "output")
 
 

@@ -109,7 +109,7 @@ def test_images_larger_than_a_slot_become_the_same_rows(tmp_path, monkeypatch):
 def stage1_process(folder: Path) -> subprocess.Popen:
     """Two decode workers at work on many small units."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "stage1.py"), str(folder), "--num_workers", "2", "--num_rows", "4000",
+        [sys.executable, str(ROOT / "tests/support/stage1.py"), str(folder), "--num_workers", "2", "--num_rows", "4000",
          "--slow_s", "0.02"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip

@@ -187,7 +187,7 @@ def test_a_cache_of_the_first_rows_and_one_numbered_apart_are_kept_or_refused_by
     whole = {"dataset_name": "imagefolder", "data_dir": str(tmp_path / "e"), "max_train": 5}
     with monkeypatch.context() as before:  # as earlier versions made them
         before.setattr(precompute_cache, "_rows_wanted", lambda part, source: source)
-        before.setattr("distillery.sources.registry.evaluation.number_as", lambda train, test, where: test)
+        before.setattr("distillery.sources.evaluation.number_as", lambda train, test, where: test)
         make(tmp_path, train | {"eval_datasets": {"v": whole}})
     folder = tmp_path / "cache" / "eval" / "v"
     with pytest.raises(UserError, match=rf"numbered apart from those of the train split.*\(rm -r {folder / 'test'}\)"):

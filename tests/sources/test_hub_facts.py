@@ -5,7 +5,7 @@ import sys
 import yaml
 
 from tests.sources.test_hub import ask, hub  # noqa: F401 - a fixture
-from tests.workplace import ROOT
+from tests.support.workplace import ROOT
 
 
 def data_requests(server):

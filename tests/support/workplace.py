@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HUBCONF = '''
 """A small frozen network as a teacher of 24 channels on an 8 x 8 grid."""
 import torch

@@ -1,6 +1,6 @@
 """Stage 1 on a small in-memory source, for tests that break it: as functions, and as a program with decode workers.
 
-python tests/stage1.py DIR --num_workers 2 --slow_s 0.01
+python tests/support/stage1.py DIR --num_workers 2 --slow_s 0.01
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 if __name__ in {"__main__", "__mp_main__"}:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image
