@@ -299,11 +299,3 @@ def test_the_package_itself_names_its_commands():
         )
         assert done.returncode == status
         assert "python -m distillery.verify DIR" in done.stdout + done.stderr
-
-
-def test_every_module_that_a_document_or_a_message_tells_to_run_does_something():
-    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("distillery/*.py")]
-    names = {name for path in texts for name in re.findall(r"python\s+-m distillery\.(\w+)", path.read_text())}
-    assert {"cache", "evaluate", "export", "report", "verify"} <= names
-    for name in names:
-        assert 'if __name__ == "__main__":' in (ROOT / "distillery" / f"{name}.py").read_text(), name
