@@ -1,5 +1,6 @@
-"""What the documents name exists: files, links and their headings, modules that are run."""
+"""What the documents name exists: files, links and their headings, modules that are run, error messages."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -10,6 +11,9 @@ PACKAGE = ROOT / "distillery"
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")]
 ROOMS = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] not in "_.")
 NAMED = re.compile(rf"(?<![\w./-])((?:distillery|tests|benchmarks|examples|slurm|{ROOMS})/[\w/]+\.(?:py|sbatch))\b")
+
+# what varies in a message of docs/troubleshooting.md
+PLACEHOLDER = re.compile(r"\.\.\.|\b[NM]\b|HOST:PORT|[A-Z]+(?:_[A-Z]+)?=\w*|\b[A-Z]{3,}_[A-Z]+|\b[\w.]+_hash\b")
 
 
 def anchors(text: str) -> set[str]:
@@ -45,3 +49,24 @@ def test_every_module_that_a_document_or_a_message_tells_to_run_does_something()
         place = ROOT / name.replace(".", "/")
         path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
         assert 'if __name__ == "__main__":' in path.read_text(), name
+
+
+def texts_of(path: Path) -> list[str]:
+    """The strings of a module; in an f-string a NUL stands for each value."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    formatted = [
+        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        for node in nodes
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return formatted + [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_the_messages_under_troubleshooting_are_those_of_the_code():
+    rows = re.findall(r"^\| (`.*?`)[^`|]* \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = {message for row in rows for message in re.findall(r"`([^`]+)`", row)} - {"Gloo connectFullMesh failed"}
+    texts = [text for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")] for text in texts_of(path)]
+    assert len(messages) > 20
+    for message in messages:
+        parts = [part.strip() for part in PLACEHOLDER.split(message) if len(part.strip()) > 3]
+        assert parts and all(any(part in text for text in texts) for part in parts), message
