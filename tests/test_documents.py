@@ -1,4 +1,4 @@
-"""What the documents name exists: files, links and their headings, modules that are run, error messages."""
+"""What the documents name exists: files, links and their headings, error messages."""
 
 import ast
 import re
@@ -38,17 +38,6 @@ def test_every_link_within_the_documents_leads_somewhere(path):
             target = path.parent / name if name else path
             assert target.exists(), link
             assert not heading or heading in anchors(target.read_text()), link
-
-
-def test_every_module_that_a_document_or_a_message_tells_to_run_does_something():
-    texts = [*DOCUMENTS, *PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
-    found = [re.findall(r"python\s+-m\s+((?:distillery|benchmarks)[.\w]*\w)", path.read_text()) for path in texts]
-    names = {name for of_file in found for name in of_file}
-    assert {f"distillery.{name}" for name in ("cache", "evaluate", "export", "report", "verify")} <= names
-    for name in names:
-        place = ROOT / name.replace(".", "/")
-        path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-        assert 'if __name__ == "__main__":' in path.read_text(), name
 
 
 def texts_of(path: Path) -> list[str]:
