@@ -6,8 +6,8 @@
     python distill_trainer.py ... --dry_run                                # schedule, hours, advice; nothing written
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
-else. A new loss is a function in distillery/losses/terms.py and a line in registry.py beside it, a new kind of model
-goes into distillery/models/builders.py; this file only puts the parts together.
+else. A new loss is a function in distillery/losses/terms.py and a line in losses_table.py, a new kind of model goes
+into distillery/models/builders.py; this file only puts the parts together.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """What all pictures of a report have in common: rows to series, colours, axes, and a figure as SVG or PNG.
 
 Every colour stands for one thing everywhere: the student is blue, its teacher orange, the untrained student grey. The
-colours are those of a light page; html.py turns them into CSS variables, so that they follow a dark one.
+colours are those of a light page; report_page.py turns them into CSS variables, so that they follow a dark one.
 """
 
 from __future__ import annotations
