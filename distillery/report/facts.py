@@ -138,6 +138,11 @@ def load_run(run_dir: Path) -> RunFacts:
     return RunFacts(run_dir, rows, config or {}, num_shards, plan, frozen.get("rows"))
 
 
+def measures_of(models: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of MEASURES that at least one of the models has a value of."""
+    return [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
+
+
 def format_measure(row: dict[str, Any], name: str, form: str) -> str:
     """A measure of an eval row as text, - where there is none."""
     return form.format(row[name]) if is_number(row.get(name)) else "-"
