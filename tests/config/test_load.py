@@ -381,7 +381,7 @@ def test_key_of_the_predecessor_says_what_took_its_place_in_whichever_file_it_st
 
 def test_replacements_name_only_keys_that_exist():
     known = {key for model in sections.MODELS.values() for key in model_keys(model)}
-    others = {"load_dataset", "distill_trainer", "kl_logits", "resume_from", "no_resume"}
+    others = {"distill_trainer", "kl_logits", "resume_from"}
     words = {
         word
         for replaced in REPLACED_KEYS.values()
