@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -290,24 +290,19 @@ def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int
     """File stem -> picture, in the order of the report; pictures without data are left out."""
     import matplotlib
 
-    builders: dict[str, Callable[[], Figure | None]] = {}
-    for dataset in datasets_of(rows):
-        for name, title in QUALITIES.items():
-            stem = f"{name.removesuffix('_top1')}_{dataset}"
-            builders[stem] = lambda d=dataset, n=name, t=title: draw_quality(rows, d, n, t)
-    builders["loss"] = lambda: draw_loss(rows)
-    builders["learning_rate"] = lambda: draw_learning_rate(rows)
-    builders["grad_norm"] = lambda: draw_grad_norm(rows)
-    builders["throughput"] = lambda: draw_throughput(rows)
-    builders["time_shares"] = lambda: draw_time_shares(rows)
-    builders["shards"] = lambda: draw_coverage(rows, num_shards, shard_rows)
-    builders["timeline"] = lambda: draw_timeline(rows)
     with matplotlib.rc_context(RC):
-        return dict(_drawn(builders))
-
-
-def _drawn(builders: dict[str, Callable[[], Figure | None]]) -> Iterable[tuple[str, Figure]]:
-    for stem, build in builders.items():
-        figure = build()
-        if figure is not None:
-            yield stem, figure
+        drawn = {
+            f"{name.removesuffix('_top1')}_{dataset}": draw_quality(rows, dataset, name, title)
+            for dataset in datasets_of(rows)
+            for name, title in QUALITIES.items()
+        }
+        drawn |= {
+            "loss": draw_loss(rows),
+            "learning_rate": draw_learning_rate(rows),
+            "grad_norm": draw_grad_norm(rows),
+            "throughput": draw_throughput(rows),
+            "time_shares": draw_time_shares(rows),
+            "shards": draw_coverage(rows, num_shards, shard_rows),
+            "timeline": draw_timeline(rows),
+        }
+    return {stem: figure for stem, figure in drawn.items() if figure is not None}

@@ -31,11 +31,11 @@ COURSE_PICTURES = ("time_shares", "shards", "timeline")
 REPORT_NAME = "report.html"
 
 
-def build_page(run: facts.RunFacts, pictures: dict[str, str], no_pictures: str | None = None) -> str:
+def build_page(run: facts.RunRecord, pictures: dict[str, str], no_pictures: str | None = None) -> str:
     """The whole HTML page.
 
     Args:
-        run: the facts.
+        run: its record.
         pictures: stem -> <svg> text.
         no_pictures: why there are no pictures of the features, where that is known.
     """
@@ -58,7 +58,7 @@ def build_page(run: facts.RunFacts, pictures: dict[str, str], no_pictures: str |
     )
 
 
-def _state(run: facts.RunFacts) -> tuple[str, str, str]:
+def _state(run: facts.RunRecord) -> tuple[str, str, str]:
     """The dot's class, the state in a word or two, how far the run is."""
     if not run.train_rows:
         return "", "Not started", "no training step has been logged yet"
@@ -77,7 +77,7 @@ def _state(run: facts.RunFacts) -> tuple[str, str, str]:
     return dot, word, f"{position}{times}{resumed}"
 
 
-def _tiles(run: facts.RunFacts) -> list[tuple[str, str, str, str]]:
+def _tiles(run: facts.RunRecord) -> list[tuple[str, str, str, str]]:
     """Key figures: name, value, note, CSS class."""
     shown = []
     for dataset in datasets_of(run.rows)[:1]:
@@ -97,7 +97,7 @@ def _tiles(run: facts.RunFacts) -> list[tuple[str, str, str, str]]:
     return shown
 
 
-def _features(run: facts.RunFacts) -> list[tuple[str, str, str]]:
+def _features(run: facts.RunRecord) -> list[tuple[str, str, str]]:
     """The pictures that distillery/report/pictures.py has left in plots/: title, PNG in base64, description."""
     shown = []
     for name, title in ((facts.PCA_NAME, "Patch features"), (facts.NEIGHBOURS_NAME, "Nearest neighbours")):
@@ -114,7 +114,7 @@ def _description(path: Path) -> str:
         return image.info.get("Description", "")
 
 
-def _caption(stem: str, run: facts.RunFacts) -> str:
+def _caption(stem: str, run: facts.RunRecord) -> str:
     kind = max((name for name in CAPTIONS if stem == name or stem.startswith(f"{name}_")), key=len)
     return CAPTIONS[kind].format(k=run.get("train", "knn_k") or "k")
 
@@ -128,7 +128,7 @@ def write_plots(run_dir: Path) -> list[Path]:
     return _write_plots(facts.load_run(Path(run_dir)))[0]
 
 
-def _write_plots(run: facts.RunFacts) -> tuple[list[Path], dict[str, Any]]:
+def _write_plots(run: facts.RunRecord) -> tuple[list[Path], dict[str, Any]]:
     figures = draw_all(run.rows, run.num_shards, run.shard_rows)
     folder = run.run_dir / facts.PLOTS_NAME
     folder.mkdir(exist_ok=True)
