@@ -3,9 +3,9 @@
 python -m distillery.config.generate      # or: make schemas
 """
 
+import functools
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS, SUB_MODELS
-from distillery.config.yaml_text import as_yaml
+from distillery.config.yaml_text import as_yaml, parse_yaml
 from distillery.system.errors import EXIT_DONE, run_command
 from distillery.system.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 # behind a validator of our own pydantic leaves its limits as they are
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
-_COMMENT_COLUMN, _LINE_WIDTH = 42, 118
-# a key's line in a YAML file, commented out or not: "  hflip: true      # mirror ... (default true)"
-_KEY_LINE = re.compile(r"(?P<hash># )?(?P<indent> *)(?P<key>[a-z_0-9]+):(?: +(?P<value>[^#]*?))?(?P<comment> *#.*)?\Z")
-_CONTINUED = re.compile(r"#? {20,}# ")
+_COMMENT_COLUMN = 40
+# a key's line in a YAML file, commented out or not: "  hflip: true      # mirror left-right with probability 0.5"
+_KEY_LINE = re.compile(
+    r"(?P<start>(?P<hash># )?(?P<indent> *)(?P<key>[a-z_0-9]+):(?: +(?P<value>[^# ][^#]*?))?)(?: *#.*)?\Z"
+)
 _HEADING = re.compile(r"# -{4} (.*?) -{4,}\Z")
 _PAGE = """\
 # Configuration
@@ -36,6 +37,7 @@ Made from `distillery/config/keys_*.py` by `make schemas`; edit those files, not
 - `~` and `$VARIABLES` in paths are expanded when the path is used.
 - The first line of the shipped files, `# yaml-language-server: $schema=...`, gives editors with a YAML language server
   (VS Code with the YAML extension, Neovim, Emacs, JetBrains) completion, these texts and errors while typing.
+- The comments of the shipped files are the first sentences of the meanings below.
 - Ready ones to copy: [configs/](../configs).
 """
 
@@ -149,34 +151,17 @@ def keys_in(text: str, section: str) -> Iterator[tuple[str, re.Match | None, lis
 
 def with_comments(text: str, section: str) -> str:
     """The YAML file with the comment of every key written anew; its values and all other lines stay."""
-    lines, is_after_key = [], False
+    lines, values = [], parse_yaml(text)
     for line, match, path, entry in keys_in(text, section):
-        if is_after_key and _CONTINUED.match(line):
+        if entry is None or (path[-1] in SUB_MODELS and not match["value"]):
+            lines.append(line)  # the keys below a heading such as augment speak for themselves
             continue
-        # the lines below such a heading speak for themselves
-        is_heading = match is not None and path[-1] in SUB_MODELS and not match["value"]
-        is_after_key = entry is not None and not is_heading
-        lines += _commented(match, section, path, entry) if is_after_key else [line]
+        comment = entry.description.partition(". ")[0]
+        default = default_of(section, path, entry)
+        if not match["hash"] and default not in ("required", as_yaml(functools.reduce(dict.get, path, values))):
+            comment += f" (default {default})"
+        lines.append(f"{match['start']:{_COMMENT_COLUMN - 2}}  # {comment}")
     return "\n".join(lines) + "\n"
-
-
-def _commented(match: re.Match, section: str, path: list[str], entry: FieldInfo) -> list[str]:
-    start = f"{match['hash'] or ''}{match['indent']}{match['key']}:"
-    start = f"{start} {match['value']}" if match["value"] else start
-    default, alias = default_of(section, path, entry), alias_of(path)
-    stated = "(required)" if default == "required" else f"(default {default})"
-    # no line ends inside what belongs together
-    tail = f"{stated} alias {alias}" if alias else stated
-    text = f"{entry.description} {tail.replace(' ', chr(0xA0))}"
-    overhang = max(0, len(start) + 2 - _COMMENT_COLUMN)
-    width = _LINE_WIDTH - _COMMENT_COLUMN - len("# ")
-    wrapped = textwrap.wrap(text, width, initial_indent="x" * overhang, break_long_words=False, break_on_hyphens=False)
-    first, *others = [part.replace("\xa0", " ") for part in wrapped]
-    below = ("#" if match["hash"] else "").ljust(_COMMENT_COLUMN)
-    return [
-        f"{start.ljust(_COMMENT_COLUMN + overhang)}# {first[overhang:]}",
-        *(f"{below}# {part}" for part in others),
-    ]
 
 
 def configuration_page(texts: dict[str, str]) -> str:

@@ -61,7 +61,7 @@ class DataConfig(StrictModel):
 
     image_size: PositiveInt = Field(224, description="px, stored height = width")
     resize_mode: Literal["squash", "crop"] = Field(
-        "squash", description="squash: both sides straight to image_size; crop: shorter side, then centre"
+        "squash", description="squash: both sides to image_size; crop: shorter side, then centre"
     )
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = Field(
         "bicubic", description="bilinear, bicubic or lanczos, antialiased"
@@ -69,46 +69,51 @@ class DataConfig(StrictModel):
     mean: Mean = Field((0.485, 0.456, 0.406), description="per channel, of pixels in 0..1")
     std: Std = Field((0.229, 0.224, 0.225), description="per channel, of pixels in 0..1")
 
-    cache_dir: PathText | None = Field(None, description="folder of the cache; ~ and $VARIABLES are expanded")
+    cache_dir: PathText | None = Field(None, description="folder of the cache. ~ and $VARIABLES are expanded")
     use_cached: bool | None = Field(
         None,
         description="true: cache or error; false: raw images; null: cache when there is one",
     )
     cache_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = Field(
         "float32",
-        description="float32, float16, bfloat16: stored normalised; uint8: normalised on the device",
+        description="float32, float16, bfloat16, or uint8: a quarter of float32's bytes. "
+        "Images of uint8 are normalised on the device, the others are stored normalised",
     )
     cache_shard_size: PositiveInt = Field(2048, description="images per shard")
     max_samples: PositiveInt | None = Field(
-        None, description="images, the first so many only; raise it to extend the cache; null: all"
+        None, description="only the first so many images; null: all. A larger number extends the cache"
     )
-    max_shards: PositiveInt | None = Field(None, description="shards, the first so many only; null: all")
+    max_shards: PositiveInt | None = Field(None, description="only the first so many shards; null: all")
     max_failed_fraction: Share = Field(0.01, description="share 0..1; more undecodable images: exit status 3")
 
     shards_per_epoch: PositiveInt | None = Field(
-        None, description="shards, so many at random each epoch; null: every shard every epoch"
+        None, description="so many random shards each epoch; null: all of them"
     )
     shard_subset_mode: Literal["cycle", "independent", "fixed"] = Field(
         "cycle",
-        description="cycle: every shard once before any again; independent: fresh draw; fixed: always the same",
+        description="cycle, independent or fixed. "
+        "cycle: every shard once before any again; independent: a fresh draw each epoch; fixed: always the same",
     )
     random_subset_seed: Seed = Field(42, description="seed of shard choice and order")
     shuffle: Literal["block", "none"] = Field(
         "block",
-        description="block: runs of rows in random order, mixed in a window; none: in order within a shard",
+        description="block or none. "
+        "block: runs of rows in random order, mixed in a window; none: in order within a shard",
     )
     run_bytes: PositiveInt | None = Field(None, description="bytes read in one go; null: 4 MiB")
     window_bytes: PositiveInt | None = Field(None, description="bytes in which rows are mixed; null: 512 MiB")
     num_workers: Count | None = Field(
-        None, description="null: every usable CPU for decoding, 2 threads for reading; 0 counts as 1"
+        None, description="null: every usable CPU for decoding, 2 threads for reading. 0 counts as 1"
     )
     prefetch_batches: PositiveInt = Field(4, description="batches read ahead")
     read_mode: Literal["pread", "mmap"] = Field(
-        "pread", description="mmap: faster for shards on a local disk and in memory; not on a network file system"
+        "pread", description="mmap: faster on a local disk and in memory; not for a network disk"
     )
     pin_memory: bool = Field(True, description="page-locked batches where CUDA is used")
     eval_datasets: dict[Annotated[str, AfterValidator(folder_name)], EvalDataset] = Field(
-        {}, description="name -> labelled data set, cached under cache_dir/eval/NAME"
+        {},
+        description="name -> labelled data set for k-NN and linear probe. "
+        "Stage 1 caches both splits with their labels under cache_dir/eval/NAME",
     )
 
     @field_validator("mean", "std")

@@ -22,55 +22,51 @@ class ModelConfig(StrictModel):
     teacher_name: Text = Field("vit_base_patch14_dinov2.lvd142m", description="model name in teacher_source")
     teacher_source: ModelSource = Field("timm", description="timm, torchvision or torch_hub")
     teacher_repo: PathText | None = Field(
-        None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
+        None,
+        description="torch_hub only: hub repository, or folder with hubconf.py. Example: facebookresearch/dinov2",
     )
     teacher_pretrained: bool = Field(True, description="load the published weights")
     teacher_checkpoint: PathText | None = Field(
-        None, description="weights file loaded instead of the published ones; FILE#NAME: one of several models in it"
+        None, description="weights file instead of the published ones. FILE#NAME: one of several models in it"
     )
     teacher_img_size: PositiveInt | None = Field(
-        None, description="px; null: image_size rounded to the teacher's patch, its position embedding resampled"
+        None, description="px; null: image_size rounded to the teacher's patch. Its position embedding is resampled"
     )
-    teacher_mean: Mean | None = Field(
-        None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
-    )
-    teacher_std: Std | None = Field(
-        None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
-    )
-    teacher_kwargs: dict[str, JsonValue] = Field({}, description="further arguments of the model's constructor")
+    teacher_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
+    teacher_std: Std | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
+    teacher_kwargs: dict[str, JsonValue] = Field({}, description="arguments of the model's constructor")
     teacher_freeze: bool = Field(True, description="always true: the teacher never learns")
 
     student_name: Text = Field("vit_small_patch16_224", description="model name in student_source")
     student_source: ModelSource = Field("timm", description="timm, torchvision or torch_hub")
     student_repo: PathText | None = Field(
-        None, description="torch_hub only: hub repository (facebookresearch/dinov2) or local folder with hubconf.py"
+        None,
+        description="torch_hub only: hub repository, or folder with hubconf.py. Example: facebookresearch/dinov2",
     )
     student_pretrained: bool = Field(False, description="start from the published weights")
     student_checkpoint: PathText | None = Field(
-        None, description="weights file to start from; FILE#NAME: one of several models in it"
+        None, description="weights file to start from. FILE#NAME: one of several models in it"
     )
     student_img_size: PositiveInt | None = Field(None, description="px; null: image_size")
-    student_mean: Mean | None = Field(
-        None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
-    )
-    student_std: Std | None = Field(
-        None, description="per channel, of pixels in 0..1; null: the model's own, else data_config's"
-    )
+    student_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
+    student_std: Std | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
     student_kwargs: dict[str, JsonValue] = Field(
-        {}, description="further arguments of the model's constructor, e.g. {img_size: 32, patch_size: 4}"
+        {}, description="arguments of the model's constructor, such as {img_size: 32}"
     )
 
     use_cls_token: bool = Field(
-        True, description="image feature: class token (or the model's attention pooling); false: mean of patches"
+        True,
+        description="image feature: the class token; false: mean of patches. "
+        "A model that pools by attention gives what its pooling makes",
     )
     teacher_out_indices: OutIndices | None = Field(
-        None, description="intermediate layers for the loss `layers`, first to last, e.g. [3, 7]; null: none"
+        None, description="layers for the loss `layers`, such as [3, 7]; null: none. Intermediate ones, first to last"
     )
     student_out_indices: OutIndices | None = Field(
-        None, description="the student's layers that face those of the teacher, as many; null: none"
+        None, description="the student's layers that face those, as many; null: none"
     )
     drop_path_rate: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.1, description="probability 0..1 of skipping a student block, in timm models that take it"
+        0.1, description="probability 0..1 of skipping a student block. For timm models that take it"
     )
     projector: ProjectorConfig = Field(ProjectorConfig(), description="student width -> teacher width")
 

@@ -39,17 +39,19 @@ class TeacherCacheConfig(StrictModel):
     """The teacher's outputs for a few views of every image, made once by stage 1 and read instead of run again."""
 
     enabled: bool = Field(False, description="true: targets are read from cache_dir/teacher")
-    views: PositiveInt = Field(4, description="of every image; even: both mirror images equally often")
+    views: PositiveInt = Field(4, description="of every image; an even number mirrors half of them")
     mode: Literal["live", "cached", "hybrid"] = Field(
         "cached",
-        description="live: every step runs the teacher, as without enabled; cached: the teacher is not loaded; hybrid: "
+        description="live, cached or hybrid. "
+        "live: every step runs the teacher, as without enabled; cached: the teacher is not loaded; hybrid: "
         "live_fraction of the steps run it on new views, and compute what is not stored too",
     )
-    live_fraction: Share = Field(0.25, description="hybrid only: share of the steps, 0..1")
+    live_fraction: Share = Field(0.25, description="hybrid only: share 0..1 of the steps that run the teacher")
     seed: Seed = Field(0, description="of the views; runs of several seeds share one cache")
     tokens: Literal["auto", "none", "full", "grid", "pca"] = Field(
         "auto",
-        description="patch tokens: none, full, grid (pooled), pca (int8); auto: grid if a loss needs them, else none",
+        description="patch tokens: auto, none, full, grid (pooled) or pca (int8). "
+        "auto: grid if a loss needs them, else none",
     )
     token_grid: PositiveInt = Field(8, description="cells a side at most; grid and auto only")
     token_dims: PositiveInt = Field(256, description="dimensions kept; pca only")
@@ -65,7 +67,7 @@ class TrainConfig(StrictModel):
     """train_config_kd.yaml: optimiser, schedule, losses, checkpoints, evaluation during training."""
 
     batch_size: PositiveInt = Field(64, description="images per process and step")
-    num_epochs: PositiveInt = Field(100, description="epochs")
+    num_epochs: PositiveInt = Field(100, description="length of the run in epochs")
     max_steps_per_epoch: PositiveInt | None = Field(
         500, description="steps; an epoch ends here at the latest; null: all"
     )
@@ -73,7 +75,7 @@ class TrainConfig(StrictModel):
     seed: Seed = Field(0, description="seed of initial weights and augmentation")
 
     learning_rate: PositiveNumber | None = Field(
-        None, description="peak; a number is taken literally; null: the recipe's rule, printed at the start"
+        None, description="peak; null: the recipe's rule, printed at the start. A number is taken literally"
     )
     min_lr: NonNegativeNumber = Field(1e-6, description="learning rate at the end of the cosine")
     warmup_epochs: NonNegativeNumber | None = Field(
@@ -86,19 +88,19 @@ class TrainConfig(StrictModel):
     use_fused_adamw: bool = Field(True, description="AdamW in one kernel where the device has it")
     max_bad_steps: Count = Field(0, description="steps with a NaN or infinite loss skipped before the run stops")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        None, description="per step, e.g. 0.9999: averaged weights are kept as well; null: off"
+        None, description="per step, such as 0.9999: keeps averaged weights too; null: off"
     )
 
     distill_loss_weights: dict[str, NonNegativeNumber] = Field(
         {"cls": 1.0, "patch": 0.5}, description="loss name -> weight, no unit; 0: not computed"
     )
     loss_options: dict[str, dict[str, JsonValue]] = Field(
-        {}, description="loss name -> its options, e.g. {kl_logits: {temperature: 4.0}}"
+        {}, description="loss name -> its options, such as {kl_logits: {temperature: 4.0}}"
     )
     standardise_targets: Standardisation = Field(
         True,
-        description="true: teacher's outputs to mean 0, deviation 1 per dimension; phi_s: rotated to equal deviations "
-        "first, then one scale for all; false: as they are",
+        description="teacher's outputs to mean 0, deviation 1: true, phi_s or false. "
+        "true: per dimension; phi_s: rotated to equal deviations first, then one scale for all; false: as they are",
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of the images, on the device")
     teacher_cache: TeacherCacheConfig = Field(
@@ -110,11 +112,12 @@ class TrainConfig(StrictModel):
     )
     compile_student: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
     compile_teacher: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
-    gradient_checkpointing: bool = Field(
-        False, description="true: less memory for the student, whose forward pass is computed twice"
-    )
+    gradient_checkpointing: bool = Field(False, description="less memory: the student's forward pass is computed twice")
 
-    checkpoint_dir: PathText | None = Field(None, description="the run's folder; ~ and $VARIABLES are expanded")
+    checkpoint_dir: PathText | None = Field(
+        None,
+        description="the run's folder. ~ and $VARIABLES are expanded; the folder of another configuration is refused",
+    )
     save_every: Count = Field(100, description="steps between checkpoints; 0: at epoch ends only")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     refresh_shards: bool = Field(False, description="true: a resumed run takes shards made since its start")

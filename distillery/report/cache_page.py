@@ -16,9 +16,8 @@ import numpy as np
 
 from distillery.cache.images import FAILURES_NAME, INDEX_NAME, decode_sizes, read_record, valid_rows
 from distillery.cache.store import record_path
-from distillery.report.html import details, escape, figure, page, table, tiles
-from distillery.report.style import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
-from distillery.system.console import format_bytes
+from distillery.report.render import render
+from distillery.report.style import COLOUR, RC, new_figure, short_count, to_svg
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, write_atomic
 from distillery.training.log import METRICS_NAME
@@ -67,22 +66,27 @@ def write_cache_report(cache_dir: Path, out: Path) -> Path:
 
 def build_cache_page(index: CacheIndex) -> str:
     """The whole HTML page."""
-    rows, pixels, contacts = sample(index)
+    rows, pixels, jpegs = sample(index)
     failures = read_failures(index.directory)
-    parts = [
-        _state_html(index),
-        _tiles_html(index),
-        f"<h2>Images</h2>\n<p>{len(rows):,} rows spread evenly, as the models get them, normalisation taken back; the "
-        "number is the place in the source (global_idx).</p>",
-        '<div class="card contacts">' + "".join(contacts) + "</div>",
-        sizes_html(index),
-        _statistics_html(index, pixels),
-        _failures_html(index, failures),
-        _shards_html(index),
-        _facts_html(index),
-    ]
-    foot = f"Cache <code>{escape(index.directory)}</code>. Made by <code>python -m distillery.report</code>."
-    return page(f"Cache {index.directory.name}", parts, foot)
+    usual_bytes = float(np.median(index.shard_bytes))
+    is_unusual = 2 * (index.shard_failed > 0) + (index.shard_bytes != usual_bytes)
+    _, height, width = index.image_shape
+    return render(
+        "cache.html",
+        title=f"Cache {index.directory.name}",
+        index=index,
+        height=height,
+        width=width,
+        contacts=dict(zip(rows, jpegs, strict=True)),
+        sizes=sizes_before(index),
+        statistics=statistics_of(index, pixels),
+        failures=failures,
+        reasons=Counter(entry.get("reason", "?") for entry in failures).most_common(20),
+        shown_failures=SHOWN_FAILURES,
+        shown_shards=sorted(np.argsort(-is_unusual, kind="stable")[:SHOWN_SHARDS].tolist()),
+        usual_bytes=usual_bytes,
+        origin=origin_of(index),
+    )
 
 
 def sample(index: CacheIndex) -> tuple[list[int], dict[str, np.ndarray], list[str]]:
@@ -90,7 +94,7 @@ def sample(index: CacheIndex) -> tuple[list[int], dict[str, np.ndarray], list[st
 
     Returns:
         global_idx of those on the contact sheet; mean, std (float [N, 3] per image and channel, of pixels in 0..1) and
-        histogram (int [3, 64], of all of them); the contact sheet's cells as HTML.
+        histogram (int [3, 64], of all of them); the contact sheet's images, JPEG in base64.
     """
     from distillery.reading.rows import CachedRows
 
@@ -114,13 +118,13 @@ def sample(index: CacheIndex) -> tuple[list[int], dict[str, np.ndarray], list[st
         for row in range(len(rows)):
             if start + row in shown:
                 numbers.append(int(global_idx[row]))
-                contacts.append(_contact_html(pixels[row], numbers[-1]))
+                contacts.append(_thumbnail(pixels[row]))
     means, stds = np.concatenate(moments, axis=1)
     return numbers, {"mean": means, "std": stds, "histogram": histogram}, contacts
 
 
-def _contact_html(pixels: np.ndarray, global_idx: int) -> str:
-    """One image of the contact sheet; pixels: float [3, H, W], 0..1."""
+def _thumbnail(pixels: np.ndarray) -> str:
+    """An image, float [3, H, W] in 0..1, at the contact sheet's size: JPEG in base64."""
     from PIL import Image
 
     image = Image.fromarray((255 * pixels).round().astype(np.uint8).transpose(1, 2, 0))
@@ -130,8 +134,7 @@ def _contact_html(pixels: np.ndarray, global_idx: int) -> str:
     image = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<div><img src="data:image/jpeg;base64,{data}" alt="image {global_idx}">{global_idx:,}</div>'
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_failures(directory: Path) -> list[dict[str, Any]]:
@@ -143,61 +146,18 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _state_html(index: CacheIndex) -> str:
-    if not index.verified:
-        dot, word = "stopped", "Without checksums: a cache of the predecessor, which cannot be verified"
-    elif index.complete:
-        dot, word = "done", "Complete"
-    else:
-        dot, word = "going", f"Incomplete: {index.num_samples:,} of {index.source_num_samples:,} rows"
-    return f'<p class="state"><span class="dot {dot}"></span><b>{word}</b></p>'
-
-
-def _tiles_html(index: CacheIndex) -> str:
-    _, height, width = index.image_shape
-    failed = int(index.shard_failed.sum())
-    share = f"{failed / max(1, index.num_samples):.2%} of the rows" if failed else "every image could be decoded"
-    return tiles(
-        [
-            ("images", f"{index.num_valid:,}", f"of {index.source_num_samples:,} in the source", ""),
-            ("size", f"{height} px" if height == width else f"{height} x {width} px", index.dtype, ""),
-            ("on disk", format_bytes(int(index.shard_bytes.sum())), f"{index.row_bytes:,} bytes an image", ""),
-            ("shards", f"{len(index.shard_names):,}", f"of {index.shard_size:,} images", ""),
-            ("failed", f"{failed:,}", share, ""),
-        ]
-    )
-
-
-def _statistics_html(index: CacheIndex, pixels: dict[str, np.ndarray]) -> str:
-    """Mean and deviation of each channel, beside those of the normalisation, and two pictures."""
+def statistics_of(index: CacheIndex, pixels: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean and deviation of each channel, beside those of the normalisation, and two pictures; pixels: of `sample`."""
     means, stds = pixels["mean"], pixels["std"]
     overall = means.mean(axis=0)
     deviation = np.sqrt((stds**2 + means**2).mean(axis=0) - overall**2)
-    given = np.array(index.mean), np.array(index.std)
-    lines = [
-        [
-            name,
-            f"{overall[c]:.3f}<small>{given[0][c]:.3f}</small>",
-            f"{deviation[c]:.3f}<small>{given[1][c]:.3f}</small>",
-            f"{(overall[c] - given[0][c]) / given[1][c]:+.2f}",
-            f"{deviation[c] / given[1][c]:.2f}",
-        ]
-        for c, name in enumerate(("red", "green", "blue"))
-    ]
-    head = ["channel", "mean", "std", "mean after", "std after"]
-    num_blank = int((stds.max(axis=1) < BLANK_STD).sum())
-    note = f'<p class="warn">{num_blank:,} of these {len(means):,} images are of one colour.</p>' if num_blank else ""
-    cards = [
-        figure(to_svg(draw_values(pixels["histogram"])), "Over all sampled images; the normalisation is taken back."),
-        figure(
-            to_svg(draw_brightness(means.mean(axis=1))), "Mean of an image's pixels: black and white ones stand out."
-        ),
-    ]
-    return (
-        f"<h2>Statistics of {len(means):,} images</h2>\n<p>Of pixels in 0..1; in small print the values that they are "
-        "normalised with. After that, a mean of 0 and a deviation of 1 would be perfect.</p>\n"
-        f'<div class="narrow">{table(head, lines)}</div>{note}\n<div class="charts spaced">{"".join(cards)}</div>'
-    )
+    return {
+        "count": len(means),
+        "channels": list(zip(("red", "green", "blue"), overall, deviation, index.mean, index.std, strict=True)),
+        "num_blank": int((stds.max(axis=1) < BLANK_STD).sum()),
+        "values_svg": to_svg(draw_values(pixels["histogram"])),
+        "brightness_svg": to_svg(draw_brightness(means.mean(axis=1))),
+    }
 
 
 def draw_values(histogram: np.ndarray) -> Figure:
@@ -208,7 +168,9 @@ def draw_values(histogram: np.ndarray) -> Figure:
     with matplotlib.rc_context(RC):
         figure, axes = new_figure("Pixel values")
         edges = np.linspace(0, 255, histogram.shape[1] + 1)
-        for counts, colour, name in zip(histogram, (FIFTH, FOURTH, STUDENT), ("red", "green", "blue"), strict=True):
+        for counts, colour, name in zip(
+            histogram, (COLOUR.fifth, COLOUR.fourth, COLOUR.student), ("red", "green", "blue"), strict=True
+        ):
             axes.stairs(counts / max(1, counts.sum()), edges, color=colour, label=name, linewidth=1.4)
         axes.set_xlim(0, 255)
         axes.set_ylim(bottom=0)
@@ -226,7 +188,7 @@ def draw_brightness(brightness: np.ndarray) -> Figure:
     with matplotlib.rc_context(RC):
         figure, axes = new_figure("Brightness of the images")
         counts, edges = np.histogram(255 * brightness, bins=32, range=(0, 255))
-        axes.stairs(counts, edges, fill=True, color=UNTRAINED)
+        axes.stairs(counts, edges, fill=True, color=COLOUR.untrained)
         axes.set_xlim(0, 255)
         axes.set_xlabel("mean value, 0..255")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -234,52 +196,14 @@ def draw_brightness(brightness: np.ndarray) -> Figure:
     return figure
 
 
-def _failures_html(index: CacheIndex, failures: list[dict[str, Any]]) -> str:
-    if not failures:
-        return ""
-    reasons = Counter(entry.get("reason", "?") for entry in failures)
-    by_reason = [[escape(reason), f"{count:,}"] for reason, count in reasons.most_common(20)]
-    shown = [
-        [f"{entry['global_idx']:,}", f"{entry.get('shard_idx', '-')}", escape(entry.get("reason", "?"))]
-        for entry in failures[:SHOWN_FAILURES]
-    ]
-    more = f"<p>{len(failures) - SHOWN_FAILURES:,} more in {FAILURES_NAME}.</p>" if len(failures) > len(shown) else ""
-    return (
-        f"<h2>Images that could not be decoded: {len(failures):,}</h2>\n"
-        "<p>They keep their numbers, and training never sees them.</p>\n"
-        f'<div class="words">{table(["reason", "images"], by_reason)}</div>\n<div class="words">'
-        f"{table(['global_idx', 'shard', 'reason'], shown)}</div>{more}"
-    )
-
-
-def _shards_html(index: CacheIndex) -> str:
-    """A line for each shard, as far as a page bears it: what is uncommon first."""
-    usual = np.median(index.shard_bytes)
-    order = np.argsort(-(2 * (index.shard_failed > 0) + (index.shard_bytes != usual)), kind="stable")[:SHOWN_SHARDS]
-    lines = [
-        [
-            f"<code>{escape(index.shard_names[s])}</code>",
-            f"{index.shard_starts[s]:,} - {index.shard_starts[s] + index.shard_rows[s] - 1:,}",
-            f"{index.shard_rows[s]:,}",
-            f"{index.shard_failed[s]:,}",
-            format_bytes(int(index.shard_bytes[s])),
-        ]
-        for s in sorted(order.tolist())
-    ]
-    left = len(index.shard_names) - len(lines)
-    more = f"<p>{left:,} more, of {format_bytes(float(usual))} each as a rule.</p>" if left else ""
-    head = ["shard", "rows of the source", "rows", "failed", "bytes"]
-    return f"<h2>Shards</h2>\n{table(head, lines)}{more}"
-
-
-def _facts_html(index: CacheIndex) -> str:
-    """What the bytes depend on, what made them, and how to check them."""
+def origin_of(index: CacheIndex) -> dict[str, Any]:
+    """What the bytes depend on and what made them: name -> value."""
     try:
         libraries = read_record(record_path(index.shard_path(0)))["libraries"]
     except (OSError, UserError, KeyError):
         libraries = {}
     folders = sorted(path.parent for path in index.directory.glob(f"eval/*/*/{INDEX_NAME}"))
-    facts = {
+    return {
         "fingerprint": index.fingerprint or "-",
         "format_version": index.format_version,
         "dtype": index.dtype,
@@ -290,13 +214,6 @@ def _facts_html(index: CacheIndex) -> str:
         **{f"made with {key}": value for key, value in libraries.items()},
         **{f"evaluation set {path.parent.name}/{path.name}": f"python -m distillery.report {path}" for path in folders},
     }
-    return (
-        "<h2>What it was made of</h2>\n<p>A change of source or preprocessing makes another fingerprint, and stage 1 "
-        "refuses the folder; other versions of the libraries are said, not refused. To compare every byte with the "
-        "hashes of the records: "
-        f"<code>python -m distillery.cache verify {escape(index.directory)}</code></p>\n"
-        + details("fingerprint, source, preprocessing", facts).replace("<details ", "<details open ")
-    )
 
 
 def source_sizes(index: CacheIndex) -> np.ndarray:
@@ -313,24 +230,21 @@ def source_sizes(index: CacheIndex) -> np.ndarray:
     return np.concatenate(found)
 
 
-def sizes_html(index: CacheIndex) -> str:
-    """The sizes that the images had before they were brought to one."""
+def sizes_before(index: CacheIndex) -> dict[str, Any]:
+    """The sizes that the images had before they were brought to one; {} where they are not recorded."""
     sizes, stored = source_sizes(index), index.image_shape[1]
     if not len(sizes):
-        return "<h2>Sizes before resizing</h2>\n<p>Not recorded: the shards are of an earlier version.</p>"
-    commonest = Counter(map(tuple, sizes.tolist())).most_common(5)
-    lines = [[f"{width:,} x {height:,} px", f"{count / len(sizes):.1%}"] for (height, width), count in commonest]
-    sides = np.sort(sizes.min(axis=1))
-    enlarged = (sides < stored).mean()
-    note = f'<p class="warn">{enlarged:.1%} had a shorter side below {stored} px: enlarged.</p>' if enlarged else ""
-    chart = figure(
-        to_svg(draw_sizes(sizes, stored)), f"Line: {stored} px, the stored size. Shorter side: smallest {sides[0]:,}, "
-        f"median {sides[len(sides) // 2]:,}, largest {sides[-1]:,} px.",
-    )  # fmt: skip
-    return (
-        f"<h2>Sizes before resizing</h2>\n<p>Of {len(sizes):,} images, width x height, upright.</p>\n"
-        f'<div class="charts">{chart}<div>{table(["commonest", "share"], lines)}{note}</div></div>'
-    )
+        return {}
+    shorter = np.sort(sizes.min(axis=1))
+    return {
+        "count": len(sizes),
+        "commonest": [(size, n / len(sizes)) for size, n in Counter(map(tuple, sizes.tolist())).most_common(5)],
+        "smallest": shorter[0],
+        "median": shorter[len(shorter) // 2],
+        "largest": shorter[-1],
+        "enlarged": (shorter < stored).mean(),
+        "svg": to_svg(draw_sizes(sizes, stored)),
+    }
 
 
 def draw_sizes(sizes: np.ndarray, stored: int) -> Figure:
@@ -342,9 +256,12 @@ def draw_sizes(sizes: np.ndarray, stored: int) -> Figure:
         figure, axes = new_figure("Sides of the images in the source")
         # a little room on both sides, also where all have one size
         edges = np.geomspace(0.8 * max(1, min(sizes.min(), stored)), 1.25 * max(sizes.max(), stored), 41)
-        for side, colour, name in ((sizes.min(axis=1), STUDENT, "shorter"), (sizes.max(axis=1), FOURTH, "longer")):
+        for side, colour, name in (
+            (sizes.min(axis=1), COLOUR.student, "shorter"),
+            (sizes.max(axis=1), COLOUR.fourth, "longer"),
+        ):
             axes.stairs(np.histogram(side, bins=edges)[0], edges, color=colour, label=name, linewidth=1.4)
-        axes.axvline(stored, color=UNTRAINED, linewidth=1)
+        axes.axvline(stored, color=COLOUR.untrained, linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

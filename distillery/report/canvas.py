@@ -113,11 +113,11 @@ def write(draw: ImageDraw.ImageDraw, x: int, y: int, words: str, colour: str) ->
 
 def save_png(path: Path, canvas: Image.Image, description: str, step: int) -> Path:
     """Write a picture atomically, with what is on it in its text chunks."""
-    facts = PngImagePlugin.PngInfo()
-    facts.add_text("Description", description)
-    facts.add_text("Step", str(step))
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Description", description)
+    texts.add_text("Step", str(step))
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", pnginfo=facts)
+    canvas.save(buffer, "PNG", pnginfo=texts)
     write_atomic(path, buffer.getvalue())
     return path
 

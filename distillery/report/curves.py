@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distillery.report.style import (
-    FIFTH,
-    FOURTH,
-    GRID,
+    COLOUR,
     RC,
-    STUDENT,
-    TEACHER,
-    THIRD,
-    UNTRAINED,
     Rows,
     add_legend,
     datasets_of,
@@ -39,14 +33,19 @@ if TYPE_CHECKING:
 MAX_MAP_EPOCHS, MAX_MAP_SHARDS = 120, 240
 # field of the train rows, name, colour; from the bottom up
 TIME_SHARES = (
-    ("student_fraction", "student", STUDENT),
-    ("teacher_fraction", "teacher", TEACHER),
-    ("optimizer_fraction", "optimiser", FOURTH),
-    ("data_wait_fraction", "data", FIFTH),
+    ("student_fraction", "student", COLOUR.student),
+    ("teacher_fraction", "teacher", COLOUR.teacher),
+    ("optimizer_fraction", "optimiser", COLOUR.fourth),
+    ("data_wait_fraction", "data", COLOUR.fifth),
 )
 TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-TERM_COLOURS = (THIRD, FOURTH, FIFTH, TEACHER)
-MODEL_COLOURS = {"student": STUDENT, "student_ema": THIRD, "teacher": TEACHER, "untrained": UNTRAINED}
+TERM_COLOURS = (COLOUR.third, COLOUR.fourth, COLOUR.fifth, COLOUR.teacher)
+MODEL_COLOURS = {
+    "student": COLOUR.student,
+    "student_ema": COLOUR.third,
+    "teacher": COLOUR.teacher,
+    "untrained": COLOUR.untrained,
+}
 QUALITIES = {"knn_top1": "k-NN accuracy", "linear_top1": "Linear probe accuracy", "effective_rank": "Effective rank"}
 
 
@@ -98,7 +97,8 @@ def draw_coverage(rows: Rows, num_shards: int | None = None, shard_rows: Sequenc
     if not cells.size:
         return None
     figure, (upper, lower) = new_figure(f"Shards trained on: {(times > 0).sum():,} of {len(times):,}", rows=2)
-    colours = LinearSegmentedColormap.from_list("share", [(*to_rgb(STUDENT), 0.07), (*to_rgb(STUDENT), 1.0)])
+    pale_to_full = [(*to_rgb(COLOUR.student), alpha) for alpha in (0.07, 1.0)]
+    colours = LinearSegmentedColormap.from_list("share", pale_to_full)
     num_epochs = sum(1 for row in of_kind(rows, "epoch") if row.get("shards"))
     # interpolation none: the cells go into the SVG as they are, and a browser scales them without blur
     upper.imshow(
@@ -106,12 +106,12 @@ def draw_coverage(rows: Rows, num_shards: int | None = None, shard_rows: Sequenc
     )
     upper.grid(False)
     if num_epochs <= 40:
-        upper.hlines(range(1, num_epochs), 0, len(times), color=GRID, linewidth=0.8)
+        upper.hlines(range(1, num_epochs), 0, len(times), color=COLOUR.grid, linewidth=0.8)
     if len(times) <= 60:
-        upper.vlines(range(1, len(times)), 0, num_epochs, color=GRID, linewidth=0.8)
+        upper.vlines(range(1, len(times)), 0, num_epochs, color=COLOUR.grid, linewidth=0.8)
     upper.set_ylabel("epoch")
     bars = [part.mean() for part in np.array_split(times, cells.shape[1])]
-    lower.stairs(bars, np.linspace(0, len(times), len(bars) + 1), fill=True, color=STUDENT, alpha=0.8)
+    lower.stairs(bars, np.linspace(0, len(times), len(bars) + 1), fill=True, color=COLOUR.student, alpha=0.8)
     lower.set_ylim(bottom=0)
     lower.set_xlim(0, len(times))
     lower.set_xlabel("shard")
@@ -137,7 +137,7 @@ def draw_time_shares(rows: Rows) -> Figure | None:
         x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), [np.repeat(share, 2) for share in shares]
     figure, axes = new_figure("Where the time goes")
     labels, colours = [label for _, label, _ in TIME_SHARES], [colour for _, _, colour in TIME_SHARES]
-    axes.stackplot(x, *shares, labels=[*labels, "other"], colors=[*colours, UNTRAINED], alpha=0.85, linewidth=0)
+    axes.stackplot(x, *shares, labels=[*labels, "other"], colors=[*colours, COLOUR.untrained], alpha=0.85, linewidth=0)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -162,13 +162,13 @@ def draw_timeline(rows: Rows) -> Figure | None:
         part = timed[start:stop]
         x = [(row["time"] - began) / seconds for row in part]
         y = [row["step"] for row in part]
-        axes.plot(x, y, color=STUDENT, marker="o" if len(part) == 1 else None, markersize=3)
+        axes.plot(x, y, color=COLOUR.student, marker="o" if len(part) == 1 else None, markersize=3)
     for start in starts:
         resume, before = timed[start], timed[max(0, start - 1)]
         stopped = resume["stopped"] if is_number(resume.get("stopped")) else before["time"]
         pause = [(moment - began) / seconds for moment in (stopped, resume["time"])]
-        axes.axvspan(*pause, color=TEACHER, alpha=0.22, linewidth=0)
-        axes.axvline(pause[1], color=TEACHER, linewidth=0.9)
+        axes.axvspan(*pause, color=COLOUR.teacher, alpha=0.22, linewidth=0)
+        axes.axvline(pause[1], color=COLOUR.teacher, linewidth=0.9)
     axes.set_ylabel("step")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
@@ -189,7 +189,7 @@ def draw_loss(rows: Rows) -> Figure | None:
         draw_line(axes, *series(train, name), TERM_COLOURS[number % len(TERM_COLOURS)], name.removeprefix("loss/"))
     # in a hybrid run some terms may be of the steps alone that run the teacher: sums of all terms, or of all there are
     whole = [row for row in train if all(name in row for name in terms)] or train
-    draw_line(axes, *series(whole, "loss"), STUDENT, "weighted sum" if len(terms) > 1 else None)
+    draw_line(axes, *series(whole, "loss"), COLOUR.student, "weighted sum" if len(terms) > 1 else None)
     # of the curves as drawn: one lucky batch in a thousand must not stretch the axis
     curves = [series(whole, "loss"), *(series(train, name) for name in terms)]
     values = np.concatenate([thin(*curve)[1] for curve in curves])
@@ -221,7 +221,7 @@ def draw_single(rows: Rows, name: str, title: str, *, may_be_log: bool = False) 
     if not len(x):
         return None
     figure, axes = new_figure(title)
-    draw_line(axes, x, y, STUDENT)
+    draw_line(axes, x, y, COLOUR.student)
     means = thin(x, y)[1]
     if may_be_log and means.min() > 0 and means.max() / means.min() > 10:
         use_log_axis(axes, means)
@@ -240,12 +240,12 @@ def draw_throughput(rows: Rows) -> Figure | None:
     if not len(series(train, "images_per_second")[0]):
         return None
     figure, (upper, lower) = new_figure("Images per second", rows=2)
-    draw_line(upper, *series(train, "images_per_second"), STUDENT)
+    draw_line(upper, *series(train, "images_per_second"), COLOUR.student)
     upper.set_ylim(bottom=0)
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     x, waiting = series(train, "data_wait_fraction")
     if len(x):
-        draw_line(lower, x, waiting, TEACHER)
+        draw_line(lower, x, waiting, COLOUR.teacher)
     lower.set_ylim(0, max(0.1, 1.15 * waiting.max(initial=0)))
     lower.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     lower.set_title("Share of the time waiting for data")
@@ -290,24 +290,19 @@ def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int
     """File stem -> picture, in the order of the report; pictures without data are left out."""
     import matplotlib
 
-    builders: dict[str, Callable[[], Figure | None]] = {}
-    for dataset in datasets_of(rows):
-        for name, title in QUALITIES.items():
-            stem = f"{name.removesuffix('_top1')}_{dataset}"
-            builders[stem] = lambda d=dataset, n=name, t=title: draw_quality(rows, d, n, t)
-    builders["loss"] = lambda: draw_loss(rows)
-    builders["learning_rate"] = lambda: draw_learning_rate(rows)
-    builders["grad_norm"] = lambda: draw_grad_norm(rows)
-    builders["throughput"] = lambda: draw_throughput(rows)
-    builders["time_shares"] = lambda: draw_time_shares(rows)
-    builders["shards"] = lambda: draw_coverage(rows, num_shards, shard_rows)
-    builders["timeline"] = lambda: draw_timeline(rows)
     with matplotlib.rc_context(RC):
-        return dict(_drawn(builders))
-
-
-def _drawn(builders: dict[str, Callable[[], Figure | None]]) -> Iterable[tuple[str, Figure]]:
-    for stem, build in builders.items():
-        figure = build()
-        if figure is not None:
-            yield stem, figure
+        drawn = {
+            f"{name.removesuffix('_top1')}_{dataset}": draw_quality(rows, dataset, name, title)
+            for dataset in datasets_of(rows)
+            for name, title in QUALITIES.items()
+        }
+        drawn |= {
+            "loss": draw_loss(rows),
+            "learning_rate": draw_learning_rate(rows),
+            "grad_norm": draw_grad_norm(rows),
+            "throughput": draw_throughput(rows),
+            "time_shares": draw_time_shares(rows),
+            "shards": draw_coverage(rows, num_shards, shard_rows),
+            "timeline": draw_timeline(rows),
+        }
+    return {stem: figure for stem, figure in drawn.items() if figure is not None}

@@ -1,4 +1,4 @@
-"""What is known of a run from its folder, finished or not: facts for the report, and what they say in plain words."""
+"""A run's record as its folder holds it, finished or not, and what it says in plain words."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ COLLAPSE_NOTE = (
 
 
 @dataclass
-class RunFacts:
+class RunRecord:
     """A run folder as read: the rows of its metrics and its configuration, whatever of them is there.
 
     plan: what rows of kind "start" say of the whole run (total_steps, num_images, global_batch_size,
@@ -116,7 +116,7 @@ class RunFacts:
         return {model: found[-1] for model in MODELS if (found := [r for r in rows if r.get("model") == model])}
 
 
-def load_run(run_dir: Path) -> RunFacts:
+def load_run(run_dir: Path) -> RunRecord:
     """Read what a run folder holds; every file in it may still be missing.
 
     Raises:
@@ -135,7 +135,12 @@ def load_run(run_dir: Path) -> RunFacts:
     plan: dict[str, Any] = {}
     for row in of_kind(rows, "start"):
         plan |= row
-    return RunFacts(run_dir, rows, config or {}, num_shards, plan, frozen.get("rows"))
+    return RunRecord(run_dir, rows, config or {}, num_shards, plan, frozen.get("rows"))
+
+
+def measures_of(models: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of MEASURES that at least one of the models has a value of."""
+    return [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
 
 
 def format_measure(row: dict[str, Any], name: str, form: str) -> str:
@@ -154,7 +159,7 @@ def has_collapsed(row: dict[str, Any]) -> bool:
     return row.get("collapsed") is True
 
 
-def summary_sentences(run: RunFacts) -> list[str]:
+def summary_sentences(run: RunRecord) -> list[str]:
     """What was distilled into what, on how much data, what came out: in plain words."""
     sentences = []
     student, teacher = run.get("model", "student_name"), run.get("model", "teacher_name")
@@ -175,7 +180,7 @@ def _parameters(count: int | None) -> str:
     return f" ({count / 1e6:.3g} M parameters)" if count else ""
 
 
-def _data_sentences(run: RunFacts) -> list[str]:
+def _data_sentences(run: RunRecord) -> list[str]:
     seen = images_seen(run)
     source = dataset_label(run.config.get("data", {}))
     if not seen:
@@ -190,7 +195,7 @@ def _data_sentences(run: RunFacts) -> list[str]:
     return [text + "."]
 
 
-def images_seen(run: RunFacts) -> int:
+def images_seen(run: RunRecord) -> int:
     """Training images up to the last step, each view counted; 0 where the batch size is not known."""
     batch, accumulation = run.get("train", "batch_size"), run.get("train", "grad_accumulation_steps") or 1
     per_step = run.plan.get("global_batch_size") or (batch * accumulation if batch else 0)

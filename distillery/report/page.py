@@ -1,4 +1,4 @@
-"""The HTML page of a run's report: a function per part, each "" where there is nothing to show yet."""
+"""The HTML page of a run's report, its plots, and its table for the console; what has not happened yet is left out."""
 
 import base64
 import json
@@ -6,23 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from distillery.report import facts
 from distillery.report.curves import draw_all
-from distillery.report.facts import (
-    COLLAPSE_NOTE,
-    MEASURES,
-    MODELS,
-    NEIGHBOURS_NAME,
-    PASSING_NOTE,
-    PCA_NAME,
-    PLOTS_NAME,
-    RunFacts,
-    format_measure,
-    has_collapsed,
-    load_run,
-    passes_teacher,
-    summary_sentences,
-)
-from distillery.report.html import clock, details, escape, figure, figures, page, table, tiles
+from distillery.report.render import clock, render
 from distillery.report.style import datasets_of, is_number, of_kind, to_png, to_svg
 from distillery.system.console import format_seconds
 from distillery.system.files import write_atomic
@@ -45,69 +31,60 @@ COURSE_PICTURES = ("time_shares", "shards", "timeline")
 REPORT_NAME = "report.html"
 
 
-def build_page(run: RunFacts, pictures: dict[str, str], no_pictures: str | None = None) -> str:
+def build_page(run: facts.RunRecord, pictures: dict[str, str], no_pictures: str | None = None) -> str:
     """The whole HTML page.
 
     Args:
-        run: the facts.
+        run: its record.
         pictures: stem -> <svg> text.
         no_pictures: why there are no pictures of the features, where that is known.
     """
-    curves = {stem: svg for stem, svg in pictures.items() if stem not in COURSE_PICTURES}
-    parts = [
-        _state_html(run),
-        _summary_html(run),
-        _tiles_html(run),
-        _results_html(run),
-        _features_html(run, no_pictures),
-        figures("Curves", _captioned(run, curves)),
-        figures(
-            "Course of the run", _captioned(run, {stem: pictures[stem] for stem in COURSE_PICTURES if stem in pictures})
-        ),
-        _history_html(run),
-        _config_html(run),
-    ]
-    foot = (
-        f"Run folder <code>{escape(run.run_dir)}</code>. Made by <code>python -m distillery.report</code>; the figures "
-        "come from metrics.jsonl."
-    )
-    return page(_title(run), parts, foot)
-
-
-def _title(run: RunFacts) -> str:
     student, teacher = run.get("model", "student_name"), run.get("model", "teacher_name")
-    return f"{student} learns from {teacher}" if student and teacher else f"Run {run.run_dir.name}"
+    sections: dict[str, list[tuple[str, str]]] = {"Curves": [], "Course of the run": []}
+    for stem, svg in pictures.items():
+        sections["Course of the run" if stem in COURSE_PICTURES else "Curves"].append((svg, _caption(stem, run)))
+    return render(
+        "run.html",
+        title=f"{student} learns from {teacher}" if student and teacher else f"Run {run.run_dir.name}",
+        run=run,
+        facts=facts,
+        state=_state(run),
+        tiles=_tiles(run),
+        results={dataset: run.evaluation(dataset) for dataset in datasets_of(run.rows)},
+        features=_features(run),
+        no_pictures=no_pictures,
+        sections=sections,
+        config={section: {key: _yaml_value(v) for key, v in values.items()} for section, values in run.config.items()},
+    )
 
 
-def _state_html(run: RunFacts) -> str:
+def _state(run: facts.RunRecord) -> tuple[str, str, str]:
+    """The dot's class, the state in a word or two, how far the run is."""
     if not run.train_rows:
-        return '<p class="state"><span class="dot"></span><b>Not started</b>: no training step has been logged yet</p>'
+        return "", "Not started", "no training step has been logged yet"
     step, total = run.step, run.total_steps
     last, ended = run.train_rows[-1].get("time", 0), of_kind(run.rows, "end")
     if run.is_finished:
         dot, word = "done", "Finished"
     elif ended and ended[-1].get("time", 0) >= last:
-        dot, word = "stopped", f"Interrupted by {escape(ended[-1].get('reason', 'a signal'))}"
+        dot, word = "stopped", f"Interrupted by {ended[-1].get('reason', 'a signal')}"
     else:
         dot, word = "going", f"Under way at {clock(last)} UTC"
     position = f"step {step:,}" + (f" of {total:,} ({step / total:.0%})" if total else "")
     times = f", {format_seconds(run.seconds)} of training" if run.seconds >= 1 else ""
     num_resumes = len(run.resumes)
     resumed = f", resumed {'once' if num_resumes == 1 else f'{num_resumes} times'}" if num_resumes else ""
-    return f'<p class="state"><span class="dot {dot}"></span><b>{word}</b>: {position}{times}{resumed}</p>'
+    return dot, word, f"{position}{times}{resumed}"
 
 
-def _summary_html(run: RunFacts) -> str:
-    return f'<p class="lead">{" ".join(escape(sentence) for sentence in summary_sentences(run))}</p>'
-
-
-def _tiles_html(run: RunFacts) -> str:
+def _tiles(run: facts.RunRecord) -> list[tuple[str, str, str, str]]:
+    """Key figures: name, value, note, CSS class."""
     shown = []
     for dataset in datasets_of(run.rows)[:1]:
         models = run.evaluation(dataset)
         for model in ("student", "teacher", "untrained"):
             if is_number(models.get(model, {}).get("knn_top1")):
-                shown.append((MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
+                shown.append((facts.MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
     if run.train_rows:
         last = run.train_rows[-1]
         if is_number(last.get("loss")):
@@ -117,60 +94,17 @@ def _tiles_html(run: RunFacts) -> str:
         if speeds:
             waiting = f"{sorted(waits)[len(waits) // 2]:.1%} waiting for data" if waits else "median"
             shown.append(("images per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", waiting, ""))
-    return tiles(shown)
+    return shown
 
 
-def _results_html(run: RunFacts) -> str:
-    blocks = [_result_table_html(dataset, run.evaluation(dataset)) for dataset in datasets_of(run.rows)]
-    return "<h2>Results</h2>\n" + "\n".join(blocks) if blocks else ""
-
-
-def _result_table_html(dataset: str, models: dict[str, dict[str, Any]]) -> str:
-    shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
-    head = "".join(f"<th>{title}</th>" for _, title, _ in shown)
-    teacher = models.get("teacher", {}).get("knn_top1")
-    lines = []
-    for model, row in models.items():
-        cells = "".join(f"<td>{_measure_html(row, name, form, model)}</td>" for name, _, form in shown)
-        share = f"{row['knn_top1'] / teacher:.0%}" if teacher and is_number(row.get("knn_top1")) else "-"
-        step = f"{row['step']:,}" if model.startswith("student") else "-"
-        lines.append(f'<tr><th class="{model}">{MODELS[model]}</th>{cells}<td>{share}</td><td>{step}</td></tr>')
-    block = (
-        f'<div class="card scroll"><table><thead><tr><th>{escape(dataset)}</th>{head}<th>k-NN, share of teacher</th>'
-        f"<th>at step</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    notes = f'<p class="note">{PASSING_NOTE}</p>' if passes_teacher(models) else ""
-    if has_collapsed(models.get("student", {})):
-        notes += f'<p class="warn">{COLLAPSE_NOTE}</p>'
-    return block + notes
-
-
-def _measure_html(row: dict[str, Any], name: str, form: str, model: str) -> str:
-    text = format_measure(row, name, form)
-    if name != "knn_top1" or text == "-":
-        return text
-    return f'{text}<span class="bar {model}"><i style="width:{100 * row[name]:.1f}%"></i></span>'
-
-
-def _features_html(run: RunFacts, no_pictures: str | None) -> str:
-    """The pictures that distillery/report/pictures.py has left in plots/."""
+def _features(run: facts.RunRecord) -> list[tuple[str, str, str]]:
+    """The pictures that distillery/report/pictures.py has left in plots/: title, PNG in base64, description."""
     shown = []
-    for name, title in ((PCA_NAME, "Patch features"), (NEIGHBOURS_NAME, "Nearest neighbours")):
-        path = run.run_dir / PLOTS_NAME / name
+    for name, title in ((facts.PCA_NAME, "Patch features"), (facts.NEIGHBOURS_NAME, "Nearest neighbours")):
+        path = run.run_dir / facts.PLOTS_NAME / name
         if path.exists():
-            data = base64.b64encode(path.read_bytes()).decode()
-            image = f'<img src="data:image/png;base64,{data}" alt="{title}">'
-            shown.append(figure(image, f"<b>{title}.</b> {escape(_description(path))}"))
-    if shown:
-        return figures("What the models see", shown, "pictures")
-    if not run.train_rows:
-        return ""
-    reason = (
-        escape(no_pictures)
-        if no_pictures
-        else "they are drawn at the end of the run, or by <code>python -m distillery.report</code>"
-    )
-    return f'<h2>What the models see</h2>\n<p class="state">No pictures of the features: {reason}</p>'
+            shown.append((title, base64.b64encode(path.read_bytes()).decode(), _description(path)))
+    return shown
 
 
 def _description(path: Path) -> str:
@@ -180,42 +114,9 @@ def _description(path: Path) -> str:
         return image.info.get("Description", "")
 
 
-def _captioned(run: RunFacts, pictures: dict[str, str]) -> list[str]:
-    return [figure(svg, _caption(stem, run)) for stem, svg in pictures.items()]
-
-
-def _caption(stem: str, run: RunFacts) -> str:
+def _caption(stem: str, run: facts.RunRecord) -> str:
     kind = max((name for name in CAPTIONS if stem == name or stem.startswith(f"{name}_")), key=len)
     return CAPTIONS[kind].format(k=run.get("train", "knn_k") or "k")
-
-
-def _history_html(run: RunFacts) -> str:
-    if not run.interruptions:
-        return ""
-    lines = []
-    for entry in run.interruptions:
-        stopped, lost = entry["stopped"], entry["lost_steps"]
-        pause = f"<small>after {format_seconds(entry['time'] - stopped)}</small>" if is_number(stopped) else ""
-        again = f"<small>{lost:,} logged steps done again</small>" if lost else ""
-        lines.append(
-            [
-                (clock(stopped) if is_number(stopped) else "-") + f"<small>{escape(entry['reason'])}</small>",
-                f"{clock(entry['time'])}{pause}",
-                f"step {entry['step']:,}{again}",
-            ]
-        )
-    return (
-        "<h2>Interruptions</h2>\n<p>The run went on from a checkpoint each time (dotted lines in the curves).</p>\n"
-        f'<div class="words narrow">{table(["stopped (UTC)", "resumed (UTC)", "from"], lines)}</div>'
-    )
-
-
-def _config_html(run: RunFacts) -> str:
-    blocks = [
-        details(section, {key: _yaml_value(value) for key, value in values.items()})
-        for section, values in run.config.items()
-    ]
-    return "<h2>Configuration</h2>\n" + "\n".join(blocks) if blocks else ""
 
 
 def _yaml_value(value: Any) -> str:
@@ -224,12 +125,12 @@ def _yaml_value(value: Any) -> str:
 
 def write_plots(run_dir: Path) -> list[Path]:
     """Write plots/*.png (loss.png, learning_rate.png, knn_<dataset>.png, ...); pictures without data are left out."""
-    return _write_plots(load_run(Path(run_dir)))[0]
+    return _write_plots(facts.load_run(Path(run_dir)))[0]
 
 
-def _write_plots(run: RunFacts) -> tuple[list[Path], dict[str, Any]]:
+def _write_plots(run: facts.RunRecord) -> tuple[list[Path], dict[str, Any]]:
     figures = draw_all(run.rows, run.num_shards, run.shard_rows)
-    folder = run.run_dir / PLOTS_NAME
+    folder = run.run_dir / facts.PLOTS_NAME
     folder.mkdir(exist_ok=True)
     paths = []
     for stem, drawn in figures.items():
@@ -248,7 +149,7 @@ def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None
         out: where to; None: report.html in the run folder.
         no_pictures: why pictures of the features could not be drawn; the page says so where there are none.
     """
-    run = load_run(Path(run_dir))
+    run = facts.load_run(Path(run_dir))
     _, figures = _write_plots(run)
     path = out or run.run_dir / REPORT_NAME
     svgs = {stem: to_svg(figure) for stem, figure in figures.items()}
@@ -258,19 +159,19 @@ def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None
 
 def summary_table(run_dir: Path) -> str:
     """The last evaluation as text for the console: untrained, student, teacher on every data set; '' without one."""
-    run = load_run(Path(run_dir))
+    run = facts.load_run(Path(run_dir))
     lines = []
     for dataset in datasets_of(run.rows):
         models = run.evaluation(dataset)
-        shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
+        shown = facts.measures_of(models)
         lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
         for model, row in models.items():
-            cells = [f"  {format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
-            lines.append(f"  {MODELS[model]:<18}{''.join(cells)}")
-        if passes_teacher(models):
-            lines += _wrapped(PASSING_NOTE)
-        if has_collapsed(models.get("student", {})):
-            lines += _wrapped(COLLAPSE_NOTE)
+            cells = [f"  {facts.format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
+            lines.append(f"  {facts.MODELS[model]:<18}{''.join(cells)}")
+        if facts.passes_teacher(models):
+            lines += _wrapped(facts.PASSING_NOTE)
+        if facts.has_collapsed(models.get("student", {})):
+            lines += _wrapped(facts.COLLAPSE_NOTE)
     return "\n".join(lines)
 
 

@@ -1,13 +1,15 @@
 """What all pictures of a report have in common: rows to series, colours, axes, and a figure as SVG or PNG.
 
-Every colour stands for one thing everywhere: the student is blue, its teacher orange, the untrained student grey. The
-colours are those of a light page; report_page.py turns them into CSS variables, so that they follow a dark one.
+Every colour means one thing everywhere: the student is blue, its teacher orange, the untrained student grey. COLOUR
+holds those of a light page. render.themed_svg replaces each by the CSS variable of the same name, so that a dark page
+shows its own.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,28 +18,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# hex colour -> name of its CSS variable
-COLOURS = {
-    "#1b2430": "ink",
-    "#5d6877": "muted",
-    "#dfe3e8": "grid",
-    "#0b6bcb": "student",
-    "#b8520a": "teacher",
-    "#7c8696": "untrained",
-    "#8442b5": "third",
-    "#0a7d62": "fourth",
-    "#b3265e": "fifth",
-}
-INK, MUTED, GRID, STUDENT, TEACHER, UNTRAINED, THIRD, FOURTH, FIFTH = COLOURS
+COLOUR = SimpleNamespace(
+    ink="#1b2430",
+    muted="#5d6877",
+    grid="#dfe3e8",
+    student="#0b6bcb",
+    teacher="#b8520a",
+    untrained="#7c8696",
+    third="#8442b5",
+    fourth="#0a7d62",
+    fifth="#b3265e",
+)
 # a run has thousands of rows, a picture a few hundred columns: more points only make the file larger
 MAX_POINTS = 300
 SIZE_INCHES = (4.1, 2.65)
 RC = {
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
+    "text.color": COLOUR.ink,
+    "axes.labelcolor": COLOUR.muted,
+    "axes.edgecolor": COLOUR.grid,
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -47,12 +47,12 @@ RC = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
+    "axes.titlecolor": COLOUR.ink,
     "axes.titlepad": 12,
-    "grid.color": GRID,
+    "grid.color": COLOUR.grid,
     "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
+    "xtick.color": COLOUR.muted,
+    "ytick.color": COLOUR.muted,
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "xtick.major.width": 0.8,
@@ -131,7 +131,7 @@ def datasets_of(rows: Rows) -> list[str]:
 def mark_resumes(axes: Axes, rows: Rows) -> None:
     """A thin dotted line where the run was interrupted and went on."""
     for row in of_kind(rows, "resume"):
-        axes.axvline(row["step"], color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
+        axes.axvline(row["step"], color=COLOUR.muted, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
 
 
 def of_kind(rows: Rows, kind: str) -> Rows:

@@ -84,13 +84,16 @@ def test_a_schema_has_every_key_and_alias_with_meaning_and_default(section):
 
 
 def test_comments_come_from_the_keys_and_leave_values_alone():
-    text = "# note: a word about batches\nbatch_size: 7   # old\n" + " " * 42 + "# and older\nnum_epochs: 3\naugment:\n"
+    text = "# note: a word about batches\nbatch_size: 7   # old\nnum_epochs: 100\nlearning_rate: null\naugment:\n"
     text += "  blur: 0.5\ndistill_loss_weights: {cls: 1}  # hand-made\n  # end\n"
     new = with_comments(text, "train")
     assert parse_yaml(new) == parse_yaml(text)
-    assert "older" not in new
+    assert "old" not in new and "hand-made" not in new and new.endswith("  # end\n")
     assert re.search(r"^batch_size: 7 {2,}# images per process and step \(default 64\)$", new, re.M)
     assert re.search(r"^  blur: 0.5 {2,}# probability 0..1 of a Gaussian blur \(default 0.0\)$", new, re.M)
+    # a default is stated where the value differs from it; a comment is the description's first sentence
+    assert re.search(r"^num_epochs: 100 {2,}# length of the run in epochs$", new, re.M)
+    assert re.search(r"^learning_rate: null {2,}# peak; null: the recipe's rule, printed at the start$", new, re.M)
     assert re.search(r"^augment:$", new, re.M)
     assert new.startswith("# note: a word about batches\n")
     assert with_comments(new, "train") == new

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from distillery.report.curves import coverage_map, draw_all, draw_loss, draw_quality, draw_timeline
-from distillery.report.style import COLOURS, is_number, series, short_count, thin, to_png, to_svg
+from distillery.report.style import COLOUR, is_number, series, short_count, thin, to_png, to_svg
 
 
 def train_rows(count, **fields):
@@ -146,7 +146,7 @@ def test_svg_colours_are_the_known_ones_so_that_a_page_can_exchange_them():
     import re
 
     for figure in draw_all(rows).values():
-        assert set(re.findall(r"#[0-9a-f]{6}\b", to_svg(figure))) <= set(COLOURS)
+        assert set(re.findall(r"#[0-9a-f]{6}\b", to_svg(figure))) <= set(vars(COLOUR).values())
 
 
 @pytest.mark.parametrize("value, expected", [(0, "0"), (999, "999"), (1500, "1.5k"), (2e6, "2M"), (12345, "12.3k")])
