@@ -1,6 +1,7 @@
 # make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
-# make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md, README
+# make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md
+# make pictures RUN=DIR   docs/pca.png from that run folder, docs/report.png from the demo's (needs Chromium)
 # All make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 DEMO := examples/demo
 DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
 
-.PHONY: install schemas test test-slurm lint demo soak clean
+.PHONY: install schemas pictures test test-slurm lint demo soak clean
 
 install: $(STAMP)
 
@@ -27,6 +28,9 @@ demo: install
 
 schemas: install
 	$(BIN)/python -m distillery.config.generate
+
+pictures: install
+	$(BIN)/python -m benchmarks.pictures --pca $(RUN) --report $(DEMO)/out/run
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,63 @@
-"""What the benchmarks share: images and caches to work on, and a chart of who reached what."""
+"""What the benchmarks share: their flags and results, images and caches to work on, a chart of who reached what."""
 
 import argparse
 import io
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+
+def build_parser(doc: str, *, tiny: str, parquet: bool = False) -> argparse.ArgumentParser:
+    """The flags that the benchmarks share.
+
+    Args:
+        doc: the module's docstring.
+        tiny: what --tiny measures.
+        parquet: whether the images may come from a file.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if parquet:
+        parser.add_argument("--parquet", type=Path, help="images to use; default: 256 synthetic JPEGs")
+        parser.add_argument("--image_column")
+    parser.add_argument("--tiny", action="store_true", help=tiny)
+    parser.add_argument("--dir", type=Path, default=None, help="where the data is written meanwhile")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
+def run_benchmark(
+    name: str,
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict],
+    draw: Callable[[dict, Path], None],
+) -> int:
+    """Measure in a folder that is removed afterwards; write name.json and name.png into --out.
+
+    Args:
+        name: of the benchmark.
+        arguments: with dir and out.
+        measure: (arguments, folder) -> what name.json holds.
+        draw: (that, path of the picture).
+    """
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    prefix = f"{name}-benchmark-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=arguments.dir, ignore_cleanup_errors=True) as work:
+        result = measure(arguments, Path(work))
+    table, picture = arguments.out / f"{name}.json", arguments.out / f"{name}.png"
+    table.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, picture)
+    print(f"written: {table}, {picture}")
+    return 0
+
+
+def source_images(arguments: argparse.Namespace, size_px: int) -> list[bytes]:
+    """The encoded images of --parquet, at most --images; without it synthetic ones, size_px high."""
+    if arguments.parquet is None:
+        return synthetic_jpegs(16 if arguments.tiny else 256, size_px)
+    return read_images(arguments.parquet, arguments.image_column)[: arguments.images]
 
 
 def synthetic_jpegs(count: int, size_px: int, *, seed: int = 0) -> list[bytes]:

@@ -15,16 +15,14 @@ Writes dtypes.json and dtypes.png into --out.
 import argparse
 import contextlib
 import io
-import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
+from benchmarks.common import build_parser, draw_bars, run_benchmark, source_images, write_parquet
 from benchmarks.precompute_contenders import MEAN, STD, Setting, ours
 from distillery.sources.pixels import normalisation_table
 from distillery.system.console import format_bytes
@@ -35,32 +33,23 @@ BATCH = 64
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="dtypes-benchmark-", dir=arguments.dir))
-    try:
-        result = measure(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    (arguments.out / "dtypes.json").write_text(json.dumps(result, indent=1) + "\n")
+    return run_benchmark("dtypes", parse_arguments(), measure, draw)
+
+
+def draw(result: dict, path: Path) -> None:
+    """A panel for writing and one for reading."""
     panels = [(key, {row["name"]: row[key] for row in result["results"]}) for key in ("written", "read")]
-    title = f"{arguments.images:,} images of {arguments.size} px, {usable_cpus()} CPUs"
-    draw_bars(panels, arguments.out / "dtypes.png", unit="images/s", limits={}, title=title)
-    print(f"written: {arguments.out / 'dtypes.json'}, {arguments.out / 'dtypes.png'}")
-    return 0
+    setting = result["setting"]
+    title = f"{setting['images']:,} images of {setting['size']} px, {setting['cpus']} CPUs"
+    draw_bars(panels, path, unit="images/s", limits={}, title=title)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parquet", type=Path, help="images to use; default: 256 synthetic JPEGs, 375 px high")
-    parser.add_argument("--image_column")
+    parser = build_parser(__doc__, tiny="192 images of 32 px, one round", parquet=True)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--size", type=int, default=224, help="px")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of reading, in a turn")
-    parser.add_argument("--tiny", action="store_true", help="192 images of 32 px, one round")
-    parser.add_argument("--dir", type=Path, default=None, help="where the caches are written meanwhile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.images, arguments.size, arguments.rounds, arguments.seconds = 192, 32, 1, 0.0
@@ -69,10 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict:
     """Let the dtypes take turns; returns what dtypes.json holds."""
-    if arguments.parquet is None:
-        images = synthetic_jpegs(16 if arguments.tiny else 256, 96 if arguments.tiny else 375)
-    else:
-        images = read_images(arguments.parquet, arguments.image_column)[: arguments.images]
+    images = source_images(arguments, 96 if arguments.tiny else 375)
     parquet = work / "images.parquet"
     write_parquet(images, arguments.images, parquet)
     written: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}

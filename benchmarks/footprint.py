@@ -13,7 +13,6 @@ without, in turns; medians. All times are the thread's own CPU time: what else r
 import argparse
 import contextlib
 import io
-import shutil
 import statistics
 import tempfile
 import time
@@ -48,8 +47,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.images, arguments.size = 100_000, 32
-    work = Path(tempfile.mkdtemp(prefix="footprint-", dir=arguments.dir))
-    try:
+    with tempfile.TemporaryDirectory(prefix="footprint-", dir=arguments.dir, ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
         measure_memory(work / "large", arguments)
         arguments.images = SMALL_ROWS
         write_cache(work / "small", arguments)
@@ -57,8 +56,6 @@ def main() -> None:
         arguments.images, arguments.size = 4 * arguments.shard_rows, 8
         write_cache(work / "records", arguments, arguments.shard_rows)
         measure_records(load_index(work / "records"))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def measure_memory(directory: Path, arguments: argparse.Namespace) -> None:

@@ -18,14 +18,11 @@ Writes loader.json and loader.png into --out. Peers that are not installed are l
 """
 
 import argparse
-import json
 import os
 import platform
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -37,9 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import draw_bars, write_cache
+from benchmarks.common import build_parser, draw_bars, run_benchmark, write_cache
 from benchmarks.loader_peers import PEERS
 from data_loader import CachedTensorDataset, build_pretraining_dataloader
+from distillery.cache.archive import DTYPES
 from distillery.cache.folder import load_index, load_shard_layout
 from distillery.system.console import format_bytes
 from distillery.system.machine import file_system_of, usable_cpus
@@ -75,32 +73,20 @@ def main() -> int:
     arguments = parse_arguments()
     # peers hand read-only arrays to torch, which warns in every worker
     warnings.simplefilter("ignore")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     random.seed(0)
-    work = Path(tempfile.mkdtemp(prefix="loader-benchmark-", dir=arguments.dir))
-    try:
-        result = measure(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    (arguments.out / "loader.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, arguments.out / "loader.png")
-    print(f"written: {arguments.out / 'loader.json'}, {arguments.out / 'loader.png'}")
-    return 0
+    return run_benchmark("loader", arguments, measure, draw)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, tiny="256 images of 32 px, one short round")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--size", type=int, default=224, help="px")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "uint8"])
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="page cache dropped before every epoch")
-    parser.add_argument("--tiny", action="store_true", help="256 images of 32 px, one short round")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
-    parser.add_argument("--dir", type=Path, default=None, help="where the data is written meanwhile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if unknown := set(arguments.peers) - PEERS.keys():
         parser.error(f"--peers {' '.join(sorted(unknown))}: expected some of {', '.join(PEERS)}")

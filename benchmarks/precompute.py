@@ -22,45 +22,29 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
+from benchmarks.common import build_parser, draw_bars, run_benchmark, source_images, write_parquet
 from benchmarks.precompute_contenders import CONTENDERS, Setting
+from distillery.cache.archive import DTYPES
 from distillery.system.machine import file_system_of, usable_cpus
 
 PEERS = [name for name in CONTENDERS if name not in {"ceiling", "ours"}]
-DTYPES = ["uint8", "float16", "bfloat16", "float32"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="precompute-benchmark-", dir=arguments.dir))
-    try:
-        result = measure(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    (arguments.out / "precompute.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, arguments.out / "precompute.png")
-    print(f"written: {arguments.out / 'precompute.json'}, {arguments.out / 'precompute.png'}")
-    return 0
+    return run_benchmark("precompute", parse_arguments(), measure, draw)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parquet", type=Path, help="images to use; default: 256 synthetic JPEGs, 375 px high")
-    parser.add_argument("--image_column")
+    parser = build_parser(__doc__, tiny="96 images, 32 px, one round, no peers but the seed style", parquet=True)
     parser.add_argument("--images", type=int, default=3000, help="how many to make, by repeating what there is")
     parser.add_argument("--size", type=int, default=224, help="px")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["uint8", "float32"], metavar="A,B")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=PEERS, metavar="NAME", help=", ".join(PEERS))
-    parser.add_argument("--tiny", action="store_true", help="96 images, 32 px, one round, no peers but the seed style")
-    parser.add_argument("--dir", type=Path, default=None, help="where the caches are written meanwhile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     for given, known in ((arguments.peers, PEERS), (arguments.dtypes, DTYPES)):
         if unknown := set(given) - set(known):
@@ -73,10 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict:
     """Let everyone take turns; returns what precompute.json holds."""
-    if arguments.parquet is None:
-        images = synthetic_jpegs(16 if arguments.tiny else 256, 96 if arguments.tiny else 375)
-    else:
-        images = read_images(arguments.parquet, arguments.image_column)[: arguments.images]
+    images = source_images(arguments, 96 if arguments.tiny else 375)
     write_parquet(images, arguments.images, work / "images.parquet")
     write_parquet(images, len(images), work / "unique.parquet")
     print(

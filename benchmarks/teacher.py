@@ -14,13 +14,10 @@ Writes teacher.json and teacher.png into --out.
 """
 
 import argparse
-import json
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.common import draw_bars, read_images, synthetic_jpegs, write_parquet
+from benchmarks.common import build_parser, draw_bars, run_benchmark, source_images, write_parquet
 from data_loader import DevicePrefetcher, build_pretraining_dataloader
 from distillery.config.load import Configs, load_configs
 from distillery.models import configured
@@ -43,25 +40,19 @@ ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teach
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="teacher-benchmark-", dir=arguments.dir))
-    try:
-        result = measure(arguments, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    (arguments.out / "teacher.json").write_text(json.dumps(result, indent=1) + "\n")
-    panel = {row["name"]: result["setting"]["batch_size"] / row["seconds"] for row in result["results"]}
-    title = f"{arguments.teacher} to {arguments.student}, batches of {arguments.batch_size}, {arguments.device}"
-    draw_bars([("training", panel)], arguments.out / "teacher.png", unit="images/s", limits={}, title=title)
-    print(f"written: {arguments.out / 'teacher.json'}, {arguments.out / 'teacher.png'}")
-    return 0
+    return run_benchmark("teacher", parse_arguments(), measure, draw)
+
+
+def draw(result: dict, path: Path) -> None:
+    """A bar for each contender."""
+    setting = result["setting"]
+    panel = {row["name"]: setting["batch_size"] / row["seconds"] for row in result["results"]}
+    title = f"{setting['teacher']} to {setting['student']}, batches of {setting['batch_size']}, {setting['device']}"
+    draw_bars([("training", panel)], path, unit="images/s", limits={}, title=title)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parquet", type=Path, help="images to use; default: 256 synthetic JPEGs")
-    parser.add_argument("--image_column")
+    parser = build_parser(__doc__, tiny="96 images, two rounds of two steps, tiny models", parquet=True)
     parser.add_argument("--images", type=int, default=2048, help="how many to store, by repeating what there is")
     parser.add_argument("--size", type=int, default=32, help="px")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -73,9 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=30, help="of a round")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="96 images, two rounds of two steps, tiny models")
-    parser.add_argument("--dir", type=Path, default=None, help="where the cache is written meanwhile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.images, arguments.batch_size, arguments.rounds, arguments.steps = 96, 8, 2, 2
@@ -115,11 +103,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict:
 
 def prepare(arguments: argparse.Namespace, work: Path) -> Configs:
     """Images, the cache and the teacher's outputs, made by the commands; returns the configuration."""
-    if arguments.parquet is None:
-        images = synthetic_jpegs(16 if arguments.tiny else 256, 48)
-    else:
-        images = read_images(arguments.parquet, arguments.image_column)[: arguments.images]
-    write_parquet(images, arguments.images, work / "images.parquet")
+    write_parquet(source_images(arguments, 48), arguments.images, work / "images.parquet")
     repo = {"source": "timm", "repo": None}
     if arguments.teacher_repo is not None:
         repo = {"source": "torch_hub", "repo": str(arguments.teacher_repo.resolve())}

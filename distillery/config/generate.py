@@ -15,19 +15,12 @@ from pydantic.fields import FieldInfo
 
 from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, REQUIRED_KEYS, SUB_MODELS
 from distillery.config.yaml_text import as_yaml, parse_yaml
-from distillery.system.errors import EXIT_DONE, UserError, run_command
+from distillery.system.errors import EXIT_DONE, run_command
 from distillery.system.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 # behind a validator of our own pydantic leaves its limits as they are
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
-README_BEGIN, README_END = "<!-- config table: begin -->", "<!-- config table: end -->"
-# what a first run of one's own sets
-README_KEYS = {
-    "data": "dataset_name image_column image_size cache_dir cache_dtype shards_per_epoch eval_datasets",
-    "train": "batch_size num_epochs max_steps_per_epoch learning_rate distill_loss_weights checkpoint_dir",
-    "model": "teacher_name student_name student_kwargs",
-}
 _COMMENT_COLUMN = 40
 # a key's line in a YAML file, commented out or not: "  hflip: true      # mirror left-right with probability 0.5"
 _KEY_LINE = re.compile(
@@ -37,7 +30,7 @@ _HEADING = re.compile(r"# -{4} (.*?) -{4,}\Z")
 _PAGE = """\
 # Configuration
 
-Made from `distillery/config_keys_*.py` by `make schemas`; edit those files, not this one.
+Made from `distillery/config/keys_*.py` by `make schemas`; edit those files, not this one.
 
 - Every key stands in exactly one of the three files; `--set KEY=VALUE` (dots for nesting, YAML for the value) finds it.
 - A key left out has its default. An unknown key is an error that names the nearest known one.
@@ -96,23 +89,13 @@ def _plain(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def generated_files(root: Path = ROOT) -> dict[Path, str]:
-    """Path -> what shall stand there: three schemas, the three YAML files with comments, docs and README with tables.
-
-    Raises:
-        UserError: README.md has lost the marks that the table stands between.
-    """
+    """Path -> what shall stand there: three schemas, the three YAML files with comments, docs/configuration.md."""
     files = {}
     for section, name in FILE_NAMES.items():
         files[root / "schemas" / schema_name(section)] = json.dumps(build_schema(section), indent=2) + "\n"
         files[root / name] = with_comments((root / name).read_text(), section)
     texts = {section: files[root / name] for section, name in FILE_NAMES.items()}
     files[root / "docs" / "configuration.md"] = configuration_page(texts)
-    readme = (root / "README.md").read_text()
-    if readme.count(README_BEGIN) != 1 or readme.count(README_END) != 1:
-        raise UserError(f"{root / 'README.md'}: expected once each the lines {README_BEGIN} and {README_END}")
-    before, rest = readme.split(README_BEGIN)
-    after = rest.split(README_END)[1]
-    files[root / "README.md"] = f"{before}{README_BEGIN}\n{readme_table()}{README_END}{after}"
     return files
 
 
@@ -209,15 +192,6 @@ def _row(name: str, section: str, path: list[str], entry: FieldInfo) -> str:
     shown = default if default == "required" else f"`{default}`"
     meaning = entry.description.replace("|", "\\|")
     return f"| `{name}`{f' (`{alias}`)' if alias else ''} | {shown} | {meaning} |\n"
-
-
-def readme_table() -> str:
-    """The keys that a first run of one's own sets."""
-    lines = ["| file | key | default | meaning, unit |\n|---|---|---|---|\n"]
-    for section, names in README_KEYS.items():
-        rows = [_row(name, section, [name], MODELS[section].model_fields[name]) for name in names.split()]
-        lines += [f"| {FILE_NAMES[section].removesuffix('.yaml')} {row}" for row in rows]
-    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class StudentWithHeads(nn.Module):
 
     Args:
         teacher_widths: tensor of Features -> width to project to (FrozenTeacher.widths).
-        fields: the fields that losses need (losses_table.fields_needed); other fields come out as the student has
+        fields: the fields that losses need (losses.registry.fields_needed); other fields come out as the student has
             them. Of the layers each has a head of its own.
         projector: {"type": "mlp" | "linear", "hidden_dim": int | None}; None: twice the teacher's width.
     Raises:

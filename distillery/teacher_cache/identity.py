@@ -41,7 +41,7 @@ def configured_identity(
         precision: as configured, `auto` included.
         augmentation: what makes the views.
         images: fingerprint of the image cache.
-        loss_fields: what the losses compare (losses_table.fields_needed).
+        loss_fields: what the losses compare (losses.registry.fields_needed).
     Raises:
         MissingFileError: teacher_checkpoint is not there.
     """

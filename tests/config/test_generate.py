@@ -9,7 +9,6 @@ from distillery.config.load import load_configs
 from distillery.config.sections import ALIASES, FILE_NAMES, MODELS, SUB_MODELS
 from distillery.config.yaml_text import as_yaml, parse_yaml
 from distillery.losses.registry import LOSSES
-from distillery.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT, ROOT / "examples" / "demo", *sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir())]
@@ -177,9 +176,11 @@ def test_the_readme_of_the_ready_configurations_lists_each():
     assert {path.name for path in READY} == {"cifar10", "imagenet_500k_1gpu", "imagenet_500k_8gpu", "dense"}
 
 
-def test_a_readme_without_the_marks_of_its_table_is_an_error(tmp_path):
-    for name in FILE_NAMES.values():
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "README.md").write_text("no marks")
-    with pytest.raises(UserError, match="expected once each the lines <!-- config table: begin -->"):
-        generated_files(tmp_path)
+def test_the_readme_shows_eight_keys_that_load_together(tmp_path):
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    files = re.findall(r"^# (\w+\.yaml).*\n((?:[^#].*\n)*)", block, re.M)
+    assert [name for name, _ in files] == list(FILE_NAMES.values())
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+    load_configs(*(tmp_path / FILE_NAMES[section] for section in ("data", "train", "model")))
+    assert sum(len(parse_yaml(text)) for _, text in files) == 8
