@@ -372,9 +372,9 @@ def download(configs) -> int:
     for job in build_jobs(configs.data, 1, 0):
         print(f"{job.title}: {job.source.describe()}: {len(job.source)} images, all here")
     if configs.model is not None:
-        from distillery.models.backbone import download_weights
+        from distillery.models.configured import download_weights
 
-        for line in download_weights(configs.model.model_dump()):
+        for line in download_weights(configs.model):
             print(line)
     return EXIT_DONE
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from distillery.losses.targets import FrozenTeacher
 from distillery.losses.total import EmbeddingQueue
-from distillery.models.backbone import Features, build_backbone
+from distillery.models.backbone import Features, ModelSpec, build_backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
@@ -30,9 +30,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def backbone(name: str, **kwargs):
-    return build_backbone(
-        source="timm", name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=32, **kwargs
-    )
+    spec = ModelSpec(source="timm", name=name, pretrained=False, **kwargs)
+    return build_backbone(spec, data_mean=MEAN, data_std=STD, image_size=32)
 
 
 def build_task(*, student_name: str = "test_vit", weights=None, accumulation_steps: int = 1, **changes) -> Task:
