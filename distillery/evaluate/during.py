@@ -116,7 +116,7 @@ class RunEvaluation:
         if "pooled" in self.student.heads:
             with self._ended_by_stop(self.student):
                 projected = self._extract(self.student, self.folders[dataset][1])[0][: len(teacher_x)]
-            target = self.targets.of(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
+            target = self.targets.standardise(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
             aligned = (projected, target)
         return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
 

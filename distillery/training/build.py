@@ -40,7 +40,7 @@ def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
     with_logits = "logits" in fields_needed(train.distill_loss_weights)
     teacher = FrozenTeacher(
         build_teacher_backbone(configs.model, configs.data, with_logits=with_logits),
-        standardise=train.standardise_targets,
+        train.standardise_targets,
     )
     return on_device(teacher, device)
 
@@ -264,7 +264,7 @@ def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[s
     The pass that stored them has means and deviations over all images and views. PHI-S needs covariances too: those
     come from one view of the first num_images of the loader's order.
     """
-    if task.teacher_module.standardise != PHI_S:
+    if task.teacher_module.method != PHI_S:
         return task.stored.cache.statistics
     batches = itertools.islice(loader, math.ceil(num_images / loader.batch_size))
     return task.teacher_module.statistics_of(

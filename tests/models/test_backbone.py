@@ -357,7 +357,7 @@ def test_statistics_travel_in_the_checkpoint(tmp_path):
 
 
 def test_standardising_can_be_left_out():
-    teacher = FrozenTeacher(timm_backbone(), standardise=False)
+    teacher = FrozenTeacher(timm_backbone(), method=False)
     images = random_images(6, 64)
     teacher.gather_statistics([images])
     assert torch.equal(teacher(images).tokens, teacher.backbone(images).tokens)
