@@ -305,12 +305,12 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
 def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
     from distillery.precompute.pipeline import make_cache
-    from distillery.system.console import Progress
+    from distillery.system.console import ProgressLine
 
     if stop.requested:
         return len(survey.missing) + len(survey.doubtful)
     rows = sum(after - first for first, after in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
-    with Progress(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
+    with ProgressLine(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
         report = make_cache(
             job.plan,
             job.source,

@@ -25,7 +25,7 @@ from distillery.losses.targets import Targets
 from distillery.models.backbone import Backbone, Features
 from distillery.models.pair import StudentWithHeads
 from distillery.reading.datasets import load_labelled
-from distillery.system.console import Progress
+from distillery.system.console import ProgressLine
 from distillery.system.errors import Interrupted
 from distillery.system.files import make_directory, write_atomic
 from distillery.training.log import RunLog
@@ -64,7 +64,9 @@ class RunEvaluation:
         self.k, self.device, self.is_stopped = k, device, is_stopped
         self._load_teacher = load_teacher
 
-    def record(self, log: RunLog, console: Progress, rows: list[dict], *, step: int, epoch: int, linear: bool) -> bool:
+    def record(
+        self, log: RunLog, console: ProgressLine, rows: list[dict], *, step: int, epoch: int, linear: bool
+    ) -> bool:
         """Measure the baselines before the first step, the student after it, and log what is not in `rows` yet.
 
         Returns:

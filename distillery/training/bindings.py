@@ -73,8 +73,8 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
 def plan_of(task: Task, num_images: int) -> dict[str, int]:
     """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
     models = {"student": task.student.student.model}
-    if isinstance(task.teacher_module, FrozenTeacher):
-        models["teacher"] = task.teacher_module.backbone.model
+    if isinstance(task.teacher, FrozenTeacher):
+        models["teacher"] = task.teacher.backbone.model
     sizes = {f"{side}_parameters": sum(p.numel() for p in model.parameters()) for side, model in models.items()}
     if "teacher" not in models:
         sizes["teacher_parameters"] = task.stored.cache.identity["resolved"]["num_parameters"]

@@ -147,8 +147,8 @@ def build_task(
     return Task(
         student=student,
         student_call=_wrap_student(student, train, device),
-        teacher=torch.compile(teacher) if train.compile_teacher else teacher,
-        teacher_module=teacher,
+        teacher=teacher,
+        teacher_call=torch.compile(teacher) if train.compile_teacher else teacher,
         optimizer=build_optimizer(student, train, device),
         schedule=schedule,
         loss_weights=train.distill_loss_weights,
@@ -253,8 +253,8 @@ def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
     """Statistics of the teacher's features, on the CPU, for Targets.load_statistics: of stored outputs where it can."""
     found = {}
     if task.stored is None or task.stored.live_fields:
-        task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
-        found = {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
+        task.teacher.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
+        found = {name: value.cpu() for name, value in task.teacher.statistics_state().items()}
     return found if task.stored is None else found | stored_statistics(loader, task)
 
 
@@ -264,9 +264,9 @@ def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[s
     The pass that stored them has means and deviations over all images and views. PHI-S needs covariances too: those
     come from one view of the first num_images of the loader's order.
     """
-    if task.teacher_module.method != PHI_S:
+    if task.teacher.method != PHI_S:
         return task.stored.cache.statistics
     batches = itertools.islice(loader, math.ceil(num_images / loader.batch_size))
-    return task.teacher_module.statistics_of(
+    return task.teacher.statistics_of(
         task.stored.features(task.stored.read(global_idx, epoch=0)) for _, global_idx in batches
     )
