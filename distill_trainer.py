@@ -6,7 +6,7 @@
     python distill_trainer.py ... --dry_run                                # schedule, hours, advice; nothing written
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
-else. A new loss is a function in distillery/losses/terms.py and a line in losses_table.py, a new kind of model goes
+else. A new loss is a function in distillery/losses/terms.py and a line in losses/registry.py, a new kind of model goes
 into distillery/models/builders.py; this file only puts the parts together.
 """
 
@@ -221,8 +221,8 @@ class Run:
             check_first_step(self.task, *first)
             self.show_models(log, first)
         if self.is_main:
-            facts = bindings.epoch_facts(self.loader, self.progress.epoch)
-            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
+            row = bindings.epoch_row(self.loader, self.progress.epoch)
+            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **row)
         self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
         batches = self.loader
         if self.task.stored is not None:

@@ -283,7 +283,7 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
         try:
             source = open_source(**part.arguments, download=False)
         except NotDownloadedError as error:
-            remote.append((part, error.facts))
+            remote.append((part, error.hub_split))
         else:
             opened.append((part, source))
     jobs = _jobs_of(data, opened, num_jobs, job_id)

@@ -1,6 +1,6 @@
 """The losses by name and what each needs; torch is not imported, so that a misspelt one is told at once.
 
-A loss is one function in losses_terms.py and one line in LOSSES.
+A loss is one function in terms.py and one line in LOSSES.
 """
 
 import difflib
@@ -26,7 +26,7 @@ QUEUE_SIZE = "queue_size"
 class LossTerm:
     """A loss and the field of Features that it compares."""
 
-    name: str  # of the function in losses_terms.py
+    name: str  # of the function in terms.py
     field: str  # "pooled", "tokens", "logits" or "layers"
     second_view: bool = False  # whether the teacher's side is of another view than the student's
     least_batch: int = 1  # images of one process that it needs to compare

@@ -1,6 +1,6 @@
 """What the student is pulled towards: the weighted sum of the chosen losses, and the proof that each teaches.
 
-A loss is one function `(student, teacher, *, options) -> scalar` in losses_terms.py and one line in losses_table.py.
+A loss is one function `(student, teacher, *, options) -> scalar` in terms.py and one line in registry.py.
 """
 
 import math

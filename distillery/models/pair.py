@@ -1,4 +1,4 @@
-"""Two backbones made comparable: the frozen teacher, the student with its heads, tokens brought onto one grid."""
+"""Two backbones made comparable: the student with its heads, and tokens of both models on one grid."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class StudentWithHeads(nn.Module):
 
     Args:
         teacher_widths: tensor of Features -> width to project to (FrozenTeacher.widths).
-        fields: the fields that losses need (losses_table.fields_needed); other fields come out as the student has
+        fields: the fields that losses need (losses.registry.fields_needed); other fields come out as the student has
             them. Of the layers each has a head of its own.
         projector: {"type": "mlp" | "linear", "hidden_dim": int | None}; None: twice the teacher's width.
     Raises:

@@ -168,7 +168,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def hours(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration to two figures, in the unit that people would use: seconds, minutes, hours, from 48 h on days."""
     unit, size = (("s", 1), ("min", 60), ("h", 3600), ("days", 86_400))[bisect([60, 3600, 48 * 3600], seconds)]
     count = seconds / size
