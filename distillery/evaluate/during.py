@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distillery.cache.folder import load_index
+from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED
 from distillery.evaluate.features import (
     BATCH_SIZE,
     MAX_COMPARED_ROWS,
-    STUDENT,
-    TEACHER,
-    UNTRAINED,
     compare_with_teacher,
     evaluate_features,
     extract_features,

@@ -6,17 +6,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from distillery.evaluate.columns import COLUMNS, MODELS, format_cell
 from distillery.report.curves import draw_all
 from distillery.report.facts import (
     COLLAPSE_NOTE,
-    MEASURES,
-    MODELS,
     NEIGHBOURS_NAME,
     PASSING_NOTE,
     PCA_NAME,
     PLOTS_NAME,
     RunFacts,
-    format_measure,
     has_collapsed,
     load_run,
     passes_teacher,
@@ -126,7 +124,7 @@ def _results_html(run: RunFacts) -> str:
 
 
 def _result_table_html(dataset: str, models: dict[str, dict[str, Any]]) -> str:
-    shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
+    shown = [measure for measure in COLUMNS if any(is_number(row.get(measure[0])) for row in models.values())]
     head = "".join(f"<th>{title}</th>" for _, title, _ in shown)
     teacher = models.get("teacher", {}).get("knn_top1")
     lines = []
@@ -146,7 +144,7 @@ def _result_table_html(dataset: str, models: dict[str, dict[str, Any]]) -> str:
 
 
 def _measure_html(row: dict[str, Any], name: str, form: str, model: str) -> str:
-    text = format_measure(row, name, form)
+    text = format_cell(row, name, form)
     if name != "knn_top1" or text == "-":
         return text
     return f'{text}<span class="bar {model}"><i style="width:{100 * row[name]:.1f}%"></i></span>'
@@ -262,10 +260,10 @@ def summary_table(run_dir: Path) -> str:
     lines = []
     for dataset in datasets_of(run.rows):
         models = run.evaluation(dataset)
-        shown = [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
+        shown = [measure for measure in COLUMNS if any(is_number(row.get(measure[0])) for row in models.values())]
         lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
         for model, row in models.items():
-            cells = [f"  {format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
+            cells = [f"  {format_cell(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
             lines.append(f"  {MODELS[model]:<18}{''.join(cells)}")
         if passes_teacher(models):
             lines += _wrapped(PASSING_NOTE)

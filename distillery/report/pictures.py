@@ -233,7 +233,7 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     """
     from distillery.config.load import load_dumped_configs
     from distillery.evaluate.candidates import load_candidates
-    from distillery.evaluate.features import STUDENT
+    from distillery.evaluate.columns import STUDENT
     from distillery.training.build import eval_folders
     from distillery.training.checkpoints import latest_checkpoint
 
