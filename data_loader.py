@@ -270,7 +270,7 @@ def _sampling(data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, row_
         mode=data.shard_subset_mode,
         seed=data.random_subset_seed,
         shuffle=data.shuffle,
-        steps_of=train.grad_accumulation_steps,
+        batches_per_step=train.grad_accumulation_steps,
         max_steps=train.max_steps_per_epoch,
         run_rows=run_rows,
         window_runs=window_runs,

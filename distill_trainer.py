@@ -6,7 +6,7 @@
     python distill_trainer.py ... --dry_run                                # schedule, hours, advice; nothing written
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
-else. A new loss is a function in distillery/losses/terms.py and a line in losses_table.py, a new kind of model goes
+else. A new loss is a function in distillery/losses/terms.py and a line in losses/registry.py, a new kind of model goes
 into distillery/models/builders.py; this file only puts the parts together.
 """
 
@@ -30,14 +30,14 @@ from distillery.models import configured
 from distillery.report import pictures
 from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system import distributed
-from distillery.system.console import Progress as ConsoleProgress
+from distillery.system.console import ProgressLine
 from distillery.system.files import expand_path, make_directory, write_atomic
 from distillery.system.launcher import is_restarted
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.training import bindings, build, describe, folder
 from distillery.training.checkpoints import CheckpointWriter, load_checkpoint, restore, state_of
-from distillery.training.engine import Progress, check_first_step, check_numbers, train_one_epoch
+from distillery.training.engine import Position, check_first_step, check_numbers, train_one_epoch
 from distillery.training.estimate import SyntheticLoader, plan_loader, plan_run
 from distillery.training.folder import find_start, prepare_folder
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
@@ -77,7 +77,7 @@ class Run:
             self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device, self.cache
         )
         self.evaluation = self._build_evaluation()
-        self.progress, self.first_step = Progress(), 0
+        self.progress, self.first_step = Position(), 0
         on_gpu = device.type == "cuda"
         self.checkpoints = CheckpointWriter(self.dir, self.begin.checkpoint, in_background=on_gpu)
         self.tells_compilation = self.training.compile_student or self.training.compile_teacher
@@ -201,7 +201,7 @@ class Run:
             self.announce_plan()
             return EXIT_DONE
         log = self.open_log()
-        console = ConsoleProgress(
+        console = ProgressLine(
             self.schedule.total_steps, "steps", "training", initial=self.progress.step, enabled=self.is_main
         )
         while True:
@@ -214,15 +214,15 @@ class Run:
         console.close()
         return self.finish(log, is_done=is_done and evaluated)
 
-    def train_epoch(self, log: RunLog, console: ConsoleProgress) -> None:
+    def train_epoch(self, log: RunLog, console: ProgressLine) -> None:
         """What is left of the present epoch, or as much of it as a request to stop allows."""
         if self.progress.step == 0:
             first = build.first_images(self.loader, self.task)
             check_first_step(self.task, *first)
             self.show_models(log, first)
         if self.is_main:
-            facts = bindings.epoch_facts(self.loader, self.progress.epoch)
-            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **facts)
+            row = bindings.epoch_row(self.loader, self.progress.epoch)
+            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **row)
         self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
         batches = self.loader
         if self.task.stored is not None:
@@ -230,16 +230,16 @@ class Run:
         epoch_end = self.progress.epoch_start + self.steps_in_epoch
         rows: list[dict[str, float]] = []
 
-        def after_step(progress: Progress, row: dict[str, float] | None) -> None:
+        def after_step(position: Position, row: dict[str, float] | None) -> None:
             if row is not None:
-                log.write("train", step=progress.step, epoch=progress.epoch, **row)
+                log.write("train", step=position.step, epoch=position.epoch, **row)
                 rows.append(row)
-            console.advance(1, epoch=progress.epoch + 1, **(training_fields(row) if row else {}))
+            console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
             if self.tells_compilation:
                 console.message(describe.compiled_graphs())
                 self.tells_compilation = False
             save_every = self.training.save_every
-            if save_every and progress.step % save_every == 0 and progress.step != epoch_end:
+            if save_every and position.step % save_every == 0 and position.step != epoch_end:
                 self.save(log)
 
         train_one_epoch(
@@ -314,7 +314,7 @@ class Run:
             keep, protect = self.training.keep_checkpoints, () if best is None else (best,)
             self.checkpoints.save(state, self.progress.step, keep=keep, protect=protect)
 
-    def evaluate_if_due(self, log: RunLog, console: ConsoleProgress) -> bool:
+    def evaluate_if_due(self, log: RunLog, console: ProgressLine) -> bool:
         """Measure what is due at this point and not yet in the log: the baselines before the first step, the student
         every eval_every_epochs and at the end.
 

@@ -283,7 +283,7 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
         try:
             source = open_source(**part.arguments, download=False)
         except NotDownloadedError as error:
-            remote.append((part, error.facts))
+            remote.append((part, error.hub_split))
         else:
             opened.append((part, source))
     jobs = _jobs_of(data, opened, num_jobs, job_id)
@@ -305,12 +305,12 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
 def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
     from distillery.precompute.pipeline import make_cache
-    from distillery.system.console import Progress
+    from distillery.system.console import ProgressLine
 
     if stop.requested:
         return len(survey.missing) + len(survey.doubtful)
     rows = sum(after - first for first, after in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
-    with Progress(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
+    with ProgressLine(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
         report = make_cache(
             job.plan,
             job.source,
@@ -372,9 +372,9 @@ def download(configs) -> int:
     for job in build_jobs(configs.data, 1, 0):
         print(f"{job.title}: {job.source.describe()}: {len(job.source)} images, all here")
     if configs.model is not None:
-        from distillery.models.backbone import download_weights
+        from distillery.models.configured import download_weights
 
-        for line in download_weights(configs.model.model_dump()):
+        for line in download_weights(configs.model):
             print(line)
     return EXIT_DONE
 

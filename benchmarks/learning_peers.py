@@ -238,14 +238,14 @@ def fixed_view(flags: list[str]) -> None:
 
 def with_fixed_view(task: Any) -> Any:
     """An engine.Task whose teacher is given the images that its last view was made of."""
-    augment, teacher, last = task.augment, task.teacher, {}
+    augment, teacher, last = task.augment, task.teacher_call, {}
 
     def remember(images: Any, global_idx: Any, epoch: int) -> Any:
         last["images"] = images
         return augment(images, global_idx, epoch)
 
     # in a step the view is made first, then both models are called
-    task.augment, task.teacher = remember, lambda view: teacher(last["images"])
+    task.augment, task.teacher_call = remember, lambda view: teacher(last["images"])
     return task
 
 

@@ -33,7 +33,7 @@ from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
-from distillery.training.engine import Progress, train_one_epoch
+from distillery.training.engine import Position, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teacher"
@@ -160,18 +160,18 @@ def trainer(configs: Configs, device: torch.device, steps: int, *, stored: bool)
         teacher.load_statistics(build.stored_statistics(loader, task))
     else:
         teacher.gather_statistics(build.spread_batches(loader.dataset, 256, 64, device))
-    progress, stop = Progress(), StopFlag()
+    position, stop = Position(), StopFlag()
 
     def run() -> None:
-        loader.load_state_dict({"epoch": progress.epoch, "samples": 0})
+        loader.load_state_dict({"epoch": position.epoch, "samples": 0})
         batches = loader
         if task.stored is not None:
-            batches = task.stored.batches(loader, epoch=progress.epoch, step=progress.step)
+            batches = task.stored.batches(loader, epoch=position.epoch, step=position.step)
         train_one_epoch(
-            task, DevicePrefetcher(batches, device), progress, stop,
+            task, DevicePrefetcher(batches, device), position, stop,
             steps_in_epoch=steps, log_every=configs.train.log_every, after_step=lambda *_: None,
         )  # fmt: skip
-        progress.next_epoch()
+        position.next_epoch()
 
     return run
 

@@ -1,6 +1,6 @@
 """Every key of model_config_kd.yaml: its type, default, range and meaning with its unit."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -76,6 +76,14 @@ class ModelConfig(StrictModel):
         if not value:
             raise ValueError("expected true: the teacher never learns")
         return value
+
+    def side(self, role: str) -> dict[str, Any]:
+        """The settings of one model, role "teacher" or "student", by the names of ModelSpec's fields."""
+        prefix = f"{role}_"
+        keys = [key for key in type(self).model_fields if key.startswith(prefix) and key != "teacher_freeze"]
+        own = {key.removeprefix(prefix): getattr(self, key) for key in keys}
+        own |= {"drop_path_rate": self.drop_path_rate} if role == "student" else {}
+        return own | {"use_cls_token": self.use_cls_token, "role": role}
 
     @model_validator(mode="after")
     def _check_sources(self) -> "ModelConfig":

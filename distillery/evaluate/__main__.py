@@ -6,13 +6,10 @@
 Train and test features always come from the same weights: one function takes one model.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
 
-from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
 from distillery.system.errors import EXIT_DONE, run_command
 from distillery.system.files import expand_path, write_atomic
 
@@ -41,12 +38,14 @@ def main() -> int:
     arguments = parse_arguments()
     run_dir = expand_path(arguments.run)
     configs = load_dumped_configs(run_dir / "config.yaml")
-    checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
 
+    # torch takes seconds to import: --help and a wrong folder answer before it
+    from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
     from distillery.models.configured import choose_device
     from distillery.training.checkpoints import load_checkpoint
     from distillery.training.folder import check_same_models
 
+    checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
     for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run
         check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())
     rows = evaluate_run(configs, checkpoints, choose_device(arguments.device), linear=not arguments.no_linear)

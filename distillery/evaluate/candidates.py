@@ -1,43 +1,24 @@
 """A run's models, evaluated side by side: teacher, untrained student, and each checkpoint."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distillery.evaluate.features import (
-    BATCH_SIZE,
-    STUDENT,
-    STUDENT_EMA,
-    TEACHER,
-    UNTRAINED,
-    compare_with_teacher,
-    evaluate_features,
-    extract_features,
-)
+import torch
+from torch import Tensor
+
+from distillery.config.load import Configs
+from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
+from distillery.evaluate.features import BATCH_SIZE, compare_with_teacher, evaluate_features, extract_features
+from distillery.models.weights import weights_hash
+from distillery.reading.datasets import load_labelled
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from distillery.config.load import Configs
-
-COLUMNS = (
-    ("k-NN", "knn_top1", ".1%"),
-    ("of teacher", "knn_share", ".0%"),
-    ("linear", "linear_top1", ".1%"),
-    ("rank", "effective_rank", ".1f"),
-    ("std", "feature_std", ".2f"),
-    ("cosine", "teacher_cosine", ".3f"),
-    ("CKA", "cka", ".3f"),
-    ("overlap@10", "neighbour_overlap", ".3f"),
-)
+from distillery.training.build import build_models, eval_folders
+from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,9 +52,6 @@ def load_candidates(
     Raises:
         UserError: a student was trained towards a teacher of other weights.
     """
-    from distillery.training.build import build_models
-    from distillery.training.checkpoints import load_checkpoint
-
     teacher, student = build_models(configs, device)
     _check_teacher(configs, teacher.backbone.model, checkpoints)
     aligned = student if "pooled" in student.heads else None  # without a loss on pooled features there is no such head
@@ -95,9 +73,6 @@ def load_candidates(
 
 def _check_teacher(configs: Configs, teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
     """Raise UserError unless the students were trained towards a teacher of these weights."""
-    from distillery.models.weights import weights_hash
-    from distillery.training.checkpoints import load_checkpoint
-
     model = configs.model
     if not model.teacher_pretrained and model.teacher_checkpoint is None and model.teacher_source != "torch_hub":
         return  # drawn anew by every process
@@ -132,8 +107,6 @@ def evaluate_candidate(
         linear: fit the linear probe.
         device: where the models run.
     """
-    from distillery.reading.datasets import load_labelled
-
     train, test = (extract_features(candidate.own, load_labelled(folder, BATCH_SIZE), device) for folder in folders)
     measured = evaluate_features(*train, *test, k=k, linear=linear, device=device)
     teacher_row, teacher_x = reference or (measured, test[0])
@@ -160,8 +133,6 @@ def evaluate_run(
         One row per data set and model: the fields of `evaluate_features`, those of `compare_with_teacher`, and
         knn_share, linear_share, rank_share: the figure as a share of the teacher's.
     """
-    from distillery.training.build import eval_folders
-
     folders = eval_folders(configs.data)
     if not folders:
         raise UserError(
@@ -197,8 +168,6 @@ def find_checkpoints(run_dir: Path, given: list[Path] | None) -> list[Path]:
     Raises:
         UserError: the run has none.
     """
-    from distillery.training.checkpoints import latest_checkpoint
-
     if given:
         return [expand_path(path) for path in given]
     latest = latest_checkpoint(run_dir)
@@ -213,15 +182,15 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `evaluate_run` as text, one block per data set, with a warning for collapsed features."""
     labels = [row["model"] if row["step"] is None else f"{row['model']} @ {row['step']}" for row in rows]
     width = max(len(label) for label in labels)
+    widths = [max(10, len(title)) for _, title, _ in COLUMNS]
     lines: list[str] = []
     dataset = None
     for row, label in zip(rows, labels, strict=True):
         if row["dataset"] != dataset:
             dataset = row["dataset"]
-            header = "  ".join(f"{title:>10}" for title, _, _ in COLUMNS)
-            lines += [*([""] if lines else []), dataset, f"{'':{width}}  {header}"]
-        cells = "  ".join(
-            f"{'-' if row[field] is None else format(row[field], spec):>10}" for _, field, spec in COLUMNS
-        )
-        lines.append(f"{label:{width}}  {cells}{'  COLLAPSED: features say nothing' if row['collapsed'] else ''}")
+            header = "".join(f"  {title:>{size}}" for (_, title, _), size in zip(COLUMNS, widths, strict=True))
+            lines += [*([""] if lines else []), dataset, f"{'':{width}}{header}"]
+        cells = [format_cell(row, name, form) for name, _, form in COLUMNS]
+        line = label.ljust(width) + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
+        lines.append(f"{line}{'  COLLAPSED: features say nothing' if row['collapsed'] else ''}")
     return "\n".join(lines)

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distillery.cache.folder import load_index
+from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED
 from distillery.evaluate.features import (
     BATCH_SIZE,
     MAX_COMPARED_ROWS,
-    STUDENT,
-    TEACHER,
-    UNTRAINED,
     compare_with_teacher,
     evaluate_features,
     extract_features,
@@ -25,7 +23,7 @@ from distillery.losses.targets import Targets
 from distillery.models.backbone import Backbone, Features
 from distillery.models.pair import StudentWithHeads
 from distillery.reading.datasets import load_labelled
-from distillery.system.console import Progress
+from distillery.system.console import ProgressLine
 from distillery.system.errors import Interrupted
 from distillery.system.files import make_directory, write_atomic
 from distillery.training.log import RunLog
@@ -64,7 +62,9 @@ class RunEvaluation:
         self.k, self.device, self.is_stopped = k, device, is_stopped
         self._load_teacher = load_teacher
 
-    def record(self, log: RunLog, console: Progress, rows: list[dict], *, step: int, epoch: int, linear: bool) -> bool:
+    def record(
+        self, log: RunLog, console: ProgressLine, rows: list[dict], *, step: int, epoch: int, linear: bool
+    ) -> bool:
         """Measure the baselines before the first step, the student after it, and log what is not in `rows` yet.
 
         Returns:
@@ -116,7 +116,7 @@ class RunEvaluation:
         if "pooled" in self.student.heads:
             with self._ended_by_stop(self.student):
                 projected = self._extract(self.student, self.folders[dataset][1])[0][: len(teacher_x)]
-            target = self.targets.of(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
+            target = self.targets.standardise(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
             aligned = (projected, target)
         return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
 

@@ -1,21 +1,21 @@
 """Features of labelled images, and what a row of metrics.jsonl says of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from distillery.evaluate import measures
+from distillery.models.backbone import eval_mode
+from distillery.reading.datasets import load_labelled
 from distillery.system.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 BATCH_SIZE = 256
 # rows of the label-free comparison with the teacher: overlap@10 depends on their number, so it is fixed
 MAX_COMPARED_ROWS = 5000
-UNTRAINED, STUDENT, STUDENT_EMA, TEACHER = "untrained", "student", "student_ema", "teacher"
 
 
 def extract_features(
@@ -33,13 +33,6 @@ def extract_features(
     Raises:
         UserError: there are no rows.
     """
-    from contextlib import nullcontext
-
-    import torch
-    from torch import nn
-
-    from distillery.models.backbone import eval_mode
-
     features, labels = [], []
     with torch.no_grad(), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
         for images, batch_labels in batches:
@@ -78,8 +71,6 @@ def evaluate_features(
         UserError: a label is negative: a split without labels.
         FloatingPointError: a feature is not finite.
     """
-    from distillery.evaluate import measures
-
     for part, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if y.min() < 0:
             raise UserError(f"evaluation: label {int(y.min())} in the {part} split; choose a split that has labels")
@@ -105,8 +96,6 @@ def evaluate_on_folders(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """`evaluate_features` of one model on the caches of an evaluation set's two splits."""
-    from distillery.reading.datasets import load_labelled
-
     train_x, train_y = extract_features(model_fn, load_labelled(train, BATCH_SIZE), device)
     test_x, test_y = extract_features(model_fn, load_labelled(test, BATCH_SIZE), device)
     return evaluate_features(train_x, train_y, test_x, test_y, k=k, linear=linear, device=device)
@@ -131,8 +120,6 @@ def compare_with_teacher(
     Returns:
         teacher_cosine (None without `projected`), cka, neighbour_overlap.
     """
-    from distillery.evaluate import measures
-
     student_x, teacher_x = student_x[:MAX_COMPARED_ROWS], teacher_x[:MAX_COMPARED_ROWS]
     has_head = projected is not None and target is not None
     return {

@@ -11,6 +11,7 @@ import yaml
 
 from distillery.config.load import dataset_label
 from distillery.config.yaml_text import as_yaml
+from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
 from distillery.system.files import expand_path
 from distillery.training.log import METRICS_NAME, read_rows
 
@@ -166,13 +167,15 @@ def _fingerprint(run_dir: Path) -> str:
 def _results(run_dir: Path, step: int) -> str:
     """A table of the evaluations that belong to the exported step; '' without any."""
     rows = [row for row in read_rows(run_dir / METRICS_NAME) if row.get("kind") == "eval"]
-    rows = [row for row in rows if row.get("model") in ("untrained", "teacher") or row.get("step") == step]
-    if not any(str(row.get("model")).startswith("student") for row in rows):
+    rows = [row for row in rows if row.get("model") in (UNTRAINED, TEACHER) or row.get("step") == step]
+    if not any(row.get("model") in (STUDENT, STUDENT_EMA) for row in rows):
         return ""
-    lines = ["## Results", "", "| data set | model | k-NN | linear probe |", "|---|---|---|---|"]
+    columns = [column for column in COLUMNS if column[0] in ("knn_top1", "linear_top1")]
+    titles = ["data set", "model", *(title for _, title, _ in columns)]
+    lines = ["## Results", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        cells = [f"{row[name]:.1%}" if row.get(name) is not None else "-" for name in ("knn_top1", "linear_top1")]
-        lines.append(f"| {row.get('dataset')} | {row.get('model')} | {' | '.join(cells)} |")
+        cells = [row.get("dataset"), row.get("model"), *(format_cell(row, name, form) for name, _, form in columns)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distillery.config.keys_model import ModelConfig
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 
@@ -81,27 +82,16 @@ def build_bare_student(config: dict[str, dict[str, Any]]) -> Backbone:
         A backbone that takes images normalised with its own mean and std.
     """
     from distillery.models.backbone import build_backbone
+    from distillery.models.builders import ModelSpec
 
     data, model = config["data"], config["model"]
-
-    def build(data_mean: tuple[float, ...], data_std: tuple[float, ...]) -> Backbone:
-        return build_backbone(
-            source=model["student_source"],
-            name=model["student_name"],
-            repo=model.get("student_repo"),
-            pretrained=False,
-            img_size=model.get("student_img_size"),
-            kwargs=without_classes(model),
-            mean=model.get("student_mean"),
-            std=model.get("student_std"),
-            data_mean=data_mean,
-            data_std=data_std,
-            image_size=data["image_size"],
-            use_cls_token=model.get("use_cls_token", True),
-        )
-
-    as_trained = build(data["mean"], data["std"])
-    return build(as_trained.mean, as_trained.std)
+    # without validation: an older checkpoint may lack keys
+    given = ModelConfig.model_construct(**model).side("student")
+    untrained = {"pretrained": False, "checkpoint": None, "drop_path_rate": None, "out_indices": None}
+    spec = ModelSpec(**given | untrained | {"kwargs": without_classes(model)})
+    as_trained = build_backbone(spec, data_mean=data["mean"], data_std=data["std"], image_size=data["image_size"])
+    mean, std = as_trained.mean, as_trained.std
+    return build_backbone(spec, data_mean=mean, data_std=std, image_size=data["image_size"])
 
 
 def without_classes(model: dict[str, Any]) -> dict[str, Any]:

@@ -15,36 +15,40 @@ PHI_S = "phi_s"
 
 
 class Moments:
-    """Mean and variance of rows that come in batches, summed in float64; with_covariance: of each pair of channels."""
+    """Mean and variance of rows that come in batches, summed in float64 in their order, on their device.
+
+    count: of the rows; total: their sum, [D]; products: the sum of their squares, [D], or, with_covariance, of the
+    products of each pair of channels, [D, D].
+    """
 
     def __init__(self, *, with_covariance: bool = False) -> None:
         self.with_covariance = with_covariance
         self.count = 0
-        self._total: Tensor | int = 0
-        self._products: Tensor | int = 0
+        self.total: Tensor | int = 0
+        self.products: Tensor | int = 0
 
     def add(self, values: Tensor) -> None:
         """Take in values [..., D]."""
         rows = values.flatten(0, -2).double()
         self.count += len(rows)
-        self._total = self._total + rows.sum(0)
-        self._products = self._products + (rows.T @ rows if self.with_covariance else rows.square().sum(0))
+        self.total = self.total + rows.sum(0)
+        self.products = self.products + (rows.T @ rows if self.with_covariance else rows.square().sum(0))
 
     @property
     def mean(self) -> Tensor:
         """[D], float64."""
-        return self._total / self.count
+        return self.total / self.count
 
     @property
     def std(self) -> Tensor:
         """[D], float64, of all rows (divided by their number)."""
-        squares = self._products.diagonal() if self.with_covariance else self._products
+        squares = self.products.diagonal() if self.with_covariance else self.products
         return (squares / self.count - self.mean.square()).clamp(min=0).sqrt()
 
     @property
     def covariance(self) -> Tensor:
         """[D, D], float64; only with_covariance."""
-        return self._products / self.count - torch.outer(self.mean, self.mean)
+        return self.products / self.count - torch.outer(self.mean, self.mean)
 
 
 class Targets(nn.Module):
@@ -55,21 +59,21 @@ class Targets(nn.Module):
 
     Args:
         widths: tensor of Features -> its width, for StudentWithHeads; only those that the teacher gives.
-        standardise: true: each channel by its own mean and deviation; "phi_s": rotated so that all channels have the
+        method: true: each channel by its own mean and deviation; "phi_s": rotated so that all channels have the
             same variance, then one scale for all; false: as they are.
     """
 
-    def __init__(self, widths: Mapping[str, int], standardise: bool | str) -> None:
+    def __init__(self, widths: Mapping[str, int], method: bool | str) -> None:
         super().__init__()
-        if standardise not in (True, False, PHI_S):
-            raise UserError(f"standardise_targets: {standardise!r} is neither true, false nor {PHI_S}")
-        self.widths, self.standardise = dict(widths), standardise
+        if method not in (True, False, PHI_S):
+            raise UserError(f"standardise_targets: {method!r} is neither true, false nor {PHI_S}")
+        self.widths, self.method = dict(widths), method
         self.has_statistics = False
         for field in self.standardised_fields:
             self.register_buffer(f"{field}_mean", torch.zeros(widths[field]), persistent=False)
             self.register_buffer(f"{field}_std", torch.ones(widths[field]), persistent=False)
             self.register_buffer(f"{field}_divisor", torch.ones(widths[field]), persistent=False)
-            if standardise == PHI_S:
+            if method == PHI_S:
                 self.register_buffer(f"{field}_rotation", torch.eye(widths[field]), persistent=False)
 
     @property
@@ -79,18 +83,18 @@ class Targets(nn.Module):
 
     @property
     def _statistics(self) -> tuple[str, ...]:
-        return ("mean", "std", "rotation") if self.standardise == PHI_S else ("mean", "std")
+        return ("mean", "std", "rotation") if self.method == PHI_S else ("mean", "std")
 
-    def of(self, features: Features) -> Features:
+    def standardise(self, features: Features) -> Features:
         """The targets that a teacher's features make; fields that are None stay so."""
-        if not self.standardise:
+        if not self.method:
             return features
         given = features.tensors()
         return features.with_tensors({f: self._scaled(f, given[f]) for f in self.standardised_fields if f in given})
 
     def _scaled(self, field: str, values: Tensor) -> Tensor:
         mean = getattr(self, f"{field}_mean")
-        if self.standardise != PHI_S:
+        if self.method != PHI_S:
             return (values - mean) / getattr(self, f"{field}_divisor")
         # autocast would run the product in bfloat16 and round the targets to 3 digits
         with torch.autocast(device_type=values.device.type, enabled=False):
@@ -103,7 +107,7 @@ class Targets(nn.Module):
         Raises:
             UserError: fewer than two images, or the same output for every image.
         """
-        moments = {field: Moments(with_covariance=self.standardise == PHI_S) for field in self.standardised_fields}
+        moments = {field: Moments(with_covariance=self.method == PHI_S) for field in self.standardised_fields}
         for features in batches:
             for field, values in features.tensors().items():
                 if field in moments:
@@ -147,7 +151,7 @@ class Targets(nn.Module):
         mean, std = state[f"{field}_mean"], state[f"{field}_std"]
         if mean.shape != (width,) or std.shape != (width,):
             raise UserError(f"teacher statistics: {field} has {len(mean)} channels, this teacher {width}: not its own")
-        if self.standardise == PHI_S and f"{field}_rotation" not in state:
+        if self.method == PHI_S and f"{field}_rotation" not in state:
             raise UserError(
                 f"teacher statistics: {field} has no rotation, which standardise_targets: {PHI_S} needs: they were "
                 "gathered with standardise_targets: true"
@@ -157,7 +161,7 @@ class Targets(nn.Module):
         # dividing by the tiny spread of a dead channel would make noise the largest target of all
         floor = DEAD_CHANNEL_SHARE * std.double().square().mean().sqrt()
         getattr(self, f"{field}_divisor").copy_(std.clamp(min=max(floor.item(), 1e-12)))
-        if self.standardise == PHI_S:
+        if self.method == PHI_S:
             getattr(self, f"{field}_rotation").copy_(state[f"{field}_rotation"])
 
 
@@ -246,8 +250,8 @@ def equalising_rotation(variances: Tensor) -> Tensor:
 class FrozenTeacher(Targets):
     """A backbone that never learns: eval mode, no gradient, targets standardised once statistics are set."""
 
-    def __init__(self, backbone: Backbone, standardise: bool | str = True) -> None:
-        super().__init__(backbone.widths, standardise)
+    def __init__(self, backbone: Backbone, method: bool | str = True) -> None:
+        super().__init__(backbone.widths, method)
         self.backbone = backbone.requires_grad_(False)
         self.eval()
 
@@ -258,7 +262,7 @@ class FrozenTeacher(Targets):
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def forward(self, images: Tensor) -> Features:
         """Targets for images [B, 3, H, W] as Backbone takes them."""
-        return self.of(self.backbone(images))
+        return self.standardise(self.backbone(images))
 
     @torch.no_grad()
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:

@@ -5,8 +5,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,9 @@ from torch.nn import functional as F
 
 from distillery.models.adapters import Outputs, choose_adapter, pools_by_attention
 from distillery.models.builders import (
-    BUILDERS,
     BuiltModel,
-    ModelRequest,
+    ModelSpec,
+    build_model,
     prepare_parameters,
     round_to_patch,
     short_error,
@@ -55,106 +53,42 @@ class Features:
 
 
 def build_backbone(
-    *,
-    source: str,
-    name: str,
-    repo: str | None = None,
-    pretrained: bool,
-    checkpoint: str | Path | None = None,
-    img_size: int | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
-    data_mean: Iterable[float],
-    data_std: Iterable[float],
-    image_size: int,
-    use_cls_token: bool = True,
-    drop_path_rate: float | None = None,
-    with_logits: bool = False,
-    out_indices: Sequence[int] | None = None,
-    gradient_checkpointing: bool = False,
-    role: str | None = None,
+    spec: ModelSpec, *, data_mean: Iterable[float], data_std: Iterable[float], image_size: int
 ) -> "Backbone":
-    """A model by name, at the input size that image_size (px) asks for.
+    """The model of a ModelSpec, for images of one data set.
 
     Args:
-        source: one of BUILDERS.
-        name: as the source knows it; timm's may carry a tag.
-        repo: for torch_hub, "owner/name[:ref]" or a folder with hubconf.py.
-        pretrained: take the source's weights.
-        checkpoint: local weights; they take the place of `pretrained`, which then downloads nothing. After a #, the
-            entry of a file that holds several models.
-        img_size: the model's input in px; None: image_size rounded to the model's patch. `img_size` in kwargs wins.
-        kwargs: passed on to the model.
-        mean: the model's own normalisation; None: what the model states, else the data's.
-        std: likewise.
+        spec: the model.
         data_mean: what was subtracted from the images that will come.
         data_std: what they were divided by.
         image_size: their height and width in px.
-        use_cls_token: pooled is the class token where there is one (what an attention pooling makes of it, where the
-            model has one); else, and if false, the mean of the patches (or the pooling of the model's own, where it has
-            no class token).
-        drop_path_rate: passed on where the (timm) model takes it.
-        with_logits: keep the classifier and give its output.
-        out_indices: intermediate layers that Features.layers gets, as timm's forward_intermediates numbers them.
-        gradient_checkpointing: keep only what enters a block, and compute the rest again in the backward pass.
-        role: "teacher" or "student": whose weights are taken from a checkpoint that holds both.
     Raises:
-        UserError: unknown names, arguments the model does not take, weights that cannot be had or do not fit, an input
-            size it cannot take, no classifier although logits are wanted, layers that it does not give, no blocks, or
-            blocks whose gradients change when they are computed again.
+        UserError: unknown names, arguments that the model does not take, weights that cannot be had or do not fit, an
+            input size that it cannot take, no classifier although logits are wanted, layers that it does not give, no
+            blocks, or blocks whose gradients change when they are computed again.
     """
-    if source not in BUILDERS:
-        raise UserError(f"unknown model source {source!r}; known: {', '.join(BUILDERS)}")
-    pretrained = pretrained and checkpoint is None
-    want = ModelRequest(name, repo, pretrained, img_size, image_size, dict(kwargs or {}), drop_path_rate, with_logits)
-    built = BUILDERS[source](want)
-    label = f"{source} model {name!r}"
-    prepare_parameters(built.model, label)
-    if checkpoint is not None:
-        load_weights(built.model, checkpoint, with_logits=with_logits, role=role)
+    built = build_model(spec, image_size)
+    prepare_parameters(built.model, spec.label)
+    if spec.checkpoint is not None:
+        load_weights(built.model, spec.checkpoint, with_logits=spec.with_logits, role=spec.role)
     built = dataclasses.replace(
         built,
-        mean=tuple(mean or built.mean or data_mean),
-        std=tuple(std or built.std or data_std),
+        mean=tuple(spec.mean or built.mean or data_mean),
+        std=tuple(spec.std or built.std or data_std),
     )
     backbone = Backbone(
         built,
-        label=label,
+        label=spec.label,
         data_mean=data_mean,
         data_std=data_std,
-        use_cls_token=use_cls_token,
-        with_logits=with_logits,
-        out_indices=out_indices,
+        use_cls_token=spec.use_cls_token,
+        with_logits=spec.with_logits,
+        out_indices=spec.out_indices,
     )
-    if gradient_checkpointing:
+    if spec.gradient_checkpointing:
         has_weights = backbone.scale.device.type != "meta"
-        use_gradient_checkpointing(built.model, label, backbone.outputs_of_noise if has_weights else None)
+        use_gradient_checkpointing(built.model, spec.label, backbone.outputs_of_noise if has_weights else None)
     return backbone
-
-
-def download_weights(model: Mapping[str, Any]) -> list[str]:
-    """Fetch the weights and hub code of a model configuration into HF_HOME and TORCH_HOME, for nodes without internet.
-
-    Args:
-        model: the keys of model_config_kd.yaml.
-    Returns:
-        A line about each model, for people.
-    Raises:
-        UserError: as build_backbone.
-    """
-    lines = []
-    for role in ("teacher", "student"):
-        of = {key.removeprefix(f"{role}_"): value for key, value in model.items() if key.startswith(f"{role}_")}
-        pretrained = of["pretrained"] and of["checkpoint"] is None
-        if pretrained or of["source"] == "torch_hub":
-            want = ModelRequest(of["name"], of["repo"], pretrained, of["img_size"], kwargs=dict(of["kwargs"] or {}))
-            BUILDERS[of["source"]](want)
-        what = (
-            "weights are here" if pretrained else f"checkpoint {of['checkpoint']}" if of["checkpoint"] else "untrained"
-        )
-        lines.append(f"{role}: {of['source']} {of['name']}: {what}")
-    return lines
 
 
 @contextlib.contextmanager

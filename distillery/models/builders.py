@@ -1,14 +1,14 @@
 """Raw models from timm, torchvision and torch.hub, at the input size that the images ask for.
 
-A new kind of source is one builder, ModelRequest -> BuiltModel, and one line in BUILDERS.
+A new kind of source is one builder, (ModelSpec, image_size in px) -> BuiltModel, and one line in BUILDERS.
 """
 
 import ast
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,54 @@ WEIGHTS_REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class ModelRequest:
-    """What the configuration says about one model; sizes in px."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model as the configuration describes it.
 
+    source: one of BUILDERS.
+    name: as the source knows it; a timm name may carry a tag.
+    repo: for torch_hub, "owner/name[:ref]" or a folder with hubconf.py.
+    pretrained: take the source's weights.
+    checkpoint: local weights, which replace the source's: `pretrained` then downloads nothing. FILE#ENTRY names one of
+        several models in the file.
+    img_size: the model's input in px; None: the data's image_size, rounded to the model's patch. `img_size` in kwargs
+        wins.
+    kwargs: passed to the model's constructor.
+    mean, std: the model's own normalisation; None: what the model states, else the data's.
+    use_cls_token: pooled is the class token, or the attention pooling of a model that has one; false, or without a
+        class token: the mean of the patches, or the model's own pooling.
+    drop_path_rate: passed to timm models that take it.
+    with_logits: keep the classifier and give its output.
+    out_indices: intermediate layers for Features.layers, numbered as in timm's forward_intermediates.
+    gradient_checkpointing: keep only the input of each block, and compute the rest again in the backward pass.
+    role: "teacher" or "student": which of the two a checkpoint with both is read for.
+    """
+
+    source: str
     name: str
     repo: str | None = None
-    pretrained: bool = False
-    img_size: int | None = None  # None: image_size, rounded to the model's patch
-    image_size: int = 224
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    drop_path_rate: float | None = None  # only timm models take it
-    with_logits: bool = False  # whether the classifier must be there
+    pretrained: bool
+    checkpoint: str | Path | None = None
+    img_size: int | None = None
+    kwargs: Mapping[str, Any] | None = None
+    mean: Iterable[float] | None = None
+    std: Iterable[float] | None = None
+    use_cls_token: bool = True
+    drop_path_rate: float | None = None
+    with_logits: bool = False
+    out_indices: Sequence[int] | None = None
+    gradient_checkpointing: bool = False
+    role: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The model's name in messages."""
+        return f"{self.source} model {self.name!r}"
+
+    @property
+    def takes_published_weights(self) -> bool:
+        """Whether the source's weights are loaded."""
+        return self.pretrained and self.checkpoint is None
 
 
 @dataclass(frozen=True)
@@ -51,124 +87,124 @@ class BuiltModel:
     std: tuple[float, ...] | None = None
 
 
-def build_timm(want: ModelRequest) -> BuiltModel:
+def build_model(spec: ModelSpec, image_size: int) -> BuiltModel:
+    """The raw model of a source, with the source's weights or untrained; a checkpoint is not loaded yet.
+
+    Raises:
+        UserError: unknown names, arguments that the model does not take, weights that cannot be had.
+    """
+    if spec.source not in BUILDERS:
+        raise UserError(f"unknown model source {spec.source!r}; known: {', '.join(BUILDERS)}")
+    return BUILDERS[spec.source](spec, image_size)
+
+
+def build_timm(spec: ModelSpec, image_size: int) -> BuiltModel:
     """A timm model, its position embedding resampled to the input size, without classifier unless logits are wanted."""
     import timm
 
-    label = f"timm model {want.name!r}"
-    if ":" not in want.name:  # not of a repository (hf-hub:) or folder (local-dir:)
-        architecture, _, tag = want.name.partition(".")
-        if not timm.is_model(want.name):
-            raise _unknown(label, architecture, timm.list_models())
+    if ":" not in spec.name:  # not of a repository (hf-hub:) or folder (local-dir:)
+        architecture, _, tag = spec.name.partition(".")
+        if not timm.is_model(spec.name):
+            raise _unknown(spec.label, architecture, timm.list_models())
         tagged = timm.list_models(f"{architecture}.*", pretrained=True)
-        if tag and tagged and want.name not in tagged:
-            raise _unknown(label, want.name, tagged)
-    explicit = want.kwargs.get("img_size", want.img_size)
-    kwargs = ({} if want.with_logits else {"num_classes": 0}) | want.kwargs
-    optional = {"img_size": explicit or want.image_size, "drop_path_rate": want.drop_path_rate}
-    model, takes_size = _create_timm(label, want, optional, kwargs)
-    patch = patch_size_of(model)
-    size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch or (1, 1))
-    if takes_size and not explicit and size != _pair(want.image_size):
-        model, _ = _create_timm(label, want, optional | {"img_size": size}, kwargs)
+        if tag and tagged and spec.name not in tagged:
+            raise _unknown(spec.label, spec.name, tagged)
+    kwargs = {} if spec.with_logits else {"num_classes": 0}
+    kwargs |= spec.kwargs or {}
+    explicit = kwargs.get("img_size", spec.img_size)
+    optional = {"img_size": explicit or image_size, "drop_path_rate": spec.drop_path_rate}
+    model, takes_size = _create_timm(spec, optional, kwargs)
+    size = _input_size(spec.label, explicit, image_size, patch_size_of(model))
+    if takes_size and not explicit and size != _pair(image_size):
+        model, _ = _create_timm(spec, optional | {"img_size": size}, kwargs)
     config = model.pretrained_cfg
-    _check_divisible(label, size, patch)
     return BuiltModel(model, size, config.get("mean"), config.get("std"))
 
 
-def _create_timm(
-    label: str, want: ModelRequest, optional: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[nn.Module, bool]:
+def _create_timm(spec: ModelSpec, optional: dict[str, Any], kwargs: dict[str, Any]) -> tuple[nn.Module, bool]:
     """The model, and whether it took an img_size: optional arguments that its class does not know are left out."""
     import timm
 
     optional = {key: value for key, value in optional.items() if value is not None}
     while True:
         try:
-            model = timm.create_model(want.name, pretrained=want.pretrained, **(optional | kwargs))
+            model = timm.create_model(spec.name, pretrained=spec.takes_published_weights, **(optional | kwargs))
             return model, "img_size" in optional | kwargs
         except TypeError as error:
             rejected = [key for key in optional if key not in kwargs and f"'{key}'" in str(error)]
             if not rejected:
-                raise _refused_arguments(label, error, kwargs) from error
+                raise _refused_arguments(spec.label, error, kwargs) from error
             optional = {key: value for key, value in optional.items() if key not in rejected}
         except Exception as error:
-            raise _load_error(label, want.pretrained, error) from error
+            raise _load_error(spec.label, spec.takes_published_weights, error) from error
 
 
-def build_torchvision(want: ModelRequest) -> BuiltModel:
+def build_torchvision(spec: ModelSpec, image_size: int) -> BuiltModel:
     """A torchvision classification model; kwargs may choose `weights`, e.g. IMAGENET1K_V1."""
     from torchvision import models as tv
     from torchvision.models.vision_transformer import interpolate_embeddings
 
-    label = f"torchvision model {want.name!r}"
-    if want.name not in tv.list_models(module=tv):
-        raise _unknown(label, want.name, tv.list_models(module=tv))
-    kwargs = dict(want.kwargs)
-    choices = tv.get_model_weights(want.name)
+    if spec.name not in tv.list_models(module=tv):
+        raise _unknown(spec.label, spec.name, tv.list_models(module=tv))
+    kwargs = dict(spec.kwargs or {})
+    choices = tv.get_model_weights(spec.name)
     chosen = kwargs.pop("weights", "DEFAULT")
     if chosen not in choices.__members__:
-        raise _unknown(f"weights {chosen!r} of {label}", str(chosen), choices.__members__)
-    weights = choices[chosen]
-    size, patch = _pair(want.img_size or want.image_size), None
-    if want.name.startswith("vit_"):
-        patch = _pair(int(want.name.rsplit("_", 1)[1]))
-        explicit = kwargs.get("image_size", want.img_size)
-        size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch)
-        _check_divisible(label, size, patch)
+        raise _unknown(f"weights {chosen!r} of {spec.label}", str(chosen), choices.__members__)
+    weights, pretrained = choices[chosen], spec.takes_published_weights
+    patch = _pair(int(spec.name.rsplit("_", 1)[1])) if spec.name.startswith("vit_") else None
+    size = _input_size(spec.label, kwargs.get("image_size", spec.img_size), image_size, patch)
+    if patch:
         kwargs["image_size"] = size[0]
     try:
         # a ViT refuses weights of another input size: these are loaded after resampling their position embedding
-        model = tv.get_model(want.name, weights=weights if want.pretrained and not patch else None, **kwargs)
-        if want.pretrained and patch:
+        model = tv.get_model(spec.name, weights=weights if pretrained and not patch else None, **kwargs)
+        if pretrained and patch:
             state = weights.get_state_dict(progress=False, check_hash=True)
             model.load_state_dict(interpolate_embeddings(size[0], patch[0], state))
     except TypeError as error:
-        raise _refused_arguments(label, error, kwargs) from error
+        raise _refused_arguments(spec.label, error, kwargs) from error
     except Exception as error:
-        raise _load_error(label, want.pretrained, error) from error
+        raise _load_error(spec.label, pretrained, error) from error
     transforms = weights.transforms()
     return BuiltModel(model, size, tuple(transforms.mean), tuple(transforms.std))
 
 
-def build_torch_hub(want: ModelRequest) -> BuiltModel:
+def build_torch_hub(spec: ModelSpec, image_size: int) -> BuiltModel:
     """A model from a hub repository "owner/name[:ref]" or a local folder with hubconf.py (an existing folder wins).
 
     That hubconf.py runs with this user's rights, as torch.hub's always does.
     """
-    if not want.repo:
-        raise UserError(f"torch_hub model {want.name!r}: set teacher_repo or student_repo to owner/name or a folder")
-    label = f"torch_hub model {want.name!r} of {want.repo}"
-    folder = expand_path(want.repo)
+    if not spec.repo:
+        raise UserError(f"{spec.label}: set teacher_repo or student_repo to owner/name or a folder")
+    label, kwargs = f"{spec.label} of {spec.repo}", dict(spec.kwargs or {})
+    folder = expand_path(spec.repo)
     places = [folder]
     if folder.is_dir():
         if not (folder / "hubconf.py").is_file():
             raise MissingFileError(f"{label}: there is no hubconf.py in {folder}")
-        load = functools.partial(torch.hub.load, str(folder), want.name, source="local")
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?", want.repo):
+        load = functools.partial(torch.hub.load, str(folder), spec.name, source="local")
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?", spec.repo):
         label = f"{label} on GitHub (no folder of that name is here)"
-        load = functools.partial(torch.hub.load, want.repo, want.name, source="github", verbose=False)
-        places = _hub_downloads(want.repo)
+        load = functools.partial(torch.hub.load, spec.repo, spec.name, source="github", verbose=False)
+        places = _hub_downloads(spec.repo)
     else:
-        raise MissingFileError(f"{label}: {folder} is no folder, and {want.repo!r} no owner/name[:ref] of GitHub")
+        raise MissingFileError(f"{label}: {folder} is no folder, and {spec.repo!r} no owner/name[:ref] of GitHub")
     repository = repository_of(places)
     try:
         with repository.active():
-            model = _call_hub_entry(functools.partial(load, trust_repo=True, **want.kwargs), want.pretrained)
+            model = _call_hub_entry(functools.partial(load, trust_repo=True, **kwargs), spec.takes_published_weights)
     except TypeError as error:
-        raise _refused_arguments(label, error, want.kwargs) from error
+        raise _refused_arguments(label, error, kwargs) from error
     except Exception as error:
         if "Cannot find callable" in str(error):
             with repository.active():
-                raise _unknown(label, want.name, _hub_names(want.repo, folder)) from error
-        raise _load_error(label, want.pretrained or not folder.is_dir(), error) from error
+                raise _unknown(label, spec.name, _hub_names(spec.repo, folder)) from error
+        raise _load_error(label, spec.takes_published_weights or not folder.is_dir(), error) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{label}: the entry point returned a {type(model).__name__}, not a torch.nn.Module")
-    patch = patch_size_of(model)
-    explicit = want.kwargs.get("img_size", want.img_size)
-    size = _pair(explicit) if explicit else round_to_patch(want.image_size, patch or (1, 1))
-    _check_divisible(label, size, patch)
-    return BuiltModel(model, size)
+    explicit = kwargs.get("img_size", spec.img_size)
+    return BuiltModel(model, _input_size(label, explicit, image_size, patch_size_of(model)))
 
 
 def _call_hub_entry(load: Callable[..., nn.Module], pretrained: bool) -> nn.Module:
@@ -197,7 +233,7 @@ def _hub_names(repo: str, folder: Path) -> list[str]:
     return [name for name in defined + imported if not name.startswith("_")]
 
 
-BUILDERS: dict[str, Callable[[ModelRequest], BuiltModel]] = {
+BUILDERS: dict[str, Callable[[ModelSpec, int], BuiltModel]] = {
     "timm": build_timm,
     "torchvision": build_torchvision,
     "torch_hub": build_torch_hub,
@@ -252,7 +288,11 @@ def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _check_divisible(label: str, size: tuple[int, int], patch: tuple[int, int] | None) -> None:
+def _input_size(
+    label: str, explicit: int | Iterable[int] | None, image_size: int, patch: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Height and width of the model's input in px: what the user chose, else image_size rounded to the patch."""
+    size = _pair(explicit) if explicit else round_to_patch(image_size, patch or (1, 1))
     for length, side in zip(size, patch or (), strict=False):
         if length % side:
             below = max(length // side, 1) * side
@@ -260,6 +300,7 @@ def _check_divisible(label: str, size: tuple[int, int], patch: tuple[int, int] |
                 f"{label}: {length} px is no multiple of its patch of {side} px, the rest would be cut off: "
                 f"set {SIZE_KEYS} to {below} or {below + side}, or to null (image_size, rounded)"
             )
+    return size
 
 
 def _unknown(label: str, name: str, known: Iterable[str]) -> UserError:

@@ -6,6 +6,7 @@ from torch import nn
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_model import ModelConfig
 from distillery.models.backbone import MEMORY_FORMAT, Backbone, build_backbone
+from distillery.models.builders import ModelSpec, build_model
 from distillery.system.errors import UserError
 from distillery.system.launcher import world_from_environment
 
@@ -42,47 +43,36 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> Backbone:
     """The student's backbone, its weights drawn from torch's present seed unless pretrained."""
-    return build_backbone(
-        source=model.student_source,
-        name=model.student_name,
-        repo=model.student_repo,
-        pretrained=model.student_pretrained,
-        checkpoint=model.student_checkpoint,
-        img_size=model.student_img_size,
-        kwargs=model.student_kwargs,
-        mean=model.student_mean,
-        std=model.student_std,
-        drop_path_rate=model.drop_path_rate,
-        data_mean=data.mean,
-        data_std=data.std,
-        image_size=data.image_size,
-        use_cls_token=model.use_cls_token,
-        out_indices=model.student_out_indices,
-        gradient_checkpointing=gradient_checkpointing,
-        role="student",
-    )
+    return _build(ModelSpec(**model.side("student"), gradient_checkpointing=gradient_checkpointing), data)
 
 
 def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits: bool = False) -> Backbone:
     """The teacher's backbone with its published weights or checkpoint."""
-    return build_backbone(
-        source=model.teacher_source,
-        name=model.teacher_name,
-        repo=model.teacher_repo,
-        pretrained=model.teacher_pretrained,
-        checkpoint=model.teacher_checkpoint,
-        img_size=model.teacher_img_size,
-        kwargs=model.teacher_kwargs,
-        mean=model.teacher_mean,
-        std=model.teacher_std,
-        data_mean=data.mean,
-        data_std=data.std,
-        image_size=data.image_size,
-        use_cls_token=model.use_cls_token,
-        with_logits=with_logits,
-        out_indices=model.teacher_out_indices,
-        role="teacher",
-    )
+    return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data)
+
+
+def _build(spec: ModelSpec, data: DataConfig) -> Backbone:
+    return build_backbone(spec, data_mean=data.mean, data_std=data.std, image_size=data.image_size)
+
+
+def download_weights(model: ModelConfig) -> list[str]:
+    """Fetch both models' weights and hub code into HF_HOME and TORCH_HOME, for nodes without internet.
+
+    Returns:
+        A line about each model, for people.
+    Raises:
+        UserError: as build_model.
+    """
+    lines = []
+    for role in ("teacher", "student"):
+        spec = ModelSpec(**model.side(role))
+        if spec.takes_published_weights or spec.source == "torch_hub":
+            build_model(spec, image_size=224)  # every size has the same weights
+        state = f"checkpoint {spec.checkpoint}" if spec.checkpoint else "untrained"
+        lines.append(
+            f"{role}: {spec.source} {spec.name}: {'weights are here' if spec.takes_published_weights else state}"
+        )
+    return lines
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Two backbones made comparable: the frozen teacher, the student with its heads, tokens brought onto one grid."""
+"""Two backbones made comparable: the student with its heads, and tokens of both models on one grid."""
 
 import dataclasses
 import math

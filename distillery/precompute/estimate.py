@@ -12,9 +12,9 @@ from distillery.config.keys_data import DataConfig
 from distillery.precompute.pool import memory_bytes, needs_resampler
 from distillery.precompute.worker import Unit, decode_unit
 from distillery.sources.base import Source
-from distillery.sources.hub import HubFacts
+from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler
-from distillery.system.console import format_bytes, hours
+from distillery.system.console import format_bytes, format_duration
 from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 
 # measured (Private_* of smaps_rollup, Python 3.11, torch 2.14), without torch and with it, which resizes: a decode
@@ -85,8 +85,8 @@ def cache_lines(work: CacheWork, speed: DecodeSpeed | None, free_inodes: int | N
     if work.num_images:
         seconds = work.num_images / rate
         lines.append(
-            f"time: about {hours(seconds)} for the {work.num_images:,} images of this job, if the source gives "
-            f"{format_bytes(speed.encoded_bytes * rate)}/s and the cache's disk takes "
+            f"time: about {format_duration(seconds)} for the {work.num_images:,} images of this job, if the source "
+            f"gives {format_bytes(speed.encoded_bytes * rate)}/s and the cache's disk takes "
             f"{format_bytes(work.num_bytes / seconds)}/s; a slower one of the two decides"
         )
     return lines
@@ -202,17 +202,17 @@ def _rows(plan: CachePlan, shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in map(plan.rows_of, shards))
 
 
-def remote_lines(title: str, facts: HubFacts, limit: int | None, data: DataConfig) -> list[str]:
+def remote_lines(title: str, split: HubSplit, limit: int | None, data: DataConfig) -> list[str]:
     """What can be said of a data set that is still on the hub; limit: rows wanted at the most, None for all."""
-    lines = [f"{title}: {facts.describe()}"]
-    if facts.num_rows is None:
+    lines = [f"{title}: {split.describe()}"]
+    if split.num_rows is None:
         lines.append("  how many images there are is not known before the download")
     else:
-        rows = min(limit or facts.num_rows, facts.num_rows)
+        rows = min(limit or split.num_rows, split.num_rows)
         row_bytes = 3 * data.image_size**2 * np.dtype(DTYPES[data.cache_dtype]).itemsize
         num_shards = -(-rows // data.cache_shard_size)
         lines.append(
-            f"  {rows:,} of {facts.num_rows:,} images: {num_shards:,} shards of {data.cache_shard_size:,}, "
+            f"  {rows:,} of {split.num_rows:,} images: {num_shards:,} shards of {data.cache_shard_size:,}, "
             f"{format_bytes(rows * row_bytes)} to write, {2 * num_shards + 2:,} files"
         )
     lines.append("  nothing was downloaded or decoded for this plan: after --download_only it tells the hours too")

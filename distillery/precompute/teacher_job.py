@@ -13,7 +13,7 @@ from distillery.config.load import Configs
 from distillery.models.configured import choose_device
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.reading.rows import ImageRows
-from distillery.system.console import Progress, format_bytes
+from distillery.system.console import ProgressLine, format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR
 from distillery.system.machine import free_bytes
 from distillery.system.signals import StopFlag
@@ -123,7 +123,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.doubtful]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))
-    with Progress(total=rows, unit="images", desc=job.label, enabled=rows > 0) as progress:
+    with ProgressLine(total=rows, unit="images", desc=job.label, enabled=rows > 0) as progress:
         report = make_teacher_cache(
             job.plan,
             job.teacher,

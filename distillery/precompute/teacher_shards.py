@@ -32,6 +32,7 @@ from distillery.cache.store import (
     record_path,
     record_text,
 )
+from distillery.losses.targets import Moments
 from distillery.precompute.image_shard import is_being_made, remove_leftovers
 from distillery.precompute.pipeline import CacheReport, explain_write_error
 from distillery.reading.rows import ImageRows
@@ -50,7 +51,7 @@ from distillery.system.files import (
 )
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.identity import TeacherCacheSpec
-from distillery.teacher_cache.outputs import FieldSums, LiveTeacher, encode_features, ensure_basis, valid_features
+from distillery.teacher_cache.outputs import LiveTeacher, encode_features, ensure_basis, valid_features
 from distillery.teacher_cache.reader import load_basis, to_device
 from distillery.teacher_cache.records import (
     BASIS_NAME,
@@ -132,7 +133,7 @@ class _Pass:
             basis_hash=self.basis_hash,
         )
         writing: Future | None = None
-        sums = {name: FieldSums(width) for name, width in _sum_widths(self.plan.spec).items()}
+        sums = {name: Moments() for name in _summed_fields(self.plan.spec)}
         basis = to_device(self.basis, self.teacher.device)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
@@ -151,7 +152,7 @@ class _Pass:
         return True
 
     def _outputs(
-        self, images: Tensor, valid: Tensor, start: int, basis: dict[str, Tensor] | None, sums: dict[str, FieldSums]
+        self, images: Tensor, valid: Tensor, start: int, basis: dict[str, Tensor] | None, sums: dict[str, Moments]
     ) -> dict[str, np.ndarray]:
         """All views of a batch as they are stored: field -> [n, K, ...]; adds them to the sums."""
         global_idx = torch.arange(start, start + len(images))
@@ -170,9 +171,8 @@ class _Pass:
         return self._stop_seen is not None and time.monotonic() - self._stop_seen > _GRACE_S
 
 
-def _sum_widths(spec: TeacherCacheSpec) -> dict[str, int]:
-    widths = {"pooled": spec.resolved["pooled_width"], "tokens": spec.resolved["token_width"]}
-    return {name: width for name, width in widths.items() if width is not None}
+def _summed_fields(spec: TeacherCacheSpec) -> list[str]:
+    return ["pooled"] if spec.resolved["token_width"] is None else ["pooled", "tokens"]
 
 
 def make_teacher_cache(
@@ -333,7 +333,7 @@ class OpenTeacherShard:
         self.valid[first : first + len(valid)] = valid
         self.rows_written += len(valid)
 
-    def meta(self, sums: Mapping[str, FieldSums]) -> dict:
+    def meta(self, sums: Mapping[str, Moments]) -> dict:
         """All the record says except the file's own size and hash."""
         return {
             "format_version": FORMAT_VERSION,
@@ -350,13 +350,13 @@ class OpenTeacherShard:
             "fields": {field.name: {"dtype": field.dtype, "shape": list(field.shape)} for field in self.fields},
             "checksums": {name: encode_checksums(values) for name, values in self.checksums.items()},
             "sums": {
-                name: encode_sums(found.count, found.total.numpy(), found.squares.numpy())
+                name: encode_sums(found.count, found.total.cpu().numpy(), found.products.cpu().numpy())
                 for name, found in sums.items()
             },
             "libraries": {"torch": torch.__version__},
         }
 
-    def publish(self, sums: Mapping[str, FieldSums], *, is_repair: bool) -> None:
+    def publish(self, sums: Mapping[str, Moments], *, is_repair: bool) -> None:
         """Complete the file, make it durable, give it its name, then write its record.
 
         is_repair: whatever stands under the name was found bad or out of date, and is to be replaced.

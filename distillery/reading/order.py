@@ -151,7 +151,7 @@ class Sampling:
 
     shard_rows: int64 [S], valid rows of every shard there is.
     global_batch: G, rows that all ranks together take at a time.
-    steps_of: batches per optimiser step; an epoch holds whole steps only.
+    batches_per_step: of an optimiser step; an epoch holds whole steps only.
     max_steps: cap of an epoch in optimiser steps, or None.
     run_rows, window_runs: see EpochOrder.
 
@@ -166,7 +166,7 @@ class Sampling:
     mode: str = "cycle"
     seed: int = 42
     shuffle: str = "block"
-    steps_of: int = 1
+    batches_per_step: int = 1
     max_steps: int | None = None
     run_rows: int = 1
     window_runs: int = 1
@@ -188,7 +188,7 @@ class Sampling:
     @property
     def step_rows(self) -> int:
         """Rows of one optimiser step over all ranks."""
-        return self.global_batch * self.steps_of
+        return self.global_batch * self.batches_per_step
 
     @property
     def epoch_rows(self) -> int:

@@ -9,19 +9,11 @@ from typing import Any
 import yaml
 
 from distillery.config.load import dataset_label
+from distillery.evaluate.columns import COLUMNS, MODELS
 from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
 from distillery.training.log import METRICS_NAME, read_rows
 
-MODELS = {"untrained": "untrained student", "student": "student", "student_ema": "student (EMA)", "teacher": "teacher"}
-MEASURES = (
-    ("knn_top1", "k-NN", "{:.1%}"),
-    ("linear_top1", "linear probe", "{:.1%}"),
-    ("neighbour_overlap", "overlap@10 with teacher", "{:.2f}"),
-    ("cka", "CKA with teacher", "{:.2f}"),
-    ("effective_rank", "effective rank", "{:.1f}"),
-    ("feature_std", "feature std", "{:.2f}"),
-)
 PLOTS_NAME = "plots"
 # made where there are models (distillery/report/pictures.py), shown where there are none
 PCA_NAME, NEIGHBOURS_NAME = "pca.png", "neighbours.png"
@@ -139,13 +131,8 @@ def load_run(run_dir: Path) -> RunRecord:
 
 
 def measures_of(models: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Those of MEASURES that at least one of the models has a value of."""
-    return [measure for measure in MEASURES if any(is_number(row.get(measure[0])) for row in models.values())]
-
-
-def format_measure(row: dict[str, Any], name: str, form: str) -> str:
-    """A measure of an eval row as text, - where there is none."""
-    return form.format(row[name]) if is_number(row.get(name)) else "-"
+    """Those of COLUMNS that at least one of the models has a value of."""
+    return [measure for measure in COLUMNS if any(is_number(row.get(measure[0])) for row in models.values())]
 
 
 def passes_teacher(models: dict[str, dict[str, Any]]) -> bool:

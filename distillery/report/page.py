@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from distillery.evaluate import columns
 from distillery.report import facts
 from distillery.report.curves import draw_all
 from distillery.report.render import clock, render
@@ -48,6 +49,7 @@ def build_page(run: facts.RunRecord, pictures: dict[str, str], no_pictures: str 
         title=f"{student} learns from {teacher}" if student and teacher else f"Run {run.run_dir.name}",
         run=run,
         facts=facts,
+        columns=columns,
         state=_state(run),
         tiles=_tiles(run),
         results={dataset: run.evaluation(dataset) for dataset in datasets_of(run.rows)},
@@ -84,7 +86,7 @@ def _tiles(run: facts.RunRecord) -> list[tuple[str, str, str, str]]:
         models = run.evaluation(dataset)
         for model in ("student", "teacher", "untrained"):
             if is_number(models.get(model, {}).get("knn_top1")):
-                shown.append((facts.MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
+                shown.append((columns.MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
     if run.train_rows:
         last = run.train_rows[-1]
         if is_number(last.get("loss")):
@@ -166,8 +168,8 @@ def summary_table(run_dir: Path) -> str:
         shown = facts.measures_of(models)
         lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
         for model, row in models.items():
-            cells = [f"  {facts.format_measure(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
-            lines.append(f"  {facts.MODELS[model]:<18}{''.join(cells)}")
+            cells = [f"  {columns.format_cell(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
+            lines.append(f"  {columns.MODELS[model]:<18}{''.join(cells)}")
         if facts.passes_teacher(models):
             lines += _wrapped(facts.PASSING_NOTE)
         if facts.has_collapsed(models.get("student", {})):

@@ -23,7 +23,7 @@ from distillery.models.pair import resample_tokens
 from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
 from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
 from distillery.system.errors import MissingFileError, RunError, UserError
-from distillery.training.engine import Progress, Task
+from distillery.training.engine import Position, Task
 from distillery.training.log import RunLog
 
 # images whose features are compared; on a CPU a ViT-B at 224 px takes a tenth of a second for each
@@ -208,7 +208,7 @@ def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
     """
     images, global_idx, *stored = batch
     view = task.stored.view(images, global_idx, stored) if stored else task.augment(images, global_idx, epoch)
-    models = [getattr(task.teacher_module, "backbone", None), task.student.student]
+    models = [getattr(task.teacher, "backbone", None), task.student.student]
     strips = [
         torch.cat([*thumbnails(model.prepare(view).float().cpu(), model.mean, model.std)], dim=1)
         for model in models
@@ -217,7 +217,7 @@ def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
     return torch.cat(strips).numpy()
 
 
-def log_models(log: RunLog, task: Task, batch: Sequence[Tensor], progress: Progress, *, with_weights: bool) -> None:
+def log_models(log: RunLog, task: Task, batch: Sequence[Tensor], progress: Position, *, with_weights: bool) -> None:
     """model_inputs of a batch and, with_weights, histograms of the student's weights, into TensorBoard."""
     log.write_image("inputs", model_inputs(task, batch, progress.epoch), progress.step)
     if with_weights:
@@ -233,7 +233,7 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     """
     from distillery.config.load import load_dumped_configs
     from distillery.evaluate.candidates import load_candidates
-    from distillery.evaluate.features import STUDENT
+    from distillery.evaluate.columns import STUDENT
     from distillery.training.build import eval_folders
     from distillery.training.checkpoints import latest_checkpoint
 

@@ -122,7 +122,7 @@ def resolve_dataset(
     if not download and not is_here:
         check_split(split, listed or [split], dataset_name)
         urls = [str(url) for url in listed.get(split, [])]
-        raise NotDownloadedError(facts_of(builder, dataset_name, kind, split, urls))
+        raise NotDownloadedError(look_up_split(builder, dataset_name, kind, split, urls))
     if kind not in kinds:
         return _converted(builder, dataset_name, dataset_config, split, is_local=is_local)
     if is_local and kind == "imagefolder" and data_files is None:
@@ -335,7 +335,7 @@ def _retry_after_s(error: Exception) -> float:
 
 
 @dataclass(frozen=True)
-class HubFacts:
+class HubSplit:
     """One split on the hub. num_bytes, num_rows: None where the hub does not say."""
 
     dataset_name: str
@@ -354,18 +354,18 @@ class HubFacts:
 
 
 class NotDownloadedError(UserError):
-    """Raised instead of downloading; facts: what would be downloaded."""
+    """Raised instead of downloading; hub_split: what would be downloaded."""
 
-    def __init__(self, facts: HubFacts) -> None:
-        super().__init__(f"not downloaded: {facts.describe()}")
-        self.facts = facts
+    def __init__(self, hub_split: HubSplit) -> None:
+        super().__init__(f"not downloaded: {hub_split.describe()}")
+        self.hub_split = hub_split
 
 
-def facts_of(builder: object, dataset_name: str, kind: str, split: str, urls: list[str]) -> HubFacts:
+def look_up_split(builder: object, dataset_name: str, kind: str, split: str, urls: list[str]) -> HubSplit:
     """What is known of one split from a datasets builder and the URLs of its files, with one more look at the hub."""
     splits = builder.info.splits or {}
     known = splits[split].num_examples if split in splits else None
-    return HubFacts(dataset_name, kind, split, len(urls), _bytes_of(urls), known or None)
+    return HubSplit(dataset_name, kind, split, len(urls), _bytes_of(urls), known or None)
 
 
 def _bytes_of(urls: list[str]) -> int | None:

@@ -29,7 +29,7 @@ def format_field(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-class Progress:
+class ProgressLine:
     """Counts units of work and shows how far it is, how fast it goes and when it ends.
 
     On a terminal this is a tqdm bar; elsewhere one plain line every `every_s` seconds and one at the end, so that a log
@@ -124,7 +124,7 @@ class Progress:
         elif self._shown != (self.done, self.fields):
             self._print_line()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -168,7 +168,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def hours(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration to two figures, in the unit that people would use: seconds, minutes, hours, from 48 h on days."""
     unit, size = (("s", 1), ("min", 60), ("h", 3600), ("days", 86_400))[bisect([60, 3600, 48 * 3600], seconds)]
     count = seconds / size

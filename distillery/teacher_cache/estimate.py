@@ -10,7 +10,7 @@ from distillery.losses.registry import fields_needed
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.system.console import format_bytes
 from distillery.system.errors import teacher_command
-from distillery.teacher_cache.identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_cache.identity import TeacherCacheSpec, resolved_teacher
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import wanted_outputs
 
@@ -50,7 +50,7 @@ def describe_saving(
     block = configs.train.teacher_cache
     if cache is None:
         configured = wanted_outputs(configs, images="")
-        spec = TeacherCacheSpec(configured, teacher_facts(teacher, "", configs.train.precision))
+        spec = TeacherCacheSpec(configured, resolved_teacher(teacher, "", configs.train.precision))
         view_bytes, num_views = spec.view_bytes, block.views
     else:
         view_bytes, num_views = cache.bytes_per_view, cache.num_views

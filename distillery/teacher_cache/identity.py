@@ -97,7 +97,7 @@ def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:
     return {"form": form} | options.get(form, {})
 
 
-def teacher_facts(backbone: Any, weights_hash: str, precision: str) -> dict:
+def resolved_teacher(backbone: Any, weights_hash: str, precision: str) -> dict:
     """What only the built teacher says: its weights, input, widths, grid and size.
 
     Args:
@@ -105,7 +105,7 @@ def teacher_facts(backbone: Any, weights_hash: str, precision: str) -> dict:
         weights_hash: of its raw module.
         precision: bf16, fp16 or fp32: the one it runs in.
     """
-    facts = {
+    resolved = {
         "weights_hash": weights_hash,
         "img_size": backbone.img_size,
         "mean": backbone.mean,
@@ -117,14 +117,14 @@ def teacher_facts(backbone: Any, weights_hash: str, precision: str) -> dict:
         "num_classes": backbone.num_classes,
         "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
     } | ({} if backbone.pooling is None else {"pooling": backbone.pooling})
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(resolved))
 
 
 @dataclass(frozen=True)
 class TeacherCacheSpec:
     """All that decides a folder of teacher outputs.
 
-    configured: by configured_identity; resolved: by teacher_facts.
+    configured: by configured_identity; resolved: by resolved_teacher.
     """
 
     configured: dict

@@ -30,7 +30,7 @@ from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError, stage1_command, teacher_command
 from distillery.system.files import sha256_of
-from distillery.teacher_cache.identity import TeacherCacheSpec, teacher_facts
+from distillery.teacher_cache.identity import TeacherCacheSpec, resolved_teacher
 from distillery.teacher_cache.local_files import (
     MAX_FILES,
     TeacherFiles,
@@ -122,7 +122,7 @@ def build_live_teacher(configs: Configs, images: str, device: torch.device) -> t
     check_tokens(backbone, train, "teacher")
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     precision = choose_precision(train.precision, device)
-    spec = TeacherCacheSpec(configured, teacher_facts(backbone, weights_hash(backbone.model), precision))
+    spec = TeacherCacheSpec(configured, resolved_teacher(backbone, weights_hash(backbone.model), precision))
     backbone = backbone.to(device, memory_format=MEMORY_FORMAT)
     return LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision), spec
 

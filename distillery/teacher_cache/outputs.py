@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distillery.losses.targets import Moments
 from distillery.models.backbone import MEMORY_FORMAT, Features
 from distillery.models.pair import resample_tokens
 from distillery.models.views import Augmentation
@@ -92,12 +93,10 @@ def fit_basis(batches: Iterable[Tensor], num_dims: int) -> dict[str, Tensor]:
         mean [Dt], components [d, Dt] (rows orthonormal, largest variance first), scale [d] (what a code of 127 stands
         for); float32 on the CPU.
     """
-    count, total, products = 0, 0.0, 0.0
+    moments = Moments(with_covariance=True)
     for tokens in batches:
-        rows = tokens.flatten(0, 1).double()
-        count, total, products = count + len(rows), total + rows.sum(0), products + rows.T @ rows
-    mean = total / count
-    values, vectors = torch.linalg.eigh((products / count - torch.outer(mean, mean)).cpu())
+        moments.add(tokens)
+    values, vectors = torch.linalg.eigh(moments.covariance.cpu())
     num_dims = min(num_dims, len(values))
     components = vectors.T.flip(0)[:num_dims]
     # an eigenvector's sign is free: the largest entry is made positive
@@ -105,7 +104,7 @@ def fit_basis(batches: Iterable[Tensor], num_dims: int) -> dict[str, Tensor]:
     components = components * largest.sign()
     scale = _SCALE_STDS * values.flip(0)[:num_dims].clamp(min=0).sqrt()
     return {
-        "mean": mean.cpu().float(),
+        "mean": moments.mean.cpu().float(),
         "components": components.float().contiguous(),
         "scale": scale.float().clamp(min=_SMALLEST_SCALE),
     }
@@ -116,22 +115,6 @@ def basis_bytes(basis: Mapping[str, Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(basis), buffer)
     return buffer.getvalue()
-
-
-class FieldSums:
-    """Number, sum and sum of squares of the vectors of a field, float64, in the order they come in."""
-
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self.total = torch.zeros(width, dtype=torch.float64)
-        self.squares = torch.zeros(width, dtype=torch.float64)
-
-    def add(self, values: Tensor) -> None:
-        """Take in vectors [..., D]."""
-        rows = values.flatten(0, -2).double()
-        self.count += len(rows)
-        self.total += rows.sum(0).cpu()
-        self.squares += rows.square().sum(0).cpu()
 
 
 def valid_features(features: Features, valid: Tensor) -> Features:

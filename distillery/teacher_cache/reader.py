@@ -45,7 +45,7 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
 
     Args:
         cache_dir: the image cache.
-        wanted: configured_identity, and under "resolved" whatever of teacher_facts is known as well.
+        wanted: configured_identity, and under "resolved" whatever of resolved_teacher is known as well.
         fingerprint: of several that fit, the one to take, where it is there; else the one that a pass named last.
             Several fit when weights have changed behind the same name, or precision: auto was another on another
             device.

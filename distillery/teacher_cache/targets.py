@@ -106,11 +106,11 @@ class StoredTargets:
 
     def targets(self, stored: Sequence[Tensor]) -> Features:
         """What FrozenTeacher would have given for the views: the stored outputs, standardised."""
-        return self._targets.of(self.features(stored))
+        return self._targets.standardise(self.features(stored))
 
     def second_view(self, stored: Sequence[Tensor]) -> Features:
         """The pooled targets of another view of each image, where a loss compares with them."""
-        return self._targets.of(Features(self.cache.decode(stored[-1]), None, (1, 1)))
+        return self._targets.standardise(Features(self.cache.decode(stored[-1]), None, (1, 1)))
 
 
 def live_fraction_of(train: TrainConfig) -> float:

@@ -18,7 +18,7 @@ from distillery.training.log import pack_numbers
 
 
 def shards_of(loader: Any) -> dict[str, Any]:
-    """What a run keeps of the data it is started on, for run_folder.freeze_shards."""
+    """What a run keeps of the data it is started on, for folder.freeze_shards."""
     if loader.shard_names is not None:
         fingerprint, names = loader.fingerprint, loader.shard_names
     else:
@@ -29,9 +29,9 @@ def shards_of(loader: Any) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "shards": list(names), "rows": list(rows) if names else [sum(rows)]}
 
 
-def epoch_facts(loader: Any, epoch: int) -> dict[str, Any]:
+def epoch_row(loader: Any, epoch: int) -> dict[str, Any]:
     """What an epoch reads, for its row of metrics.jsonl: images, and of a cache the places of the shards in the run's
-    list, packed (metrics.unpack_numbers).
+    list, packed (log.unpack_numbers).
     """
     order = loader.sampling.order(epoch)
     if loader.shard_names is None:
@@ -73,8 +73,8 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
 def plan_of(task: Task, num_images: int) -> dict[str, int]:
     """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
     models = {"student": task.student.student.model}
-    if isinstance(task.teacher_module, FrozenTeacher):
-        models["teacher"] = task.teacher_module.backbone.model
+    if isinstance(task.teacher, FrozenTeacher):
+        models["teacher"] = task.teacher.backbone.model
     sizes = {f"{side}_parameters": sum(p.numel() for p in model.parameters()) for side, model in models.items()}
     if "teacher" not in models:
         sizes["teacher_parameters"] = task.stored.cache.identity["resolved"]["num_parameters"]

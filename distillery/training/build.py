@@ -40,7 +40,7 @@ def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
     with_logits = "logits" in fields_needed(train.distill_loss_weights)
     teacher = FrozenTeacher(
         build_teacher_backbone(configs.model, configs.data, with_logits=with_logits),
-        standardise=train.standardise_targets,
+        train.standardise_targets,
     )
     return on_device(teacher, device)
 
@@ -147,8 +147,8 @@ def build_task(
     return Task(
         student=student,
         student_call=_wrap_student(student, train, device),
-        teacher=torch.compile(teacher) if train.compile_teacher else teacher,
-        teacher_module=teacher,
+        teacher=teacher,
+        teacher_call=torch.compile(teacher) if train.compile_teacher else teacher,
         optimizer=build_optimizer(student, train, device),
         schedule=schedule,
         loss_weights=train.distill_loss_weights,
@@ -179,7 +179,7 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
 
 
 def _label_warnings(train: CacheIndex, test: CacheIndex) -> list[str]:
-    """sources_evaluation.label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
+    """label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
     if not (train.labels and test.labels):
         return []
     try:
@@ -253,8 +253,8 @@ def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:
     """Statistics of the teacher's features, on the CPU, for Targets.load_statistics: of stored outputs where it can."""
     found = {}
     if task.stored is None or task.stored.live_fields:
-        task.teacher_module.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
-        found = {name: value.cpu() for name, value in task.teacher_module.statistics_state().items()}
+        task.teacher.gather_statistics(spread_batches(loader.dataset, 2048, 64, task.device))
+        found = {name: value.cpu() for name, value in task.teacher.statistics_state().items()}
     return found if task.stored is None else found | stored_statistics(loader, task)
 
 
@@ -264,9 +264,9 @@ def stored_statistics(loader: Any, task: Task, num_images: int = 2048) -> dict[s
     The pass that stored them has means and deviations over all images and views. PHI-S needs covariances too: those
     come from one view of the first num_images of the loader's order.
     """
-    if task.teacher_module.standardise != PHI_S:
+    if task.teacher.method != PHI_S:
         return task.stored.cache.statistics
     batches = itertools.islice(loader, math.ceil(num_images / loader.batch_size))
-    return task.teacher_module.statistics_of(
+    return task.teacher.statistics_of(
         task.stored.features(task.stored.read(global_idx, epoch=0)) for _, global_idx in batches
     )

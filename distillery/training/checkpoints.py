@@ -1,6 +1,6 @@
 """Checkpoints that are complete or not there: one `.pt` file each, and a record beside it that is written last.
 
-checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads, optimizer, ema, rng, progress, config
+checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads, optimizer, ema, rng, position, config
 checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint without a matching record does not count
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
-from distillery.training.engine import Progress, Task
+from distillery.training.engine import Position, Task
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
@@ -238,7 +238,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
-def state_of(task: Task, progress: Progress) -> dict[str, Any]:
+def state_of(task: Task, position: Position) -> dict[str, Any]:
     """Weights, optimiser, averages, random state and position, as plain values and tensors."""
     return {
         "student": task.student.student.model.state_dict(),
@@ -247,17 +247,17 @@ def state_of(task: Task, progress: Progress) -> dict[str, Any]:
         "ema": task.ema.state if task.ema else None,
         # what the next step draws is seeded by its number; this is here for those who look
         "rng": {"torch": torch.get_rng_state()},
-        "progress": {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples},
+        "progress": {"step": position.step, "epoch": position.epoch, "samples": position.samples},
         "scaler": task.scaler.state_dict(),
-        "target_statistics": task.teacher_module.statistics_state(),
+        "target_statistics": task.teacher.statistics_state(),
         "queue": task.queue.state() if task.queue else None,
         "num_bad_steps": task.bad_steps.count.item(),
-        "learning_rate": task.schedule.at(max(0, progress.step - 1)),
+        "learning_rate": task.schedule.at(max(0, position.step - 1)),
     }
 
 
-def restore(task: Task, progress: Progress, state: dict[str, Any], global_batch: int) -> None:
-    """Put a task and its progress where `state` was taken; global_batch: images per optimiser step."""
+def restore(task: Task, position: Position, state: dict[str, Any], global_batch: int) -> None:
+    """Put a task and its position where `state` was taken; global_batch: images per optimiser step."""
     task.student.student.model.load_state_dict(state["student"])
     task.student.heads.load_state_dict(state["heads"])
     # how a step is computed is not part of a run: a saved choice would outlive a move from CPU to CUDA
@@ -268,11 +268,11 @@ def restore(task: Task, progress: Progress, state: dict[str, Any], global_batch:
     task.scaler.load_state_dict(state["scaler"])
     task.bad_steps.count.fill_(state["num_bad_steps"])
     if state["target_statistics"]:
-        task.teacher_module.load_statistics(state["target_statistics"])
+        task.teacher.load_statistics(state["target_statistics"])
     if task.queue is not None and state.get("queue") is not None:
         task.queue.load_state(state["queue"])
     if task.ema is not None and state["ema"] is not None:
         task.ema.state = {name: value.to(task.device) for name, value in state["ema"].items()}
     place = state["progress"]
-    progress.step, progress.epoch, progress.samples = place["step"], place["epoch"], place["samples"]
-    progress.epoch_start = progress.step - progress.samples // global_batch
+    position.step, position.epoch, position.samples = place["step"], place["epoch"], place["samples"]
+    position.epoch_start = position.step - position.samples // global_batch

@@ -33,7 +33,7 @@ def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: 
         *describe_schedule(configs, task.schedule, steps_in_epoch, num_images),
     ]
     if is_plan:
-        teacher = loaded_teacher(configs, task.teacher_module, cache, task.device)
+        teacher = loaded_teacher(configs, task.teacher, cache, task.device)
         lines += describe_saving(configs, teacher, task.student, cache, num_images)
     elif cache is not None:
         lines.append(describe_cache(cache, configs, num_images))

@@ -55,7 +55,7 @@ def default_learning_rate(global_batch_size: int, student: nn.Module) -> float:
 
 
 @dataclass
-class Progress:
+class Position:
     """Where a run stands.
 
     samples: of the current epoch's global order, consumed by all ranks together; epoch_start: step it began at.
@@ -75,17 +75,19 @@ class Progress:
 class Task:
     """All that a training step touches.
 
-    student_call: what is called (the student itself, or wrapped for DDP or compiled); teacher: frozen; augment: from
-    (images, global_idx, epoch) to images; to_float: from the loader's batch to normalised float32 on the device; depth:
-    the student's stochastic depth, where it has any; stored: what makes views and targets of batches that come with the
-    teacher's outputs. teacher_module: the statistics of the targets, and the teacher where it has been loaded; queue:
-    past teacher features, where a loss compares with them.
+    student, teacher: the modules themselves; the teacher's hold its weights only where a step runs it.
+    student_call, teacher_call: what a step calls: the module, compiled or wrapped for DDP.
+    augment: from (images, global_idx, epoch) to images.
+    to_float: from the loader's batch to normalised float32 on the device.
+    depth: the student's stochastic depth, where it has any.
+    stored: views and targets of batches that come with the teacher's outputs.
+    queue: past teacher features, where a loss compares with them.
     """
 
     student: StudentWithHeads
     student_call: nn.Module
-    teacher: Callable[[Tensor], Any]
-    teacher_module: Targets
+    teacher: Targets
+    teacher_call: Callable[[Tensor], Any]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     loss_weights: dict[str, float]
@@ -169,7 +171,7 @@ def _losses_of_view(
     if task.depth is not None:
         task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
     with task.clock.part("teacher"), task.autocast():
-        targets = task.stored.targets(stored) if stored else task.teacher(view)
+        targets = task.stored.targets(stored) if stored else task.teacher_call(view)
         second = None
         if needs_second_view(task.loss_weights):
             second = task.stored.second_view(stored) if stored else _second_view(task, images, global_idx, epoch)
@@ -192,7 +194,7 @@ def _losses_of_view(
 def _second_view(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> Any:
     """The teacher's features of another view of each image than the student's."""
     view = task.augment(images, global_idx, epoch + SECOND_VIEW)
-    return task.teacher(view.contiguous(memory_format=task.memory_format))
+    return task.teacher_call(view.contiguous(memory_format=task.memory_format))
 
 
 def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: int) -> dict[str, Tensor]:
@@ -267,48 +269,48 @@ def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list
 def train_one_epoch(
     task: Task,
     batches: Iterable[tuple[Tensor, ...]],
-    progress: Progress,
+    position: Position,
     stop: StopFlag,
     *,
     steps_in_epoch: int,
     log_every: int,
-    after_step: Callable[[Progress, dict[str, float] | None], None],
+    after_step: Callable[[Position, dict[str, float] | None], None],
 ) -> None:
-    """Train from where `progress` stands to the epoch's end, or until asked to stop.
+    """Train from where `position` stands to the epoch's end, or until asked to stop.
 
     Args:
         task: models, optimiser, losses.
-        batches: (images, global_idx) on the device, from progress.samples on; stored outputs of the teacher follow.
-        progress: moved along after every step.
+        batches: (images, global_idx) on the device, from position.samples on; stored outputs of the teacher follow.
+        position: moved along after every step.
         stop: looked at after every step; all ranks stop together.
         steps_in_epoch: optimiser steps of a whole epoch.
         log_every: steps between two reads of the losses from the device.
-        after_step: called with the progress and, every log_every steps, the row to log, else None.
+        after_step: called with the position and, every log_every steps, the row to log, else None.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite.
     """
     clock, groups = task.clock, batches_by_step(batches, task.accumulation_steps)
     clock.restart()
-    epoch_end = progress.epoch_start + steps_in_epoch
-    while progress.step < epoch_end:
+    epoch_end = position.epoch_start + steps_in_epoch
+    while position.step < epoch_end:
         with clock.part("wait"):
             group = next(groups, None)
-        assert group is not None, f"the loader ended at step {progress.step}, the epoch at {epoch_end}"
-        losses = train_step(task, group, progress.step, progress.epoch)
+        assert group is not None, f"the loader ended at step {position.step}, the epoch at {epoch_end}"
+        losses = train_step(task, group, position.step, position.epoch)
         num_images = sum(len(batch[0]) for batch in group)
         clock.count(num_images)
-        is_logged = (progress.step + 1) % log_every == 0
+        is_logged = (position.step + 1) % log_every == 0
         # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it
         if is_logged or task.device.type == "cpu":
             check_numbers(task)
         row = None
         if is_logged:
-            row = read_losses(losses) | {"lr": task.schedule.at(progress.step)} | clock.summary()
+            row = read_losses(losses) | {"lr": task.schedule.at(position.step)} | clock.summary()
             row["images_per_second"] *= distributed.world_size()
-        progress.step += 1
-        progress.samples += num_images * distributed.world_size()
-        after_step(progress, row)
+        position.step += 1
+        position.samples += num_images * distributed.world_size()
+        after_step(position, row)
         if distributed.any_rank(stop.requested)[0]:
             return
 

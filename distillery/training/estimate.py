@@ -17,7 +17,7 @@ from distillery.config.load import Configs
 from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.shard_draws import rows_of_draw
 from distillery.system import distributed
-from distillery.system.console import format_bytes, hours
+from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
 from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
@@ -103,8 +103,8 @@ def training_lines(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
     lines = [
         f"speed: {speed.num_steps} steps on {what} took {speed.step_seconds:.3g} s each, {speed.computed_images:,.0f} "
         f"images/s a process; teacher {speed.teacher_fraction:.0%}, student {speed.student_fraction:.0%} of the time",
-        f"time: about {hours(steps_left * seconds)} for {steps_left:,} steps, besides evaluations; an epoch "
-        f"{hours(facts.steps_in_epoch * seconds)}",
+        f"time: about {format_duration(steps_left * seconds)} for {steps_left:,} steps, besides evaluations; an epoch "
+        f"{format_duration(facts.steps_in_epoch * seconds)}",
         f"memory: {format_bytes(speed.memory_bytes)} at the most in these steps{of_what}",
         f"disk: {facts.keep_checkpoints + 1} checkpoints of {format_bytes(facts.checkpoint_bytes)} at the most: "
         f"{format_bytes((facts.keep_checkpoints + 1) * facts.checkpoint_bytes)}",
@@ -188,8 +188,8 @@ def _speed_advice(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
     if seconds > facts.seconds_left:
         jobs = math.ceil(seconds / facts.seconds_left)
         lines.append(
-            f"this job has {hours(facts.seconds_left)} left, the run takes some {hours(seconds)}: about {jobs} jobs of "
-            "this length, each the same command"
+            f"this job has {format_duration(facts.seconds_left)} left, the run takes some {format_duration(seconds)}: "
+            f"about {jobs} jobs of this length, each the same command"
         )
     return lines
 
@@ -236,7 +236,7 @@ def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
     try:
         limits.append(len(open_source(**data.source_arguments, download=False)))
     except NotDownloadedError as error:
-        limits.append(error.facts.num_rows)
+        limits.append(error.hub_split.num_rows)
     num_images = min((limit for limit in limits if limit), default=None)
     if num_images is None:
         raise UserError(

@@ -15,8 +15,9 @@ from distillery.export.formats import export_student
 from distillery.export.onnx import build_onnx, compare_onnx
 from distillery.export.plain_attention import PlainAttention, plain_attention
 from distillery.export.student import build_bare_student, find_other_call, load_student
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
+from distillery.models.configured import build_student_backbone
 from distillery.system.errors import UserError, run_command
 from distillery.training.checkpoints import save_checkpoint
 from distillery.training.log import RunLog
@@ -89,12 +90,7 @@ def make_run(run_dir, model, *, ema=False):
         {"checkpoint_dir": str(run_dir)},
         {"teacher_name": "test_resnet", "teacher_pretrained": False} | model,
     )
-    data, student = configs.data, configs.model
-    backbone = build_backbone(
-        source=student.student_source, name=student.student_name, repo=student.student_repo, pretrained=False,
-        kwargs=student.student_kwargs, mean=student.student_mean, std=student.student_std, data_mean=data.mean,
-        data_std=data.std, image_size=data.image_size, use_cls_token=student.use_cls_token, drop_path_rate=0.1,
-    ).eval()  # fmt: skip
+    backbone = build_student_backbone(configs.model, configs.data).eval()
     backbone.model.load_state_dict(perturb(backbone.model.state_dict()))
     state = {
         "student": backbone.model.state_dict(),
@@ -304,10 +300,8 @@ FUSED = {
 
 def build_timm_student(name, kwargs, size):
     torch.manual_seed(0)
-    return build_backbone(
-        source="timm", name=name, pretrained=False, kwargs=kwargs, data_mean=(0.5,) * 3, data_std=(0.5,) * 3,
-        image_size=size,
-    ).eval()  # fmt: skip
+    spec = ModelSpec(source="timm", name=name, pretrained=False, kwargs=kwargs)
+    return build_backbone(spec, data_mean=(0.5,) * 3, data_std=(0.5,) * 3, image_size=size).eval()
 
 
 @pytest.mark.parametrize("name", sorted(FUSED))

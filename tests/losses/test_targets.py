@@ -91,7 +91,7 @@ WIDTHS = {"pooled": 8, "tokens": 12, "layers_0": 7, "logits": 5}
 def test_targets_have_mean_0_and_variance_1_in_every_channel_and_logits_stay(standardise):
     targets, raw = Targets(WIDTHS, standardise), features()
     targets.load_statistics(targets.statistics_of([raw]))
-    made = targets.of(raw)
+    made = targets.standardise(raw)
     for field, values in made.tensors().items():
         if field != "logits":
             rows = values.flatten(0, -2)
@@ -104,8 +104,8 @@ def test_phi_s_targets_are_not_rounded_under_autocast():
     targets, raw = Targets(WIDTHS, "phi_s"), features()
     targets.load_statistics(targets.statistics_of([raw]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = targets.of(raw).tokens
-    assert torch.equal(inside, targets.of(raw).tokens)
+        inside = targets.standardise(raw).tokens
+    assert torch.equal(inside, targets.standardise(raw).tokens)
 
 
 @pytest.mark.parametrize("standardise", [True, "phi_s"])
@@ -114,18 +114,18 @@ def test_statistics_are_the_same_after_a_checkpoint(standardise, tmp_path):
     first.load_statistics(first.statistics_of([features()]))
     torch.save(first.statistics_state(), tmp_path / "statistics.pt")
     second.load_statistics(torch.load(tmp_path / "statistics.pt", weights_only=True))
-    assert torch.equal(first.of(features()).tokens, second.of(features()).tokens)
-    assert torch.equal(first.of(features()).layers[0], second.of(features()).layers[0])
+    assert torch.equal(first.standardise(features()).tokens, second.standardise(features()).tokens)
+    assert torch.equal(first.standardise(features()).layers[0], second.standardise(features()).layers[0])
 
 
 def test_a_dead_channel_has_the_same_divisor_after_every_checkpoint():
     targets, raw = Targets({"pooled": 8}, True), features()
     raw.pooled[:, 3] *= 1e-9
     targets.load_statistics(targets.statistics_of([raw]))
-    first = targets.of(raw).pooled
+    first = targets.standardise(raw).pooled
     for _ in range(3):
         targets.load_statistics(targets.statistics_state())
-        assert torch.equal(targets.of(raw).pooled, first)
+        assert torch.equal(targets.standardise(raw).pooled, first)
 
 
 def test_fields_that_are_not_given_have_no_statistics_and_stay_as_they_are():
@@ -134,7 +134,7 @@ def test_fields_that_are_not_given_have_no_statistics_and_stay_as_they_are():
     state = targets.statistics_of([without])
     assert set(state) == {"pooled_mean", "pooled_std", "pooled_rotation"}
     targets.load_statistics(state)
-    assert targets.of(without).tokens is None
+    assert targets.standardise(without).tokens is None
 
 
 def test_statistics_without_a_rotation_and_unknown_kinds_are_refused():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from distillery.models.adapters import choose_adapter
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.system.errors import UserError
 
@@ -34,9 +34,10 @@ def random_images(batch: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_a_torchvision_network_gives_its_own_map_and_logits(name):
     torch.manual_seed(0)
-    settings = {"source": "torchvision", "name": name, "pretrained": False, "image_size": 64, "with_logits": True}
     kwargs = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    backbone = build_backbone(**settings, kwargs=kwargs, mean=DATA["data_mean"], std=DATA["data_std"], **DATA).eval()
+    spec = ModelSpec(source="torchvision", name=name, pretrained=False, with_logits=True, kwargs=kwargs,
+                     mean=DATA["data_mean"], std=DATA["data_std"])  # fmt: skip
+    backbone = build_backbone(spec, image_size=64, **DATA).eval()
     images = random_images(2, 64)
     with torch.no_grad():
         features = backbone(images)

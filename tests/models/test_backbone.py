@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from distillery.losses.registry import LOSSES, fields_needed
 from distillery.losses.targets import FrozenTeacher
 from distillery.losses.total import check_gradients, total_loss
-from distillery.models.backbone import Backbone, Features, build_backbone
+from distillery.models.backbone import Backbone, Features, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.pair import StudentWithHeads, align_teacher, resample_tokens
 from distillery.system.errors import UserError
@@ -44,8 +44,8 @@ WITHOUT_CLASSES = {"vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224"}
 def timm_backbone(name: str = "test_vit", image_size: int | None = None, **changes) -> Backbone:
     kwargs, default_size, _ = TIMM.get(name, ({}, 32, None))
     torch.manual_seed(0)
-    chosen = {"source": "timm", "name": name, "pretrained": False, "kwargs": kwargs, **DATA, **changes}
-    return build_backbone(image_size=image_size or default_size, **chosen)
+    spec = ModelSpec(**{"source": "timm", "name": name, "pretrained": False, "kwargs": kwargs, **changes})
+    return build_backbone(spec, image_size=image_size or default_size, **DATA)
 
 
 def random_images(batch: int, size: int, seed: int = 1) -> torch.Tensor:
@@ -357,7 +357,7 @@ def test_statistics_travel_in_the_checkpoint(tmp_path):
 
 
 def test_standardising_can_be_left_out():
-    teacher = FrozenTeacher(timm_backbone(), standardise=False)
+    teacher = FrozenTeacher(timm_backbone(), method=False)
     images = random_images(6, 64)
     teacher.gather_statistics([images])
     assert torch.equal(teacher(images).tokens, teacher.backbone(images).tokens)
@@ -404,7 +404,7 @@ def test_there_is_a_head_for_each_field_needed_and_what_no_loss_reaches_is_froze
 
 def test_a_classifier_nobody_asked_for_stays_in_the_weights_but_is_not_trained():
     torch.manual_seed(0)
-    backbone = build_backbone(source="torchvision", name="resnet18", pretrained=False, image_size=32, **DATA)
+    backbone = build_backbone(ModelSpec(source="torchvision", name="resnet18", pretrained=False), image_size=32, **DATA)
     keys = set(backbone.model.state_dict())
     student = StudentWithHeads(backbone, {"pooled": 8, "tokens": 8}, {"pooled", "tokens"})
     assert student.unreached == ["model.fc.weight", "model.fc.bias"]

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from distillery.models.backbone import build_backbone, download_weights
+from distillery.config.keys_model import ModelConfig
+from distillery.models.backbone import ModelSpec, build_backbone
 from distillery.models.builders import patch_size_of, round_to_patch
+from distillery.models.configured import download_weights
 from distillery.models.weights import load_weights
 from distillery.system.errors import MissingFileError, UserError
 
@@ -77,12 +79,15 @@ def hub(tmp_path) -> str:
 
 def from_hub(repo: str, name: str = "tiny_net", **changes):
     torch.manual_seed(0)
-    return build_backbone(**{"source": "torch_hub", "repo": repo, "name": name, "pretrained": False, **DATA, **changes})
+    data = {key: changes.pop(key, value) for key, value in DATA.items()}
+    spec = ModelSpec(**{"source": "torch_hub", "repo": repo, "name": name, "pretrained": False} | changes)
+    return build_backbone(spec, **data)
 
 
 def from_timm(name: str, **changes):
     torch.manual_seed(0)
-    return build_backbone(**{"source": "timm", "name": name, "pretrained": False, **DATA, **changes})
+    data = {key: changes.pop(key, value) for key, value in DATA.items()}
+    return build_backbone(ModelSpec(**{"source": "timm", "name": name, "pretrained": False} | changes), **data)
 
 
 # ---- torch.hub
@@ -368,20 +373,11 @@ def test_a_file_that_is_no_weights_file_is_refused_and_never_run(vit, tmp_path):
 
 def test_download_weights_builds_what_needs_the_network_and_says_what_is_here(hub, tmp_path, vit):
     torch.save(vit.state_dict(), tmp_path / "w.pt")
-    of_both = {"img_size": None, "kwargs": {}}
-    teacher = {"source": "torch_hub", "repo": hub, "name": "tiny_net", "pretrained": True, "checkpoint": None}
-    student = {
-        "source": "timm",
-        "repo": None,
-        "name": "test_vit",
-        "pretrained": True,
-        "checkpoint": str(tmp_path / "w.pt"),
-    }
-    config = {f"teacher_{k}": v for k, v in (teacher | of_both).items()}
-    config |= {f"student_{k}": v for k, v in (student | of_both).items()} | {"use_cls_token": True}
-    assert download_weights(config) == [
+    teacher = {"teacher_source": "torch_hub", "teacher_repo": hub, "teacher_name": "tiny_net"}
+    student = {"student_name": "test_vit", "student_pretrained": True, "student_checkpoint": str(tmp_path / "w.pt")}
+    assert download_weights(ModelConfig(**teacher, **student)) == [
         "teacher: torch_hub tiny_net: weights are here",
         f"student: timm test_vit: checkpoint {tmp_path}/w.pt",
     ]
     with pytest.raises(UserError, match="unknown torch_hub model 'tiny'"):
-        download_weights(config | {"teacher_name": "tiny"})
+        download_weights(ModelConfig(**teacher | {"teacher_name": "tiny"}))

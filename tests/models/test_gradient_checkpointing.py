@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from distillery.losses.total import total_loss
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.gradient_checkpointing import use_gradient_checkpointing
 from distillery.models.pair import StudentWithHeads
@@ -27,8 +27,8 @@ def backbone_of(name: str, checkpointing: bool) -> Backbone:
             use_gradient_checkpointing(model, name)
         return Backbone(BuiltModel(model, (32, 32)), label=name, data_mean=MEAN, data_std=STD)
     source = "torchvision" if name == "resnet18" else "timm"
-    return build_backbone(source=source, name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=32,
-                          gradient_checkpointing=checkpointing)  # fmt: skip
+    spec = ModelSpec(source=source, name=name, pretrained=False, gradient_checkpointing=checkpointing)
+    return build_backbone(spec, data_mean=MEAN, data_std=STD, image_size=32)
 
 
 def student_of(name: str, checkpointing: bool) -> StudentWithHeads:
@@ -146,7 +146,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("source, name", INPLACE)
 def test_layers_that_overwrite_their_input_get_the_same_gradients(source, name):
     torch.manual_seed(0)
-    built = build_backbone(source=source, name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=64)
+    spec = ModelSpec(source=source, name=name, pretrained=False)
+    built = build_backbone(spec, data_mean=MEAN, data_std=STD, image_size=64)
     assert same(*both_gradients(built.model))
 
 

@@ -8,7 +8,7 @@ from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
 from distillery.losses.targets import FrozenTeacher
 from distillery.losses.total import check_gradients, total_loss
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.pair import StudentWithHeads, align, align_teacher
 from distillery.system.errors import UserError
 from distillery.teacher_cache.targets import check_fields
@@ -27,8 +27,8 @@ MODELS = {
 def backbone(name: str, out_indices: list[int] | None = None, **changes) -> Backbone:
     torch.manual_seed(0)
     chosen = {"source": "timm", "kwargs": MODELS.get(name, {}), "mean": MEAN, "std": STD} | changes
-    return build_backbone(name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=64,
-                          out_indices=out_indices, **chosen)  # fmt: skip
+    spec = ModelSpec(name=name, pretrained=False, out_indices=out_indices, **chosen)
+    return build_backbone(spec, data_mean=MEAN, data_std=STD, image_size=64)
 
 
 def images(batch: int = 2) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 
 DATA = {"data_mean": (0.5, 0.5, 0.5), "data_std": (0.25, 0.25, 0.25), "image_size": 32}
 NET = """
@@ -98,7 +98,7 @@ def write(folder: Path, files: dict[str, str], width: int) -> Path:
 
 def from_hub(repo: Path | str) -> Backbone:
     torch.manual_seed(0)
-    return build_backbone(source="torch_hub", name="net", repo=str(repo), pretrained=False, **DATA).eval()
+    return build_backbone(ModelSpec(source="torch_hub", name="net", repo=str(repo), pretrained=False), **DATA).eval()
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

@@ -12,7 +12,7 @@ from torch import nn
 from distillery.config.keys_train import TrainConfig
 from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import check_gradients, check_tokens, total_loss
-from distillery.models.backbone import Backbone, build_backbone
+from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.pair import StudentWithHeads, align
 from distillery.models.weights import weights_hash
@@ -87,7 +87,8 @@ def test_what_may_be_logits_is_no_feature():
 @pytest.mark.parametrize("name, size", [("pit_ti_224", 224), ("crossvit_tiny_240", 240)])
 def test_timm_models_without_patch_tokens_give_their_own_feature(name, size):
     torch.manual_seed(0)
-    found = build_backbone(source="timm", name=name, pretrained=False, mean=MEAN, std=STD, image_size=size, **DATA)
+    spec = ModelSpec(source="timm", name=name, pretrained=False, mean=MEAN, std=STD)
+    found = build_backbone(spec, image_size=size, **DATA)
     assert found.token_width is None
     with torch.no_grad():
         expected = found.eval().model(images(1, size))
@@ -137,9 +138,9 @@ def test_the_outputs_of_such_a_teacher_are_stored_and_read(tmp_path):
 def attention_pooled(**changes) -> Backbone:
     torch.manual_seed(0)
     kwargs = {"embed_dim": 48, "depth": 2, "num_heads": 2}
-    built = build_backbone(source="timm", name="vit_pe_core_tiny_patch16_384", pretrained=False, image_size=64,
-                           kwargs=kwargs, mean=MEAN, std=STD, **DATA, **changes)  # fmt: skip
-    return built.eval()
+    spec = ModelSpec(source="timm", name="vit_pe_core_tiny_patch16_384", pretrained=False, kwargs=kwargs, mean=MEAN,
+                     std=STD, **changes)  # fmt: skip
+    return build_backbone(spec, image_size=64, **DATA).eval()
 
 
 def test_an_attention_pooling_beside_a_class_token_gives_the_image_feature():
@@ -155,8 +156,8 @@ def test_an_attention_pooling_beside_a_class_token_gives_the_image_feature():
 def test_timms_map_pooling_with_a_class_token_too():
     torch.manual_seed(0)
     kwargs = {"global_pool": "map", "depth": 1, "embed_dim": 32, "num_heads": 2}
-    model = build_backbone(source="timm", name="vit_tiny_patch16_224", pretrained=False, image_size=32, kwargs=kwargs,
-                           mean=MEAN, std=STD, **DATA).eval()  # fmt: skip
+    spec = ModelSpec(source="timm", name="vit_tiny_patch16_224", pretrained=False, kwargs=kwargs, mean=MEAN, std=STD)
+    model = build_backbone(spec, image_size=32, **DATA).eval()
     assert model.pooling == "attention"
     with torch.no_grad():
         assert torch.allclose(model(images(2, 32)).pooled, model.model(images(2, 32)), atol=1e-5)
@@ -197,9 +198,10 @@ def test_outputs_stored_before_with_the_class_token_are_not_mixed_with_the_poole
 def test_no_plain_vision_transformer_is_pooled_by_attention():
     names = ["test_vit", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224"]
     for name in names:
-        built = build_backbone(source="timm", name=name, pretrained=False, image_size=28, **DATA, kwargs={"depth": 1})
+        spec = ModelSpec(source="timm", name=name, pretrained=False, kwargs={"depth": 1})
+        built = build_backbone(spec, image_size=28, **DATA)
         assert built.pooling is None, name
     assert timm.create_model("vit_base_patch16_siglip_224", depth=1).attn_pool is not None
-    siglip = build_backbone(source="timm", name="vit_base_patch16_siglip_224", pretrained=False, image_size=32,
-                            kwargs={"depth": 1}, **DATA)  # fmt: skip
+    spec = ModelSpec(source="timm", name="vit_base_patch16_siglip_224", pretrained=False, kwargs={"depth": 1})
+    siglip = build_backbone(spec, image_size=32, **DATA)
     assert siglip.pooling is None  # it has no class token: pooled is the same as ever

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from distillery.models.backbone import build_backbone
+from distillery.models.backbone import ModelSpec, build_backbone
 from distillery.models.weights import load_weights
 from distillery.system.errors import MissingFileError, UserError
 from distillery.teacher_cache.identity import _teacher_configured
@@ -93,8 +93,9 @@ def test_of_several_models_in_a_file_the_roles_own_is_loaded_and_a_line_says_whi
 def test_the_roles_of_the_configuration_decide(tmp_path):
     torch.save({"student": A, "teacher": B}, tmp_path / "w.pth")
     for role, expected in (("student", A), ("teacher", B)):
-        of = {"source": "timm", "name": "test_vit", "pretrained": False, "checkpoint": tmp_path / "w.pth"}
-        built = build_backbone(**of, role=role, **DATA)
+        checkpoint = tmp_path / "w.pth"
+        spec = ModelSpec(source="timm", name="test_vit", pretrained=False, checkpoint=checkpoint, role=role)
+        built = build_backbone(spec, **DATA)
         assert equal(built.model.state_dict(), expected)
 
 

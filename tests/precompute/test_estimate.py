@@ -4,7 +4,7 @@ import pytest
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
 from distillery.precompute.estimate import measure_decoding, plan_lines, remote_lines
-from distillery.sources.hub import HubFacts
+from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 
 SPEC = PreprocessSpec(32, "squash", "lanczos", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -56,8 +56,8 @@ def test_plan_lines_count_what_is_left_of_every_folder(tmp_path):
 
 def test_a_remote_data_set_is_planned_from_what_the_hub_says():
     data = load_data_config({"dataset_name": "me/x", "cache_dir": "c", "image_size": 224, "cache_dtype": "uint8"})
-    facts = HubFacts("me/x", "parquet", "train", 3, 5 * 10**9, 600_000)
-    text = "\n".join(remote_lines("the training images", facts, 500_000, data))
+    split = HubSplit("me/x", "parquet", "train", 3, 5 * 10**9, 600_000)
+    text = "\n".join(remote_lines("the training images", split, 500_000, data))
     assert "600,000 images in 3 files (5.0 GB to download), split 'train', from me/x on the hub" in text
     assert "500,000 of 600,000 images: 245 shards of 2,048, 75.3 GB to write, 492 files" in text
     assert "--download_only" in text
@@ -65,7 +65,7 @@ def test_a_remote_data_set_is_planned_from_what_the_hub_says():
 
 def test_what_the_hub_does_not_say_is_called_unknown():
     data = load_data_config({"dataset_name": "me/x", "cache_dir": "c"})
-    facts = HubFacts("me/x", "imagefolder", "train", 1, None, None)
-    text = "\n".join(remote_lines("the training images", facts, None, data))
+    split = HubSplit("me/x", "imagefolder", "train", 1, None, None)
+    text = "\n".join(remote_lines("the training images", split, None, data))
     assert "images in 1 file (of unknown size)" in text
     assert "not known before the download" in text

@@ -224,8 +224,8 @@ def test_rank_slices_are_disjoint_and_cover_the_epoch_order(seed, epoch, world):
 
 def test_an_epoch_holds_whole_steps_only():
     assert Sampling(np.array([50]), 8).num_batches(0) == 6
-    assert Sampling(np.array([50]), 8, steps_of=4).num_batches(0) == 4
-    assert Sampling(np.array([50]), 8, steps_of=2, max_steps=2).num_batches(0) == 4
+    assert Sampling(np.array([50]), 8, batches_per_step=4).num_batches(0) == 4
+    assert Sampling(np.array([50]), 8, batches_per_step=2, max_steps=2).num_batches(0) == 4
     assert Sampling(np.array([50]), 8, max_steps=100).num_batches(0) == 6
 
 

@@ -165,7 +165,7 @@ def test_the_inputs_of_both_models_are_shown_as_they_get_them():
     task = SimpleNamespace(
         stored=None,
         augment=lambda images, global_idx, epoch: images.flip(3),
-        teacher_module=SimpleNamespace(backbone=backbone(0, size=16, mean=(0.5, 0.5, 0.5))),
+        teacher=SimpleNamespace(backbone=backbone(0, size=16, mean=(0.5, 0.5, 0.5))),
         student=SimpleNamespace(student=backbone(1)),
     )
     strip = model_inputs(task, ((images - mean) / std, torch.arange(3)), 0)

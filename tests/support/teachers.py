@@ -15,7 +15,7 @@ from distillery.precompute.pipeline import CacheReport, make_cache
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
-from distillery.teacher_cache.identity import TeacherCacheSpec, configured_identity, teacher_facts
+from distillery.teacher_cache.identity import TeacherCacheSpec, configured_identity, resolved_teacher
 from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.teacher_cache.survey import TeacherPlan
 
@@ -89,8 +89,8 @@ def teacher_plan(images: CachePlan, teacher: LiveTeacher, *, fields: tuple[str, 
         images=images.fingerprint,
         loss_fields=fields,
     )
-    facts = teacher_facts(teacher.backbone, weights_hash(teacher.backbone.model), teacher.precision)
-    return TeacherPlan(images, TeacherCacheSpec(configured, facts))
+    resolved = resolved_teacher(teacher.backbone, weights_hash(teacher.backbone.model), teacher.precision)
+    return TeacherPlan(images, TeacherCacheSpec(configured, resolved))
 
 
 def run_pass(plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None) -> CacheReport:

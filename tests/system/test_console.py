@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from distillery.system import console
-from distillery.system.console import Progress, format_field, format_seconds
+from distillery.system.console import ProgressLine, format_field, format_seconds
 from distillery.training.log import epoch_line, training_fields
 
 
@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 def test_a_log_file_gets_one_line_per_interval_and_one_at_the_end(clock):
     stream = io.StringIO()
-    with Progress(1000, "images", "stage 1", every_s=10, stream=stream) as progress:
+    with ProgressLine(1000, "images", "stage 1", every_s=10, stream=stream) as progress:
         for _ in range(100):
             clock[0] += 0.5
             progress.advance(10)
@@ -37,7 +37,7 @@ def test_a_log_file_gets_one_line_per_interval_and_one_at_the_end(clock):
 
 def test_the_last_state_is_shown_even_when_no_interval_has_passed(clock):
     stream = io.StringIO()
-    with Progress(10, "steps", "train", every_s=60, stream=stream) as progress:
+    with ProgressLine(10, "steps", "train", every_s=60, stream=stream) as progress:
         clock[0] += 2
         progress.advance(10, loss=0.123456, lr=3e-4)
     assert stream.getvalue() == "train: 100 % | 10/10 steps | 5 steps/s | took 0:02 | loss 0.1235 | lr 0.0003\n"
@@ -45,7 +45,7 @@ def test_the_last_state_is_shown_even_when_no_interval_has_passed(clock):
 
 def test_what_became_known_after_the_last_unit_is_shown_too(clock):
     stream = io.StringIO()
-    with Progress(10, "images", "stage 1", every_s=5, stream=stream) as progress:
+    with ProgressLine(10, "images", "stage 1", every_s=5, stream=stream) as progress:
         clock[0] += 5
         progress.advance(10, shards=1)
         progress.advance(0, shards=2)
@@ -53,7 +53,7 @@ def test_what_became_known_after_the_last_unit_is_shown_too(clock):
 
 
 def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
-    progress = Progress(1000, "images", "stage 1", initial=600, stream=io.StringIO())
+    progress = ProgressLine(1000, "images", "stage 1", initial=600, stream=io.StringIO())
     clock[0] += 4
     progress.advance(40)
     assert progress.done == 640
@@ -62,7 +62,7 @@ def test_units_done_before_a_resume_count_as_done_but_not_for_the_rate(clock):
 
 def test_a_pause_at_the_start_is_forgotten_after_a_few_lines(clock):
     stream = io.StringIO()
-    progress = Progress(10_000, "steps", "train", every_s=10, stream=stream)
+    progress = ProgressLine(10_000, "steps", "train", every_s=10, stream=stream)
     clock[0] += 600  # a model that is compiled in the first step
     for _ in range(20):
         clock[0] += 10
@@ -75,7 +75,7 @@ def test_a_pause_at_the_start_is_forgotten_after_a_few_lines(clock):
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log file", "terminal"])
 def test_a_pause_counts_neither_for_the_rate_nor_for_the_end(clock, monkeypatch, stream):
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    with Progress(1000, "steps", "train", every_s=10, stream=stream) as progress:
+    with ProgressLine(1000, "steps", "train", every_s=10, stream=stream) as progress:
         for _ in range(5):
             with progress.paused():
                 clock[0] += 300
@@ -90,14 +90,14 @@ def test_a_pause_counts_neither_for_the_rate_nor_for_the_end(clock, monkeypatch,
 
 def test_a_stalled_start_says_that_the_end_is_not_known(clock):
     stream = io.StringIO()
-    with Progress(5, "images", "stage 1", stream=stream):
+    with ProgressLine(5, "images", "stage 1", stream=stream):
         clock[0] += 1
     assert "ETA ?" in stream.getvalue()
 
 
 def test_without_a_total_neither_a_percentage_nor_an_end_is_invented(clock):
     stream = io.StringIO()
-    with Progress(None, "images", "features", stream=stream) as progress:
+    with ProgressLine(None, "images", "features", stream=stream) as progress:
         clock[0] += 1
         progress.advance(3)
     assert stream.getvalue() == "features: 3 images | 3 images/s | took 0:01\n"
@@ -105,7 +105,7 @@ def test_without_a_total_neither_a_percentage_nor_an_end_is_invented(clock):
 
 def test_a_terminal_gets_a_bar_with_the_fields():
     stream = Terminal()
-    with Progress(4, "steps", "train", stream=stream) as progress:
+    with ProgressLine(4, "steps", "train", stream=stream) as progress:
         progress.message("checkpoint saved")
         for _ in range(4):
             progress.advance(1, loss=0.5)
@@ -118,7 +118,7 @@ def test_a_terminal_gets_a_bar_with_the_fields():
 
 def test_a_disabled_rank_writes_nothing_and_still_counts(clock):
     stream = io.StringIO()
-    with Progress(4, "steps", "train", enabled=False, stream=stream) as progress:
+    with ProgressLine(4, "steps", "train", enabled=False, stream=stream) as progress:
         clock[0] += 100
         progress.advance(4)
         progress.message("hello")
@@ -128,7 +128,7 @@ def test_a_disabled_rank_writes_nothing_and_still_counts(clock):
 
 def test_a_message_is_a_line_of_its_own_in_a_log_file():
     stream = io.StringIO()
-    Progress(4, "steps", "train", stream=stream).message("epoch 1 done")
+    ProgressLine(4, "steps", "train", stream=stream).message("epoch 1 done")
     assert stream.getvalue() == "epoch 1 done\n"
 
 
@@ -138,7 +138,7 @@ ROW = {"loss": 0.5, "lr": 1e-3, "images_per_second": 500.0, "step_seconds": 0.1,
 
 def test_the_console_says_loss_rate_speed_and_where_the_time_went(clock):
     stream = io.StringIO()
-    with Progress(4, "steps", "training", every_s=5, stream=stream) as progress:
+    with ProgressLine(4, "steps", "training", every_s=5, stream=stream) as progress:
         clock[0] += 6
         progress.advance(2, **training_fields(ROW))
     assert stream.getvalue().splitlines()[0] == (

@@ -26,7 +26,7 @@ from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.survey import images_for_training
 from distillery.teacher_cache.targets import StoredTargets, TargetLoader, check_fields
 from distillery.training import build
-from distillery.training.engine import Progress, check_first_step, forward_losses, train_step
+from distillery.training.engine import Position, check_first_step, forward_losses, train_step
 from tests.training.test_engine import MEAN, STD, build_task, images_of, run_epoch
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
@@ -74,12 +74,12 @@ def train_config(mode: str = "cached", *, live_fraction: float = 0.5, weights=No
 def stored_task(mode: str = "cached", *, token_grid=None, with_tokens=True, config=None, **changes):
     """A task on stored outputs; its cache is task.stored.cache."""
     task = build_task(**changes)
-    cache = MemoryCache(task.teacher_module, token_grid, with_tokens)
-    targets = task.teacher_module
+    cache = MemoryCache(task.teacher, token_grid, with_tokens)
+    targets = task.teacher
     if mode == "cached":
         targets = Targets(cache.widths, True)
         targets.load_statistics(cache.statistics)
-        task.teacher, task.teacher_module = None, targets
+        task.teacher_call, task.teacher = None, targets
     task.stored = StoredTargets(cache, targets, AUGMENTATION, config or train_config(mode))
     return task
 
@@ -107,7 +107,7 @@ def epoch_of(task, epoch: int, start: int = 0, step: int | None = None):
 
 def test_a_batch_comes_with_the_outputs_of_the_view_that_the_student_sees():
     task = stored_task()
-    teacher = build_task().teacher_module
+    teacher = build_task().teacher
     for epoch in range(2):
         for images, global_idx, *stored in epoch_of(task, epoch):
             view = task.stored.view(images, global_idx, stored)
@@ -146,8 +146,8 @@ def test_the_losses_on_stored_outputs_are_those_of_the_live_teacher_on_the_same_
 def test_an_interrupted_epoch_resumed_equals_the_straight_one_bit_for_bit():
     for mode in ("cached", "hybrid"):
         straight, resumed = stored_task(mode), stored_task(mode)
-        run_epoch(straight, Progress(), epoch_of(straight, 0), steps=4)
-        progress = Progress()
+        run_epoch(straight, Position(), epoch_of(straight, 0), steps=4)
+        progress = Position()
         run_epoch(resumed, progress, epoch_of(resumed, 0), steps=2)
         run_epoch(resumed, progress, epoch_of(resumed, 0, start=2), steps=4)
         for a, b in zip(straight.student.state_dict().values(), resumed.student.state_dict().values(), strict=True):
@@ -221,7 +221,7 @@ def test_the_check_of_the_first_step_looks_at_stored_outputs():
 
 
 def test_a_patch_loss_without_stored_tokens_is_refused_with_the_command():
-    cache = MemoryCache(build_task().teacher_module, with_tokens=False)
+    cache = MemoryCache(build_task().teacher, with_tokens=False)
     with pytest.raises(UserError, match=r"patch is 0.5 and compares tokens, but teacher.* pooled only.*--teacher"):
         check_fields(cache, train_config(weights={"cls": 1.0, "patch": 0.5}))
     check_fields(cache, train_config(weights={"cls": 1.0, "patch": 0.0}))
@@ -267,7 +267,7 @@ def test_the_first_step_checks_the_losses_of_both_kinds_of_steps():
 
 
 def test_a_run_whose_stored_steps_would_teach_nothing_is_refused():
-    cache = MemoryCache(build_task().teacher_module, with_tokens=False)
+    cache = MemoryCache(build_task().teacher, with_tokens=False)
     with pytest.raises(UserError, match=r"no loss of distill_loss_weights compares what .* holds \(pooled\)"):
         check_fields(cache, train_config("hybrid", weights={"patch": 0.5}))
     with pytest.raises(UserError, match="layers.*no teacher cache holds: set teacher_cache.mode: hybrid"):
@@ -355,7 +355,7 @@ def test_targets_are_read_one_batch_ahead_while_the_batch_before_is_worked_on():
 def test_a_loss_on_a_second_view_gets_the_outputs_of_another_stored_view():
     weights = {"cls": 1.0, "barlow": 0.1}
     task = stored_task(config=train_config(weights=weights), weights=weights)
-    teacher = build_task().teacher_module
+    teacher = build_task().teacher
     for images, rows, *stored in epoch_of(task, 0):
         other = (stored[0] + NUM_VIEWS // 2) % NUM_VIEWS
         with torch.no_grad():
@@ -366,7 +366,7 @@ def test_a_loss_on_a_second_view_gets_the_outputs_of_another_stored_view():
 
 
 def test_a_loss_on_a_second_view_is_refused_where_only_one_view_is_stored():
-    cache = MemoryCache(build_task().teacher_module)
+    cache = MemoryCache(build_task().teacher)
     cache.num_views = 1
     with pytest.raises(UserError, match="barlow compares two views.*holds 1.*teacher_cache.views"):
         check_fields(cache, train_config(weights={"cls": 1.0, "barlow": 0.1}))
@@ -376,7 +376,7 @@ def test_time_spent_reading_counts_as_waiting_for_data():
     task = stored_task()
     read = task.stored.cache.read_stored
     task.stored.cache.read_stored = lambda *args: time.sleep(0.1) or read(*args)
-    rows = run_epoch(task, Progress(), DevicePrefetcher(epoch_of(task, 0), "cpu"), steps=1)
+    rows = run_epoch(task, Position(), DevicePrefetcher(epoch_of(task, 0), "cpu"), steps=1)
     assert rows[0]["data_wait_fraction"] * rows[0]["step_seconds"] > 0.05
 
 

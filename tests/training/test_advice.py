@@ -4,7 +4,7 @@ import math
 import pytest
 
 from distillery.precompute.estimate import CacheWork, DecodeSpeed, cache_lines
-from distillery.system.console import hours
+from distillery.system.console import format_duration
 from distillery.system.machine import free_inodes, memory_left
 from distillery.training.estimate import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
 
@@ -138,7 +138,7 @@ def test_advice_is_marked_as_such():
     [(0.5, "0.5 s"), (12.3, "12 s"), (90, "1.5 min"), (5400, "1.5 h"), (100_000, "28 h"), (200_000, "2.3 days")],
 )
 def test_durations_are_told_as_people_read_them(seconds, text):
-    assert hours(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_room_is_read_from_the_system(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.training.engine import Progress, check_numbers, train_step
+from distillery.training.engine import Position, check_numbers, train_step
 from distillery.training.watch import BadSteps, check_weights
 from tests.training.test_engine import batches, build_task, images_of, run_epoch
 
@@ -67,7 +67,7 @@ def broken_image(batch: int) -> list:
 
 @pytest.mark.parametrize("student_name", ["test_vit", "test_resnet"])
 def test_a_nan_in_one_image_is_skipped_and_reaches_neither_weights_nor_running_statistics(student_name):
-    task, progress = build_task(max_bad_steps=1, student_name=student_name), Progress()
+    task, position = build_task(max_bad_steps=1, student_name=student_name), Position()
     statistics = {}
     data = broken_image(1)
     for step in range(3):
@@ -78,7 +78,7 @@ def test_a_nan_in_one_image_is_skipped_and_reaches_neither_weights_nor_running_s
     floats = [name for name, value in statistics[0].items() if value.is_floating_point()]
     assert all(torch.equal(statistics[1][name], statistics[0][name]) for name in floats)
     assert any(not torch.equal(statistics[2][name], statistics[1][name]) for name in floats)
-    progress.step = 3
+    position.step = 3
     check_numbers(task)
 
 
@@ -87,7 +87,7 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_stops_the_run():
     weight = next(value for value in task.student.parameters() if value.requires_grad)
     weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match=r"step 0 \(epoch 0\): loss=[\d.]+, .*grad_norm="):
-        run_epoch(task, Progress(), batches(2), steps=2)
+        run_epoch(task, Position(), batches(2), steps=2)
     check_weights(task.student)
 
 

@@ -3,7 +3,7 @@ import pytest
 from caches import make_test_cache
 
 from data_loader import build_pretraining_dataloader
-from distillery.training.bindings import epoch_facts
+from distillery.training.bindings import epoch_row
 from distillery.training.log import unpack_numbers
 
 
@@ -35,14 +35,14 @@ def test_the_row_of_an_epoch_names_the_shards_that_it_reads_and_counts_its_image
     loader = build_pretraining_dataloader(
         {"cache_dir": str(cache), **data}, {"batch_size": 4, **train}, with_indices=True
     )
-    facts = epoch_facts(loader, epoch)
+    row = epoch_row(loader, epoch)
     seen = shards_read(loader, epoch)
-    named = set(unpack_numbers(facts["shards"]))
-    assert facts["images"] == 4 * len(loader)
+    named = set(unpack_numbers(row["shards"]))
+    assert row["images"] == 4 * len(loader)
     # of a last short batch, which is left out, a shard may be named that nothing was read of
     assert seen <= named and len(named - seen) <= 1
 
 
 def test_an_epoch_over_every_shard_has_a_short_row(cache):
     loader = build_pretraining_dataloader({"cache_dir": str(cache)}, {"batch_size": 4})
-    assert epoch_facts(loader, 0) == {"images": 60, "shards": [[0, 9]]}
+    assert epoch_row(loader, 0) == {"images": 60, "shards": [[0, 9]]}

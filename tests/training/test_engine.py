@@ -7,7 +7,7 @@ from torch import nn
 
 from distillery.losses.targets import FrozenTeacher
 from distillery.losses.total import EmbeddingQueue
-from distillery.models.backbone import Features, build_backbone
+from distillery.models.backbone import Features, ModelSpec, build_backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
@@ -15,7 +15,7 @@ from distillery.training.checkpoints import restore, state_of
 from distillery.training.engine import (
     SECOND_VIEW,
     Ema,
-    Progress,
+    Position,
     Schedule,
     Task,
     batches_by_step,
@@ -30,9 +30,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def backbone(name: str, **kwargs):
-    return build_backbone(
-        source="timm", name=name, pretrained=False, data_mean=MEAN, data_std=STD, image_size=32, **kwargs
-    )
+    spec = ModelSpec(source="timm", name=name, pretrained=False, **kwargs)
+    return build_backbone(spec, data_mean=MEAN, data_std=STD, image_size=32)
 
 
 def build_task(*, student_name: str = "test_vit", weights=None, accumulation_steps: int = 1, **changes) -> Task:
@@ -45,7 +44,7 @@ def build_task(*, student_name: str = "test_vit", weights=None, accumulation_ste
         "student": student,
         "student_call": student,
         "teacher": teacher,
-        "teacher_module": teacher,
+        "teacher_call": teacher,
         "optimizer": torch.optim.AdamW(student.parameters(), lr=0.0),
         "schedule": Schedule(1e-3, 1e-6, 2, 20),
         "loss_weights": weights or {"cls": 1.0, "patch": 0.5},
@@ -70,18 +69,18 @@ def batches(num: int, size: int = 8):
     return [(images_of(range(k * size, (k + 1) * size)), torch.arange(k * size, (k + 1) * size)) for k in range(num)]
 
 
-def run_epoch(task: Task, progress: Progress, data, steps: int, log_every: int = 1, after=None) -> list[dict]:
+def run_epoch(task: Task, position: Position, data, steps: int, log_every: int = 1, after=None) -> list[dict]:
     rows = []
 
-    def after_step(progress, row):
+    def after_step(position, row):
         rows.append(row)
         if after:
-            after(progress)
+            after(position)
 
     with StopFlag() as stop:
         task_stop = after.stop if after and hasattr(after, "stop") else stop
         train_one_epoch(
-            task, data, progress, task_stop, steps_in_epoch=steps, log_every=log_every, after_step=after_step
+            task, data, position, task_stop, steps_in_epoch=steps, log_every=log_every, after_step=after_step
         )
     return rows
 
@@ -130,10 +129,10 @@ def test_accumulated_halves_equal_the_whole_batch():
 
 def test_the_teacher_does_not_change():
     task = build_task()
-    before = {name: value.clone() for name, value in task.teacher_module.state_dict().items()}
+    before = {name: value.clone() for name, value in task.teacher.state_dict().items()}
     for step in range(3):
         train_step(task, batches(1), step, 0)
-    assert all(torch.equal(value, before[name]) for name, value in task.teacher_module.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in task.teacher.state_dict().items())
 
 
 def test_gradients_are_clipped_before_the_step():
@@ -185,7 +184,7 @@ def bad_teacher(task: Task, at_image: float):
     """The task's teacher, but NaN for the batch whose first pixel is `at_image`."""
 
     def call(images):
-        features = task.teacher_module(images)
+        features = task.teacher(images)
         factor = float("nan") if images[0, 0, 0, 0].item() == at_image else 1.0
         return Features(features.pooled * factor, features.tokens, features.grid)
 
@@ -194,17 +193,17 @@ def bad_teacher(task: Task, at_image: float):
 
 def test_nan_stops_with_the_step_the_rate_and_the_images():
     task, data = build_task(), batches(3)
-    task.teacher = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
+    task.teacher_call = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
     with pytest.raises(FloatingPointError, match=r"step 1 .*loss=nan.*lr=.*global_idx\): \[8, 9"):
-        run_epoch(task, Progress(), data, steps=3)
+        run_epoch(task, Position(), data, steps=3)
 
 
 def test_nan_never_reaches_the_weights_and_max_bad_steps_skips_it():
     task, data = build_task(max_bad_steps=1), batches(3)
-    task.teacher = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
-    progress = Progress()
-    run_epoch(task, progress, data, steps=3)
-    assert progress.step == 3
+    task.teacher_call = bad_teacher(task, data[1][0][0, 0, 0, 0].item())
+    position = Position()
+    run_epoch(task, position, data, steps=3)
+    assert position.step == 3
     check_weights(task.student)
 
 
@@ -217,18 +216,18 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_an_epoch_counts_steps_and_samples_and_logs_every_so_often():
-    task, progress = build_task(), Progress()
-    rows = run_epoch(task, progress, batches(4), steps=4, log_every=2)
-    assert (progress.step, progress.samples) == (4, 32)
+    task, position = build_task(), Position()
+    rows = run_epoch(task, position, batches(4), steps=4, log_every=2)
+    assert (position.step, position.samples) == (4, 32)
     assert [row is not None for row in rows] == [False, True, False, True]
     assert {"loss", "loss/cls", "loss/patch", "lr", "grad_norm", "images_per_second", "step_seconds",
             "data_wait_fraction"} <= rows[1].keys()  # fmt: skip
 
 
 def test_a_capped_epoch_ends_at_its_cap():
-    progress = Progress()
-    run_epoch(build_task(), progress, batches(4), steps=2)
-    assert progress.step == 2
+    position = Position()
+    run_epoch(build_task(), position, batches(4), steps=2)
+    assert position.step == 2
 
 
 def test_groups_that_the_end_cuts_short_are_left_out():
@@ -237,19 +236,19 @@ def test_groups_that_the_end_cuts_short_are_left_out():
 
 def test_a_stop_request_ends_the_epoch_after_the_step_and_resuming_equals_the_straight_run():
     straight = build_task()
-    run_epoch(straight, Progress(), batches(4), steps=4)
+    run_epoch(straight, Position(), batches(4), steps=4)
 
     class StopAt:
         stop = StopFlag()
 
-        def __call__(self, progress):
-            if progress.step == 2:
+        def __call__(self, position):
+            if position.step == 2:
                 self.stop.reason = "SIGTERM"
 
-    task, progress = build_task(), Progress()
-    run_epoch(task, progress, batches(4), steps=4, after=StopAt())
-    assert progress.step == 2
-    run_epoch(task, progress, batches(4)[progress.samples // 8 :], steps=4)
+    task, position = build_task(), Position()
+    run_epoch(task, position, batches(4), steps=4, after=StopAt())
+    assert position.step == 2
+    run_epoch(task, position, batches(4)[position.samples // 8 :], steps=4)
     for a, b in zip(straight.student.state_dict().values(), task.student.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -266,7 +265,7 @@ def test_a_queue_is_filled_with_the_targets_of_the_steps_and_not_by_the_first_st
     check_first_step(task, *data[0])
     assert len(task.queue.rows) == 0
     train_step(task, data[:1], 0, 0)
-    assert torch.equal(task.queue.rows, task.teacher_module(data[0][0]).pooled)
+    assert torch.equal(task.queue.rows, task.teacher(data[0][0]).pooled)
     train_step(task, data[1:2], 1, 0)
     train_step(task, data[2:3], 2, 0)
     assert len(task.queue.rows) == 20
@@ -274,11 +273,11 @@ def test_a_queue_is_filled_with_the_targets_of_the_steps_and_not_by_the_first_st
 
 def test_a_run_with_a_queue_resumes_to_the_same_bits(tmp_path):
     straight, stopped, later = queue_task(), queue_task(), queue_task()
-    run_epoch(straight, Progress(), batches(4), steps=4)
-    progress = Progress()
-    run_epoch(stopped, progress, batches(2), steps=2)
-    torch.save(state_of(stopped, progress), tmp_path / "state.pt")
-    resumed = Progress()
+    run_epoch(straight, Position(), batches(4), steps=4)
+    position = Position()
+    run_epoch(stopped, position, batches(2), steps=2)
+    torch.save(state_of(stopped, position), tmp_path / "state.pt")
+    resumed = Position()
     restore(later, resumed, torch.load(tmp_path / "state.pt", weights_only=True), 8)
     run_epoch(later, resumed, batches(4)[2:], steps=4)
     assert torch.equal(straight.queue.rows, later.queue.rows)
@@ -295,7 +294,7 @@ def test_a_second_view_is_drawn_under_a_number_of_its_own_and_only_for_losses_th
         return images + (epoch >= SECOND_VIEW)
 
     task = build_task(weights={"cls": 1.0, "barlow": weight}, augment=augment)
-    task.teacher = lambda view: seen.append(view[0, 0, 0, 0].item()) or task.teacher_module(view)
+    task.teacher_call = lambda view: seen.append(view[0, 0, 0, 0].item()) or task.teacher(view)
     images, rows = batches(1)[0]
     losses = train_step(task, [(images, rows)], 0, 3)
     assert sorted(drawn) == epochs

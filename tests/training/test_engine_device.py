@@ -22,7 +22,7 @@ from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets
 from distillery.training import build, describe
 from distillery.training.checkpoints import state_of
-from distillery.training.engine import Progress, Schedule, train_step
+from distillery.training.engine import Position, Schedule, train_step
 
 CUDA = torch.device("cuda", 0)
 
@@ -170,7 +170,7 @@ def test_compiling_compiles_what_is_called_once_and_leaves_no_trace_in_a_checkpo
     assert after_one_step == len(graphs) >= 2  # later steps, other epochs and draws do not compile again
     assert sum(counters["graph_break"].values()) == 0
     assert describe.compiled_graphs() == f"torch.compile: {len(graphs)} graphs, 0 graph breaks"
-    state = state_of(task, Progress())
+    state = state_of(task, Position())
     names = [*state["student"], *state["heads"], *state["ema"]]
     assert not any("_orig_mod" in name or name.startswith("module.") for name in names)
     assert state["student"].keys() == student.student.model.state_dict().keys()

@@ -8,7 +8,7 @@ from workplace import Workplace
 
 from distillery.config.load import load_configs
 from distillery.sources import registry
-from distillery.sources.hub import HubFacts, NotDownloadedError
+from distillery.sources.hub import HubSplit, NotDownloadedError
 from distillery.system.errors import UserError
 from distillery.training.estimate import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
 from tests.training.test_engine import build_task
@@ -40,7 +40,7 @@ def configs_of(tmp_path, **data):
 def not_here(num_rows):
     def open_source(**arguments):
         assert arguments["download"] is False
-        raise NotDownloadedError(HubFacts("me/images", "parquet", "train", 1, None, num_rows))
+        raise NotDownloadedError(HubSplit("me/images", "parquet", "train", 1, None, num_rows))
 
     return open_source
 
