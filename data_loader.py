@@ -132,7 +132,7 @@ def build_pretraining_dataloader(
     """
     data = load_data_config(data_config, require_source=False)
     train = load_train_config(train_config, require_checkpoint_dir=False)
-    index = distributed.decided_by_main(lambda: _find_cache(data, _keys_given(data_config)))
+    index = distributed.on_main(lambda: _find_cache(data, _keys_given(data_config)))
     build = _cached_loader if index is not None else _raw_loader
     loader, lines = build(data, train, index, shards, with_indices=with_indices, raw=raw)
     if distributed.is_main():

@@ -48,7 +48,7 @@ def main(command: TrainingCommand) -> int:
     """Join the other processes if there are any, then train."""
     with StopFlag(command.arguments.max_minutes) as stop:
         device = configured.choose_device(command.arguments.device)
-        with distributed.joined(device, lambda: stop.requested):
+        with distributed.process_group(device, lambda: stop.requested):
             return Run(command, device, stop).train()
 
 
@@ -62,7 +62,7 @@ class Run:
         self.is_main = distributed.is_main()
         self.lock = folder.RunLock(self.dir)
         # process 0 alone looks at the disk: two nodes may not see the same files yet
-        self.begin, self.state, frozen, self.notes = distributed.decided_by_main(self._look_at_folder)
+        self.begin, self.state, frozen, self.notes = distributed.on_main(self._look_at_folder)
         self.loader = self._build_loader(frozen)
         self.shards = bindings.shards_of(self.loader)
         if frozen is not None:
@@ -170,7 +170,7 @@ class Run:
         elif self.training.standardise_targets and not self.arguments.dry_run:
             # one process gathers, so that all have the same to the last bit
             gather = functools.partial(build.gather_statistics, self.loader, self.task)
-            self.teacher.load_statistics(distributed.decided_by_main(gather))
+            self.teacher.load_statistics(distributed.on_main(gather))
         self.first_step = self.progress.step
         self.state = None  # weights and moments on the CPU, of no more use
 
@@ -205,7 +205,7 @@ class Run:
             self.schedule.total_steps, "steps", "training", initial=self.progress.step, enabled=self.is_main
         )
         while True:
-            evaluated = distributed.decided_by_main(lambda: self.evaluate_if_due(log, console))
+            evaluated = distributed.on_main(lambda: self.evaluate_if_due(log, console))
             is_done = self.progress.epoch >= self.training.num_epochs
             if is_done or not evaluated or distributed.any_rank(self.stop.requested)[0]:
                 break
@@ -272,7 +272,7 @@ class Run:
 
     def open_log(self) -> RunLog:
         """The run folder made ready, and its metrics cut back to where the run stands."""
-        distributed.decided_by_main(self._prepare_folder)
+        distributed.on_main(self._prepare_folder)
         log = RunLog(
             self.dir,
             tensorboard=self.training.tensorboard,

@@ -21,7 +21,7 @@ from distillery.system.errors import (
     EXIT_TOO_MANY_FAILED,
     Interrupted,
     UserError,
-    remember_command,
+    remember_invocation,
     run_command,
 )
 from distillery.system.machine import usable_cpus
@@ -88,7 +88,7 @@ class CacheJob:
 def main() -> int:
     """Parse, plan, then make what is missing."""
     arguments = parse_arguments()
-    remember_command(vars(arguments), arguments.overrides)
+    remember_invocation(vars(arguments), arguments.overrides)
     from distillery.config.load import load_configs
     from distillery.losses.registry import check_losses
 

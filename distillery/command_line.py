@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distillery.config.load import Configs, load_configs
 from distillery.losses.registry import check_losses, fields_needed
-from distillery.system.errors import UserError, remember_command
+from distillery.system.errors import UserError, remember_invocation
 from distillery.system.launcher import check_environment
 from distillery.training.log import import_wandb
 
@@ -52,7 +52,7 @@ def parse_training_command(documentation: str) -> TrainingCommand:
     arguments = parser.parse_args()
     if arguments.max_steps_per_epoch is not None:
         arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
-    remember_command(vars(arguments), arguments.overrides)
+    remember_invocation(vars(arguments), arguments.overrides)
     configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
     _check_losses(configs)
     check_environment()

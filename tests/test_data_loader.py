@@ -45,7 +45,7 @@ def as_rank(monkeypatch):
     def become(rank, world):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
-        monkeypatch.setattr(distributed, "decided_by_main", lambda decide: decide())
+        monkeypatch.setattr(distributed, "on_main", lambda decide: decide())
 
     return become
 
