@@ -18,7 +18,7 @@ from distillery.training.log import pack_numbers
 
 
 def shards_of(loader: Any) -> dict[str, Any]:
-    """What a run keeps of the data it is started on, for run_folder.freeze_shards."""
+    """What a run keeps of the data it is started on, for folder.freeze_shards."""
     if loader.shard_names is not None:
         fingerprint, names = loader.fingerprint, loader.shard_names
     else:
@@ -68,6 +68,18 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
     # a cache grows at its end only, by shards and by rows of the last one
     changes = {"max_shards": None, "max_samples": sum(frozen["rows"]), "use_cached": is_cached}
     return data.model_copy(update=changes)
+
+
+def begin_epoch_again(state: dict[str, Any], shards: dict[str, Any]) -> list[str]:
+    """Put a checkpoint's position back to the beginning of its epoch where the run goes on with other shards.
+
+    shards: of this start, as shards_of gives them. Returns a note for the user where that was so.
+    """
+    place = state["progress"]
+    if state["shards"] == shards or not place["samples"]:
+        return []
+    place["samples"] = 0
+    return ["the shards are others than before: the present epoch begins again"]
 
 
 def plan_of(task: Task, num_images: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,8 +219,8 @@ class SyntheticLoader:
             yield images, torch.arange(self.batch_size) % self.num_images
 
 
-def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
-    """What --dry_run trains on for a moment: the run's own loader, or random images where nothing is cached yet.
+def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
+    """Random images for --dry_run where nothing is cached yet; None where the run's own images can be read.
 
     Raises:
         UserError: there is no cache, and how many images it would have is not known before a download.
@@ -228,7 +228,7 @@ def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
     data = configs.data
     has_cache = data.cache_dir is not None and (data.cache_path / "index.json").exists()
     if has_cache or data.use_cached is False or data.dataset_name is None:
-        return build_loader()
+        return None
     from distillery.sources.hub import NotDownloadedError
     from distillery.sources.registry import open_source
 

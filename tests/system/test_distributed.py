@@ -17,8 +17,8 @@ import pytest
 import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
-import distill_trainer
 from distillery.evaluate import during
+from distillery.report import page, pictures
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine
 
@@ -59,9 +59,8 @@ class Runs:
         for rank in range(processes) if ranks is None else ranks:
 
             def prepare(rank: int = rank) -> None:
-                distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-                distill_trainer.Run.draw_features = lambda _self: None
-                distill_trainer.summary_table = lambda _dir: ""
+                page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+                pictures.draw_features = lambda *_, **__: None
                 if before is not None:
                     before(rank)
 
@@ -189,7 +188,7 @@ def fail() -> None:
     [
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
-        (1, distill_trainer, "check_first_step", 1),
+        (1, engine, "check_first_step", 1),
         (0, during, "evaluate_features", 3),
         (0, checkpoints, "save_checkpoint", 1),
     ],
