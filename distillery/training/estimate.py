@@ -232,12 +232,11 @@ def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
     from distillery.sources.hub import NotDownloadedError
     from distillery.sources.registry import open_source
 
-    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
     try:
-        limits.append(len(open_source(**data.source_arguments, download=False)))
+        num_rows = len(open_source(**data.source_arguments, download=False))
     except NotDownloadedError as error:
-        limits.append(error.facts.num_rows)
-    num_images = min((limit for limit in limits if limit), default=None)
+        num_rows = error.facts.num_rows
+    num_images = min((limit for limit in (data.max_rows, num_rows) if limit), default=None)
     if num_images is None:
         raise UserError(
             f"there is no cache at {data.cache_dir}, and the hub does not say how many images {data.dataset_name} has. "
