@@ -472,7 +472,7 @@ def test_a_network_file_system_is_noticed(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def raw_source(monkeypatch):
     def use(source: Images) -> Images:
-        monkeypatch.setattr(data_loader, "open_source", lambda **_: source)
+        monkeypatch.setattr(raw_module, "open_source", lambda **_: source)
         return source
 
     return use

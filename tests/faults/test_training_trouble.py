@@ -1,5 +1,6 @@
 """Numbers that go wrong, memory that runs out, disks that do not answer: a message with figures, and nothing lost."""
 
+import functools
 import math
 import os
 import shutil
@@ -104,8 +105,7 @@ def _raise(error: Exception) -> None:
 
 def test_a_disk_that_stops_answering_is_named_within_the_watchdogs_time(place, folder):
     def hit() -> None:
-        options = data_loader._loader_options
-        data_loader._loader_options = lambda *args: options(*args) | {"stall_s": 0.5}
+        data_loader.PretrainingLoader = functools.partial(data_loader.PretrainingLoader, stall_s=0.5)
         preadv, calls = os.preadv, {"number": 0}
 
         def stalling(fd, buffers, offset, *flags):
