@@ -137,10 +137,10 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     # 4. The task, which is all that a step touches, and what measures the models.
     schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
     task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
-    is_evaluated = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
+    has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,
-        build.eval_folders(data) if is_evaluated else {},
+        build.eval_folders(data) if has_evaluation else {},
         student,
         teacher,
         lambda: build.loaded_teacher(configs, teacher, cache, device),
@@ -176,8 +176,10 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
         on_main(lambda: folder.claim_folder(lock, configs, start, position.step, shards))
         log = open_log(configs, task, position, num_images)
         console = ConsoleProgress(schedule.total_steps, "steps", "training", initial=position.step, enabled=is_main())
-        run = Run(run_dir, configs, loader, task, position, steps_in_epoch, shards, teacher_hash, checkpoints,
-                  log, console, stop)  # fmt: skip
+        run = Run(
+            configs=configs, loader=loader, task=task, position=position, steps_in_epoch=steps_in_epoch,
+            shards=shards, teacher_hash=teacher_hash, checkpoints=checkpoints, log=log, console=console, stop=stop,
+        )  # fmt: skip
         return run_epochs(run, evaluation)
 
 
@@ -192,7 +194,8 @@ def run_epochs(run: Any, evaluation: Any) -> int:
     from distillery.training.run import save, train_epoch
 
     loader, position, num_epochs = run.loader, run.position, run.configs.train.num_epochs
-    loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})  # set_epoch of this epoch keeps it
+    # set_epoch keeps this position where it lies in the epoch that is set
+    loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
     is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
     for epoch in range(position.epoch, num_epochs):
         if not is_evaluated or any_rank(run.stop.requested)[0]:
@@ -277,17 +280,17 @@ def finish(run: Any, evaluation: Any, *, is_done: bool) -> int:
     from distillery.system.distributed import is_main, wait_for_all
     from distillery.training.folder import mark_preempted
 
-    step, reason = run.position.step, run.stop.reason
+    run_dir, step, reason = run.log.run_dir, run.position.step, run.stop.reason
     run.checkpoints.wait()
     run.log.write_end(step, "done" if is_done else reason or "a request to stop")
     run.log.close()
     if is_done and is_main():
-        write_plots(run.dir)
-        print(summary_table(run.dir) or "no eval_datasets: nothing was evaluated")
-        why_no_pictures = draw_features(run.dir, evaluation, run.configs.data, step=step)
-        print(f"report: {write_report(run.dir, no_pictures=why_no_pictures)}")
+        write_plots(run_dir)
+        print(summary_table(run_dir) or "no eval_datasets: nothing was evaluated")
+        why_no_pictures = draw_features(run_dir, evaluation, run.configs.data, step=step)
+        print(f"report: {write_report(run_dir, no_pictures=why_no_pictures)}")
     elif is_main():
-        mark_preempted(run.dir, reason or "asked to stop", step)
+        mark_preempted(run_dir, reason or "asked to stop", step)
     # torchrun and srun end the others as soon as the first has left
     wait_for_all()
     if is_done:

@@ -90,7 +90,7 @@ class RandomShardSubsetCachedDataset(Dataset):
         base_dataset: gives the rows.
         shards_per_epoch: K; as many as there are, or more: all.
         seed: of the draws; None: 42, the default of random_subset_seed. The same on every rank.
-        mode: cycle, independent or fixed; see sampling.ShardDraws.
+        mode: cycle, independent or fixed; see shard_draws.ShardDraws.
         draws: epoch -> shards, in place of the three arguments before it.
     """
 

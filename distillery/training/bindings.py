@@ -31,7 +31,7 @@ def shards_of(loader: Any) -> dict[str, Any]:
 
 def epoch_facts(loader: Any, epoch: int) -> dict[str, Any]:
     """What an epoch reads, for its row of metrics.jsonl: images, and of a cache the places of the shards in the run's
-    list, packed (metrics.unpack_numbers).
+    list, packed (log.unpack_numbers).
     """
     order = loader.sampling.order(epoch)
     if loader.shard_names is None:

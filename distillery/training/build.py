@@ -187,7 +187,7 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
 
 
 def _label_warnings(train: CacheIndex, test: CacheIndex) -> list[str]:
-    """sources_evaluation.label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
+    """sources.evaluation.label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
     if not (train.labels and test.labels):
         return []
     try:

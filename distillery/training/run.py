@@ -1,7 +1,6 @@
 """A run at work: its parts together, one epoch of it, its checkpoints and its log."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distillery.config.load import Configs
@@ -25,7 +24,6 @@ class Run:
     position: moved along by every step; shards, teacher_hash: what the run is bound to, for its checkpoints.
     """
 
-    dir: Path
     configs: Configs
     loader: PretrainingLoader
     task: Task
