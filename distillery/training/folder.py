@@ -250,14 +250,8 @@ class Start:
 def look_at_folder(
     lock: RunLock, configs: Configs, *, resume_from: Path | None, no_resume: bool, is_plan: bool
 ) -> tuple[Start, dict[str, Any] | None, dict[str, Any] | None]:
-    """Decide where a run begins; nothing is written.
+    """Decide where a run begins; nothing is written. A --dry_run (is_plan) takes no lock.
 
-    Args:
-        lock: of the run folder; taken where the folder is there already, unless is_plan.
-        configs: of this start.
-        resume_from: the flag's value.
-        no_resume: the flag.
-        is_plan: whether this is a --dry_run.
     Returns:
         (the start, the content of its checkpoint or None, the shards that the run was started on or None).
     Raises:
