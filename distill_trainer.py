@@ -108,6 +108,7 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     from distillery.evaluate.during import RunEvaluation
     from distillery.system.console import Progress as ConsoleProgress
     from distillery.system.distributed import is_main, on_main
+    from distillery.teacher_cache.opening import open_teacher_cache
     from distillery.training import bindings, build, describe, estimate, folder
     from distillery.training.checkpoints import CheckpointWriter, restore
     from distillery.training.engine import Progress
@@ -131,7 +132,13 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     steps_in_epoch = build.steps_per_epoch(train, loader.valid_rows_per_shard, data.shards_per_epoch)
 
     # 3. The teacher's stored outputs (None: every step runs the teacher), teacher and student.
-    cache = open_outputs(configs, loader, device, state, notes, is_plan=arguments.dry_run)
+    cache, fingerprint = None, state and state.get("teacher_cache")
+    try:
+        cache = open_teacher_cache(configs, loader, device, fingerprint=fingerprint, is_plan=arguments.dry_run)
+    except UserError as error:
+        if not arguments.dry_run:  # the plan says what it costs to make them
+            raise
+        notes.append(str(error))
     teacher, student = build.build_models(configs, device, cache)
 
     # 4. The task, which is all that a step touches, and what measures the models.
@@ -222,22 +229,6 @@ def build_loader(configs: Configs, frozen: dict | None, *, is_plan: bool) -> Any
         return loader
     data, shards = data_of_frozen(configs.data, frozen), (frozen or {}).get("shards") or None
     return build_pretraining_dataloader(data, configs.train, with_indices=True, raw=True, shards=shards)
-
-
-def open_outputs(
-    configs: Configs, loader: Any, device: Any, state: dict | None, notes: list[str], *, is_plan: bool
-) -> Any:
-    """The teacher's stored outputs, a TeacherCache or None; a plan goes on without them and notes what is missing."""
-    from distillery.teacher_cache.opening import open_teacher_cache
-
-    fingerprint = state and state.get("teacher_cache")
-    try:
-        return open_teacher_cache(configs, loader, device, fingerprint=fingerprint, is_plan=is_plan)
-    except UserError as error:
-        if not is_plan:  # the plan says what it costs to make them
-            raise
-        notes.append(str(error))
-        return None
 
 
 def evaluate_if_due(run: Any, evaluation: Any) -> bool:
