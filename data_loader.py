@@ -11,13 +11,8 @@ function of (seed, epoch, shards), whatever the number of processes and threads 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from distillery.cache.archive import row_bytes_of
 from distillery.cache.folder import load_index
@@ -29,17 +24,15 @@ from distillery.config.sections import ALIASES
 from distillery.reading.datasets import (
     CachedTensorDataset,
     RandomShardSubsetCachedDataset,
-    checked_rows,
     load_labelled,
     part_of_index,
 )
 from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
 from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
-from distillery.reading.raw import ImageDecoder, RawRows, pieces_of
+from distillery.reading.raw import PretrainDataset, RawRows
 from distillery.reading.rows import CachedRows
 from distillery.reading.shard_files import ShardFiles
 from distillery.sources.pixels import PreprocessSpec
-from distillery.sources.registry import open_source
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import MissingFileError, UserError, stage1_command
@@ -62,51 +55,9 @@ _RAW_READERS = 4
 _LONG_RUN = 64
 
 
-class PretrainDataset(Dataset):
-    """The images of data_config's source, decoded when asked for: ds[i] is float32 [3, H, W], normalised.
-
-    An image that cannot be decoded moves no index: the next one that can stands in its place. It is reported, and more
-    of them than max_failed_fraction are an error.
-
-    Args:
-        data_config: dict (partial is fine: defaults fill in), DataConfig or path.
-        transform: applied to every image.
-    """
-
-    def __init__(self, data_config: Any, transform: Callable[[Tensor], Any] | None = None) -> None:
-        data = load_data_config(data_config, require_source=False)
-        if data.dataset_name is None:
-            raise UserError("data_config: dataset_name is required to read raw images")
-        source = open_source(**data.source_arguments)
-        limits = [len(source), data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
-        num_rows = min(limit for limit in limits if limit is not None)
-        self.transform = transform
-        self.decoder = ImageDecoder(source, preprocess_spec(data), num_rows, data.max_failed_fraction)
-        starts = np.arange(0, num_rows, data.cache_shard_size)
-        self.shard_rows = np.minimum(data.cache_shard_size, num_rows - starts)
-
-    def __len__(self) -> int:
-        return self.decoder.num_rows
-
-    def __getitem__(self, i: int) -> Any:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The images `indices`, in that order."""
-        # each once: a sampler with replacement may ask for one twice
-        wanted, places = np.unique(checked_rows(indices, len(self)), return_inverse=True)
-        unique = torch.empty((len(wanted), 3, self.decoder.spec.image_size, self.decoder.spec.image_size))
-        with self.decoder.borrowed_source() as read:
-            encoded = chain.from_iterable(map(read, pieces_of(wanted)))
-            for row, data, out in zip(wanted.tolist(), encoded, unique, strict=True):
-                self.decoder.normalise(self.decoder.decode(row, data)[0], out.numpy())
-        images = unique[torch.from_numpy(places)]
-        return list(images) if self.transform is None else [self.transform(image) for image in images]
-
-
 def preprocess_spec(data: DataConfig) -> PreprocessSpec:
     """How data_config.yaml wants images to become pixels."""
-    return PreprocessSpec(data.image_size, data.resize_mode, data.interpolation, tuple(data.mean), tuple(data.std))
+    return PreprocessSpec(**data.preprocess_arguments)
 
 
 def build_pretraining_dataloader(
@@ -117,7 +68,7 @@ def build_pretraining_dataloader(
     raw: bool = False,
     shards: Sequence[str] | None = None,
 ) -> PretrainingLoader:
-    """The loader that the configuration asks for; says in one line which one that is.
+    """The loader that the configuration asks for; prints which one that is.
 
     Args:
         data_config: dict (the parsed YAML, partial is fine: defaults fill in) or DataConfig.
@@ -132,12 +83,28 @@ def build_pretraining_dataloader(
     """
     data = load_data_config(data_config, require_source=False)
     train = load_train_config(train_config, require_checkpoint_dir=False)
-    index = distributed.decided_by_main(lambda: _find_cache(data, _keys_given(data_config)))
-    build = _cached_loader if index is not None else _raw_loader
-    loader, lines = build(data, train, index, shards, with_indices=with_indices, raw=raw)
+    index = distributed.on_main(lambda: _find_cache(data, _keys_given(data_config)))
+    images = _raw_images(data, shards, raw=raw) if index is None else _cached_images(data, index, shards, raw=raw)
+    dataset, sampling = images.dataset, _sampling(data, train, images)
+    if index is not None and sampling.draws.count < len(dataset.shard_rows):
+        # the loader's own draws: with max_steps_per_epoch they are shorter than shards_per_epoch
+        dataset = RandomShardSubsetCachedDataset(dataset, data.shards_per_epoch, draws=sampling.shards)
+    lines = [*images.lines, _describe_order(data, sampling), *_advise_longer_runs(images, sampling)]
     if distributed.is_main():
         print("\n".join(lines), flush=True)
-    return loader
+    return PretrainingLoader(
+        dataset,
+        images.rows,
+        sampling,
+        image_shape=images.shape,
+        batch_size=train.batch_size,
+        num_threads=images.num_threads,
+        prefetch_batches=data.prefetch_batches,
+        pin_memory=data.pin_memory,
+        with_indices=with_indices,
+        index=images.index,
+        normalized=images.normalized,
+    )
 
 
 def _keys_given(config: Any) -> set[str]:
@@ -191,80 +158,72 @@ def _plain(value: Any) -> Any:
     return [float(number) for number in value] if isinstance(value, list | tuple) else value
 
 
-def _cached_loader(
-    data: DataConfig,
-    train: TrainConfig,
-    index: CacheIndex,
-    shards: Sequence[str] | None,
-    *,
-    with_indices: bool,
-    raw: bool,
-) -> tuple[PretrainingLoader, list[str]]:
+@dataclass(frozen=True)
+class _Images:
+    """Images that a loader reads: of a cache, or of a source, decoded on the way.
+
+    dataset: the images map-style; rows: what reads them into batches; normalized: whether float batches are normalised;
+    index: of the cache; lines: for the console.
+    """
+
+    dataset: CachedTensorDataset | PretrainDataset
+    rows: CachedRows | Callable[[], RawRows]
+    shape: tuple[int, int, int]
+    row_bytes: int
+    num_threads: int
+    normalized: bool
+    index: CacheIndex | None
+    lines: list[str]
+
+
+def _cached_images(data: DataConfig, index: CacheIndex, shards: Sequence[str] | None, *, raw: bool) -> _Images:
     if shards is not None:
         index = _chosen_shards(index, shards)
-    base = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
-    rows = CachedRows(base.index, raw=raw, files=ShardFiles(base.index, mode=data.read_mode))
-    sampling = _sampling(data, train, base.shard_rows, base.index.row_bytes)
-    dataset = base
-    if sampling.draws.count < len(base.shard_rows):
-        # the loader's own draws: with max_steps_per_epoch they are shorter than shards_per_epoch
-        dataset = RandomShardSubsetCachedDataset(base, data.shards_per_epoch, draws=sampling.shards)
-    loader = PretrainingLoader(
+    dataset = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
+    index = dataset.index
+    return _Images(
         dataset,
-        rows,
-        sampling,
-        image_shape=base.index.image_shape,
-        index=base.index,
-        normalized=base.index.normalized if raw else True,
+        CachedRows(index, raw=raw, files=ShardFiles(index, mode=data.read_mode)),
+        index.image_shape,
+        index.row_bytes,
         num_threads=_READING_THREADS if data.num_workers is None else max(1, data.num_workers),
-        **_loader_options(data, train, with_indices),
+        normalized=index.normalized or not raw,
+        index=index,
+        lines=_describe_cache(dataset, data),
     )
-    return loader, _describe_cache(base, data) + _describe_order(data, sampling)
 
 
-def _raw_loader(
-    data: DataConfig,
-    train: TrainConfig,
-    index: None,
-    shards: Sequence[str] | None,
-    *,
-    with_indices: bool,
-    raw: bool,
-) -> tuple[PretrainingLoader, list[str]]:
+def _raw_images(data: DataConfig, shards: Sequence[str] | None, *, raw: bool) -> _Images:
     if shards is not None:
         raise MissingFileError(
             f"this run was started on the shards of a cache, and {data.cache_dir} holds none. Run: {stage1_command()}"
         )
     dataset = PretrainDataset(data)
-    size = data.image_size
-    # the order is that of the cache which stage 1 would make
-    row_bytes = row_bytes_of((3, size, size), data.cache_dtype)
-    sampling = _sampling(data, train, dataset.shard_rows, row_bytes)
+    size, decoder = data.image_size, dataset.decoder
     num_threads = usable_cpus() if data.num_workers is None else max(1, data.num_workers)
-    loader = PretrainingLoader(
-        dataset,
-        lambda: RawRows(dataset.decoder, data.cache_shard_size, raw=raw, num_readers=min(_RAW_READERS, num_threads)),
-        sampling,
-        image_shape=(3, size, size),
-        index=None,
-        normalized=not raw,
-        num_threads=num_threads,
-        **_loader_options(data, train, with_indices),
-    )
     why = "use_cached is false" if data.use_cached is False else f"there is no cache at {data.cache_dir}"
     line = (
-        f"decoding raw images, {num_threads} at a time, from {dataset.decoder.source.describe()}: {len(dataset)} "
+        f"decoding raw images, {num_threads} at a time, from {decoder.source.describe()}: {len(dataset)} "
         f"images of {size} x {size} px ({why}; a cache is many times faster: {stage1_command()})"
     )
-    return loader, [line, *_describe_order(data, sampling), *_advise_longer_runs(dataset, sampling, row_bytes)]
+    return _Images(
+        dataset,
+        lambda: RawRows(decoder, data.cache_shard_size, raw=raw, num_readers=min(_RAW_READERS, num_threads)),
+        (3, size, size),
+        row_bytes_of((3, size, size), data.cache_dtype),  # the order is that of the cache which stage 1 would make
+        num_threads=num_threads,
+        normalized=not raw,
+        index=None,
+        lines=[line],
+    )
 
 
-def _sampling(data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, row_bytes: int) -> Sampling:
+def _sampling(data: DataConfig, train: TrainConfig, images: _Images) -> Sampling:
     run_rows, window_runs = block_sizes(
-        row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
+        images.row_bytes, data.run_bytes or RUN_BYTES, max(data.window_bytes or WINDOW_BYTES, data.run_bytes or 0)
     )
     return Sampling(
-        shard_rows,
+        images.dataset.shard_rows,
         train.batch_size * distributed.world_size(),
         shards_per_epoch=data.shards_per_epoch,
         mode=data.shard_subset_mode,
@@ -277,22 +236,15 @@ def _sampling(data: DataConfig, train: TrainConfig, shard_rows: np.ndarray, row_
     )
 
 
-def _loader_options(data: DataConfig, train: TrainConfig, with_indices: bool) -> dict[str, Any]:
-    return {
-        "batch_size": train.batch_size,
-        "prefetch_batches": data.prefetch_batches,
-        "pin_memory": data.pin_memory,
-        "with_indices": with_indices,
-    }
-
-
-def _advise_longer_runs(dataset: PretrainDataset, sampling: Sampling, row_bytes: int) -> list[str]:
+def _advise_longer_runs(images: _Images, sampling: Sampling) -> list[str]:
     """What to set where short runs of a parquet file cost most of a row group each."""
-    if dataset.decoder.source.identity["kind"] != "parquet" or sampling.run_rows >= min(_LONG_RUN, len(dataset)):
+    if images.index is not None or images.dataset.decoder.source.identity["kind"] != "parquet":
+        return []
+    if sampling.run_rows >= min(_LONG_RUN, len(images.dataset)):
         return []
     return [
         f"  of a parquet file even a run of {sampling.run_rows} rows costs most of a row group: "
-        f"run_bytes: {_LONG_RUN * row_bytes} reads less, in runs of {_LONG_RUN}, mixed from fewer places"
+        f"run_bytes: {_LONG_RUN * images.row_bytes} reads less, in runs of {_LONG_RUN}, mixed from fewer places"
     ]
 
 
@@ -329,7 +281,7 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]
     return lines
 
 
-def _describe_order(data: DataConfig, sampling: Sampling) -> list[str]:
+def _describe_order(data: DataConfig, sampling: Sampling) -> str:
     count, total = sampling.draws.count, len(sampling.shard_rows)
     which = "every shard" if count == total else f"{count} of {total} shards ({data.shard_subset_mode})"
     if sampling.draws.mode == "cycle" and len(sampling.draws(0)) < count:
@@ -337,4 +289,4 @@ def _describe_order(data: DataConfig, sampling: Sampling) -> list[str]:
     how = "in order within each shard"
     if data.shuffle == "block":
         how = f"runs of {sampling.run_rows} rows, mixed in windows of {sampling.run_rows * sampling.window_runs}"
-    return [f"  an epoch: {which}; {sampling.num_batches(0)} batches; {how}"]
+    return f"  an epoch: {which}; {sampling.num_batches(0)} batches; {how}"

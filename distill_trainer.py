@@ -6,373 +6,292 @@
     python distill_trainer.py ... --dry_run                                # schedule, hours, advice; nothing written
 
 Exit status: 0 done; 2 wrong usage or configuration; 75 interrupted after saving, run the same command again; 1 anything
-else. A new loss is a function in distillery/losses/terms.py and a line in losses/registry.py, a new kind of model goes
-into distillery/models/builders.py; this file only puts the parts together.
+else.
+
+This file puts the parts together: distill() builds them in six steps, run_epochs() trains with them. An epoch stands in
+distillery/training/run.py, a step in engine.py beside it. A new loss is a function in distillery/losses/terms.py and a
+line in registry.py beside it; a new kind of model goes into distillery/models/builders.py.
+
+torch takes seconds to import. The functions below import what needs it when they are called, after the command line is
+parsed: --help and mistakes in flags or YAML files are answered at once.
 """
 
-import functools
+import argparse
+import contextlib
+import math
+from pathlib import Path
 from typing import Any
 
-from distillery.command_line import TrainingCommand, parse_training_command
-from distillery.system.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, RunError, UserError, run_command
-from distillery.system.machine import environment_number, environment_text
+from distillery.config.load import Configs, load_configs
+from distillery.losses.registry import check_losses, fields_needed
+from distillery.system.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    Interrupted,
+    UserError,
+    remember_invocation,
+    run_command,
+)
+from distillery.system.launcher import check_environment
 from distillery.system.signals import StopFlag
-
-# before torch is imported, which takes seconds: --help and mistakes in flags or YAML files answer at once
-COMMAND = run_command(lambda: parse_training_command(__doc__)) if __name__ == "__main__" else None
-
-import torch
-
-from data_loader import DevicePrefetcher, build_pretraining_dataloader
-from distillery.config.load import dump_configs
-from distillery.evaluate.during import RunEvaluation
-from distillery.models import configured
-from distillery.report import pictures
-from distillery.report.page import summary_table, write_plots, write_report
-from distillery.system import distributed
-from distillery.system.console import ProgressLine
-from distillery.system.files import expand_path, make_directory, write_atomic
-from distillery.system.launcher import is_restarted
-from distillery.teacher_cache.opening import open_teacher_cache
-from distillery.teacher_cache.reader import TeacherCache
-from distillery.training import bindings, build, describe, folder
-from distillery.training.checkpoints import CheckpointWriter, load_checkpoint, restore, state_of
-from distillery.training.engine import Position, check_first_step, check_numbers, train_one_epoch
-from distillery.training.estimate import SyntheticLoader, plan_loader, plan_run
-from distillery.training.folder import find_start, prepare_folder
-from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
-from distillery.training.watch import check_weights
+from distillery.training.log import import_wandb, read_rows
 
 
-def main(command: TrainingCommand) -> int:
-    """Join the other processes if there are any, then train."""
-    with StopFlag(command.arguments.max_minutes) as stop:
-        device = configured.choose_device(command.arguments.device)
-        with distributed.joined(device, lambda: stop.requested):
-            return Run(command, device, stop).train()
+def parse_command_line() -> tuple[argparse.Namespace, Configs]:
+    """The flags, and the configuration of the files that they name, --set applied.
 
-
-class Run:
-    """One training run: its folder, its objects, where it stands."""
-
-    def __init__(self, command: TrainingCommand, device: torch.device, stop: StopFlag) -> None:
-        self.arguments, self.configs, self.device, self.stop = command.arguments, command.configs, device, stop
-        self.data, self.training = self.configs.data, self.configs.train
-        self.dir = self.training.checkpoint_path
-        self.is_main = distributed.is_main()
-        self.lock = folder.RunLock(self.dir)
-        # process 0 alone looks at the disk: two nodes may not see the same files yet
-        self.begin, self.state, frozen, self.notes = distributed.decided_by_main(self._look_at_folder)
-        self.loader = self._build_loader(frozen)
-        self.shards = bindings.shards_of(self.loader)
-        if frozen is not None:
-            folder.check_shards(frozen, self.shards, self.data.cache_dir)
-        self.steps_in_epoch = build.steps_per_epoch(
-            self.training, self.loader.valid_rows_per_shard, self.data.shards_per_epoch
+    Raises:
+        UserError: a file or a launcher's variable is missing or wrong; wrong flags exit with status 2 by themselves.
+    """
+    description, commands, statuses, _ = __doc__.split("\n\n", 3)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"{commands}\n\n{statuses}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument("--train_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument("--model_config", required=True, type=Path, metavar="YAML")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: CUDA where there is one"
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume_from", type=Path, metavar="PATH", help="go on from this checkpoint file")
+    start.add_argument("--no_resume", action="store_true", help="start afresh; what the run folder holds is set aside")
+    parser.add_argument("--max_steps_per_epoch", type=int, metavar="N", help="overrides the key of the same name")
+    parser.add_argument(
+        "--max_minutes", type=_minutes, metavar="M", help="save and leave with status 75 after M minutes"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print schedule, hours, advice and stop; writes nothing")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one key of a YAML file (dots for nesting); may be repeated")  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.max_steps_per_epoch is not None:
+        arguments.overrides.append(f"max_steps_per_epoch={arguments.max_steps_per_epoch}")
+    remember_invocation(vars(arguments), arguments.overrides)
+    configs = load_configs(arguments.data_config, arguments.train_config, arguments.model_config, arguments.overrides)
+    weights = configs.train.distill_loss_weights
+    check_losses(weights, configs.train.loss_options, configs.train.batch_size)
+    if configs.model.teacher_out_indices and "layers" not in fields_needed(weights):
+        raise UserError(
+            "teacher_out_indices and student_out_indices are set, but no loss compares layers: add layers to "
+            "distill_loss_weights, or set both to null"
         )
-        self.cache = self._open_teacher_cache()  # None: every step runs the teacher
-        self.teacher, self.student = build.build_models(self.configs, device, self.cache)
-        self.schedule = build.build_schedule(self.training, self.student, self.steps_in_epoch, *self._finished_epochs())
-        self.task = build.build_task(
-            self.configs, self.teacher, self.student, self.schedule, self.loader.normalized, device, self.cache
-        )
-        self.evaluation = self._build_evaluation()
-        self.progress, self.first_step = Position(), 0
-        on_gpu = device.type == "cuda"
-        self.checkpoints = CheckpointWriter(self.dir, self.begin.checkpoint, in_background=on_gpu)
-        self.tells_compilation = self.training.compile_student or self.training.compile_teacher
+    check_environment()
+    if configs.train.wandb_project is not None:
+        import_wandb(configs.train.wandb_project)
+    return arguments, configs
 
-    def _look_at_folder(self) -> tuple:
-        """(where to begin, the checkpoint's content, the frozen shards, what to tell the user)."""
-        folder.check_place(self.dir)
-        if not self.arguments.dry_run:
-            self.lock.take(create=False)
-        config = self.configs.as_dict()
-        given = self.arguments.resume_from
-        begin = find_start(
-            self.dir,
-            config,
-            resume_from=given and expand_path(given),
-            no_resume=self.arguments.no_resume,
-            job=environment_text("SLURM_JOB_ID"),
-            restarts=environment_number("SLURM_RESTART_COUNT") or 0,
-            again=is_restarted(),
-        )
-        state, notes, frozen = None, list(begin.notes), None
-        if begin.checkpoint is not None:
-            state = load_checkpoint(begin.checkpoint)
-            where = begin.checkpoint if given else self.dir
-            harmless = folder.compare_configs(where, state["config"], config)
-            notes += [f"changed since then: {line}" for line in harmless]
-            folder.check_global_batch(
-                state, build.global_batch_size(self.training), describe.describe_batch(self.training)
-            )
-        if not begin.fresh and not self.training.refresh_shards:
-            frozen = folder.frozen_shards(self.dir) or (state or {}).get("shards")
-        return begin, state, frozen, notes
 
-    def _build_loader(self, frozen: dict | None) -> Any:
-        build_loader = functools.partial(
-            build_pretraining_dataloader,
-            bindings.data_of_frozen(self.data, frozen),
-            self.training,
-            with_indices=True,
-            raw=True,
-            shards=(frozen or {}).get("shards") or None,
-        )
-        is_plan_only = self.arguments.dry_run and frozen is None
-        return plan_loader(self.configs, build_loader) if is_plan_only else build_loader()
+def _minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of minutes above 0")
 
-    def _open_teacher_cache(self) -> TeacherCache | None:
-        is_plan, fingerprint = self.arguments.dry_run, self.state and self.state.get("teacher_cache")
-        try:
-            return open_teacher_cache(self.configs, self.loader, self.device, fingerprint=fingerprint, is_plan=is_plan)
-        except UserError as error:
-            if not is_plan:  # which says what it costs to make it
-                raise
-            self.notes.append(str(error))
-            return None
 
-    def _build_evaluation(self) -> RunEvaluation:
-        is_evaluated = self.training.eval_every_epochs and not isinstance(self.loader, SyntheticLoader)
-        return RunEvaluation(
-            self.dir,
-            build.eval_folders(self.data) if is_evaluated else {},
-            self.student,
-            self.teacher,
-            lambda: build.loaded_teacher(self.configs, self.teacher, self.cache, self.device),
-            k=self.training.knn_k,
-            device=self.device,
-            is_stopped=lambda: self.stop.requested,
-        )
+def main() -> int:
+    """Parse the command line, join the other processes if there are any, then train."""
+    arguments, configs = parse_command_line()
+    from distillery.models.configured import choose_device
+    from distillery.system.distributed import process_group
 
-    def _finished_epochs(self) -> tuple[int, int]:
-        """(steps, epochs) before the present epoch; on other shards, epochs may have been of another length."""
-        if self.state is None:
-            return 0, 0
-        place = self.state["progress"]
-        if self.state["shards"] != self.shards and place["samples"]:
-            self.notes.append("the shards are others than before: the present epoch begins again")
-            place["samples"] = 0
-        return place["step"] - place["samples"] // build.global_batch_size(self.training), place["epoch"]
+    with StopFlag(arguments.max_minutes) as stop:
+        device = choose_device(arguments.device)
+        with process_group(device, lambda: stop.requested):
+            return distill(arguments, configs, device, stop)
 
-    def restore_or_prepare(self) -> None:
-        """Put weights, optimiser and position where the checkpoint says, or get ready for a first step."""
-        self.teacher_hash = bindings.teacher_hash(self.teacher, self.cache)
-        if self.state is not None:
-            bindings.check_same_teacher(self.dir, self.state, self.teacher_hash, self.cache)
-            restore(self.task, self.progress, self.state, build.global_batch_size(self.training))
-            if self.state["config"]["train"]["num_epochs"] != self.training.num_epochs:
-                before, now = self.state["learning_rate"], self.schedule.at(self.progress.step)
-                self.notes.append(
-                    f"num_epochs changed: a new schedule; the learning rate goes from {before:.3g} to {now:.3g}"
-                )
-        elif self.training.standardise_targets and not self.arguments.dry_run:
-            # one process gathers, so that all have the same to the last bit
-            gather = functools.partial(build.gather_statistics, self.loader, self.task)
-            self.teacher.load_statistics(distributed.decided_by_main(gather))
-        self.first_step = self.progress.step
-        self.state = None  # weights and moments on the CPU, of no more use
 
-    def train(self) -> int:
-        """Everything, with the advice that an error deserves."""
-        try:
-            return self._train()
-        except FloatingPointError as error:
-            last = f". Last good checkpoint: {self.checkpoints.wait() or 'none yet'}" if self.is_main else ""
-            raise RunError(f"{error}{last}") from error
-        except UserError as error:
-            if self.progress.step == self.first_step:
-                raise
-            raise RunError(str(error)) from error  # found wrong after training began: status 2 says nothing is written
-        except Exception as error:
-            if not describe.is_out_of_memory(error):
-                raise
-            step, size = self.progress.step, self.data.image_size
-            raise RunError(describe.memory_advice(self.training, size, self.device, step)) from error
-        finally:
-            self.checkpoints.close()
+def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: StopFlag) -> int:
+    """Build the run in six steps, then train its epochs; --dry_run ends before the first. Returns the exit status."""
+    from distillery.evaluate.during import RunEvaluation
+    from distillery.system.console import ProgressLine
+    from distillery.system.distributed import is_main, on_main
+    from distillery.teacher_cache.opening import open_teacher_cache
+    from distillery.training import bindings, build, describe, estimate, folder
+    from distillery.training.checkpoints import CheckpointWriter, restore
+    from distillery.training.engine import Position
+    from distillery.training.run import Run, open_log
 
-    def _train(self) -> int:
-        """The epoch loop."""
-        self.restore_or_prepare()
-        self.announce()
-        if self.arguments.dry_run:
-            self.announce_plan()
+    data, train, run_dir = configs.data, configs.train, configs.train.checkpoint_path
+
+    # 1. Look at the run folder: rank 0 alone decides where to begin, as two nodes may not see the same files yet.
+    lock = folder.RunLock(run_dir)
+    flags = {"resume_from": arguments.resume_from, "no_resume": arguments.no_resume, "is_plan": arguments.dry_run}
+    start, state, frozen = on_main(lambda: folder.look_at_folder(lock, configs, **flags))
+    notes = [*start.notes]
+
+    # 2. The images: a run that goes on has those of its start.
+    loader = build_loader(configs, frozen, is_plan=arguments.dry_run)
+    shards = bindings.shards_of(loader)
+    if frozen is not None:
+        folder.check_shards(frozen, shards, data.cache_dir)
+    if state is not None:
+        notes += bindings.begin_epoch_again(state, shards)
+    steps_in_epoch = build.steps_per_epoch(train, loader.valid_rows_per_shard, data.shards_per_epoch)
+
+    # 3. The teacher's stored outputs (None: every step runs the teacher), teacher and student.
+    cache, fingerprint = None, state and state.get("teacher_cache")
+    try:
+        cache = open_teacher_cache(configs, loader, device, fingerprint=fingerprint, is_plan=arguments.dry_run)
+    except UserError as error:
+        if not arguments.dry_run:  # the plan says what it costs to make them
+            raise
+        notes.append(str(error))
+    teacher, student = build.build_models(configs, device, cache)
+
+    # 4. The task, which is all that a step touches, and what measures the models.
+    schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
+    task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
+    has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
+    evaluation = RunEvaluation(
+        run_dir,
+        build.eval_folders(data) if has_evaluation else {},
+        student,
+        teacher,
+        lambda: build.loaded_teacher(configs, teacher, cache, device),
+        k=train.knn_k,
+        device=device,
+        is_stopped=lambda: stop.requested,
+    )
+
+    position, first_step = Position(), state["progress"]["step"] if state else 0
+    checkpoints = CheckpointWriter(run_dir, start.checkpoint, in_background=device.type == "cuda")
+    with describe.advice_on_errors(configs, device, position, first_step, checkpoints):
+        # 5. Weights, optimiser and position of the checkpoint; a new run measures the teacher's features first.
+        teacher_hash = bindings.teacher_hash(teacher, cache)
+        if state is not None:
+            bindings.check_same_teacher(run_dir, state, teacher_hash, cache)
+            restore(task, position, state, build.global_batch_size(train))
+            notes += describe.describe_new_schedule(state, train, schedule)
+        elif train.standardise_targets and not arguments.dry_run:
+            # rank 0 gathers, so that all ranks have the same numbers to the last bit
+            teacher.load_statistics(on_main(lambda: build.gather_statistics(loader, task)))
+        del state  # weights and moments on the CPU, of no more use
+
+        # 6. Print what will be done; the folder becomes this run's.
+        num_images = sum(shards["rows"])
+        lines = describe.describe_run(configs, task, steps_in_epoch, num_images, is_plan=arguments.dry_run)
+        if is_main():
+            print("\n".join([*notes, *lines]), flush=True)
+        if arguments.dry_run:
+            lines = estimate.plan_run(configs, task, loader, steps_in_epoch, position.step, position.epoch)
+            if is_main():
+                print("\n".join(lines), flush=True)
             return EXIT_DONE
-        log = self.open_log()
-        console = ProgressLine(
-            self.schedule.total_steps, "steps", "training", initial=self.progress.step, enabled=self.is_main
-        )
-        while True:
-            evaluated = distributed.decided_by_main(lambda: self.evaluate_if_due(log, console))
-            is_done = self.progress.epoch >= self.training.num_epochs
-            if is_done or not evaluated or distributed.any_rank(self.stop.requested)[0]:
-                break
-            self.train_epoch(log, console)
-            self.save(log)
-        console.close()
-        return self.finish(log, is_done=is_done and evaluated)
+        on_main(lambda: folder.claim_folder(lock, configs, start, position.step, shards))
+        log = open_log(configs, task, position, num_images)
+        console = ProgressLine(schedule.total_steps, "steps", "training", initial=position.step, enabled=is_main())
+        run = Run(
+            configs=configs, loader=loader, task=task, position=position, steps_in_epoch=steps_in_epoch,
+            shards=shards, teacher_hash=teacher_hash, checkpoints=checkpoints, log=log, console=console, stop=stop,
+        )  # fmt: skip
+        return run_epochs(run, evaluation)
 
-    def train_epoch(self, log: RunLog, console: ProgressLine) -> None:
-        """What is left of the present epoch, or as much of it as a request to stop allows."""
-        if self.progress.step == 0:
-            first = build.first_images(self.loader, self.task)
-            check_first_step(self.task, *first)
-            self.show_models(log, first)
-        if self.is_main:
-            row = bindings.epoch_row(self.loader, self.progress.epoch)
-            log.write_epoch(self.progress.epoch, self.progress.epoch_start, **row)
-        self.loader.load_state_dict({"epoch": self.progress.epoch, "samples": self.progress.samples})
-        batches = self.loader
-        if self.task.stored is not None:
-            batches = self.task.stored.batches(self.loader, epoch=self.progress.epoch, step=self.progress.step)
-        epoch_end = self.progress.epoch_start + self.steps_in_epoch
-        rows: list[dict[str, float]] = []
 
-        def after_step(position: Position, row: dict[str, float] | None) -> None:
-            if row is not None:
-                log.write("train", step=position.step, epoch=position.epoch, **row)
-                rows.append(row)
-            console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
-            if self.tells_compilation:
-                console.message(describe.compiled_graphs())
-                self.tells_compilation = False
-            save_every = self.training.save_every
-            if save_every and position.step % save_every == 0 and position.step != epoch_end:
-                self.save(log)
+def run_epochs(run: Any, evaluation: Any) -> int:
+    """Train, save and evaluate epoch after epoch until the end or a request to stop; returns the exit status.
 
-        train_one_epoch(
-            self.task,
-            DevicePrefetcher(batches, self.device),
-            self.progress,
-            self.stop,
-            steps_in_epoch=self.steps_in_epoch,
-            log_every=self.training.log_every,
-            after_step=after_step,
-        )
-        if self.progress.step == epoch_end:
-            self.progress.next_epoch()
-            console.message(epoch_line(self.progress.epoch, self.training.num_epochs, self.progress.step, rows))
+    run: a training.run.Run; evaluation: a RunEvaluation of its models.
+    """
+    from distillery.system.distributed import any_rank, on_main
+    from distillery.training.build import first_images
+    from distillery.training.engine import check_first_step
+    from distillery.training.run import save, train_epoch
 
-    def announce(self) -> None:
-        """Say what will be done."""
-        if not self.is_main:
-            return
-        num_images, is_plan = sum(self.shards["rows"]), self.arguments.dry_run
-        lines = describe.describe_run(self.configs, self.task, self.steps_in_epoch, num_images, is_plan=is_plan)
-        print("\n".join([*self.notes, *lines]), flush=True)
+    loader, position, num_epochs = run.loader, run.position, run.configs.train.num_epochs
+    # set_epoch keeps this position where it lies in the epoch that is set
+    loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
+    is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
+    for epoch in range(position.epoch, num_epochs):
+        if not is_evaluated or any_rank(run.stop.requested)[0]:
+            break
+        loader.set_epoch(epoch)
+        if position.step == 0:
+            batch = first_images(loader, run.task)
+            check_first_step(run.task, *batch)
+            show_models(run, batch)
+        train_epoch(run)
+        save(run)
+        is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
+    run.console.close()
+    return finish(run, evaluation, is_done=is_evaluated and position.epoch >= num_epochs)
 
-    def announce_plan(self) -> None:
-        """How long it will take and what it needs, from a few steps that every process makes; advice."""
-        place = self.progress
-        lines = plan_run(self.configs, self.task, self.loader, self.steps_in_epoch, place.step, place.epoch)
-        if self.is_main:
-            print("\n".join(lines), flush=True)
 
-    def open_log(self) -> RunLog:
-        """The run folder made ready, and its metrics cut back to where the run stands."""
-        distributed.decided_by_main(self._prepare_folder)
-        log = RunLog(
-            self.dir,
-            tensorboard=self.training.tensorboard,
-            wandb_project=self.training.wandb_project,
-            is_main=self.is_main,
-        )
-        if self.progress.epoch < self.training.num_epochs:
-            log.truncate_after(self.progress.step)
-        plan = bindings.plan_of(self.task, sum(self.shards["rows"]))
-        plan["global_batch_size"] = build.global_batch_size(self.training)
-        told = [row for row in read_rows(log.path) if row.get("kind") == "start"] if self.is_main else []
-        if not told or any(told[-1].get(key) != value for key, value in plan.items()):
-            log.write("start", step=self.progress.step, **plan)
-        return log
+def build_loader(configs: Configs, frozen: dict | None, *, is_plan: bool) -> Any:
+    """Batches of the run's images; a plan before stage 1 has random ones. frozen: what the run was started on."""
+    from data_loader import build_pretraining_dataloader
+    from distillery.training.bindings import data_of_frozen
+    from distillery.training.estimate import synthetic_loader
 
-    def _prepare_folder(self) -> None:
-        make_directory(self.dir)
-        self.lock.take(create=True)
-        for note in prepare_folder(self.dir, self.begin, self.progress.step):
-            print(note, flush=True)
-        (self.dir / folder.PREEMPTED_NAME).unlink(missing_ok=True)
-        write_atomic(self.dir / folder.CONFIG_NAME, dump_configs(self.configs).encode())
-        folder.freeze_shards(self.dir, self.shards)
+    if is_plan and frozen is None and (loader := synthetic_loader(configs)) is not None:
+        return loader
+    data, shards = data_of_frozen(configs.data, frozen), (frozen or {}).get("shards") or None
+    return build_pretraining_dataloader(data, configs.train, with_indices=True, raw=True, shards=shards)
 
-    def save(self, log: RunLog) -> None:
-        """Write a checkpoint of this moment, or begin to; numbers that are not finite are an error instead."""
-        check_numbers(self.task)
-        if self.is_main:
-            check_weights(self.student)
-            state = state_of(self.task, self.progress) | {
-                "config": self.configs.as_dict(),
-                "shards": self.shards,
-                "teacher_hash": self.teacher_hash,
-                "teacher_cache": self.cache and self.cache.fingerprint,
-                "global_batch_size": build.global_batch_size(self.training),
-                "global_batch_text": describe.describe_batch(self.training),
-            }
-            best = log.best_step("knn_top1")
-            keep, protect = self.training.keep_checkpoints, () if best is None else (best,)
-            self.checkpoints.save(state, self.progress.step, keep=keep, protect=protect)
 
-    def evaluate_if_due(self, log: RunLog, console: ProgressLine) -> bool:
-        """Measure what is due at this point and not yet in the log: the baselines before the first step, the student
-        every eval_every_epochs and at the end.
+def evaluate_if_due(run: Any, evaluation: Any) -> bool:
+    """Measure what is due at this point and not yet in the log: the baselines before the first step, the student every
+    eval_every_epochs and at the end.
 
-        Returns:
-            False where a request to stop came before everything was measured.
-        """
-        epoch, step, every = self.progress.epoch, self.progress.step, self.training.eval_every_epochs
-        is_last = epoch == self.training.num_epochs
-        if not every or self.progress.samples or not (epoch % every == 0 or is_last):
-            return True
-        rows = [row for row in read_rows(log.path) if row.get("kind") == "eval" and row.get("step") == step]
-        # the linear probe takes seconds to minutes: for the baselines and the outcome
-        with console.paused():
-            is_whole = self.evaluation.record(log, console, rows, step=step, epoch=epoch, linear=step == 0 or is_last)
-        if is_whole and not rows and step > 0 and self.training.tensorboard:
-            self.show_models(log, build.first_images(self.loader, self.task))
-        return is_whole
+    Returns:
+        False where a request to stop came before everything was measured.
+    """
+    from distillery.training.build import first_images
 
-    def show_models(self, log: RunLog, batch: tuple[torch.Tensor, ...]) -> None:
-        """What the models are given for a few images, and the student's weights, in TensorBoard."""
-        if self.is_main and self.training.tensorboard:
-            with_weights = self.training.tensorboard_histograms
-            pictures.log_models(log, self.task, batch, self.progress, with_weights=with_weights)
+    train, step, epoch = run.configs.train, run.position.step, run.position.epoch
+    every, is_last = train.eval_every_epochs, epoch == train.num_epochs
+    if not every or run.position.samples or not (epoch % every == 0 or is_last):
+        return True
+    rows = [row for row in read_rows(run.log.path) if row.get("kind") == "eval" and row.get("step") == step]
+    # the linear probe takes seconds to minutes: for the baselines and the outcome
+    is_linear = step == 0 or is_last
+    with run.console.paused():
+        is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
+    if is_whole and not rows and step > 0 and train.tensorboard:
+        show_models(run, first_images(run.loader, run.task))
+    return is_whole
 
-    def draw_features(self) -> str | None:
-        """Pictures of what both models make of images; why there are none, where it has not worked."""
 
-        def draw() -> None:
-            pool = pictures.choose_pool(self.evaluation.folders, self.data)
-            teacher = build.loaded_teacher(self.configs, self.teacher, self.cache, self.device)
-            student, step = self.student.student, self.progress.step
-            pictures.write_pictures(self.dir, teacher, student, pool, step=step, device=self.device)
+def show_models(run: Any, batch: tuple) -> None:
+    """Show in TensorBoard what the models are given for a few images, and the student's weights."""
+    from distillery.report.pictures import log_models
+    from distillery.system.distributed import is_main
 
-        return pictures.why_not(draw)
+    train = run.configs.train
+    if is_main() and train.tensorboard:
+        log_models(run.log, run.task, batch, run.position, with_weights=train.tensorboard_histograms)
 
-    def finish(self, log: RunLog, *, is_done: bool) -> int:
-        """Close the log; write plots and report; say how it went, or that the same command goes on."""
-        self.checkpoints.wait()
-        log.write_end(self.progress.step, "done" if is_done else self.stop.reason or "a request to stop")
-        log.close()
-        if is_done:
-            if self.is_main:
-                write_plots(self.dir)
-                print(summary_table(self.dir) or "no eval_datasets: nothing was evaluated")
-                why_no_pictures = self.draw_features()
-                print(f"report: {write_report(self.dir, no_pictures=why_no_pictures)}")
-            distributed.wait_for_all()  # srun --wait counts from the first that leaves
-            return EXIT_DONE
-        reason, step = self.stop.reason or "asked to stop", self.progress.step
-        if self.is_main:
-            folder.mark_preempted(self.dir, reason, step)
-        # torchrun and srun end the others as soon as the first has left with a status that is not 0
-        distributed.wait_for_all()
-        if not self.is_main:
-            return EXIT_INTERRUPTED
-        saved = "saved at step" if self.checkpoints.last else "nothing to save yet at step"
-        raise Interrupted(f"{reason}: {saved} {step} of {self.schedule.total_steps}. Run the same command again.")
+
+def finish(run: Any, evaluation: Any, *, is_done: bool) -> int:
+    """Close the log, then write plots and report, or raise Interrupted: the same command goes on."""
+    from distillery.report.page import summary_table, write_plots, write_report
+    from distillery.report.pictures import draw_features
+    from distillery.system.distributed import is_main, wait_for_all
+    from distillery.training.folder import mark_preempted
+
+    run_dir, step, reason = run.log.run_dir, run.position.step, run.stop.reason
+    run.checkpoints.wait()
+    run.log.write_end(step, "done" if is_done else reason or "a request to stop")
+    run.log.close()
+    if is_done and is_main():
+        write_plots(run_dir)
+        print(summary_table(run_dir) or "no eval_datasets: nothing was evaluated")
+        why_no_pictures = draw_features(run_dir, evaluation, run.configs.data, step=step)
+        print(f"report: {write_report(run_dir, no_pictures=why_no_pictures)}")
+    elif is_main():
+        mark_preempted(run_dir, reason or "asked to stop", step)
+    # torchrun and srun end the others as soon as the first has left
+    wait_for_all()
+    if is_done:
+        return EXIT_DONE
+    if not is_main():
+        return EXIT_INTERRUPTED
+    saved = "saved at step" if run.checkpoints.last else "nothing to save yet at step"
+    total = run.task.schedule.total_steps
+    raise Interrupted(f"{reason or 'asked to stop'}: {saved} {step} of {total}. Run the same command again.")
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(COMMAND))
+    run_command(main)

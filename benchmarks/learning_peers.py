@@ -226,14 +226,13 @@ def fixed_view(flags: list[str]) -> None:
     The trainer cannot be configured so, on purpose (Beyer et al. 2021, arXiv:2106.05237): its task is changed here.
     """
     import distill_trainer
-    from distillery.command_line import parse_training_command
     from distillery.system.errors import run_command
     from distillery.training import build
 
     build_task = build.build_task
     build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))
     sys.argv = ["distill_trainer.py", *flags]
-    run_command(lambda: distill_trainer.main(parse_training_command(distill_trainer.__doc__)))
+    run_command(distill_trainer.main)
 
 
 def with_fixed_view(task: Any) -> Any:

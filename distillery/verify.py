@@ -17,7 +17,7 @@ from distillery.system.errors import (
     EXIT_DONE,
     EXIT_ERROR,
     MissingFileError,
-    remember_command,
+    remember_invocation,
     run_command,
     stage1_command,
     teacher_command,
@@ -90,7 +90,7 @@ def verify_folder(directory: Path) -> int:
         MissingFileError: no cache there; the message says what to type where one is near.
     """
     # whose configuration it is, the folder does not say: no command may fill another cache by mistake
-    remember_command({"data_config": "YOUR_DATA_CONFIG.yaml"})
+    remember_invocation({"data_config": "YOUR_DATA_CONFIG.yaml"})
     if not directory.is_dir():
         what = "a file, not a folder" if directory.exists() else "no such folder"
         raise MissingFileError(f"{directory}: {what}. Give the cache_dir of your data_config.yaml.")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distillery.system.errors import remember_command
+from distillery.system.errors import remember_invocation
 
 
 def pytest_configure(config):
@@ -19,7 +19,7 @@ def pytest_configure(config):
 def forget_the_command():
     """What a command that ran in this process was given is not of the next test's messages."""
     yield
-    remember_command({})
+    remember_invocation({})
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def as_rank(monkeypatch):
     def become(rank, world):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
-        monkeypatch.setattr(distributed, "decided_by_main", lambda decide: decide())
+        monkeypatch.setattr(distributed, "on_main", lambda decide: decide())
 
     return become
 
@@ -472,7 +472,7 @@ def test_a_network_file_system_is_noticed(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def raw_source(monkeypatch):
     def use(source: Images) -> Images:
-        monkeypatch.setattr(data_loader, "open_source", lambda **_: source)
+        monkeypatch.setattr(raw_module, "open_source", lambda **_: source)
         return source
 
     return use

@@ -11,7 +11,7 @@ ROOMS = ["system", "config", "sources", "cache", "reading", "models", "losses", 
 # rooms that answer --help and configuration errors in about a second, before anything slow is imported
 LIGHT = ["system/errors", "system/signals", "system/machine", "system/files", "system/console", "config", "sources",
          "cache", "losses/registry", "teacher_cache/records", "precompute/worker", "precompute/pipeline",
-         "evaluate/columns"]  # fmt: skip
+         "precompute/estimate", "precompute/jobs", "evaluate/columns"]  # fmt: skip
 SLOW = {"torch", "timm", "torchvision", "datasets", "sklearn", "matplotlib", "tensorboard"}
 
 

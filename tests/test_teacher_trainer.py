@@ -15,6 +15,7 @@ import distill_trainer
 from distillery.config.load import load_dumped_configs
 from distillery.evaluate.candidates import evaluate_run
 from distillery.models import configured
+from distillery.report import page, pictures
 from distillery.system.errors import UserError
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.training import bindings, engine
@@ -38,9 +39,8 @@ def start(
     """The trainer in a fork, without plots and report, which take longer than the run."""
 
     def prepare() -> None:
-        distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-        distill_trainer.Run.draw_features = lambda _self: None
-        distill_trainer.summary_table = lambda _dir: ""
+        page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+        pictures.draw_features = lambda *_, **__: None
         if before is not None:
             before()
 
@@ -90,7 +90,7 @@ def no_teacher() -> None:
 
 def no_evaluation() -> None:
     """Nothing is evaluated, and so the teacher is not even needed at the start."""
-    distill_trainer.Run.evaluate_if_due = lambda *_args: True
+    distill_trainer.evaluate_if_due = lambda *_args: True
     no_teacher()
 
 

@@ -131,9 +131,20 @@ class DataConfig(StrictModel):
 
     @property
     def source_arguments(self) -> dict[str, Any]:
-        """What sources.open_source takes for the training images."""
+        """What sources.registry.open_source takes for the training images."""
         names = "dataset_name dataset_config dataset_revision data_files data_dir split image_column label_column"
         return {name: getattr(self, name) for name in names.split()}
+
+    @property
+    def preprocess_arguments(self) -> dict[str, Any]:
+        """What sources.pixels.PreprocessSpec takes: how images become pixels."""
+        return {name: getattr(self, name) for name in ("image_size", "resize_mode", "interpolation", "mean", "std")}
+
+    @property
+    def max_rows(self) -> int | None:
+        """Rows that max_samples and max_shards leave of the source, the first so many; None: all."""
+        limits = [self.max_samples, self.max_shards and self.max_shards * self.cache_shard_size]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def cache_path(self) -> Path:

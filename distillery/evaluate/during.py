@@ -60,7 +60,7 @@ class RunEvaluation:
     ) -> None:
         self.run_dir, self.folders, self.student, self.targets = run_dir, folders, student, targets
         self.k, self.device, self.is_stopped = k, device, is_stopped
-        self._load_teacher = load_teacher
+        self.load_teacher = load_teacher
 
     def record(
         self, log: RunLog, console: ProgressLine, rows: list[dict], *, step: int, epoch: int, linear: bool
@@ -91,7 +91,7 @@ class RunEvaluation:
             Interrupted: a request to stop came; nothing of the row in hand is kept.
         """
         # where the run does without the teacher, this one is gone as soon as it has been measured
-        teacher = functools.cache(self._load_teacher)
+        teacher = functools.cache(self.load_teacher)
         for dataset in self.folders:
             for name in names:
                 if (dataset, name) not in done:

@@ -143,7 +143,7 @@ class EmbeddingQueue:
     def push(self, features: Tensor) -> None:
         """Put in this rank's features [B, D], and those of the other ranks, in the place of the oldest."""
         size = len(self._rows)
-        new = distributed.rows_of_all_ranks(features.float())[-size:]
+        new = distributed.gather_rows(features.float())[-size:]
         # one NaN would spoil every step until its row is replaced
         new = torch.where(new.isfinite(), new, 0.0)
         places = (torch.arange(len(new), device=new.device) + self._pushed) % size

@@ -79,6 +79,13 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
     )
 
 
+def plan_outputs(configs: Configs, images: CachePlan, shards: range) -> TeacherJob:
+    """Load the teacher and print what its outputs over an image cache will be; arguments as of build_teacher_job."""
+    job = build_teacher_job(configs, images, shards)
+    print("\n".join(teacher_plan_lines(job, survey_teacher(job.plan, job.shards))))
+    return job
+
+
 def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     """What will be made, how much room it takes, what it costs once and saves in every epoch."""
     plan, spec = job.plan, job.plan.spec
@@ -141,7 +148,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
 
 
 def report_outputs(job: TeacherJob) -> None:
-    """Say what the folder holds now."""
+    """Print what the folder holds now."""
     records = teacher_scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
     rows = sum(record["num_samples"] for record in records)
     wanted = job.plan.images.num_rows

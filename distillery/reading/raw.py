@@ -1,5 +1,7 @@
 """Images decoded while training, for when there is no cache: the cache's order and streams, at the decoder's speed.
 
+PretrainDataset gives them one by one, RawRows in a loader's batches; both decode with an ImageDecoder.
+
 An image that cannot be decoded moves nothing: in its place comes the next one of the source that can, under its own
 index. Each such image is reported once, and more of them than max_failed_fraction end the run.
 """
@@ -11,13 +13,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from distillery.config.load import load_data_config
+from distillery.reading.datasets import checked_rows
 from distillery.sources.pixels import DecodeError, PreprocessSpec, normalisation_table, normalise_into, preprocess_image
+from distillery.sources.registry import open_source
 from distillery.system import distributed
 from distillery.system.errors import UserError
 
@@ -125,6 +132,48 @@ class ImageDecoder:
             f"{len(self.failed)} of {self.num_rows} images of {self.source.describe()} cannot be decoded, more than "
             f"max_failed_fraction ({self.max_failed_fraction:g}) allows; the last was image {global_idx}: {reason}."
         )
+
+
+class PretrainDataset(Dataset):
+    """The images of data_config's source, decoded when asked for: ds[i] is float32 [3, H, W], normalised.
+
+    An image that cannot be decoded moves no index: the next one that can stands in its place. It is reported, and more
+    of them than max_failed_fraction are an error.
+
+    Args:
+        data_config: dict (partial is fine: defaults fill in), DataConfig or path.
+        transform: applied to every image.
+    """
+
+    def __init__(self, data_config: Any, transform: Callable[[Tensor], Any] | None = None) -> None:
+        data = load_data_config(data_config, require_source=False)
+        if data.dataset_name is None:
+            raise UserError("data_config: dataset_name is required to read raw images")
+        source = open_source(**data.source_arguments)
+        num_rows = min(len(source), data.max_rows or len(source))
+        self.transform = transform
+        spec = PreprocessSpec(**data.preprocess_arguments)
+        self.decoder = ImageDecoder(source, spec, num_rows, data.max_failed_fraction)
+        starts = np.arange(0, num_rows, data.cache_shard_size)
+        self.shard_rows = np.minimum(data.cache_shard_size, num_rows - starts)
+
+    def __len__(self) -> int:
+        return self.decoder.num_rows
+
+    def __getitem__(self, i: int) -> Any:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The images `indices`, in that order."""
+        # each once: a sampler with replacement may ask for one twice
+        wanted, places = np.unique(checked_rows(indices, len(self)), return_inverse=True)
+        unique = torch.empty((len(wanted), 3, self.decoder.spec.image_size, self.decoder.spec.image_size))
+        with self.decoder.borrowed_source() as read:
+            encoded = itertools.chain.from_iterable(map(read, pieces_of(wanted)))
+            for row, data, out in zip(wanted.tolist(), encoded, unique, strict=True):
+                self.decoder.normalise(self.decoder.decode(row, data)[0], out.numpy())
+        images = unique[torch.from_numpy(places)]
+        return list(images) if self.transform is None else [self.transform(image) for image in images]
 
 
 class RawRows:

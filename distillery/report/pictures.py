@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distillery.evaluate import measures
+from distillery.evaluate.during import RunEvaluation
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
 from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
@@ -247,6 +248,20 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     teacher, _, students = load_candidates(configs, [checkpoint], device)
     student = next(candidate for candidate in students if candidate.model == STUDENT)
     return write_pictures(run_dir, teacher.own, student.own, pool, step=student.step, device=device)
+
+
+def draw_features(run_dir: Path, evaluation: RunEvaluation, data: Any, *, step: int) -> str | None:
+    """write_pictures of the models of a run that has ended; the reason where that has not worked, else None.
+
+    data: the run's DataConfig; step: of the student's weights.
+    """
+
+    def draw() -> None:
+        pool = choose_pool(evaluation.folders, data)
+        teacher, student = evaluation.load_teacher(), evaluation.student.student
+        write_pictures(run_dir, teacher, student, pool, step=step, device=evaluation.device)
+
+    return why_not(draw)
 
 
 def choose_pool(folders: dict[str, tuple[Path, Path]], data: Any) -> Pool:

@@ -1,8 +1,8 @@
-"""One process or many: joining the others, and how ranks agree. Without a launcher: rank 0 of 1.
+"""One process or many: how ranks meet and agree. Without a launcher there is one process, rank 0 of 1.
 
-Tensors are averaged by NCCL on CUDA and by gloo on the CPU. What is said between hosts (who stops, what is on
-disk, that rank 0 has finished evaluating) goes through a gloo group of its own: it makes no host wait for its GPU, it
-notices within moments that a process has died, and rank 0 may take hours for an evaluation.
+NCCL averages tensors on CUDA, gloo on the CPU. Messages between the processes (who stops, what is on disk, that rank 0
+has finished an evaluation) have a gloo group of their own: it does not wait for the GPU, it notices within moments that
+a process has died, and rank 0 may take hours for an evaluation.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _hosts: dist.ProcessGroup | None = None
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def process_group(device: torch.device, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Inside, the processes of a launcher are one group: NCCL on CUDA, gloo on the CPU.
 
     is_stopped: whether to give up waiting for the others at the start.
@@ -97,27 +97,34 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def decided_by_main(decide: Callable[[], Any]) -> Any:
-    """Rank 0's answer, on every rank: what exists on disk must not be looked up by each for itself.
+def on_main(function: Callable[[], Any], *, raise_everywhere: bool = False) -> Any:
+    """Run a function on rank 0 and return its answer on every rank; the other ranks wait as long as it takes.
 
-    The others wait for as long as it takes. An error of rank 0 is raised there; the others end quietly with it, so that
-    it is told once.
+    What exists on disk is looked up this way: two nodes may not see the same files yet.
+
+    Args:
+        function: called on rank 0 alone; its answer is pickled.
+        raise_everywhere: every rank raises the error of rank 0, for a caller that goes on after it. Otherwise rank 0
+            raises; the other ranks exit with its status and print nothing.
     """
     if world_size() == 1:
-        return decide()
-    box: list[Any] = [None, None]
-    problem: Exception | None = None
+        return function()
+    answer: Any = None
+    error: Exception | None = None
     if is_main():
         try:
-            box[0] = decide()
-        except Exception as error:
-            problem, box[1] = error, exit_status_of(error)
+            answer = function()
+        except Exception as raised:
+            error = raised
+    status = None if error is None else exit_status_of(error)
+    box = [answer, status, error if raise_everywhere else None]
     dist.broadcast_object_list(box, src=0, group=_hosts)
-    if problem is not None:
-        raise problem
-    if box[1] is not None:
-        raise SystemExit(box[1])
-    return box[0]
+    answer, status, shared_error = box
+    if error is not None or shared_error is not None:
+        raise error or shared_error
+    if status is not None:
+        raise SystemExit(status)
+    return answer
 
 
 def any_rank(*flags: bool) -> list[bool]:
@@ -135,7 +142,7 @@ def wait_for_all() -> None:
         dist.barrier(group=_hosts)
 
 
-def rows_of_all_ranks(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """Rows [n, ...] of every rank one after the other, in the order of the ranks; n is the same on all of them."""
     if world_size() == 1:
         return rows

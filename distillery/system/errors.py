@@ -83,11 +83,11 @@ def report_error(error: BaseException, prefix: str = "") -> int:
     return exit_status_of(error)
 
 
-def remember_command(arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
-    """Let the commands of later messages have this one's configuration files and --set flags.
+def remember_invocation(arguments: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Keep this command's configuration files and --set flags for the commands that messages tell users to type.
 
     Args:
-        arguments: data_config, train_config and model_config, where they were given; others are passed over.
+        arguments: data_config, train_config and model_config, where given; other names are ignored.
         overrides: KEY=VALUE texts.
     """
     _given.clear()

@@ -61,8 +61,7 @@ def open_teacher_cache(
         loader: the run's PretrainingLoader, on the shards that it trains on.
         device: where the teacher is built if its files are not those that the outputs were last compared with.
         fingerprint: of the outputs that the run was started on, where it goes on.
-        is_plan: nothing is written, and every process raises when there are none, for a caller that goes on without
-            them. Else process 0 raises and the others end with it.
+        is_plan: nothing is written, and every rank raises when there are none: the plan goes on without them.
     Raises:
         MissingFileError: there are none. UserError: they are of something else, or do not cover the images.
     """
@@ -74,20 +73,11 @@ def open_teacher_cache(
             f"images. Make it ({stage1_command()}) and leave use_cached at null, or set teacher_cache.enabled: false."
         )
 
-    def find() -> tuple[Path, list[Path]] | UserError:
-        try:
-            cache = _find(configs, loader.fingerprint, device, fingerprint, is_plan=is_plan)
-            return cache.directory, cache.of_other_weights
-        except UserError as error:
-            if not is_plan:
-                raise
-            return error
+    def find() -> tuple[Path, list[Path]]:
+        cache = _find(configs, loader.fingerprint, device, fingerprint, is_plan=is_plan)
+        return cache.directory, cache.of_other_weights
 
-    # process 0 alone looks through the folders: two nodes may not see the same files yet
-    found = distributed.decided_by_main(find)
-    if isinstance(found, UserError):
-        raise found
-    directory, of_other_weights = found
+    directory, of_other_weights = distributed.on_main(find, raise_everywhere=is_plan)
     cache = TeacherCache(directory, of_other_weights=of_other_weights)
     images = getattr(loader.dataset, "base_dataset", loader.dataset)
     cache.check_covers(images.index.shard_starts, _rows_trained_on(images))

@@ -70,6 +70,18 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
     return data.model_copy(update=changes)
 
 
+def begin_epoch_again(state: dict[str, Any], shards: dict[str, Any]) -> list[str]:
+    """Put a checkpoint's position back to the beginning of its epoch where the run goes on with other shards.
+
+    shards: of this start, as shards_of gives them. Returns a note for the user where that was so.
+    """
+    place = state["progress"]
+    if state["shards"] == shards or not place["samples"]:
+        return []
+    place["samples"] = 0
+    return ["the shards are others than before: the present epoch begins again"]
+
+
 def plan_of(task: Task, num_images: int) -> dict[str, int]:
     """What a run says of itself in metrics.jsonl: steps, images there are, parameters without heads."""
     models = {"student": task.student.student.model}

@@ -98,6 +98,14 @@ def build_schedule(
     return Schedule(learning_rate, min(train.min_lr, learning_rate), min(total, round(warmup)), total)
 
 
+def finished_epochs(state: dict[str, Any] | None, train: TrainConfig) -> tuple[int, int]:
+    """(steps, epochs) before the epoch that a checkpoint stands in, (0, 0) without one."""
+    if state is None:
+        return 0, 0
+    place = state["progress"]
+    return place["step"] - place["samples"] // global_batch_size(train), place["epoch"]
+
+
 def global_batch_size(train: TrainConfig) -> int:
     """Images per optimiser step over all processes."""
     return train.batch_size * distributed.world_size() * train.grad_accumulation_steps

@@ -1,5 +1,9 @@
 """What a run says of itself: its models, its schedule, its memory."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from distillery.config.keys_train import TrainConfig
@@ -7,10 +11,12 @@ from distillery.config.load import Configs
 from distillery.models.configured import choose_precision
 from distillery.system import distributed
 from distillery.system.console import format_bytes
+from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.estimate import describe_cache, describe_saving
 from distillery.training.bindings import plan_of
 from distillery.training.build import global_batch_size, loaded_teacher
-from distillery.training.engine import Schedule, Task
+from distillery.training.checkpoints import CheckpointWriter
+from distillery.training.engine import Position, Schedule, Task
 
 
 def compiled_graphs() -> str:
@@ -38,6 +44,40 @@ def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: 
     elif cache is not None:
         lines.append(describe_cache(cache, configs, num_images))
     return lines
+
+
+def describe_new_schedule(state: dict[str, Any], train: TrainConfig, schedule: Schedule) -> list[str]:
+    """A note for the user where a run goes on with another num_epochs than its checkpoint `state` has."""
+    if state["config"]["train"]["num_epochs"] == train.num_epochs:
+        return []
+    before, now = state["learning_rate"], schedule.at(state["progress"]["step"])
+    return [f"num_epochs changed: a new schedule; the learning rate goes from {before:.3g} to {now:.3g}"]
+
+
+@contextlib.contextmanager
+def advice_on_errors(
+    configs: Configs, device: torch.device, position: Position, first_step: int, checkpoints: CheckpointWriter
+) -> Iterator[None]:
+    """Inside, errors say what to do about them; at the end the checkpoints are closed.
+
+    first_step: the step at which this process begins. A UserError after it ends the run with status 1: status 2 means
+    that nothing is written.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        last = f". Last good checkpoint: {checkpoints.wait() or 'none yet'}" if distributed.is_main() else ""
+        raise RunError(f"{error}{last}") from error
+    except UserError as error:
+        if position.step <= first_step:
+            raise
+        raise RunError(str(error)) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(memory_advice(configs.train, configs.data.image_size, device, position.step)) from error
+    finally:
+        checkpoints.close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

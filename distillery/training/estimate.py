@@ -4,7 +4,7 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,8 +219,8 @@ class SyntheticLoader:
             yield images, torch.arange(self.batch_size) % self.num_images
 
 
-def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
-    """What --dry_run trains on for a moment: the run's own loader, or random images where nothing is cached yet.
+def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
+    """Random images for --dry_run where nothing is cached yet; None where the run's own images can be read.
 
     Raises:
         UserError: there is no cache, and how many images it would have is not known before a download.
@@ -228,16 +228,15 @@ def plan_loader(configs: Configs, build_loader: Callable[[], Any]) -> Any:
     data = configs.data
     has_cache = data.cache_dir is not None and (data.cache_path / "index.json").exists()
     if has_cache or data.use_cached is False or data.dataset_name is None:
-        return build_loader()
+        return None
     from distillery.sources.hub import NotDownloadedError
     from distillery.sources.registry import open_source
 
-    limits = [data.max_samples, data.max_shards and data.max_shards * data.cache_shard_size]
     try:
-        limits.append(len(open_source(**data.source_arguments, download=False)))
+        num_rows = len(open_source(**data.source_arguments, download=False))
     except NotDownloadedError as error:
-        limits.append(error.hub_split.num_rows)
-    num_images = min((limit for limit in limits if limit), default=None)
+        num_rows = error.hub_split.num_rows
+    num_images = min((limit for limit in (data.max_rows, num_rows) if limit), default=None)
     if num_images is None:
         raise UserError(
             f"there is no cache at {data.cache_dir}, and the hub does not say how many images {data.dataset_name} has. "

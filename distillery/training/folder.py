@@ -8,16 +8,27 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from distillery.config.load import Configs, dump_configs
 from distillery.system.errors import MissingFileError, UserError
-from distillery.system.files import sha256_of, write_atomic
+from distillery.system.files import expand_path, make_directory, sha256_of, write_atomic
+from distillery.system.launcher import is_restarted
 from distillery.system.machine import environment_number, environment_text
-from distillery.training.checkpoints import checkpoint_dir, hash_of, is_complete, latest_checkpoint, newer_checkpoints
+from distillery.training.build import global_batch_size
+from distillery.training.checkpoints import (
+    checkpoint_dir,
+    hash_of,
+    is_complete,
+    latest_checkpoint,
+    load_checkpoint,
+    newer_checkpoints,
+)
+from distillery.training.describe import describe_batch
 from distillery.training.log import METRICS_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -225,15 +236,48 @@ class RunLock:
 class Start:
     """How a run begins.
 
-    checkpoint: to go on from, or None; notes: for the user; fresh: what the folder holds is set aside first; goes_back:
-    so are the checkpoints after `checkpoint`, which is one of this folder; record: for start.json.
+    checkpoint: to go on from, or None; notes: for the user; sets_all_aside: what the folder holds is moved away first;
+    sets_newer_aside: only the checkpoints after `checkpoint`, which is one of this folder; record: for start.json.
     """
 
     checkpoint: Path | None
     notes: list[str]
-    fresh: bool = False
-    goes_back: bool = False
+    sets_all_aside: bool = False
+    sets_newer_aside: bool = False
     record: dict = field(default_factory=dict)
+
+
+def look_at_folder(
+    lock: RunLock, configs: Configs, *, resume_from: Path | None, no_resume: bool, is_plan: bool
+) -> tuple[Start, dict[str, Any] | None, dict[str, Any] | None]:
+    """Decide where a run begins; nothing is written. A --dry_run (is_plan) takes no lock.
+
+    Returns:
+        (the start, the content of its checkpoint or None, the shards that the run was started on or None).
+    Raises:
+        UserError: the run cannot go on with this configuration, as the functions called here say.
+    """
+    run_dir, config, state, frozen = configs.train.checkpoint_path, configs.as_dict(), None, None
+    check_place(run_dir)
+    if not is_plan:
+        lock.take(create=False)
+    start = find_start(
+        run_dir,
+        config,
+        resume_from=resume_from and expand_path(resume_from),
+        no_resume=no_resume,
+        job=environment_text("SLURM_JOB_ID"),
+        restarts=environment_number("SLURM_RESTART_COUNT") or 0,
+        again=is_restarted(),
+    )
+    if start.checkpoint is not None:
+        state = load_checkpoint(start.checkpoint)
+        changes = compare_configs(start.checkpoint if resume_from else run_dir, state["config"], config)
+        start = replace(start, notes=[*start.notes, *(f"changed since then: {line}" for line in changes)])
+        check_global_batch(state, global_batch_size(configs.train), describe_batch(configs.train))
+    if not start.sets_all_aside and not configs.train.refresh_shards:
+        frozen = frozen_shards(run_dir) or (state or {}).get("shards")
+    return start, state, frozen
 
 
 def find_start(
@@ -271,7 +315,7 @@ def find_start(
         is_requeued = job is not None and record.get("job") == job and restarts > record.get("restarts", restarts)
         if not (_agrees(record, new) and (is_requeued or is_preempted(run_dir) or again)):
             record = new | {"job": job, "restarts": restarts}
-            return Start(None, ["starting afresh (--no_resume)"], fresh=True, record=record)
+            return Start(None, ["starting afresh (--no_resume)"], sets_all_aside=True, record=record)
     elif resume_from is not None:
         new = {"flag": "--resume_from", "path": str(resume_from.resolve())}
         if resume_from.is_file():  # a run may have pruned the file that it began from
@@ -289,7 +333,7 @@ def find_start(
         return Start(resume_from, [f"going on from {resume_from}"], record=record)
     if _is_of_another(run_dir, identity):
         note = "starting a new run; what an earlier start with another configuration left here is set aside"
-        return Start(None, [note], fresh=True)
+        return Start(None, [note], sets_all_aside=True)
     return Start(None, ["starting a new run"], record=record)
 
 
@@ -308,7 +352,7 @@ def _start_from(run_dir: Path, path: Path, record: dict) -> Start:
             f"--resume_from {path}: {run_dir} holds checkpoints of another run. Give another checkpoint_dir, or leave "
             "the flag out to go on with the run that is there."
         )
-    return Start(path, [f"going on from {path}"], goes_back=is_own, record=record)
+    return Start(path, [f"going on from {path}"], sets_newer_aside=is_own, record=record)
 
 
 def _is_of_another(run_dir: Path, identity: str) -> bool:
@@ -335,12 +379,27 @@ def prepare_folder(run_dir: Path, start: Start, step: int) -> list[str]:
     step: of the checkpoint to go on from. A kill in the middle is harmless: the same command does the rest.
     """
     moved = None
-    if start.fresh:
+    if start.sets_all_aside:
         moved = set_aside(run_dir)
-    elif start.goes_back:
+    elif start.sets_newer_aside:
         moved = set_aside(run_dir, newer_checkpoints(run_dir, step))
         if moved and (run_dir / METRICS_NAME).exists():
             shutil.copy2(run_dir / METRICS_NAME, moved)
     if start.record:
         write_atomic(run_dir / START_NAME, json.dumps(start.record, indent=1).encode() + b"\n")
     return [f"what is given up by this is kept in {moved}"] if moved else []
+
+
+def claim_folder(lock: RunLock, configs: Configs, start: Start, step: int, shards: dict[str, Any]) -> None:
+    """Make the folder this run's: take the lock, prepare_folder, write down configuration and shards.
+
+    step: of the checkpoint to go on from; shards: as freeze_shards takes them.
+    """
+    run_dir = configs.train.checkpoint_path
+    make_directory(run_dir)
+    lock.take(create=True)
+    for note in prepare_folder(run_dir, start, step):
+        print(note, flush=True)
+    (run_dir / PREEMPTED_NAME).unlink(missing_ok=True)
+    write_atomic(run_dir / CONFIG_NAME, dump_configs(configs).encode())
+    freeze_shards(run_dir, shards)

@@ -10,18 +10,18 @@ from scale import scaled
 from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
-import distill_trainer
 from distillery.evaluate import during
 from distillery.training import checkpoints, engine
+from distillery.training import run as run_module
 
 KILL = signal.SIGKILL
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
 # where a run of 2 epochs of 5 steps of 2 batches may be when it is hit: the number-th call of a function
 POINTS = {
-    "before the first step": (distill_trainer, "check_first_step", 1),
+    "before the first step": (engine, "check_first_step", 1),
     "in the first step": (engine, "forward_losses", 1),
     "between the two batches of a step": (engine, "forward_losses", 6),
-    "after the last step of an epoch": (distill_trainer, "check_weights", 3),
+    "after the last step of an epoch": (run_module, "check_weights", 3),
     "in the last step": (engine, "forward_losses", 20),
     "in the evaluation before the first step": (during, "extract_features", 2),
     "in the evaluation between two epochs": (during, "extract_features", 6),
@@ -60,8 +60,8 @@ def test_killed_anywhere_and_run_again_equals_the_straight_run(place, folder, ta
 
 def write_in_background() -> None:
     """Let this process write checkpoints as with a GPU."""
-    original = distill_trainer.CheckpointWriter
-    distill_trainer.CheckpointWriter = lambda *arguments, **_: original(*arguments, in_background=True)
+    original = checkpoints.CheckpointWriter
+    checkpoints.CheckpointWriter = lambda *arguments, **_: original(*arguments, in_background=True)
 
 
 @pytest.mark.parametrize("number, status", [(KILL, -KILL), (signal.SIGTERM, 75)])

@@ -1,5 +1,6 @@
 """Numbers that go wrong, memory that runs out, disks that do not answer: a message with figures, and nothing lost."""
 
+import functools
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from workplace import ROOT, at_call
 import data_loader
 from distillery.system import errors, signals
 from distillery.training import engine
+from distillery.training import run as run_module
 from distillery.training.checkpoints import checkpoint_dir
 
 SETTINGS = STUDENTS["vit"]
@@ -103,8 +105,7 @@ def _raise(error: Exception) -> None:
 
 def test_a_disk_that_stops_answering_is_named_within_the_watchdogs_time(place, folder):
     def hit() -> None:
-        options = data_loader._loader_options
-        data_loader._loader_options = lambda *args: options(*args) | {"stall_s": 0.5}
+        data_loader.PretrainingLoader = functools.partial(data_loader.PretrainingLoader, stall_s=0.5)
         preadv, calls = os.preadv, {"number": 0}
 
         def stalling(fd, buffers, offset, *flags):
@@ -127,17 +128,15 @@ def test_a_disk_that_stops_answering_is_named_within_the_watchdogs_time(place, f
 
 def test_memory_and_open_files_stay_flat_over_thirty_epochs(place, folder):
     def hit() -> None:
-        import distill_trainer
+        epoch, seen = run_module.train_epoch, []
 
-        epoch, seen = distill_trainer.Run.train_epoch, []
-
-        def measured(self, *args):
-            epoch(self, *args)
+        def measured(*args):
+            epoch(*args)
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append((pages, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
             os.write(1, f"\nEPOCH {seen[-1]}\n".encode())
 
-        distill_trainer.Run.train_epoch = measured
+        run_module.train_epoch = measured
 
     run = start(place, folder / "run", SETTINGS | {"num_epochs": 30, "eval_every_epochs": 5}, before=hit)
     assert run.wait() == 0, run.text

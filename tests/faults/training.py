@@ -5,6 +5,8 @@ from pathlib import Path
 
 from workplace import ForkedRun, Workplace, assert_same_tensors, comparable
 
+from distillery.report import page, pictures
+
 # 2 epochs of 5 steps: a checkpoint within the epoch, one at its end, evaluations before, between and after
 SHORT = {"num_epochs": 2, "max_steps_per_epoch": 5, "save_every": 2, "log_every": 1, "eval_every_epochs": 1}
 STUDENTS = {
@@ -31,10 +33,8 @@ def flags_of(place: Workplace, run_dir: Path, settings: dict) -> list[str]:
 
 def without_report() -> None:
     """Leave out plots and report, which take longer than these runs."""
-    import distill_trainer
-
-    distill_trainer.write_plots = distill_trainer.write_report = distill_trainer.summary_table = lambda *_, **__: ""
-    distill_trainer.Run.draw_features = lambda _self: None
+    page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+    pictures.draw_features = lambda *_, **__: None
 
 
 def start(

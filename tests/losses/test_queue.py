@@ -82,4 +82,4 @@ def test_every_process_has_the_rows_of_all(tmp_path):
 
 def test_alone_a_process_has_its_own_rows():
     rows = numbered(1, 2)
-    assert distributed.rows_of_all_ranks(rows) is rows
+    assert distributed.gather_rows(rows) is rows

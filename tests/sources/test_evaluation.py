@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import precompute_cache
 from distillery.cache.folder import load_index, load_labels
+from distillery.cache.plan import survey_cache
 from distillery.config.load import load_configs
+from distillery.precompute import jobs
 from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
 from distillery.sources.registry import open_source
 from distillery.system.errors import UserError
@@ -151,11 +152,11 @@ def test_warnings_name_the_classes_without_an_example_and_a_single_class():
 def make(tmp_path, data):
     """Stage 1 in this process."""
     configs = load_configs({"cache_dir": str(tmp_path / "cache"), "image_size": 4, "num_workers": 1} | data)
-    jobs = precompute_cache.build_jobs(configs.data, 1, 0)
-    surveys = [precompute_cache.survey_job(job) for job in jobs]
-    precompute_cache.print_plan(jobs, surveys, configs.data)
-    for job, survey in zip(jobs, surveys, strict=True):
-        precompute_cache.make_job(job, survey, configs.data, 8, StopFlag())
+    made = jobs.open_jobs(configs.data, 1, 0)
+    surveys = [survey_cache(job.plan, job.shards) for job in made]
+    jobs.print_plan(made, surveys, configs.data)
+    for job, survey in zip(made, surveys, strict=True):
+        jobs.make_job(job, survey, configs.data, 8, StopFlag())
     return configs.data
 
 
@@ -186,8 +187,8 @@ def test_a_cache_of_the_first_rows_and_one_numbered_apart_are_kept_or_refused_by
     write_folder(tmp_path / "e" / "test", ["bee"])
     whole = {"dataset_name": "imagefolder", "data_dir": str(tmp_path / "e"), "max_train": 5}
     with monkeypatch.context() as before:  # as earlier versions made them
-        before.setattr(precompute_cache, "_rows_wanted", lambda part, source: source)
-        before.setattr("distillery.sources.evaluation.number_as", lambda train, test, where: test)
+        before.setattr(jobs, "_rows_wanted", lambda part, source: source)
+        before.setattr(jobs, "number_as", lambda train, test, where: test)
         make(tmp_path, train | {"eval_datasets": {"v": whole}})
     folder = tmp_path / "cache" / "eval" / "v"
     with pytest.raises(UserError, match=rf"numbered apart from those of the train split.*\(rm -r {folder / 'test'}\)"):

@@ -21,6 +21,12 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+# what the trainer imports once its command line is parsed
+TRAINER_MODULES = (
+    "distill_trainer", "data_loader", "distillery.evaluate.during", "distillery.report.page",
+    "distillery.report.pictures", "distillery.teacher_cache.opening", "distillery.training.estimate",
+    "distillery.training.run",
+)  # fmt: skip
 HUBCONF = '''
 """A small frozen network as a teacher of 24 channels on an 8 x 8 grid."""
 import torch
@@ -126,7 +132,7 @@ class ForkedRun:
         self.output = output
         self._status: int | None = None
         # whatever a run imports is there before the fork: most of its seconds would go into that
-        for module in ("distill_trainer", "timm", "torchvision", "torch._dynamo", "huggingface_hub"):
+        for module in (*TRAINER_MODULES, "timm", "torchvision", "torch._dynamo", "huggingface_hub"):
             importlib.import_module(module)
         self.pid = os.fork()
         if self.pid == 0:
@@ -170,14 +176,13 @@ class ForkedRun:
 
 def _train(arguments: list[str], before: Callable[[], None] | None) -> int:
     import distill_trainer
-    from distillery.command_line import parse_training_command
     from distillery.system.errors import run_command
 
     sys.argv = ["distill_trainer.py", *arguments]
     if before is not None:
         before()
     try:
-        run_command(lambda: distill_trainer.main(parse_training_command(distill_trainer.__doc__)))
+        run_command(distill_trainer.main)
     except SystemExit as end:
         return end.code
     return 0

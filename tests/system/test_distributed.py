@@ -17,8 +17,8 @@ import pytest
 import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
-import distill_trainer
 from distillery.evaluate import during
+from distillery.report import page, pictures
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine
 
@@ -50,18 +50,17 @@ class Runs:
     def __init__(self, place: Workplace, folder: Path) -> None:
         self.place, self.folder = place, folder
 
-    def start(self, name, processes=1, *, ranks=None, before=None, launcher=torchrun_environment, **settings):
+    def start(self, name, processes=1, *flags, ranks=None, before=None, launcher=torchrun_environment, **settings):
         """ranks: those that are started, None for all; before: called in each child with its rank."""
         settings = SETTINGS | {"checkpoint_dir": self.folder / name} | settings
         sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        arguments = [*self.place.flags("data", "train", "model"), "--device", "cpu", *sets]
+        arguments = [*self.place.flags("data", "train", "model"), "--device", "cpu", *sets, *flags]
         port, started = free_port(), []
         for rank in range(processes) if ranks is None else ranks:
 
             def prepare(rank: int = rank) -> None:
-                distill_trainer.write_plots = distill_trainer.write_report = lambda *_, **__: ""
-                distill_trainer.Run.draw_features = lambda _self: None
-                distill_trainer.summary_table = lambda _dir: ""
+                page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+                pictures.draw_features = lambda *_, **__: None
                 if before is not None:
                     before(rank)
 
@@ -189,7 +188,7 @@ def fail() -> None:
     [
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
-        (1, distill_trainer, "check_first_step", 1),
+        (1, engine, "check_first_step", 1),
         (0, during, "evaluate_features", 3),
         (0, checkpoints, "save_checkpoint", 1),
     ],
@@ -212,6 +211,14 @@ def test_one_process_that_is_killed_ends_the_other_within_seconds(runs):
     assert both[0].wait(timeout_s=30) == 1
     assert time.monotonic() - gone < 10
     assert "another process of this run has ended" in both[0].text
+
+
+def test_a_plan_on_two_processes_goes_on_without_outputs_that_rank_0_does_not_find(runs):
+    first, second = runs.start("plan", 2, "--dry_run", **{"batch_size": 4, "teacher_cache.enabled": True})
+    assert first.wait() == 0, first.text
+    assert second.wait() == 0, second.text
+    assert "targets: cached, but they have not been made" in first.text
+    assert second.text == ""
 
 
 def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):

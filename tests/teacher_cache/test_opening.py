@@ -19,7 +19,7 @@ import precompute_cache
 from distillery.config.load import load_configs
 from distillery.evaluate.candidates import load_candidates
 from distillery.reading.datasets import CachedTensorDataset
-from distillery.system.errors import MissingFileError, UserError, remember_command, run_command
+from distillery.system.errors import MissingFileError, UserError, remember_invocation, run_command
 from distillery.teacher_cache import local_files, opening
 from distillery.teacher_cache.local_files import (
     changed_files,
@@ -100,7 +100,7 @@ class Place:
         configs = load_configs(*files, self.overrides(**settings))
         dataset = CachedTensorDataset(self.cache)
         loader = SimpleNamespace(shard_names=[], fingerprint=dataset.index.fingerprint, dataset=dataset)
-        remember_command({})
+        remember_invocation({})
         return open_teacher_cache(configs, loader, torch.device("cpu"), fingerprint=fingerprint, is_plan=is_plan)
 
     def run_pass(self, *flags: str, **settings) -> int:

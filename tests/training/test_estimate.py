@@ -10,7 +10,13 @@ from distillery.config.load import load_configs
 from distillery.sources import registry
 from distillery.sources.hub import HubSplit, NotDownloadedError
 from distillery.system.errors import UserError
-from distillery.training.estimate import SyntheticLoader, measure_loader, measure_steps, plan_loader, training_facts
+from distillery.training.estimate import (
+    SyntheticLoader,
+    measure_loader,
+    measure_steps,
+    synthetic_loader,
+    training_facts,
+)
 from tests.training.test_engine import build_task
 
 
@@ -56,21 +62,21 @@ def test_the_stand_in_for_a_cache_has_its_counts_and_shapes():
 def test_a_cache_that_is_there_is_planned_with(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "index.json").write_text("{}")
-    assert plan_loader(configs_of(tmp_path), lambda: "the run's own") == "the run's own"
-    assert plan_loader(configs_of(tmp_path / "none", use_cached=False, shards_per_epoch=None), lambda: "raw") == "raw"
+    assert synthetic_loader(configs_of(tmp_path)) is None
+    assert synthetic_loader(configs_of(tmp_path / "none", use_cached=False, shards_per_epoch=None)) is None
 
 
 @pytest.mark.parametrize("changes, expected", [({}, 5000), ({"max_samples": 700}, 700), ({"max_shards": 2}, 4096)])
 def test_before_stage_1_the_plan_counts_images_without_downloading_them(tmp_path, monkeypatch, changes, expected):
     monkeypatch.setattr(registry, "open_source", not_here(5000))
-    loader = plan_loader(configs_of(tmp_path, **changes), lambda: pytest.fail("it must not be opened"))
+    loader = synthetic_loader(configs_of(tmp_path, **changes))
     assert sum(loader.valid_rows_per_shard) == expected
 
 
 def test_a_number_of_images_that_nobody_knows_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "open_source", not_here(None))
     with pytest.raises(UserError, match="--set max_samples=N"):
-        plan_loader(configs_of(tmp_path), lambda: None)
+        synthetic_loader(configs_of(tmp_path))
 
 
 def test_steps_are_timed_and_the_share_of_both_models_is_told():

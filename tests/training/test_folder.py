@@ -181,7 +181,7 @@ def test_going_back_sets_later_checkpoints_aside_newest_first_and_acts_once(tmp_
     run_dir = tmp_path / "run"
     checkpoints(run_dir, 2, 4, 6, 8)
     path = checkpoint_dir(run_dir) / "step_00000004.pt"
-    assert begin(run_dir, 4, resume_from=path).goes_back
+    assert begin(run_dir, 4, resume_from=path).sets_newer_aside
     names = sorted(path.name for path in checkpoint_dir(run_dir).glob("*.pt"))
     assert names == ["step_00000002.pt", "step_00000004.pt"]
     checkpoints(run_dir, 5)
@@ -208,7 +208,7 @@ def test_a_damaged_record_of_the_start_is_no_record(tmp_path, text):
     checkpoints(tmp_path, 3)
     (tmp_path / "start.json").write_text(text)
     assert find_start(tmp_path, CONFIG).checkpoint is not None
-    assert find_start(tmp_path, CONFIG, no_resume=True).fresh
+    assert find_start(tmp_path, CONFIG, no_resume=True).sets_all_aside
 
 
 @pytest.mark.parametrize("below", [".", "run", "a/run"])

@@ -1,0 +1,164 @@
+"""The cache folders that a configuration asks for, this process's share of each, and what they hold in the end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillery.cache.images import FAILURES_NAME, image_scan, index_of
+from distillery.cache.plan import CachePlan, Survey, is_made_of
+from distillery.config.keys_data import DataConfig
+from distillery.precompute.estimate import bytes_to_write, job_lines, room_lines
+from distillery.precompute.pipeline import make_cache
+from distillery.sources.base import Source
+from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
+from distillery.sources.pixels import PreprocessSpec
+from distillery.sources.registry import open_source
+from distillery.system.console import ProgressLine
+from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, UserError
+from distillery.system.machine import usable_cpus
+from distillery.system.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """One cache folder that the configuration asks for.
+
+    arguments: of open_source; limit: rows, None for all; is_evaluation: a split of an evaluation set; bank: of a test
+    split, the folder of its train split.
+    """
+
+    title: str
+    folder: Path
+    arguments: dict[str, Any]
+    limit: int | None
+    labels: bool
+    is_evaluation: bool = False
+    bank: Path | None = None
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """One cache folder to make, and this process's share of its shards. warnings: what is wrong with its labels."""
+
+    title: str
+    plan: CachePlan
+    source: Source
+    shards: range
+    warnings: list[str]
+
+
+def list_parts(data: DataConfig) -> list[CachePart]:
+    """The training cache, and one cache with labels for each split of each evaluation set."""
+    parts = [
+        CachePart(
+            "the training images", data.cache_path, data.source_arguments, data.max_rows, data.label_column is not None
+        )
+    ]
+    for name, entry in data.eval_datasets.items():
+        bank = data.cache_path / "eval" / name / "train"
+        for split, limit, its_bank in (("train", entry.max_train, None), ("test", entry.max_test, bank)):
+            folder = data.cache_path / "eval" / name / split
+            arguments = entry.source_arguments(split) | {"labels_required": True}
+            parts.append(CachePart(f"evaluation set {name}/{split}", folder, arguments, limit, True, True, its_bank))
+    return parts
+
+
+def open_jobs(data: DataConfig, num_jobs: int, job_id: int) -> list[CacheJob]:
+    """build_jobs of every part, its source opened, and downloaded where it is not here."""
+    return build_jobs(data, [(part, open_source(**part.arguments)) for part in list_parts(data)], num_jobs, job_id)
+
+
+def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_jobs: int, job_id: int) -> list[CacheJob]:
+    """The share of each part that job number job_id of num_jobs makes.
+
+    The test split of an evaluation set takes the numbering of its train split's classes.
+    """
+    jobs: list[CacheJob] = []
+    sources: dict[Path, Source] = {}
+    spec = PreprocessSpec(**data.preprocess_arguments)
+    for part, source in opened:
+        if len(source) == 0:
+            raise UserError(f"{part.title}: {source.describe()} holds no images.")
+        source, warnings = _rows_wanted(part, source), []
+        if (bank := sources.get(part.bank)) is not None:
+            source = number_as(bank, source, part.title)
+            labels = (of.labels(0, len(of)) for of in (bank, source))
+            warnings = label_warnings(*labels, dict(enumerate(source.class_names or [])))
+        sources[part.folder] = source
+        plan = CachePlan(
+            directory=part.folder,
+            spec=spec,
+            dtype=data.cache_dtype,
+            shard_size=data.cache_shard_size,
+            num_rows=min(part.limit or len(source), len(source)),
+            source_num_samples=len(source),
+            source_identity=source.identity,
+            labels=part.labels,
+        )
+        share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
+        jobs.append(CacheJob(part.title, plan, source, share, warnings))
+    return jobs
+
+
+def _rows_wanted(part: CachePart, source: Source) -> Source:
+    """The source, or of a split that is cut for evaluation as many rows from all over it."""
+    is_cut = part.is_evaluation and part.limit is not None and part.limit < len(source)
+    # caches of earlier versions hold the first rows, and stay as they are
+    if not is_cut or is_made_of(part.folder, source.identity):
+        return source
+    return PartOfSource(source, rows=spread_rows(len(source), part.limit))
+
+
+def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig) -> None:
+    """Print what will be made, how much room it takes and how much there is."""
+    total = 0
+    for job, survey in zip(jobs, surveys, strict=True):
+        print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey)))
+        for warning in job.warnings:
+            print(f"  WARNING: {warning}")
+        total += bytes_to_write(job.plan, survey)
+    print("\n".join(room_lines(data, total)))
+
+
+def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, stop: StopFlag) -> int:
+    """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
+    to_make = [*survey.missing, *survey.doubtful]
+    if stop.requested:
+        return len(to_make)
+    num_workers = data.num_workers or usable_cpus()
+    rows = sum(after - first for first, after in map(job.plan.rows_of, to_make))
+    with ProgressLine(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
+        report = make_cache(
+            job.plan,
+            job.source,
+            shards=job.shards,
+            survey=survey,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            stop=stop,
+            on_rows=lambda count, limit, shards_made: progress.advance(count, shards=shards_made, limit=limit),
+        )
+    for message in report.messages:
+        print(f"repaired: {message}")
+    if report.shards_made or report.shards_adopted:
+        print(f"{job.title}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    return report.shards_left
+
+
+def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
+    """Print what the folders hold now; returns exit status 3 where too many images failed."""
+    status = EXIT_DONE
+    for job in jobs:
+        records = image_scan(job.plan.directory).records() if job.plan.directory.exists() else []
+        if not records:
+            continue
+        index = index_of(records, job.plan.num_rows)
+        failed, rows = sum(record["num_failed"] for record in records), index["num_samples"]
+        state = "complete" if index["complete"] else "not complete yet: other jobs have their share to do"
+        print(f"{job.plan.directory}: {rows} images in {len(records)} shards, {failed} could not be decoded; {state}")
+        if failed:
+            print(f"  the reasons are in {job.plan.directory / FAILURES_NAME}; training leaves these images out")
+        if failed > max_failed_fraction * rows:
+            print(f"  more than max_failed_fraction {max_failed_fraction} allows: look at the reasons")
+            status = EXIT_TOO_MANY_FAILED
+    return status

@@ -1,0 +1,111 @@
+"""A run at work: its parts together, one epoch of it, its checkpoints and its log."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from distillery.config.load import Configs
+from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
+from distillery.system import distributed
+from distillery.system.console import ProgressLine
+from distillery.system.signals import StopFlag
+from distillery.training import bindings
+from distillery.training.build import global_batch_size
+from distillery.training.checkpoints import CheckpointWriter, state_of
+from distillery.training.describe import compiled_graphs, describe_batch
+from distillery.training.engine import Position, Task, check_numbers, train_one_epoch
+from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
+from distillery.training.watch import check_weights
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an epoch, a checkpoint and an evaluation of a run need.
+
+    position: moved along by every step; shards, teacher_hash: what the run is bound to, for its checkpoints.
+    """
+
+    configs: Configs
+    loader: PretrainingLoader
+    task: Task
+    position: Position
+    steps_in_epoch: int
+    shards: dict[str, Any]
+    teacher_hash: str
+    checkpoints: CheckpointWriter
+    log: RunLog
+    console: ProgressLine
+    stop: StopFlag
+
+
+def train_epoch(run: Run) -> None:
+    """Train what is left of the present epoch, or as much of it as a request to stop allows."""
+    train, task, position, rows = run.configs.train, run.task, run.position, []
+    if distributed.is_main():
+        row = bindings.epoch_row(run.loader, position.epoch)
+        run.log.write_epoch(position.epoch, position.epoch_start, **row)
+    epoch_end = position.epoch_start + run.steps_in_epoch
+    batches = run.loader
+    if task.stored is not None:
+        batches = task.stored.batches(run.loader, epoch=position.epoch, step=position.step)
+
+    def after_step(position: Position, row: dict[str, float] | None) -> None:
+        if row is not None:
+            run.log.write("train", step=position.step, epoch=position.epoch, **row)
+            rows.append(row)
+        run.console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
+        is_first_here = run.console.done == run.console.initial + 1
+        if is_first_here and (train.compile_student or train.compile_teacher):
+            run.console.message(compiled_graphs())
+        if train.save_every and position.step % train.save_every == 0 and position.step != epoch_end:
+            save(run)
+
+    train_one_epoch(
+        task,
+        DevicePrefetcher(batches, task.device),
+        position,
+        run.stop,
+        steps_in_epoch=run.steps_in_epoch,
+        log_every=train.log_every,
+        after_step=after_step,
+    )
+    if position.step == epoch_end:
+        position.next_epoch()
+        run.console.message(epoch_line(position.epoch, train.num_epochs, position.step, rows))
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this moment, or begin to; numbers that are not finite are an error instead."""
+    check_numbers(run.task)
+    if not distributed.is_main():
+        return
+    check_weights(run.task.student)
+    train, cache = run.configs.train, run.task.stored and run.task.stored.cache
+    state = state_of(run.task, run.position) | {
+        "config": run.configs.as_dict(),
+        "shards": run.shards,
+        "teacher_hash": run.teacher_hash,
+        "teacher_cache": cache and cache.fingerprint,
+        "global_batch_size": global_batch_size(train),
+        "global_batch_text": describe_batch(train),
+    }
+    best = run.log.best_step("knn_top1")
+    protect = () if best is None else (best,)
+    run.checkpoints.save(state, run.position.step, keep=train.keep_checkpoints, protect=protect)
+
+
+def open_log(configs: Configs, task: Task, position: Position, num_images: int) -> RunLog:
+    """The run's log, cut back to where the run stands; its "start" row says what the run will do.
+
+    num_images: that the run trains on.
+    """
+    train, is_main = configs.train, distributed.is_main()
+    log = RunLog(
+        train.checkpoint_path, tensorboard=train.tensorboard, wandb_project=train.wandb_project, is_main=is_main
+    )
+    if position.epoch < train.num_epochs:
+        log.truncate_after(position.step)
+    plan = bindings.plan_of(task, num_images) | {"global_batch_size": global_batch_size(train)}
+    starts = [row for row in read_rows(log.path) if row.get("kind") == "start"] if is_main else []
+    if not starts or any(starts[-1].get(key) != value for key, value in plan.items()):
+        log.write("start", step=position.step, **plan)
+    return log
