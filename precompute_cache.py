@@ -348,11 +348,11 @@ def rebuild_indexes(data) -> int:
 
 def report_outcome(jobs: list[CacheJob], data) -> int:
     """Say what the folders hold now; exit status 3 when too many images failed."""
-    from distillery.cache.images import FAILURES_NAME, image_scan, index_of
+    from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, index_of
 
     status = EXIT_DONE
     for job in jobs:
-        records = image_scan(job.plan.directory).records() if job.plan.directory.exists() else []
+        records = IMAGE_SHARDS.scan(job.plan.directory).records() if job.plan.directory.exists() else []
         if not records:
             continue
         index = index_of(records, job.plan.num_rows)

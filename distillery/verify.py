@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from distillery.cache.folder import load_index
-from distillery.cache.images import INDEX_NAME, SHARD_PATTERN, image_scan, is_predecessors
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, is_predecessors
 from distillery.cache.verify import Problem, find_problems, folders_of, has_shards
 from distillery.system.errors import (
     EXIT_DONE,
@@ -79,7 +79,7 @@ def _problems_of_images(folders: list[Path], *, is_part: bool) -> tuple[list[Pro
             if not is_part:
                 raise
             problems.append(Problem(f"{folder / INDEX_NAME}: missing, and every shard with it"))
-        upgraded = upgraded or any(map(is_predecessors, image_scan(folder).records()))
+        upgraded = upgraded or any(map(is_predecessors, IMAGE_SHARDS.scan(folder).records()))
     return problems, upgraded
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import DTYPES, find_payload, read_member, read_meta
-from distillery.cache.images import INDEX_NAME, SHARD_PATTERN, check_meta, read_record, valid_rows
+from distillery.cache.archive import DTYPES, find_payload, read_member
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, valid_rows
 from distillery.cache.index import (
     MALFORMED,
     OWN_KEYS,
@@ -30,7 +30,6 @@ from distillery.cache.store import (
     check_version,
     decode_checksums,
     parse_json,
-    record_path,
 )
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.files import open_regular, read_regular
@@ -129,7 +128,7 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
                 f"{path.name} has {status.st_size} bytes, index.json says {index.shard_bytes[s]}. "
                 f"Run: python -m distillery.cache verify {index.directory}, then stage 1 again."
             )
-        record = _record_or_meta(path)
+        record = IMAGE_SHARDS.record_or_meta(path)
     except FileNotFoundError as error:
         if isinstance(error, UserError):
             raise
@@ -149,7 +148,7 @@ def _longer_layout(index: CacheIndex, s: int, num_bytes: int) -> ShardLayout | N
     path, rows = index.shard_path(s), int(index.shard_rows[s])
     try:
         # not the record: it is written after the shard, and may be the short one's still
-        record = check_meta(parse_json(path, read_meta(path)), path)
+        record, _ = IMAGE_SHARDS.meta_inside(path)
     except FutureFormatError:
         raise
     except UserError:
@@ -159,16 +158,6 @@ def _longer_layout(index: CacheIndex, s: int, num_bytes: int) -> ShardLayout | N
     if record["num_samples"] <= rows or found != (index.fingerprint, index.shard_starts[s], index.shard_failed[s]):
         return None
     return ShardLayout(record["payload_offset"], valid, decode_checksums(record["row_checksums"])[:rows], num_bytes)
-
-
-def _record_or_meta(path: Path) -> dict:
-    """A shard's record, or when that is lost, the same facts from inside the shard (its bytes and hash left open)."""
-    try:
-        return read_record(record_path(path))
-    except FutureFormatError:
-        raise
-    except (FileNotFoundError, UserError):
-        return check_meta(parse_json(path, read_meta(path)), path)
 
 
 def load_labels(index: CacheIndex, s: int) -> np.ndarray | None:

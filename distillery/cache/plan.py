@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from distillery.cache.archive import ForeignShardError, read_meta, row_bytes_of
-from distillery.cache.images import FAILURES_NAME, INDEX_NAME, SHARD_PATTERN, image_scan, is_predecessors, shard_name
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, is_predecessors, shard_name
 from distillery.cache.store import FutureFormatError, check_version, parse_json, record_path
 from distillery.sources.pixels import PreprocessSpec, library_versions
 from distillery.system.errors import UserError
@@ -110,7 +110,7 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
 
 def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
     _check_folder(plan.directory)
-    records = {record["shard_path"]: record for record in image_scan(plan.directory).records()}
+    records = {record["shard_path"]: record for record in IMAGE_SHARDS.scan(plan.directory).records()}
     # all of them, not only this job's share: two jobs of different configurations must not fill one folder
     for name, record in records.items():
         if is_predecessors(record):
@@ -225,7 +225,7 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
 
 def is_made_of(directory: Path, source_identity: dict) -> bool:
     """Whether a folder holds shards of this very source."""
-    records = image_scan(directory).records() if directory.is_dir() else []
+    records = IMAGE_SHARDS.scan(directory).records() if directory.is_dir() else []
     return any(record["identity"]["source"] == source_identity for record in records)
 
 

@@ -13,18 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from distillery.cache.archive import DTYPES, ForeignShardError, find_payload
+from distillery.cache.fields import digest_file
 from distillery.cache.folder import load_index, seed_image_format
-from distillery.cache.images import (
-    INDEX_NAME,
-    PREDECESSOR,
-    SHARD_PATTERN,
-    check_record,
-    hash_shard,
-    image_scan,
-    read_record,
-    record_of_shard,
-    write_views,
-)
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, PREDECESSOR, SHARD_PATTERN, image_fields
 from distillery.cache.index import CacheIndex
 from distillery.cache.store import (
     FORMAT_VERSION,
@@ -72,7 +63,7 @@ def rebuild_index(directory: Path, num_target: int | None = None) -> RebuildRepo
     else:
         hashed = _in_threads(lambda name: _renew_record(directory / name, facts, problems), names)
     was_upgraded = index is not None and not index.verified
-    if (made := write_views(directory, image_scan(directory), num_target)) is None:
+    if (made := IMAGE_SHARDS.scan(directory).write_views(num_target)) is None:
         raise UserError("\n".join([f"{directory}: no shard is whole:", *problems]))
     return RebuildReport(made, sum(hashed), was_upgraded, sorted(problems))
 
@@ -111,7 +102,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
     """Keep a record that is whole and newer than its shard, else take it from the shard; whether that was hashed."""
     recorded = record_path(path)
     try:
-        record = read_record(recorded)
+        record = IMAGE_SHARDS.read_record(recorded)
         status = path.lstat()
         if status.st_size == record["bytes"] and status.st_ctime_ns <= recorded.lstat().st_ctime_ns:
             return False
@@ -121,7 +112,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
         pass
     try:
         try:
-            record = record_of_shard(path)
+            record = IMAGE_SHARDS.record_of_shard(path)
         except ForeignShardError:
             record = _record_by_index(path, facts)
     except FutureFormatError:
@@ -194,8 +185,9 @@ def _record_of(path: Path, shard_idx: int, row: dict, identity: dict, source_num
         "payload_offset": offset,
         "libraries": {},
     }
-    file_bytes, digest, row_digests, found_crc, _ = hash_shard(path, record, own_format=False)
-    if found_crc != crc:
+    digest = digest_file(path, image_fields(record))
+    if digest.crcs != [crc]:
         raise UserError(f"{path}: damaged: its images do not have the CRC that its archive says.")
-    record |= {"bytes": file_bytes, "hash": digest, "row_checksums": encode_checksums(row_digests)}
-    return check_record(record, path)
+    checksums = encode_checksums(digest.checksums["images"])
+    record |= {"bytes": digest.size, "hash": digest.hash, "row_checksums": checksums}
+    return IMAGE_SHARDS.check_record(record, path)

@@ -12,15 +12,13 @@ from pathlib import Path
 from distillery.cache.folder import load_index, load_shard_layout
 from distillery.cache.images import (
     FAILURES_NAME,
+    IMAGE_SHARDS,
     INDEX_NAME,
     SHARD_PATTERN,
     failures_of,
-    image_scan,
     index_of,
     index_text,
     is_predecessors,
-    read_record,
-    record_of_shard,
     rehash_record,
 )
 from distillery.cache.index import CacheIndex
@@ -124,7 +122,7 @@ def _verify_shard(
     """What is wrong with a shard and its record; `fingerprints` gets the one that the shard itself tells."""
     record, recorded = None, record_path(path)
     try:
-        record = read_record(recorded)
+        record = IMAGE_SHARDS.read_record(recorded)
     except FileNotFoundError:
         yield Problem(f"{recorded}: missing")
     except FutureFormatError:
@@ -133,7 +131,7 @@ def _verify_shard(
         yield Problem(_naming(recorded, error), recorded)
     try:
         is_ours = record is None or not is_predecessors(record)
-        remade = record_of_shard(path) if is_ours else rehash_record(path, record)
+        remade = IMAGE_SHARDS.record_of_shard(path) if is_ours else rehash_record(path, record)
     except FileNotFoundError:
         yield Problem(f"{path}: missing")
         return
@@ -168,7 +166,7 @@ def _differing_keys(a: dict, b: dict) -> str:
 
 def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
     """index.json and failures.jsonl against the records, and files that belong to no cache."""
-    records = image_scan(directory).records()
+    records = IMAGE_SHARDS.scan(directory).records()
     if index is not None and records:
         text = read_regular(directory / INDEX_NAME)
         found = parse_json(directory / INDEX_NAME, text)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from distillery.cache.archive import DTYPES, PAYLOAD_OFFSET, crc32, payload_header, shard_tail
-from distillery.cache.images import encode_sizes, read_record, record_of_shard
+from distillery.cache.archive import PAYLOAD_OFFSET, crc32, payload_header
+from distillery.cache.fields import frame_of, place_fields
+from distillery.cache.images import IMAGE_SHARDS, encode_sizes, small_tensors
 from distillery.cache.plan import CachePlan
 from distillery.cache.store import FORMAT_VERSION, FutureFormatError, encode_checksums, record_path, record_text
 from distillery.precompute.worker import UnitResult
@@ -130,7 +130,7 @@ class OpenShard:
             UserError: it is a whole shard of another configuration, made since this job began.
         """
         try:
-            other = record_of_shard(self.path)
+            other = IMAGE_SHARDS.record_of_shard(self.path)
         except FutureFormatError:
             raise
         except (UserError, FileNotFoundError):
@@ -172,7 +172,7 @@ def is_published(plan: CachePlan, shard_idx: int) -> bool:
     path = plan.shard_path(shard_idx)
     start, stop = plan.rows_of(shard_idx)
     try:
-        record = read_record(record_path(path))
+        record = IMAGE_SHARDS.read_record(record_path(path))
         size = path.lstat().st_size
     except FutureFormatError:
         raise
@@ -205,7 +205,7 @@ def adopt_shard(plan: CachePlan, shard_idx: int) -> str | None:
     path = plan.shard_path(shard_idx)
     start, stop = plan.rows_of(shard_idx)
     try:
-        record = record_of_shard(path)
+        record = IMAGE_SHARDS.record_of_shard(path)
         if record["identity"] != plan.identity:
             raise UserError(f"{path}: is of another configuration.")
         if record["num_samples"] < stop - start:
@@ -320,12 +320,13 @@ class PayloadWriter:
             OSError: another program truncated the file meanwhile.
         """
         self._check_no_error()
-        end = PAYLOAD_OFFSET + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        (field,) = place_fields({"images": (dtype, shape)}, row_dims=1)
+        end = field.end
         assert self._position + len(self._rest) == end, f"{self._position + len(self._rest)} bytes instead of {end}"
         if (size := os.fstat(self._fd).st_size) < self._position:
             raise OSError(errno.EIO, f"the file ends at byte {size} of {self._position}: another program truncated it")
         bypass_page_cache(self._fd, False)
-        tail = shard_tail(self._crc, dtype, shape, valid, labels, meta)
+        _, (_, tail) = frame_of([field], [self._crc], small_tensors(valid, labels), meta)
         self._file_hash.update(tail)
         pwrite_all(self._fd, self._rest + tail, self._position)
         os.ftruncate(self._fd, end + len(tail))

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from distillery.cache.images import image_scan, write_views
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import CachePlan, Survey
 from distillery.cache.store import RecordScan, record_path
 from distillery.precompute.image_shard import (
@@ -235,7 +235,7 @@ class _Pipeline:
         # after every shard, unless the index is so long that writing it would take more than a twentieth of the time
         if time.monotonic() - self._views_written >= 20 * self._views_cost_s:
             began = time.monotonic()
-            write_views(self.plan.directory, self.scan, self.plan.num_rows)
+            self.scan.write_views(self.plan.num_rows)
             self._views_written = time.monotonic()
             self._views_cost_s = self._views_written - began
 
@@ -288,7 +288,7 @@ def make_cache(
             same command goes on.
         UserError: the folder cannot be written to, or another job makes another cache in it.
     """
-    scan = image_scan(plan.directory)
+    scan = IMAGE_SHARDS.scan(plan.directory)
     messages, to_make, unchecked = [], list(survey.missing), list(survey.doubtful)
     made: set[int] = set()
     found: set[int] = set()
@@ -304,13 +304,13 @@ def make_cache(
             plan, source, to_make, made, found,
             repairs=repairs, batch_size=batch_size, num_workers=num_workers, on_rows=on_rows, stop=stop, scan=scan,
         )  # fmt: skip
-        index = write_views(plan.directory, scan, plan.num_rows)
+        index = scan.write_views(plan.num_rows)
         remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
     except UserError:
         raise
     except (OSError, RunError, BrokenProcessPool) as error:
         with contextlib.suppress(OSError, UserError):  # what was published is listed, if the disk still takes that
-            write_views(plan.directory, scan, plan.num_rows)
+            scan.write_views(plan.num_rows)
         if isinstance(error, RunError):
             raise
         raise explain_write_error(plan, error, sorted({*to_make, *unchecked} - made - found), num_workers) from error

@@ -29,7 +29,7 @@ from distillery.teacher_cache.opening import (
     use_exact_convolutions,
 )
 from distillery.teacher_cache.outputs import LiveTeacher
-from distillery.teacher_cache.records import teacher_scan
+from distillery.teacher_cache.records import TEACHER_SHARDS
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_cache.targets import check_storable
@@ -142,7 +142,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
 
 def report_outputs(job: TeacherJob) -> None:
     """Say what the folder holds now."""
-    records = teacher_scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
+    records = TEACHER_SHARDS.scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
     rows = sum(record["num_samples"] for record in records)
     wanted = job.plan.images.num_rows
     state = "complete" if rows >= wanted else "not complete yet: other jobs have their share to do"

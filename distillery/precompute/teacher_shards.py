@@ -52,15 +52,7 @@ from distillery.system.signals import StopFlag
 from distillery.teacher_cache.identity import TeacherCacheSpec
 from distillery.teacher_cache.outputs import FieldSums, LiveTeacher, encode_features, ensure_basis, valid_features
 from distillery.teacher_cache.reader import load_basis, to_device
-from distillery.teacher_cache.records import (
-    BASIS_NAME,
-    encode_sums,
-    mark_as_current,
-    read_teacher_record,
-    record_of_teacher_shard,
-    teacher_scan,
-    write_teacher_views,
-)
+from distillery.teacher_cache.records import BASIS_NAME, TEACHER_SHARDS, encode_sums, mark_as_current
 from distillery.teacher_cache.survey import (
     TeacherPlan,
     check_fingerprint,
@@ -104,12 +96,12 @@ class _Pass:
             elif self._make(shard_idx, hashes[shard_idx]):
                 self.made.add(shard_idx)
                 self.on_rows(0, len(self.made))
-                write_teacher_views(self.plan.directory, scan, self.plan.images.num_rows)
+                scan.write_views(self.plan.images.num_rows)
 
     def _is_published(self, shard_idx: int, hashes: dict[int, str]) -> bool:
         path = self.plan.shard_path(shard_idx)
         try:
-            record = read_teacher_record(record_path(path))
+            record = TEACHER_SHARDS.read_record(record_path(path))
             is_whole = path.lstat().st_size == record["bytes"]
         except FutureFormatError:
             raise
@@ -197,7 +189,7 @@ def make_teacher_cache(
         UserError: the folder cannot be written to, images are missing, or the outputs do not fit the dtype.
     """
     shards = list(shards)
-    images, scan = ImageRows(plan.images.directory, plan.images.fingerprint), teacher_scan(plan.directory)
+    images, scan = ImageRows(plan.images.directory, plan.images.fingerprint), TEACHER_SHARDS.scan(plan.directory)
     work = _Pass(plan, teacher, stop, on_rows, images)
     messages, to_make, unchecked = [], shards, []
     try:
@@ -216,14 +208,14 @@ def make_teacher_cache(
         messages = _adopt(work, unchecked)
         to_make = sorted({*to_make, *work.repairs})
         _run_with_retries(work, to_make, scan)
-        index = write_teacher_views(plan.directory, scan, plan.images.num_rows)
+        index = scan.write_views(plan.images.num_rows)
         remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
         mark_as_current(plan.directory)
     except UserError:
         raise
     except (OSError, RunError) as error:
         with contextlib.suppress(OSError, UserError):  # what was published is listed, if the disk still takes that
-            write_teacher_views(plan.directory, scan, plan.images.num_rows)
+            scan.write_views(plan.images.num_rows)
         if isinstance(error, RunError):
             raise
         left = sorted({*to_make, *unchecked} - work.made - work.found)
@@ -326,10 +318,10 @@ class OpenTeacherShard:
                 part[~valid] = 0
             data, checksums = memoryview(part).cast("B"), self.checksums[its_field.name]
             for i in range(len(part) * views):
-                row = data[i * its_field.view_bytes : (i + 1) * its_field.view_bytes]
+                row = data[i * its_field.row_bytes : (i + 1) * its_field.row_bytes]
                 checksums[first * views + i] = xxhash.xxh3_64_intdigest(row)
             self.crcs[key] = crc32(data, self.crcs[key])
-            pwrite_all(self.fd, data, its_field.offset + first * views * its_field.view_bytes)
+            pwrite_all(self.fd, data, its_field.offset + first * views * its_field.row_bytes)
         self.valid[first : first + len(valid)] = valid
         self.rows_written += len(valid)
 
@@ -363,7 +355,7 @@ class OpenTeacherShard:
         """
         assert self.rows_written == self.num_rows
         meta = self.meta(sums)
-        for offset, piece in frame_of(self.fields, self.crcs, self.valid, json.dumps(meta, sort_keys=True)):
+        for offset, piece in frame_of(self.fields, self.crcs, {"valid": self.valid}, json.dumps(meta, sort_keys=True)):
             pwrite_all(self.fd, piece, offset)
         os.ftruncate(self.fd, offset + len(piece))
         record = meta | {"bytes": offset + len(piece), "hash": _hash_of(self.fd)}
@@ -378,7 +370,7 @@ class OpenTeacherShard:
         other = None
         if not is_repair:
             try:
-                other = record_of_teacher_shard(self.path)
+                other = TEACHER_SHARDS.record_of_shard(self.path)
             except FutureFormatError:
                 raise
             except (UserError, FileNotFoundError):
@@ -413,7 +405,7 @@ def adopt_teacher_shard(path: Path, spec: TeacherCacheSpec) -> dict:
         UserError: it is damaged, or of another configuration.
     """
     try:
-        record = record_of_teacher_shard(path)
+        record = TEACHER_SHARDS.record_of_shard(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: is gone.") from error
     if record["fingerprint"] != spec.fingerprint:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distillery.cache.images import FAILURES_NAME, INDEX_NAME, decode_sizes, read_record, valid_rows
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, decode_sizes, valid_rows
 from distillery.cache.store import record_path
 from distillery.report.html import details, escape, figure, page, table, tiles
 from distillery.report.style import FIFTH, FOURTH, RC, STUDENT, UNTRAINED, new_figure, short_count, to_svg
@@ -275,7 +275,7 @@ def _shards_html(index: CacheIndex) -> str:
 def _facts_html(index: CacheIndex) -> str:
     """What the bytes depend on, what made them, and how to check them."""
     try:
-        libraries = read_record(record_path(index.shard_path(0)))["libraries"]
+        libraries = IMAGE_SHARDS.read_record(record_path(index.shard_path(0)))["libraries"]
     except (OSError, UserError, KeyError):
         libraries = {}
     folders = sorted(path.parent for path in index.directory.glob(f"eval/*/*/{INDEX_NAME}"))
@@ -305,7 +305,7 @@ def source_sizes(index: CacheIndex) -> np.ndarray:
     found = [np.zeros((0, 2), np.int64)]
     for shard in np.arange(count) * len(index.shard_names) // max(1, count):
         try:
-            record = read_record(record_path(index.shard_path(shard)))
+            record = IMAGE_SHARDS.read_record(record_path(index.shard_path(shard)))
         except (OSError, UserError):  # lost or damaged, for verify to tell
             continue
         if "source_sizes" in record:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery.cache.images import image_scan
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.config.load import Configs
 from distillery.losses.total import check_tokens
 from distillery.models.backbone import MEMORY_FORMAT
@@ -262,7 +262,7 @@ def compare_views(
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     rows, rng, num_compared = ImageRows(cache_dir, images), np.random.default_rng(0), 0
     # outputs of images that have changed since differ whatever the teacher: the pass makes them again
-    of_images = {record["shard_idx"]: record["hash"] for record in image_scan(cache_dir).records()}
+    of_images = {record["shard_idx"]: record["hash"] for record in IMAGE_SHARDS.scan(cache_dir).records()}
     hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
     listed = enumerate(cache.index["shards"])
     shards = [s for s, row in listed if row["images_hash"] == hashes.get(row["shard_path"])]

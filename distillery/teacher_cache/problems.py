@@ -14,12 +14,9 @@ from distillery.teacher_cache.records import (
     FILES_NAME,
     STATISTICS_NAME,
     TEACHER_PATTERN,
+    TEACHER_SHARDS,
     file_hash,
     read_teacher_index,
-    read_teacher_record,
-    record_of_teacher_shard,
-    teacher_scan,
-    teacher_views,
 )
 
 
@@ -45,17 +42,17 @@ def find_teacher_problems(directory: Path) -> Iterator[tuple[str, Path | None]]:
         if shards or not isinstance(problem, MissingFileError):
             yield str(problem), None
         return
-    records = teacher_scan(directory).records()
+    records = TEACHER_SHARDS.scan(directory).records()
     if not records:
         return
     try:
-        _, views = teacher_views(directory, records, _rows_of_complete(records, index))
+        _, views = TEACHER_SHARDS.views_of(records, _rows_of_complete(records, index))
     except UserError as error:
         yield str(error), None
         return
-    for path, content in views.items():
-        if not holds(path, content):
-            yield f"{path}: differs from the records", None
+    for name, content in views.items():
+        if not holds(directory / name, content):
+            yield f"{directory / name}: differs from the records", None
     yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
     yield from _files_problems(directory / FILES_NAME, index["fingerprint"])
     yield from _foreign_files(directory, index)
@@ -69,7 +66,7 @@ def _rows_of_complete(records: list[dict], index: dict) -> int:
 
 def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
     try:
-        found = record_of_teacher_shard(path)
+        found = TEACHER_SHARDS.record_of_shard(path)
     except FutureFormatError:
         raise
     except FileNotFoundError:
@@ -79,7 +76,7 @@ def _shard_problems(path: Path) -> Iterator[tuple[str, Path | None]]:
         yield str(error) if str(path) in str(error) else f"{path}: {error}", path
         return
     try:
-        record = read_teacher_record(record_path(path))
+        record = TEACHER_SHARDS.read_record(record_path(path))
     except FutureFormatError:
         raise
     except (UserError, OSError) as error:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.images import image_scan, valid_rows
+from distillery.cache.images import IMAGE_SHARDS, valid_rows
 from distillery.cache.plan import CachePlan, Survey, is_untouched
 from distillery.system.errors import UserError, teacher_command
 from distillery.teacher_cache.identity import TeacherCacheSpec
-from distillery.teacher_cache.records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
+from distillery.teacher_cache.records import BASIS_NAME, TEACHER_SHARDS, file_hash, teacher_shard_name
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def images_for_training(images: CachePlan, max_samples: int | None) -> CachePlan
     """
     if max_samples is None or max_samples > images.num_rows or not images.directory.is_dir():
         return images
-    records = {record["shard_idx"]: record for record in image_scan(images.directory).records()}
+    records = {record["shard_idx"]: record for record in IMAGE_SHARDS.scan(images.directory).records()}
     left, end = max_samples, 0
     for shard_idx in range(max(images.num_shards, len(records))):
         start, stop = images.rows_of(shard_idx)
@@ -85,7 +85,7 @@ def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:
     """
     if not plan.directory.is_dir():
         return Survey([], [], list(shards))
-    records = {record["shard_idx"]: record for record in teacher_scan(plan.directory).records()}
+    records = {record["shard_idx"]: record for record in TEACHER_SHARDS.scan(plan.directory).records()}
     for record in records.values():
         check_fingerprint(plan, record)
     images, basis = image_hashes(plan), basis_hash(plan)
@@ -127,7 +127,7 @@ def image_hashes(plan: TeacherPlan) -> dict[int, str]:
     """shard_idx -> file hash of the image shards that are there."""
     if not plan.images.directory.is_dir():
         return {}
-    return {record["shard_idx"]: record["hash"] for record in image_scan(plan.images.directory).records()}
+    return {record["shard_idx"]: record["hash"] for record in IMAGE_SHARDS.scan(plan.images.directory).records()}
 
 
 def basis_hash(plan: TeacherPlan) -> str | None:
@@ -138,7 +138,7 @@ def basis_hash(plan: TeacherPlan) -> str | None:
 
 def check_images(plan: TeacherPlan, shards: list[int]) -> None:
     """Raise UserError unless the image shards are there, with all the rows that the plan gives them."""
-    rows = {record["shard_idx"]: record["num_samples"] for record in image_scan(plan.images.directory).records()}
+    rows = {record["shard_idx"]: record["num_samples"] for record in IMAGE_SHARDS.scan(plan.images.directory).records()}
     for shard_idx in shards:
         start, stop = plan.rows_of(shard_idx)
         if rows.get(shard_idx, 0) < stop - start:

@@ -9,7 +9,7 @@ import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import plan as plan_module
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import survey_cache
 from distillery.cache.store import FutureFormatError, record_text
 from distillery.precompute.image_shard import PayloadWriter
@@ -195,7 +195,7 @@ def test_a_later_version_is_refused_wherever_it_shows(cache, tmp_path, which):
         (cache / "index.json").write_text(json.dumps(index | {"format_version": 4}))
     elif which == "record":
         path = cache / "images_shard_00001.json"
-        path.write_bytes(record_text(read_record(path) | {"format_version": 4}))
+        path.write_bytes(record_text(IMAGE_SHARDS.read_record(path) | {"format_version": 4}))
     else:
         shutil.rmtree(cache)
         cache.mkdir()

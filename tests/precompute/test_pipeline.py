@@ -12,7 +12,7 @@ import pytest
 import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
 from distillery.precompute import image_shard, pipeline, pool
@@ -95,7 +95,7 @@ def test_the_shards_hold_the_images_of_the_source(tmp_path, dtype):
 
 def test_a_record_says_with_which_libraries_a_shard_was_made(tmp_path):
     run_stage1(small_plan(tmp_path, SOURCE), SOURCE)
-    assert read_record(tmp_path / "images_shard_00000.json")["libraries"] == library_versions()
+    assert IMAGE_SHARDS.read_record(tmp_path / "images_shard_00000.json")["libraries"] == library_versions()
 
 
 def test_running_again_does_nothing(tmp_path, reference):
@@ -175,7 +175,7 @@ def test_a_damaged_shard_is_found_made_again_and_told(tmp_path, reference):
     assert survey.doubtful == [1]
     assert (report.shards_made, report.shards_adopted) == (1, 0)
     assert report.messages == [
-        f"{path}: damaged: 1 rows differ from their checksums, the first is row 1. It is made again."
+        f"{path}: damaged: 1 rows of images differ from their checksums, the first is row 1. It is made again."
     ]
     assert folder_bytes(tmp_path) == reference
     assert inodes(tmp_path).items() >= {name: inode for name, inode in kept.items() if name != path.name}.items()

@@ -19,7 +19,7 @@ from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.outputs import fit_basis
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
-from distillery.teacher_cache.records import statistics_of, teacher_scan
+from distillery.teacher_cache.records import TEACHER_SHARDS, statistics_of
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import survey_teacher
 
@@ -278,7 +278,7 @@ def test_a_failing_fsync_is_never_taken_for_success(reference, work, monkeypatch
 
 
 def test_statistics_do_not_depend_on_the_order_in_which_records_were_written(reference):
-    records = teacher_scan(reference.directory).records()
+    records = TEACHER_SHARDS.scan(reference.directory).records()
     assert [record["shard_idx"] for record in records] == [0, 1, 2, 3, 4]
     assert statistics_of(records) == json.loads((reference.directory / "statistics.json").read_text())
 
