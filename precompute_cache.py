@@ -297,7 +297,7 @@ def dry_run(configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
         print("\n".join(remote_lines(part.title, facts, part.limit, data)))
     if jobs:
         speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, data.cache_dtype)
-        to_make = [(job.plan, [*survey.missing, *survey.doubtful]) for job, survey in zip(jobs, surveys, strict=True)]
+        to_make = [(job.plan, [*survey.missing, *survey.to_check]) for job, survey in zip(jobs, surveys, strict=True)]
         print("\n".join(plan_lines(to_make, data.cache_path, data.num_workers or usable_cpus(), speed)))
     return EXIT_DONE
 
@@ -308,23 +308,22 @@ def make_job(job: CacheJob, survey, data, batch_size: int, stop: StopFlag) -> in
     from distillery.system.console import Progress
 
     if stop.requested:
-        return len(survey.missing) + len(survey.doubtful)
-    rows = sum(after - first for first, after in map(job.plan.rows_of, [*survey.missing, *survey.doubtful]))
+        return len(survey.missing) + len(survey.to_check)
+    rows = sum(after - first for first, after in map(job.plan.rows_of, [*survey.missing, *survey.to_check]))
     with Progress(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
         report = make_cache(
             job.plan,
             job.source,
-            shards=job.shards,
             survey=survey,
             batch_size=batch_size,
             num_workers=data.num_workers or usable_cpus(),
             stop=stop,
-            on_rows=lambda count, limit, shards_made: progress.advance(count, shards=shards_made, limit=limit),
+            on_rows=progress.advance,
         )
     for message in report.messages:
         print(f"repaired: {message}")
-    if report.shards_made or report.shards_adopted:
-        print(f"{job.title}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    if report.shards_made or report.shards_accepted:
+        print(f"{job.title}: {report.shards_made} shards made, {report.shards_accepted} checked and kept")
     return report.shards_left
 
 

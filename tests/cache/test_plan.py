@@ -73,7 +73,7 @@ def test_an_empty_or_absent_folder_has_everything_missing(tmp_path):
 def test_a_finished_cache_has_everything_done_and_is_only_read(cache):
     before = folder_bytes(cache)
     found = survey(cache)
-    assert (found.done, found.doubtful, found.missing, found.notes) == ([0, 1, 2], [], [], [])
+    assert (found.done, found.to_check, found.missing, found.notes) == ([0, 1, 2], [], [], [])
     assert folder_bytes(cache) == before
 
 
@@ -95,7 +95,7 @@ def test_a_shard_that_may_have_changed_since_its_record_is_doubtful(cache, what)
     else:
         os.replace(shard, cache / "aside")
         os.replace(cache / "aside", shard)
-    assert survey(cache).doubtful == [1]
+    assert survey(cache).to_check == [1]
 
 
 def test_a_vanished_shard_is_missing_even_though_its_record_stands(cache):

@@ -94,7 +94,7 @@ def test_two_passes_over_one_range_share_it(reference, work, monkeypatch):
 
 
 def test_stopped_after_any_batch_it_goes_on_to_the_same_bytes(reference, work, monkeypatch):
-    monkeypatch.setattr("distillery.precompute.teacher_shards._GRACE_S", -1)
+    monkeypatch.setattr("distillery.precompute.loop._GRACE_S", -1)
     for looks in range(12):
         report = run_pass(*work, stop=Stop(looks))
         assert report.shards_made + report.shards_left <= 5
@@ -187,7 +187,7 @@ def test_a_whole_shard_without_its_record_is_adopted_not_made_again(work):
     run_pass(*work)
     record_path(work[0].shard_path(3)).unlink()
     report = run_pass(*work)
-    assert (report.shards_made, report.shards_adopted, report.messages) == (0, 1, [])
+    assert (report.shards_made, report.shards_accepted, report.messages) == (0, 1, [])
 
 
 def test_a_cache_that_has_grown_is_extended_and_ends_like_one_made_at_once(tmp_path, reference):
