@@ -14,7 +14,7 @@ import numpy as np
 
 from distillery.cache.archive import DTYPES, ForeignShardError, find_payload
 from distillery.cache.fields import digest_file
-from distillery.cache.folder import load_index, seed_image_format
+from distillery.cache.folder import load_index, predecessor_image_format
 from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, PREDECESSOR, SHARD_PATTERN, image_fields
 from distillery.cache.index import CacheIndex
 from distillery.cache.store import (
@@ -163,7 +163,7 @@ def _record_of(path: Path, shard_idx: int, row: dict, identity: dict, source_num
         UserError: it holds something else, or its bytes are not those its archive has the CRC of.
     """
     offset, size, crc = find_payload(path)
-    dtype, shape = seed_image_format(path)
+    dtype, shape = predecessor_image_format(path)
     if (dtype, list(shape)) != (identity["dtype"], identity["image_shape"]):
         raise UserError(f"{path}: holds {dtype} {list(shape)}, others {identity['dtype']} {identity['image_shape']}.")
     expected = row["num_samples"] * math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize

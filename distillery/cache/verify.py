@@ -60,7 +60,7 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
     directory = Path(directory)
     index, problems = _load_views(directory)
     if index is not None and not index.verified:
-        return _verify_seed(index)
+        return _verify_predecessors(index)
     listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
     # of shards and records: a record alone says that its shard is lost, where no index does
     paths = [Path(entry.name) for entry in os.scandir(directory)]
@@ -195,7 +195,7 @@ def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem
             yield Problem(f"{entry.path}: {reason}")
 
 
-def _verify_seed(index: CacheIndex) -> list[Problem]:
+def _verify_predecessors(index: CacheIndex) -> list[Problem]:
     problems = []
     for s in range(len(index.shard_names)):
         try:
