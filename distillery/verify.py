@@ -46,7 +46,7 @@ def report_verification(directory: Path, repair: str | None = None) -> int:
     teachers = [directory] if is_teachers else teacher_folders(directory)
     is_part = len(images) > 1 or any(has_shards(folder, TEACHER_PATTERN) for folder in teachers)
     problems, upgraded = _problems_of_images(images, is_part=is_part)
-    outputs = [Problem(*found) for folder in teachers for found in find_teacher_problems(folder)]
+    outputs = [problem for folder in teachers for problem in find_teacher_problems(folder)]
     for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
     if outputs:

@@ -95,7 +95,7 @@ def test_what_does_not_belong_in_the_folder_is_named(plan):
         path.unlink()
     assert sorted(problems) == [
         f"{leftover}: left by a killed run; stage 1 removes it",
-        f"{foreign}: not part of a cache",
+        f"{foreign}: not part of a cache; move it elsewhere",
     ]
     assert list(find_teacher_problems(plan.directory)) == []
 
