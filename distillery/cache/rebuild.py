@@ -4,19 +4,17 @@ A predecessor's cache (v1 or v2) is upgraded in place: each shard is hashed and 
 becomes a view of the records; no shard is touched. Its identity says where it came from, so stage 1 never adds to it.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from distillery.cache.archive import DTYPES, ForeignShardError, find_payload
+from distillery.cache.archive import ForeignShardError, find_payload, row_bytes_of
 from distillery.cache.fields import digest_file
 from distillery.cache.folder import load_index, predecessor_image_format
 from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, PREDECESSOR, SHARD_PATTERN, image_fields
 from distillery.cache.index import CacheIndex
+from distillery.cache.plan import is_untouched
 from distillery.cache.store import (
     FORMAT_VERSION,
     FutureFormatError,
@@ -102,9 +100,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
     """Keep a record that is whole and newer than its shard, else take it from the shard; whether that was hashed."""
     recorded = record_path(path)
     try:
-        record = IMAGE_SHARDS.read_record(recorded)
-        status = path.lstat()
-        if status.st_size == record["bytes"] and status.st_ctime_ns <= recorded.lstat().st_ctime_ns:
+        if is_untouched(path, IMAGE_SHARDS.read_record(recorded)):
             return False
     except FutureFormatError:
         raise
@@ -166,7 +162,7 @@ def _record_of(path: Path, shard_idx: int, row: dict, identity: dict, source_num
     dtype, shape = predecessor_image_format(path)
     if (dtype, list(shape)) != (identity["dtype"], identity["image_shape"]):
         raise UserError(f"{path}: holds {dtype} {list(shape)}, others {identity['dtype']} {identity['image_shape']}.")
-    expected = row["num_samples"] * math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    expected = row["num_samples"] * row_bytes_of(shape, dtype)
     if size != expected:
         raise UserError(f"{path}: holds {size} bytes of images, its index promises {expected}.")
     record = {

@@ -1,7 +1,6 @@
 """What is wrong with a folder of images: every byte against its hash, every view against the records. Reads only."""
 
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +14,6 @@ from distillery.cache.images import (
     IMAGE_SHARDS,
     INDEX_NAME,
     SHARD_PATTERN,
-    failures_of,
-    index_of,
     index_text,
     is_predecessors,
     rehash_record,
@@ -68,6 +65,36 @@ def verify_shard(
     return problems, remade
 
 
+def shard_names(directory: Path, kind: ShardKind) -> set[str]:
+    """Names of the shards of a folder, also of those of which only the record is left."""
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    names = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
+    return {name for name in names if kind.pattern.fullmatch(name)}
+
+
+def verify_views(kind: ShardKind, directory: Path, index: dict | None) -> Iterator[Problem]:
+    """Views that differ from what the folder's records say; index: index.json's content, None: not to be compared."""
+    if not (records := kind.scan(directory).records()):
+        return
+    expected, views = kind.views_of(records, None)
+    views.pop(INDEX_NAME)
+    if index is not None:
+        # whether a cache is complete depends on max_samples, which only the configuration knows
+        expected |= {"complete": index.get("complete")}
+        views[INDEX_NAME] = index_text(expected)
+    for path, content in ((directory / name, content) for name, content in views.items()):
+        try:
+            is_same = read_regular(path) == content
+        except FileNotFoundError:
+            is_same = not content
+        except (UserError, OSError) as error:
+            yield Problem(naming(path, error), path)
+            continue
+        if not is_same:
+            keys = f" in {differing_keys(index, expected)}" if path.name == INDEX_NAME else ""
+            yield Problem(f"{path}: differs from the records{keys}")
+
+
 def foreign_files(directory: Path, is_known: Callable[[str], bool]) -> Iterator[Problem]:
     """Files that belong to no cache; is_known: by its name."""
     for entry in os.scandir(directory):
@@ -104,14 +131,13 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
         FutureFormatError: the index or a record is of a later version.
     """
     directory = Path(directory)
-    index, problems = _load_views(directory)
+    path = directory / INDEX_NAME
+    index, problems = _load_index(directory)
     if index is not None and not index.verified:
         return _verify_predecessors(index)
     listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
     # of shards and records: a record alone says that its shard is lost, where no index does
-    paths = [Path(entry.name) for entry in os.scandir(directory)]
-    on_disk = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
-    on_disk = {name for name in on_disk if SHARD_PATTERN.fullmatch(name)}
+    on_disk = shard_names(directory, IMAGE_SHARDS)
     lock, fingerprints = threading.Lock(), {}
 
     def check(name: str) -> list[Problem]:
@@ -126,27 +152,32 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
             problems += found
     if index is None:
         problems += _verify_agreement(directory, fingerprints)
-    return problems + list(_verify_views(directory, index))
+    problems += verify_views(IMAGE_SHARDS, directory, None if index is None else parse_json(path, read_regular(path)))
+    is_upgraded = any(map(is_predecessors, IMAGE_SHARDS.scan(directory).records()))
+    return problems + list(
+        foreign_files(
+            directory,
+            lambda name: (
+                name in _OTHER_NAMES
+                or SHARD_PATTERN.fullmatch(Path(name).stem + ".pt")
+                or (is_upgraded and name.startswith("index_shard_"))
+            ),
+        )
+    )
 
 
-def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
+def _load_index(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
     """(the index, or None where it is damaged, or missing beside shards or records; the problem then)."""
     try:
         return load_index(directory), []
     except FutureFormatError:
         raise
     except MissingFileError:
-        if not has_shards(directory, SHARD_PATTERN):
+        if not shard_names(directory, IMAGE_SHARDS):
             raise
         return None, [Problem(f"{directory / INDEX_NAME}: missing")]
     except UserError as error:
         return None, [Problem(str(error))]
-
-
-def has_shards(directory: Path, pattern: re.Pattern) -> bool:
-    """Whether a folder holds shards with such names, or records of them."""
-    paths = [Path(entry.name) for entry in os.scandir(directory)]
-    return any(path.suffix in (".pt", ".json") and pattern.fullmatch(path.stem + ".pt") for path in paths)
 
 
 def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator[Problem]:
@@ -189,37 +220,6 @@ def _verify_shard(
 def _remake(path: Path, record: dict | None) -> dict:
     is_old = record is not None and is_predecessors(record)
     return rehash_record(path, record) if is_old else IMAGE_SHARDS.record_of_shard(path)
-
-
-def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
-    """index.json and failures.jsonl against the records, and files that belong to no cache."""
-    records = IMAGE_SHARDS.scan(directory).records()
-    if index is not None and records:
-        text = read_regular(directory / INDEX_NAME)
-        found = parse_json(directory / INDEX_NAME, text)
-        # whether the cache is complete depends on max_samples, which only the configuration knows
-        expected = index_of(records) | {"complete": found.get("complete")}
-        if text != index_text(expected):
-            yield Problem(f"{directory / INDEX_NAME}: differs from the records in {differing_keys(found, expected)}")
-    failures = directory / FAILURES_NAME
-    try:
-        text = read_regular(failures)
-    except FileNotFoundError:
-        text = b""
-    except (UserError, OSError) as error:
-        yield Problem(naming(failures, error), failures)
-        text = failures_of(records)
-    if text != failures_of(records):
-        yield Problem(f"{failures}: differs from the records")
-    is_upgraded = any(map(is_predecessors, records))
-    yield from foreign_files(
-        directory,
-        lambda name: (
-            name in _OTHER_NAMES
-            or SHARD_PATTERN.fullmatch(Path(name).stem + ".pt")
-            or (is_upgraded and name.startswith("index_shard_"))
-        ),
-    )
 
 
 def _verify_predecessors(index: CacheIndex) -> list[Problem]:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from distillery.cache.images import INDEX_NAME
 from distillery.cache.store import FutureFormatError
-from distillery.cache.verify import Problem, foreign_files, naming, verify_shard
+from distillery.cache.verify import Problem, foreign_files, naming, shard_names, verify_shard, verify_views
 from distillery.system.errors import MissingFileError, UserError
-from distillery.system.files import holds
 from distillery.teacher_cache.local_files import check_files_record
 from distillery.teacher_cache.records import (
     BASIS_NAME,
@@ -32,39 +31,23 @@ def find_teacher_problems(directory: Path) -> Iterator[Problem]:
         raise
     except UserError as error:
         problem = error
-    shards = {path.stem for path in directory.glob("teacher_*.pt") if TEACHER_PATTERN.fullmatch(path.name)}
-    shards |= {path.stem for path in directory.glob("teacher_shard_*.json")}
-    shards |= {Path(row["shard_path"]).stem for row in index["shards"]} if index else set()
-    for stem in sorted(shards):
-        yield from verify_shard(TEACHER_SHARDS, directory / f"{stem}.pt")[0]
+    shards = shard_names(directory, TEACHER_SHARDS) | {row["shard_path"] for row in (index["shards"] if index else [])}
+    for name in sorted(shards):
+        yield from verify_shard(TEACHER_SHARDS, directory / name)[0]
     if index is None:
         # a pass that was stopped before its first shard has left no index, and nothing is wrong
         if shards or not isinstance(problem, MissingFileError):
             yield Problem(str(problem))
         return
-    records = TEACHER_SHARDS.scan(directory).records()
-    if not records:
+    if not TEACHER_SHARDS.scan(directory).records():
         return
-    try:
-        _, views = TEACHER_SHARDS.views_of(records, _rows_of_complete(records, index))
-    except UserError as error:
-        yield Problem(str(error))
-        return
-    for name, content in views.items():
-        if not holds(directory / name, content):
-            yield Problem(f"{directory / name}: differs from the records")
+    yield from verify_views(TEACHER_SHARDS, directory, index)
     yield from _basis_problems(directory / BASIS_NAME, index["basis_hash"])
     yield from _files_problems(directory / FILES_NAME, index["fingerprint"])
     names = {INDEX_NAME, STATISTICS_NAME, FILES_NAME} | ({BASIS_NAME} if index["basis_hash"] else set())
     yield from foreign_files(
         directory, lambda name: name in names or TEACHER_PATTERN.fullmatch(Path(name).stem + ".pt")
     )
-
-
-def _rows_of_complete(records: list[dict], index: dict) -> int:
-    """How many rows make the index say `complete` as it does: the records do not know how many there shall be."""
-    rows = sum(record["num_samples"] for record in records)
-    return rows if index.get("complete") else rows + 1
 
 
 def _basis_problems(path: Path, expected: str | None) -> Iterator[Problem]:

@@ -106,14 +106,14 @@ def _is_hash(text: str) -> bool:
     return re.fullmatch(r"xxh3_128:[0-9a-f]{32}", text) is not None
 
 
-def teacher_index_of(records: list[dict], num_target: int) -> dict:
-    """index.json's content: a pure function of the records and of how many rows there shall be."""
-    first = records[0]
+def teacher_index_of(records: list[dict], num_target: int | None) -> dict:
+    """index.json's content: a pure function of the records and of how many rows there shall be (None: these)."""
+    first, num_rows = records[0], sum(record["num_samples"] for record in records)
     return {
         "format_version": FORMAT_VERSION,
-        "num_samples": sum(record["num_samples"] for record in records),
+        "num_samples": num_rows,
         "num_views": first["num_views"],
-        "complete": holds_first_rows(records, num_target),
+        "complete": holds_first_rows(records, num_target or num_rows),
         "fingerprint": first["fingerprint"],
         "identity": first["identity"],
         "basis_hash": first["basis_hash"],
@@ -145,7 +145,7 @@ def statistics_of(records: list[dict]) -> dict:
     return found
 
 
-def _views_of(records: list[dict], num_target: int) -> tuple[dict, dict[str, bytes]]:
+def _views_of(records: list[dict], num_target: int | None) -> tuple[dict, dict[str, bytes]]:
     index = teacher_index_of(records, num_target)
     statistics = json.dumps(statistics_of(records), indent=1).encode() + b"\n"
     return index, {STATISTICS_NAME: statistics, INDEX_NAME: index_text(index)}
