@@ -15,21 +15,14 @@ import numpy as np
 
 from distillery.cache.archive import DTYPES, find_payload, read_member
 from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, valid_rows
-from distillery.cache.index import (
-    MALFORMED,
-    OWN_KEYS,
-    CacheIndex,
-    checked_index,
-    own_fields,
-    shard_arrays,
-    whole_number,
-)
+from distillery.cache.index import OWN_KEYS, CacheIndex, checked_index, own_fields, shard_arrays, whole_number
 from distillery.cache.store import (
     FORMAT_VERSION,
+    MALFORMED,
     FutureFormatError,
-    check_version,
     decode_checksums,
     parse_json,
+    read_index,
 )
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.files import open_regular, read_regular
@@ -74,15 +67,9 @@ def load_index(directory: str | os.PathLike) -> CacheIndex:
 def _read_index(directory: Path) -> tuple[dict, int]:
     """(index.json's content, its format_version); the predecessor's one index per array task is read as one."""
     path = directory / INDEX_NAME
-    if not os.path.lexists(path):
-        if slices := sorted(directory.glob("index_shard_*.json")):
-            return _merge_slices(slices), 2
-        raise MissingFileError(f"Index file not found: {path}. Run: {stage1_command()}")
-    try:
-        content = parse_json(path, read_regular(path))
-    except UserError as error:
-        raise UserError(f"{error} It is made again by: {stage1_command()}") from error
-    check_version(content, path)
+    if not os.path.lexists(path) and (slices := sorted(directory.glob("index_shard_*.json"))):
+        return _merge_slices(slices), 2
+    content = read_index(path, stage1_command())
     # the predecessor's has no key of ours: with one, it is the version that is damaged
     is_predecessors = content.get("format_version", 1) in (1, 2) and OWN_KEYS.isdisjoint(content)
     return content, 1 if is_predecessors else FORMAT_VERSION

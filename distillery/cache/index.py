@@ -11,8 +11,6 @@ from distillery.cache.images import INDEX_NAME, SHARD_PATTERN
 from distillery.cache.store import FORMAT_VERSION
 from distillery.system.errors import UserError, stage1_command
 
-# what a damaged or hostile index makes Python raise
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 # what an index of this project has and its predecessor's has not
 OWN_KEYS = frozenset({"complete", "fingerprint", "preprocess", "image_shape"})
 _MAX_COUNT = 1 << 53

@@ -18,10 +18,12 @@ import xxhash
 
 from distillery.cache.archive import read_meta
 from distillery.cache.fields import Field, digest_file, frame_of
-from distillery.system.errors import UserError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import holds, read_regular, write_atomic
 
 FORMAT_VERSION = 3
+# what a damaged or hostile record or index makes Python raise
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
 _MAX_RECORD_BYTES = 256 << 20
 
 
@@ -64,6 +66,23 @@ def record_text(record: dict) -> bytes:
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     guarded = record | {"record_hash": f"xxh3_64:{xxhash.xxh3_64_hexdigest(text.encode())}"}
     return json.dumps(guarded, sort_keys=True).encode() + b"\n"
+
+
+def read_index(path: Path, command: str) -> dict:
+    """index.json's content, of which nothing but the version is checked yet; command: makes it again.
+
+    Raises:
+        MissingFileError: there is none.
+        UserError: it is no JSON object, or of a later version (FutureFormatError).
+    """
+    try:
+        index = parse_json(path, read_regular(path))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"Index file not found: {path}. Run: {command}") from error
+    except UserError as error:
+        raise UserError(f"{error} It is made again by: {command}") from error
+    check_version(index, path)
+    return index
 
 
 def check_version(record: dict, path: Path) -> None:
@@ -117,7 +136,7 @@ class ShardKind:
         """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
         try:
             is_consistent = self.is_consistent(record, path.with_suffix(".pt").name)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        except MALFORMED as error:
             raise UserError(f"{path}: not a shard's record ({type(error).__name__}: {error}).") from error
         if not is_consistent:
             raise UserError(f"{path}: its fields contradict each other or the file's name.")

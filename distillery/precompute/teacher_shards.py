@@ -74,7 +74,7 @@ class _TeacherLoop(ShardLoop):
             self.basis_hash = ensure_basis(self.plan, self.teacher, self.images)
             basis = load_basis(self.plan.directory / BASIS_NAME, self.basis_hash)
             self.basis = to_device(basis, self.teacher.device)
-        self.image_hashes = image_hashes(self.plan)
+        self.image_hashes = image_hashes(self.plan.images.directory)
         survey = survey_teacher(self.plan, sorted(self.left))
         check_images(self.plan, [*survey.missing, *survey.to_check])
         return survey

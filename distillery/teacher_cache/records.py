@@ -15,9 +15,9 @@ import numpy as np
 
 from distillery.cache.fields import FIELD_DTYPES, Field, place_fields
 from distillery.cache.images import INDEX_NAME, holds_first_rows, index_text
-from distillery.cache.store import FORMAT_VERSION, ShardKind, check_version, decode_checksums, parse_json
-from distillery.system.errors import MissingFileError, UserError, teacher_command
-from distillery.system.files import hash_file, open_regular, read_regular, sha256_of
+from distillery.cache.store import FORMAT_VERSION, MALFORMED, ShardKind, decode_checksums, read_index
+from distillery.system.errors import UserError, teacher_command
+from distillery.system.files import hash_file, open_regular, sha256_of
 
 FOLDER_NAME = "teacher"
 STATISTICS_NAME = "statistics.json"
@@ -184,14 +184,10 @@ def read_teacher_index(directory: Path) -> dict:
         MissingFileError: there is none. UserError: damaged or hostile. FutureFormatError: of a later version.
     """
     path = directory / INDEX_NAME
-    try:
-        index = parse_json(path, read_regular(path))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"Index file not found: {path}. Run: {teacher_command()}") from error
-    check_version(index, path)
+    index = read_index(path, teacher_command())
     try:
         is_sound = _is_sound(index)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). Run: {teacher_command()}") from error
     if not is_sound:
         raise UserError(f"{path}: damaged: its fields contradict each other. Run: {teacher_command()}")

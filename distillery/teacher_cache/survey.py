@@ -121,15 +121,14 @@ def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:
                 f"{plan.directory / record['shard_path']} was made with another configuration than its folder is named "
                 "after: somebody moved it there. Move it away."
             )
-    images, basis = image_hashes(plan), basis_hash(plan)
+    images, basis = image_hashes(plan.images.directory), basis_hash(plan)
     return survey_shards(plan, shards, records, lambda record: plan.why_outdated(record, images, basis))
 
 
-def image_hashes(plan: TeacherPlan) -> dict[int, str]:
+def image_hashes(cache_dir: Path) -> dict[int, str]:
     """shard_idx -> file hash of the image shards that are there."""
-    if not plan.images.directory.is_dir():
-        return {}
-    return {record["shard_idx"]: record["hash"] for record in IMAGE_SHARDS.scan(plan.images.directory).records()}
+    records = IMAGE_SHARDS.scan(cache_dir).records() if cache_dir.is_dir() else []
+    return {record["shard_idx"]: record["hash"] for record in records}
 
 
 def basis_hash(plan: TeacherPlan) -> str | None:

@@ -78,7 +78,7 @@ def test_a_finished_cache_has_everything_done_and_is_only_read(cache):
 
 
 @pytest.mark.parametrize("what", ["no record", "damaged record", "written", "longer", "renamed over"])
-def test_a_shard_that_may_have_changed_since_its_record_is_doubtful(cache, what):
+def test_a_shard_that_may_have_changed_since_its_record_is_to_be_checked(cache, what):
     shard, record = cache / "images_shard_00001.pt", cache / "images_shard_00001.json"
     if what == "no record":
         record.unlink()

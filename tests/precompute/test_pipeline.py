@@ -465,7 +465,7 @@ def test_a_stop_finishes_or_drops_the_shard_in_hand_and_the_next_run_goes_on(
     assert folder_bytes(tmp_path) == reference
 
 
-def test_a_stop_is_heeded_while_doubtful_shards_are_hashed(tmp_path, reference):
+def test_a_stop_is_heeded_while_shards_are_checked(tmp_path, reference):
     plan = small_plan(tmp_path, SOURCE)
     run_stage1(plan, SOURCE)
     wait_for_the_clock(tmp_path)

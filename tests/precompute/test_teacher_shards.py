@@ -183,7 +183,7 @@ def test_whatever_is_damaged_is_made_again_by_the_same_command(reference, work, 
     assert folder_bytes(work[0].directory) == folder_bytes(reference.directory)
 
 
-def test_a_whole_shard_without_its_record_is_adopted_not_made_again(work):
+def test_a_whole_shard_without_its_record_is_accepted_not_made_again(work):
     run_pass(*work)
     record_path(work[0].shard_path(3)).unlink()
     report = run_pass(*work)
