@@ -26,9 +26,11 @@ class ShardPlan(Protocol):
     num_rows: int
     row_bytes: int
 
-    def rows_of(self, shard_idx: int) -> tuple[int, int]: ...  # noqa: D102
+    def rows_of(self, shard_idx: int) -> tuple[int, int]:
+        """(first row, row after the last) of a shard in the source."""
 
-    def shard_path(self, shard_idx: int) -> Path: ...  # noqa: D102
+    def shard_path(self, shard_idx: int) -> Path:
+        """Where the shard is published."""
 
 
 @dataclass(frozen=True)
