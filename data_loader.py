@@ -25,7 +25,6 @@ from distillery.reading.datasets import (
     CachedTensorDataset,
     RandomShardSubsetCachedDataset,
     load_labelled,
-    part_of_index,
 )
 from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
 from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
@@ -255,7 +254,7 @@ def _chosen_shards(index: CacheIndex, names: Sequence[str]) -> CacheIndex:
             f"{index.directory}: {len(missing)} of the {len(names)} shards that this run trains on are not in its "
             f"index, the first is {missing[0]}. Run: {stage1_command()}"
         )
-    return part_of_index(index, [place[name] for name in names])
+    return index.only([place[name] for name in names])
 
 
 def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]:

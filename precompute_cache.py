@@ -153,7 +153,7 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
         print("\n".join(remote_lines(part.title, facts, part.limit, data)))
     if jobs:
         speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, data.cache_dtype)
-        to_make = [(job.plan, [*survey.missing, *survey.doubtful]) for job, survey in zip(jobs, surveys, strict=True)]
+        to_make = [(job.plan, [*survey.missing, *survey.to_check]) for job, survey in zip(jobs, surveys, strict=True)]
         print("\n".join(plan_lines(to_make, data.cache_path, data.num_workers or usable_cpus(), speed)))
     return EXIT_DONE
 

@@ -136,7 +136,7 @@ def write_cache(directory: Path, arguments: argparse.Namespace, max_shard_rows: 
     shards = range(plan.num_shards)
     with StopFlag() as stop:
         make_cache(
-            plan, source, shards=shards, survey=survey_cache(plan, shards), batch_size=64,
+            plan, source, survey=survey_cache(plan, shards), batch_size=64,
             num_workers=1 if arguments.tiny else usable_cpus(), stop=stop,
         )  # fmt: skip
 

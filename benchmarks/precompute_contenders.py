@@ -119,7 +119,7 @@ def ours(setting: Setting) -> dict:
 
     marks, limits = [], []
 
-    def on_rows(count: int, limit: str, _shards: int) -> None:
+    def on_rows(count: int, limit: str, shards: int) -> None:
         marks.append((time.perf_counter(), count))
         limits.append(limit)
 
@@ -131,7 +131,7 @@ def ours(setting: Setting) -> dict:
     shards = range(plan.num_shards)
     with StopFlag() as stop:
         make_cache(
-            plan, source, shards=shards, survey=survey_cache(plan, shards), batch_size=256,
+            plan, source, survey=survey_cache(plan, shards), batch_size=256,
             num_workers=setting.workers, stop=stop, on_rows=on_rows,
         )  # fmt: skip
     ended = time.perf_counter()

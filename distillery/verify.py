@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 
 from distillery.cache.folder import load_index
-from distillery.cache.images import INDEX_NAME, SHARD_PATTERN, image_scan, is_predecessors
-from distillery.cache.verify import Problem, find_problems, folders_of, has_shards
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, is_predecessors
+from distillery.cache.verify import Problem, find_problems, folders_of, shard_names
 from distillery.system.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -23,7 +23,7 @@ from distillery.system.errors import (
     teacher_command,
 )
 from distillery.teacher_cache.problems import find_teacher_problems
-from distillery.teacher_cache.records import STATISTICS_NAME, TEACHER_PATTERN, teacher_folders
+from distillery.teacher_cache.records import STATISTICS_NAME, TEACHER_SHARDS, teacher_folders
 
 
 def repair_command(problems: list[Problem], stage1: str) -> str:
@@ -41,12 +41,12 @@ def report_verification(directory: Path, repair: str | None = None) -> int:
     Raises:
         MissingFileError: no cache there.
     """
-    is_teachers = has_shards(directory, TEACHER_PATTERN) or (directory / STATISTICS_NAME).exists()
+    is_teachers = shard_names(directory, TEACHER_SHARDS) or (directory / STATISTICS_NAME).exists()
     images = [] if is_teachers else folders_of(directory)
     teachers = [directory] if is_teachers else teacher_folders(directory)
-    is_part = len(images) > 1 or any(has_shards(folder, TEACHER_PATTERN) for folder in teachers)
+    is_part = len(images) > 1 or any(shard_names(folder, TEACHER_SHARDS) for folder in teachers)
     problems, upgraded = _problems_of_images(images, is_part=is_part)
-    outputs = [Problem(*found) for folder in teachers for found in find_teacher_problems(folder)]
+    outputs = [problem for folder in teachers for problem in find_teacher_problems(folder)]
     for problem in [*problems, *outputs]:
         print(f"BAD  {problem.text}")
     if outputs:
@@ -79,7 +79,7 @@ def _problems_of_images(folders: list[Path], *, is_part: bool) -> tuple[list[Pro
             if not is_part:
                 raise
             problems.append(Problem(f"{folder / INDEX_NAME}: missing, and every shard with it"))
-        upgraded = upgraded or any(map(is_predecessors, image_scan(folder).records()))
+        upgraded = upgraded or any(map(is_predecessors, IMAGE_SHARDS.scan(folder).records()))
     return problems, upgraded
 
 
@@ -98,7 +98,7 @@ def verify_folder(directory: Path) -> int:
         return report_verification(directory)
     except MissingFileError as error:
         for parent in list(directory.absolute().parents)[:3]:  # of eval/NAME/part
-            if os.access(parent, os.R_OK) and has_shards(parent, SHARD_PATTERN):
+            if os.access(parent, os.R_OK) and shard_names(parent, IMAGE_SHARDS):
                 command = shlex.join(["python", "-m", "distillery.verify", str(parent)])
                 raise MissingFileError(f"{directory}: no cache, but part of one. Run: {command}") from error
         raise

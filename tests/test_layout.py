@@ -10,8 +10,8 @@ ROOMS = ["system", "config", "sources", "cache", "reading", "models", "losses", 
          "training", "evaluate", "report", "export"]  # fmt: skip
 # rooms that answer --help and configuration errors in about a second, before anything slow is imported
 LIGHT = ["system/errors", "system/signals", "system/machine", "system/files", "system/console", "config", "sources",
-         "cache", "losses/registry", "teacher_cache/records", "precompute/worker", "precompute/pipeline",
-         "precompute/estimate", "precompute/jobs", "evaluate/columns"]  # fmt: skip
+         "cache", "losses/registry", "teacher_cache/records", "precompute/worker", "precompute/loop",
+         "precompute/pipeline", "precompute/estimate", "precompute/jobs", "evaluate/columns"]  # fmt: skip
 SLOW = {"torch", "timm", "torchvision", "datasets", "sklearn", "matplotlib", "tensorboard"}
 
 

@@ -108,9 +108,7 @@ def test_rot_that_left_no_trace_in_the_files_times_is_repaired_by_the_command_th
     plan = small_plan(cache, SOURCE)
     report, survey = run_stage1(plan, SOURCE)
     assert survey.done == [0, 1, 2]  # stage 1 alone cannot know: it would have to read everything each time
-    stage1 = (
-        f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests/support/stage1.py'))} {shlex.quote(str(cache))}"
-    )
+    stage1 = shlex.join([sys.executable, str(ROOT / "tests/support/stage1.py"), str(cache)])
     assert report_verification(cache, stage1) == 1
     command = capsys.readouterr().out.splitlines()[-1].split("exactly what is bad): ")[1]
     assert command.startswith("rm -f -- ")
@@ -207,7 +205,7 @@ def test_evaluation_caches_below_are_verified_too(cache, capsys):
     flip(below / "images_shard_00002.pt", 500)
     assert report_verification(cache, "stage1") == 1
     said = capsys.readouterr().out
-    assert f"BAD  {below}/images_shard_00002.pt: damaged: 1 rows differ" in said
+    assert f"BAD  {below}/images_shard_00002.pt: damaged: 1 rows of images differ" in said
     assert f"BAD  {below}/index.json: missing" in said
     assert f"rm -f -- {below}/images_shard_00002.pt && stage1" in said
 
@@ -304,10 +302,11 @@ def test_the_package_itself_names_its_commands():
 
 
 def test_every_module_that_a_document_or_a_message_tells_to_run_does_something():
-    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("distillery/**/*.py")]
-    names = {name for path in texts for name in re.findall(r"python\s+-m distillery\.([\w.]*\w)", path.read_text())}
+    patterns = ("*.md", "docs/*.md", "configs/*.md", "distillery/**/*.py")
+    texts = [path.read_text() for pattern in patterns for path in ROOT.glob(pattern)]
+    names = {name for text in texts for name in re.findall(r"python\s+-m distillery\.(\w+(?:\.\w+)*)", text)}
     assert {"cache", "evaluate", "export", "report", "verify"} <= names
     for name in names:
-        place = ROOT / "distillery" / name.replace(".", "/")
-        module = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-        assert 'if __name__ == "__main__":' in module.read_text(), name
+        command = ROOT / "distillery" / name.replace(".", "/") / "__main__.py"
+        command = command if command.exists() else command.parent.with_suffix(".py")
+        assert 'if __name__ == "__main__":' in command.read_text(), name

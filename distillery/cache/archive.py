@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,22 +147,11 @@ def payload_header() -> bytes:
     return local_header("archive/data/0", 0)
 
 
-def shard_tail(
-    payload_crc: int, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
-) -> bytes:
-    """All bytes after the payload: the small members, the central directory, the end record."""
-    images = Member("archive/data/0", 0, math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize, payload_crc)
-    tensors, data = {"images": (dtype, shape)}, [("valid", "bool", valid.astype(np.bool_))]
-    if labels is not None:
-        data.append(("labels", "int64", labels.astype("<i8")))
-    return archive_tail([images], PAYLOAD_OFFSET + images.size, tensors, data, meta)
-
-
 def archive_tail(
     members: list[Member],
     end: int,
     tensors: dict[str, tuple[str, tuple[int, ...]]],
-    small: list[tuple[str, str, np.ndarray]],
+    small: Mapping[str, np.ndarray],
     meta: str,
 ) -> bytes:
     """All bytes after the data of the last big tensor.
@@ -171,11 +160,11 @@ def archive_tail(
         members: the big tensors, in the order of their places.
         end: the byte after the last one's data.
         tensors: name -> (dtype, shape) of the big ones, in that order.
-        small: (name, dtype, values) of the tensors that follow.
+        small: name -> values of the tensors that follow.
         meta: the shard's description of itself.
     """
-    tensors = tensors | {name: (dtype, values.shape) for name, dtype, values in small}
-    contents = {f"archive/data/{key}": item[2].tobytes() for key, item in enumerate(small, start=len(members))}
+    tensors = tensors | {name: (values.dtype.name, values.shape) for name, values in small.items()}
+    contents = {f"archive/data/{key}": values.tobytes() for key, values in enumerate(small.values(), len(members))}
     contents["archive/data.pkl"] = pickle_of(tensors, meta)
     contents["archive/byteorder"] = b"little"
     contents["archive/version"] = b"3\n"

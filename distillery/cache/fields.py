@@ -1,4 +1,4 @@
-"""A shard of several big tensors: an archive as distillery.cache.archive writes it, with places known beforehand.
+"""A shard's big tensors: an archive as distillery.cache.archive writes it, with places known beforehand.
 
 Sizes alone decide the places, so that rows of all tensors can be written and read in place. Nothing imports torch.
 """
@@ -11,32 +11,38 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.cache.archive import Member, archive_tail, crc32, data_descriptor, local_header
+from distillery.cache.archive import DTYPES, Member, archive_tail, crc32, data_descriptor, local_header
 from distillery.system.errors import UserError
-from distillery.system.files import open_regular, read_blocks
+from distillery.system.files import MAX_MEMBER_BYTES, open_regular, read_blocks
 
+# of teacher outputs
 FIELD_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+_ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in (DTYPES | FIELD_DTYPES).items()}
 
 
 @dataclass(frozen=True)
 class Field:
-    """A big tensor of a shard, shape [N, K, ...]: K views of N rows; `offset` is its first byte in the file."""
+    """A big tensor of a shard: num_rows rows with a checksum each; `offset` is its first byte in the file.
+
+    A row is an image, or what the teacher says of one view of one image.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    header_offset: int
+    num_rows: int
     offset: int
+    header_offset: int = 0
 
     @property
-    def view_bytes(self) -> int:
-        """Bytes of one view of one row."""
-        return math.prod(self.shape[2:]) * np.dtype(FIELD_DTYPES[self.dtype]).itemsize
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) // self.num_rows * _ITEM_BYTES[self.dtype]
 
     @property
     def size(self) -> int:
         """Bytes of all."""
-        return self.shape[0] * self.shape[1] * self.view_bytes
+        return self.num_rows * self.row_bytes
 
     @property
     def end(self) -> int:
@@ -44,23 +50,25 @@ class Field:
         return self.offset + self.size
 
 
-def place_fields(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Field]:
-    """Where the tensors name -> (dtype, shape [N, K, ...]) stand in a shard, in this order."""
+def place_fields(specs: Mapping[str, tuple[str, tuple[int, ...]]], *, row_dims: int = 2) -> list[Field]:
+    """Where the tensors name -> (dtype, shape) stand in a shard, in this order; the first row_dims number the rows."""
     fields, position = [], 0
     for key, (name, (dtype, shape)) in enumerate(specs.items()):
         offset = position + len(local_header(_member_name(key), position))
-        fields.append(Field(name, dtype, tuple(shape), position, offset))
+        fields.append(Field(name, dtype, tuple(shape), math.prod(shape[:row_dims]), offset, position))
         position = fields[-1].end + len(data_descriptor(_member(key, fields[-1], 0)))
     return fields
 
 
-def frame_of(fields: list[Field], crcs: list[int], valid: np.ndarray, meta: str) -> list[tuple[int, bytes]]:
+def frame_of(
+    fields: list[Field], crcs: list[int], small: Mapping[str, np.ndarray], meta: str
+) -> list[tuple[int, bytes]]:
     """(offset, bytes) of all that stands in a shard around its big tensors.
 
     Args:
         fields: by place_fields.
         crcs: CRC-32 of each field's bytes.
-        valid: bool [N].
+        small: the small tensors that follow: valid, bool [N], and where there are labels, int64 [N].
         meta: the shard's description of itself.
     """
     members = [_member(key, field, crc) for key, (field, crc) in enumerate(zip(fields, crcs, strict=True))]
@@ -68,7 +76,6 @@ def frame_of(fields: list[Field], crcs: list[int], valid: np.ndarray, meta: str)
     for before, field, after in zip(members, fields, members[1:], strict=False):
         pieces.append((field.end, data_descriptor(before) + local_header(after.name, after.offset)))
     tensors = {field.name: (field.dtype, field.shape) for field in fields}
-    small = [("valid", "bool", valid.astype(np.bool_))]
     return [*pieces, (fields[-1].end, archive_tail(members, fields[-1].end, tensors, small, meta))]
 
 
@@ -84,8 +91,8 @@ def _member(key: int, field: Field, crc: int) -> Member:
 class FileDigest:
     """What one sequential read of a shard says.
 
-    size: in bytes; hash: "xxh3_128:<hex>"; crcs: CRC-32 of each field; checksums: field -> uint64 [N * K], XXH3-64 of
-    every view of every row; frame: all other bytes, in the pieces of frame_of.
+    size: in bytes; hash: "xxh3_128:<hex>"; crcs: CRC-32 of each field; checksums: field -> uint64 [num_rows],
+    XXH3-64 of every row; frame: all other bytes, in the pieces of frame_of.
     """
 
     size: int
@@ -95,8 +102,8 @@ class FileDigest:
     frame: list[tuple[int, bytes]]
 
 
-def digest_file(path: os.PathLike, fields: list[Field], max_frame_bytes: int) -> FileDigest:
-    """Read a whole shard once.
+def digest_file(path: os.PathLike, fields: list[Field], max_frame_bytes: int = MAX_MEMBER_BYTES) -> FileDigest:
+    """Read a whole shard once: the one pass over its bytes, for images and teacher outputs.
 
     Raises:
         UserError: it ends inside a field, or has more than max_frame_bytes around its fields.
@@ -117,7 +124,7 @@ def digest_file(path: os.PathLike, fields: list[Field], max_frame_bytes: int) ->
                 raise UserError(f"{path}: {size} bytes; it ends before its {field.name} do.")
             crcs.append(crc)
             checksums[field.name], position = digests.values, field.end
-        frame.append((position, b"".join(map(bytes, _hashed(file, max(0, size - position), file_hash)))))
+        frame.append((position, b"".join(map(bytes, _hashed(file, size - position, file_hash)))))
     return FileDigest(size, f"xxh3_128:{file_hash.hexdigest()}", crcs, checksums, frame)
 
 
@@ -131,8 +138,8 @@ class _RowDigests:
     """XXH3-64 of every row of a stream of bytes that comes in blocks of any length."""
 
     def __init__(self, field: Field) -> None:
-        self.values = np.zeros(field.shape[0] * field.shape[1], np.uint64)
-        self.row, self._left, self._row_bytes = 0, field.view_bytes, field.view_bytes
+        self.values = np.zeros(field.num_rows, np.uint64)
+        self.row, self._left, self._row_bytes = 0, field.row_bytes, field.row_bytes
         self._hash = xxhash.xxh3_64()
 
     def update(self, block: memoryview) -> None:

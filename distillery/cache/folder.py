@@ -13,24 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import DTYPES, find_payload, read_member, read_meta
-from distillery.cache.images import INDEX_NAME, SHARD_PATTERN, check_meta, read_record, valid_rows
-from distillery.cache.index import (
-    MALFORMED,
-    OWN_KEYS,
-    CacheIndex,
-    checked_index,
-    checked_preprocess,
-    shard_arrays,
-    whole_number,
-)
+from distillery.cache.archive import DTYPES, find_payload, read_member
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, valid_rows
+from distillery.cache.index import OWN_KEYS, CacheIndex, checked_index, own_fields, shard_arrays, whole_number
 from distillery.cache.store import (
     FORMAT_VERSION,
+    MALFORMED,
     FutureFormatError,
-    check_version,
     decode_checksums,
     parse_json,
-    record_path,
+    read_index,
 )
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.files import open_regular, read_regular
@@ -61,48 +53,26 @@ def load_index(directory: str | os.PathLike) -> CacheIndex:
         UserError: its index is damaged, of a future format (FutureFormatError), hostile or contradicts itself.
     """
     directory = Path(directory)
-    path = directory / INDEX_NAME
-    if not os.path.lexists(path):
-        if slices := sorted(directory.glob("index_shard_*.json")):
-            return index_of_seed(directory, *merge_slices(slices), normalized=False)
-        raise MissingFileError(f"Index file not found: {path}. Run: {stage1_command()}")
+    content, version = _read_index(directory)
     try:
-        index = parse_json(path, read_regular(path))
-    except UserError as error:
-        raise UserError(f"{error} It is made again by: {stage1_command()}") from error
-    check_version(index, path)
-    version = index.get("format_version", 1)
-    # the predecessor's has none of these: with them, it is the version that is damaged
-    if version in (1, 2) and OWN_KEYS.isdisjoint(index):
-        return index_of_seed(directory, index, index.get("shards"), normalized=True)
-    try:
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ValueError(f"format_version {version!r}")
-        return checked_index(
-            CacheIndex(
-                directory=directory,
-                format_version=version,
-                verified=True,
-                num_samples=whole_number(index, "num_samples"),
-                source_num_samples=whole_number(index, "source_num_samples"),
-                complete=bool(index["complete"]),
-                fingerprint=str(index["fingerprint"]),
-                source=dict(index["source"]),
-                preprocess=checked_preprocess(index["preprocess"]),
-                dtype=index["dtype"],
-                image_shape=tuple(index["image_shape"]),
-                shard_size=whole_number(index, "shard_size"),
-                labels=bool(index["labels"]),
-                class_names={int(number): str(name) for number, name in index.get("class_names", {}).items()},
-                **shard_arrays(index["shards"]),
-            )
-        )
+        fields = own_fields(content) if version == FORMAT_VERSION else _predecessor_fields(directory, content, version)
+        return checked_index(CacheIndex(directory=directory, format_version=version, **fields))
     except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}). It is made again by: {stage1_command()}"
-        ) from error
+        remedy = f" It is made again by: {stage1_command()}" if version == FORMAT_VERSION else ""
+        raise UserError(f"{directory / INDEX_NAME}: damaged ({type(error).__name__}: {error}).{remedy}") from error
+
+
+def _read_index(directory: Path) -> tuple[dict, int]:
+    """(index.json's content, its format_version); the predecessor's one index per array task is read as one."""
+    path = directory / INDEX_NAME
+    if not os.path.lexists(path) and (slices := sorted(directory.glob("index_shard_*.json"))):
+        return _merge_slices(slices), 2
+    content = read_index(path, stage1_command())
+    # the predecessor's has no key of ours: with one, it is the version that is damaged
+    is_predecessors = content.get("format_version", 1) in (1, 2) and OWN_KEYS.isdisjoint(content)
+    return content, 1 if is_predecessors else FORMAT_VERSION
 
 
 def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
@@ -122,53 +92,50 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is not a regular file; a cache folder may be a symbolic link, its files may not.")
-        if status.st_size != index.shard_bytes[s]:
-            if (layout := _longer_layout(index, s, status.st_size)) is not None:
-                return layout
-            raise UserError(
-                f"{path.name} has {status.st_size} bytes, index.json says {index.shard_bytes[s]}. "
-                f"Run: python -m distillery.cache verify {index.directory}, then stage 1 again."
-            )
-        record = _record_or_meta(path)
+        has_size = status.st_size == index.shard_bytes[s]
+        record = IMAGE_SHARDS.record_or_meta(path) if has_size else _meta_of_grown(index, s, status.st_size)
     except FileNotFoundError as error:
         if isinstance(error, UserError):
             raise
         raise MissingFileError(
             f"{error.filename}: listed in the index, but not there. Run: {stage1_command()}"
         ) from error
-    found = (record["fingerprint"], record["global_start"], record["num_samples"], record["num_failed"])
-    if found != (index.fingerprint, index.shard_starts[s], rows, index.shard_failed[s]):
+    if not _is_listed(index, s, record) or (has_size and record["num_samples"] != rows):
         raise UserError(f"{path}: is not the shard that index.json lists. Run: {stage1_command()}")
     if (record["dtype"], tuple(record["image_shape"])) != (index.dtype, index.image_shape):
         raise UserError(f"{path}: holds {record['dtype']} {record['image_shape']}, unlike index.json.")
-    return ShardLayout(record["payload_offset"], valid_rows(record), decode_checksums(record["row_checksums"]))
+    checksums = decode_checksums(record["row_checksums"])[:rows]
+    num_bytes = None if has_size else status.st_size
+    return ShardLayout(record["payload_offset"], valid_rows(record)[:rows], checksums, num_bytes)
 
 
-def _longer_layout(index: CacheIndex, s: int, num_bytes: int) -> ShardLayout | None:
-    """The rows that an index lists of a shard that has more by now; None: the file is no such shard."""
-    path, rows = index.shard_path(s), int(index.shard_rows[s])
+def _is_listed(index: CacheIndex, s: int, record: dict) -> bool:
+    """Whether a record's first rows are those that an index lists."""
+    num_failed = np.count_nonzero(~valid_rows(record)[: index.shard_rows[s]])
+    found = (record["fingerprint"], record["global_start"], num_failed)
+    return found == (index.fingerprint, index.shard_starts[s], index.shard_failed[s])
+
+
+def _meta_of_grown(index: CacheIndex, s: int, num_bytes: int) -> dict:
+    """What a shard says of itself that has more rows by now than the index lists.
+
+    Raises:
+        UserError: it is no such shard.
+    """
+    path = index.shard_path(s)
     try:
         # not the record: it is written after the shard, and may be the short one's still
-        record = check_meta(parse_json(path, read_meta(path)), path)
+        meta, _ = IMAGE_SHARDS.meta_inside(path)
+        if meta["num_samples"] > index.shard_rows[s] and _is_listed(index, s, meta):
+            return meta
     except FutureFormatError:
         raise
     except UserError:
-        return None
-    valid = valid_rows(record)[:rows]
-    found = (record["fingerprint"], record["global_start"], int(np.count_nonzero(~valid)))
-    if record["num_samples"] <= rows or found != (index.fingerprint, index.shard_starts[s], index.shard_failed[s]):
-        return None
-    return ShardLayout(record["payload_offset"], valid, decode_checksums(record["row_checksums"])[:rows], num_bytes)
-
-
-def _record_or_meta(path: Path) -> dict:
-    """A shard's record, or when that is lost, the same facts from inside the shard (its bytes and hash left open)."""
-    try:
-        return read_record(record_path(path))
-    except FutureFormatError:
-        raise
-    except (FileNotFoundError, UserError):
-        return check_meta(parse_json(path, read_meta(path)), path)
+        pass
+    raise UserError(
+        f"{path.name} has {num_bytes} bytes, index.json says {index.shard_bytes[s]}. "
+        f"Run: python -m distillery.cache verify {index.directory}, then stage 1 again."
+    )
 
 
 def load_labels(index: CacheIndex, s: int) -> np.ndarray | None:
@@ -181,8 +148,8 @@ def load_labels(index: CacheIndex, s: int) -> np.ndarray | None:
     return np.frombuffer(data, dtype="<i8")
 
 
-def merge_slices(paths: list[Path]) -> tuple[dict, list[dict]]:
-    """The predecessor's one index per array task as one: (facts of the first, all shard rows by global_start)."""
+def _merge_slices(paths: list[Path]) -> dict:
+    """The predecessor's one index per array task as one: the keys of the first, the shards of all by global_start."""
     slices = [parse_json(path, read_regular(path)) for path in paths]
     try:
         rows = sorted(
@@ -190,48 +157,41 @@ def merge_slices(paths: list[Path]) -> tuple[dict, list[dict]]:
         )
     except MALFORMED as error:
         raise UserError(f"{paths[0].parent}: an index_shard_*.json is damaged ({error!r}).") from error
-    return slices[0], rows
+    return slices[0] | {"shards": rows}
 
 
-def index_of_seed(directory: Path, facts: dict, rows: list[dict] | None, *, normalized: bool) -> CacheIndex:
-    """A predecessor's index. Its num_samples may be the data set's size: what counts is what the shards hold."""
-    try:
-        if not rows:
-            raise UserError(f"{directory}: its index lists no shards. Run: {stage1_command()}")
-        arrays = shard_arrays([_seed_row(directory, row) for row in rows])
-        dtype, shape = seed_image_format(directory / rows[0]["shard_path"])
-        num_rows = int(arrays["shard_rows"].sum())
-        end = int((arrays["shard_starts"] + arrays["shard_rows"]).max())
-        return checked_index(
-            CacheIndex(
-                directory=directory,
-                format_version=1 if normalized else 2,
-                verified=False,
-                num_samples=num_rows,
-                source_num_samples=max(end, whole_number(facts, "num_samples") if "num_samples" in facts else 0),
-                complete=False,
-                fingerprint="",
-                source={},
-                preprocess={
-                    "image_size": shape[1],
-                    "mean": list(IMAGENET_MEAN),
-                    "std": list(IMAGENET_STD),
-                    "normalized": normalized,
-                },
-                dtype=dtype,
-                image_shape=shape,
-                shard_size=int(arrays["shard_rows"].max()),
-                labels=False,
-                **arrays,
-            )
-        )
-    except MALFORMED as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{directory}: its index is damaged ({type(error).__name__}: {error}).") from error
+def _predecessor_fields(directory: Path, content: dict, version: int) -> dict:
+    """CacheIndex's fields out of a predecessor's index, whose images are normalised in version 1.
+
+    Its num_samples may be the data set's size: what counts is what the shards hold.
+    """
+    rows = content.get("shards")
+    if not rows:
+        raise UserError(f"{directory}: its index lists no shards. Run: {stage1_command()}")
+    arrays = shard_arrays([_predecessor_row(directory, row) for row in rows])
+    dtype, shape = predecessor_image_format(directory / rows[0]["shard_path"])
+    end = int((arrays["shard_starts"] + arrays["shard_rows"]).max())
+    return arrays | {
+        "verified": False,
+        "num_samples": int(arrays["shard_rows"].sum()),
+        "source_num_samples": max(end, whole_number(content, "num_samples") if "num_samples" in content else 0),
+        "complete": False,
+        "fingerprint": "",
+        "source": {},
+        "preprocess": {
+            "image_size": shape[1],
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "normalized": version == 1,
+        },
+        "dtype": dtype,
+        "image_shape": shape,
+        "shard_size": int(arrays["shard_rows"].max()),
+        "labels": False,
+    }
 
 
-def _seed_row(directory: Path, row: dict) -> dict:
+def _predecessor_row(directory: Path, row: dict) -> dict:
     name = row["shard_path"]
     if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
         raise UserError(f"{directory}: refused: its index names {name!r}, which is no shard's name.")
@@ -242,7 +202,7 @@ def _seed_row(directory: Path, row: dict) -> dict:
     return {**row, "num_failed": 0, "bytes": size}
 
 
-def seed_image_format(path: Path) -> tuple[str, tuple[int, int, int]]:
+def predecessor_image_format(path: Path) -> tuple[str, tuple[int, int, int]]:
     """(dtype, [3, H, W]) of a predecessor's shard; torch reads only the header thanks to mmap, and runs nothing."""
     import torch
 

@@ -1,29 +1,17 @@
-"""An image shard's record, checked and made from its bytes; index.json and failures.jsonl as views of the records."""
+"""What image shards have of their own: the fields of their record; index.json and failures.jsonl as its views."""
 
 import base64
 import json
-import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from distillery.cache.archive import DTYPES, crc32, payload_header, read_member, read_meta, shard_tail
-from distillery.cache.store import (
-    FORMAT_VERSION,
-    RecordScan,
-    check_version,
-    decode_checksums,
-    encode_checksums,
-    keep_views,
-    parse_json,
-    read_guarded,
-)
-from distillery.system.errors import UserError
-from distillery.system.files import MAX_MEMBER_BYTES, canonical_json, open_regular, read_blocks, sha256_of
+from distillery.cache.archive import read_member, row_bytes_of
+from distillery.cache.fields import Field, digest_file
+from distillery.cache.store import FORMAT_VERSION, ShardKind, decode_checksums, encode_checksums
+from distillery.system.files import canonical_json, sha256_of
 
 INDEX_NAME = "index.json"
 FAILURES_NAME = "failures.jsonl"
@@ -48,16 +36,6 @@ def decode_sizes(entry: dict) -> np.ndarray:
     return np.frombuffer(base64.b64decode(entry["values"], validate=True), dtype="<u4").reshape(-1, 2)
 
 
-def read_record(path: Path) -> dict:
-    """A shard's record, every byte checked with the hash it carries, then key by key.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: it is damaged, or of a future format (FutureFormatError).
-    """
-    return check_record(read_guarded(path), path)
-
-
 def valid_rows(record: dict) -> np.ndarray:
     """bool [N]: the rows that hold an image."""
     valid = np.ones(record["num_samples"], dtype=bool)
@@ -70,24 +48,6 @@ def is_predecessors(record: dict) -> bool:
     return record["identity"]["source"].get("kind") == PREDECESSOR
 
 
-def check_meta(record: dict, path: Path) -> dict:
-    """check_record for what a shard says about itself, which leaves its own size and hash open."""
-    check_version(record, path)
-    check_record(record | {"bytes": path.lstat().st_size, "hash": "xxh3_128:" + "0" * 32}, path)
-    return record
-
-
-def check_record(record: dict, path: Path) -> dict:
-    """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
-    try:
-        is_consistent = _is_consistent(record, path.with_suffix(".pt").name)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not a shard's record ({type(error).__name__}: {error}).") from error
-    if not is_consistent:
-        raise UserError(f"{path}: its fields contradict each other or the file's name.")
-    return record
-
-
 def _is_consistent(record: dict, name: str) -> bool:
     identity, failures, shape = record["identity"], record["failures"], record["image_shape"]
     counts = [record[key] for key in ("format_version", "num_samples", "global_start", "bytes", "shard_idx",
@@ -95,7 +55,7 @@ def _is_consistent(record: dict, name: str) -> bool:
     if not all(type(value) is int and 0 <= value < _MAX_ROWS for value in [*counts, *shape, identity["shard_size"]]):
         return False
     start, rows = record["global_start"], record["num_samples"]
-    row_bytes = math.prod(shape) * np.dtype(DTYPES[record["dtype"]]).itemsize
+    row_bytes = row_bytes_of(shape, record["dtype"])
     failed = [entry["global_idx"] - start for entry in failures]
     follows_its_number = (name, start) == (
         shard_name(record["shard_idx"]),
@@ -123,11 +83,6 @@ def _is_consistent(record: dict, name: str) -> bool:
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
     )
-
-
-def image_scan(directory: Path) -> RecordScan:
-    """The scan of a folder of image shards."""
-    return RecordScan(directory, pattern=SHARD_PATTERN, read=read_record, bulk=("row_checksums", "source_sizes"))
 
 
 def index_of(records: list[dict], num_target: int | None = None) -> dict:
@@ -175,81 +130,40 @@ def failures_of(records: Iterable[dict]) -> bytes:
     return b"".join(canonical_json(entry) + b"\n" for record in records for entry in record["failures"])
 
 
-def write_views(directory: Path, scan: RecordScan, num_target: int | None = None) -> dict | None:
-    """Write index.json and failures.jsonl from the records, again until no other writer published meanwhile.
-
-    Raises:
-        UserError: the records are of two configurations: two jobs wrote here at the same time.
-    """
-
-    def views_of(records: list[dict]) -> tuple[dict, dict[Path, bytes]]:
-        index = index_of(records, num_target)
-        return index, {directory / FAILURES_NAME: failures_of(records), directory / INDEX_NAME: index_text(index)}
-
-    return keep_views(scan, views_of)
-
-
-def record_of_shard(path: Path) -> dict:
-    """The record of a shard from the shard alone, every byte of it compared with what it should be.
-
-    Raises:
-        UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
-    """
-    text = read_meta(path)
-    record = check_meta(parse_json(path, text), path)
-    size, digest, row_digests, payload_crc, tail = hash_shard(path, record)
-    wrong = np.flatnonzero(row_digests != decode_checksums(record["row_checksums"]))
-    if len(wrong):
-        raise UserError(f"{path}: damaged: {len(wrong)} rows differ from their checksums, the first is row {wrong[0]}.")
-    # the rest of the file follows from its rows, labels and description: no byte of it is taken on trust
-    shape = (record["num_samples"], *record["image_shape"])
-    labels = np.frombuffer(read_member(path, "data/2"), "<i8") if record["identity"]["labels"] else None
-    if tail != shard_tail(payload_crc, record["dtype"], shape, valid_rows(record), labels, text):
-        raise UserError(f"{path}: damaged: the bytes after its rows are not those of this shard.")
-    return record | {"bytes": size, "hash": digest}
-
-
 def rehash_record(path: Path, record: dict) -> dict:
     """The record of a predecessor's shard, which does not describe itself, with all that its bytes decide afresh."""
-    size, digest, row_digests, _, _ = hash_shard(path, record, own_format=False)
-    return record | {"bytes": size, "hash": digest, "row_checksums": encode_checksums(row_digests)}
+    digest = digest_file(path, image_fields(record))
+    checksums = encode_checksums(digest.checksums["images"])
+    return record | {"bytes": digest.size, "hash": digest.hash, "row_checksums": checksums}
 
 
-def hash_shard(path: Path, record: dict, *, own_format: bool = True) -> tuple[int, str, np.ndarray, int, bytes]:
-    """One sequential read of a shard.
+def image_fields(record: dict) -> list[Field]:
+    """The one big tensor of a shard: [N, 3, H, W]."""
+    rows, shape = record["num_samples"], record["image_shape"]
+    return [Field("images", record["dtype"], (rows, *shape), rows, record["payload_offset"])]
 
-    Args:
-        path: the shard.
-        record: where its rows are: payload_offset, num_samples, image_shape, dtype.
-        own_format: the shard must begin as ours do, and the bytes after its rows are wanted.
-    Returns:
-        (size in bytes, file hash, XXH3-64 of every row as uint64 [N], CRC-32 of the rows, the bytes after them or b"").
-    """
-    row_bytes = math.prod(record["image_shape"]) * np.dtype(DTYPES[record["dtype"]]).itemsize
-    digests = np.zeros(record["num_samples"], np.uint64)
-    file_hash, row_hash, payload_crc, tail = xxhash.xxh3_128(), xxhash.xxh3_64(), 0, bytearray()
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = b"".join(map(bytes, read_blocks(file, record["payload_offset"])))
-        file_hash.update(head)
-        if own_format and head != payload_header():
-            raise UserError(f"{path}: damaged: it does not begin as a shard does.")
-        row, left = 0, row_bytes
-        for block in read_blocks(file, len(digests) * row_bytes):
-            file_hash.update(block)
-            payload_crc = crc32(block, payload_crc)
-            while block:
-                part = block[:left]
-                row_hash.update(part)
-                block, left = block[len(part) :], left - len(part)
-                if left == 0:
-                    digests[row] = row_hash.intdigest()
-                    row_hash.reset()
-                    row, left = row + 1, row_bytes
-        for block in read_blocks(file, size):
-            file_hash.update(block)
-            if own_format:
-                tail += block
-            if len(tail) > MAX_MEMBER_BYTES:
-                raise UserError(f"{path}: more bytes after its rows than any shard has.")
-    return size, f"xxh3_128:{file_hash.hexdigest()}", digests, payload_crc, bytes(tail)
+
+def small_tensors(valid: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What a shard holds beside its images: valid, bool [N], and where there are labels, int64 [N]."""
+    return {"valid": valid.astype(np.bool_)} | ({} if labels is None else {"labels": labels.astype("<i8")})
+
+
+def _small_tensors_of(record: dict, path: Path) -> dict[str, np.ndarray]:
+    labels = np.frombuffer(read_member(path, "data/2"), "<i8") if record["identity"]["labels"] else None
+    return small_tensors(valid_rows(record), labels)
+
+
+def _views_of(records: list[dict], num_target: int | None) -> tuple[dict, dict[str, bytes]]:
+    index = index_of(records, num_target)
+    return index, {FAILURES_NAME: failures_of(records), INDEX_NAME: index_text(index)}
+
+
+IMAGE_SHARDS = ShardKind(
+    pattern=SHARD_PATTERN,
+    is_consistent=_is_consistent,
+    fields_of=image_fields,
+    checksums_of=lambda record: {"images": record["row_checksums"]},
+    small_tensors=_small_tensors_of,
+    views_of=_views_of,
+    bulk=("row_checksums", "source_sizes"),
+)

@@ -1,20 +1,26 @@
 """index.json in arrays, and the checks that make it safe to act on."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from distillery.cache.archive import DTYPES, row_bytes_of
 from distillery.cache.images import INDEX_NAME, SHARD_PATTERN
+from distillery.cache.store import FORMAT_VERSION
 from distillery.system.errors import UserError, stage1_command
 
-# what a damaged or hostile index makes Python raise
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 # what an index of this project has and its predecessor's has not
 OWN_KEYS = frozenset({"complete", "fingerprint", "preprocess", "image_shape"})
 _MAX_COUNT = 1 << 53
+# key of a row of index.json -> field of CacheIndex
+_SHARD_ARRAYS = {
+    "global_start": "shard_starts",
+    "num_samples": "shard_rows",
+    "num_failed": "shard_failed",
+    "bytes": "shard_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,12 @@ class CacheIndex:
         """The file of the s-th shard listed."""
         return self.directory / self.shard_names[s]
 
+    def only(self, shards: slice | list[int]) -> "CacheIndex":
+        """The index of some of its shards."""
+        names = np.array(self.shard_names, object)[shards].tolist()
+        arrays = {name: getattr(self, name)[shards] for name in _SHARD_ARRAYS.values()}
+        return replace(self, shard_names=names, num_samples=int(arrays["shard_rows"].sum()), **arrays)
+
 
 def whole_number(row: dict, key: str) -> int:
     """A whole number of rows, bytes or the like out of a file that anybody may have written."""
@@ -94,14 +106,30 @@ def checked_preprocess(facts: dict) -> dict:
 
 def shard_arrays(rows: list[dict]) -> dict:
     """CacheIndex's fields about the S shards out of index.json's rows."""
-    columns = {
-        "global_start": "shard_starts",
-        "num_samples": "shard_rows",
-        "num_failed": "shard_failed",
-        "bytes": "shard_bytes",
+    names = [row["shard_path"] for row in rows]
+    return {"shard_names": names} | {
+        name: np.array([whole_number(row, key) for row in rows], dtype=np.int64) for key, name in _SHARD_ARRAYS.items()
     }
-    arrays = {name: np.array([whole_number(row, key) for row in rows], dtype=np.int64) for key, name in columns.items()}
-    return {"shard_names": [row["shard_path"] for row in rows], **arrays}
+
+
+def own_fields(content: dict) -> dict:
+    """CacheIndex's fields out of an index.json of this project; one of MALFORMED where it is not sound."""
+    if type(content.get("format_version")) is not int or content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version {content.get('format_version')!r}")
+    return shard_arrays(content["shards"]) | {
+        "verified": True,
+        "num_samples": whole_number(content, "num_samples"),
+        "source_num_samples": whole_number(content, "source_num_samples"),
+        "complete": bool(content["complete"]),
+        "fingerprint": str(content["fingerprint"]),
+        "source": dict(content["source"]),
+        "preprocess": checked_preprocess(content["preprocess"]),
+        "dtype": content["dtype"],
+        "image_shape": tuple(content["image_shape"]),
+        "shard_size": whole_number(content, "shard_size"),
+        "labels": bool(content["labels"]),
+        "class_names": {int(number): str(name) for number, name in content.get("class_names", {}).items()},
+    }
 
 
 def checked_index(index: CacheIndex) -> CacheIndex:

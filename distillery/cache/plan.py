@@ -2,17 +2,35 @@
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from distillery.cache.archive import ForeignShardError, read_meta, row_bytes_of
-from distillery.cache.images import FAILURES_NAME, INDEX_NAME, SHARD_PATTERN, image_scan, is_predecessors, shard_name
-from distillery.cache.store import FutureFormatError, check_version, parse_json, record_path
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, is_predecessors, shard_name
+from distillery.cache.store import FutureFormatError, ShardKind, check_version, parse_json, record_path
 from distillery.sources.pixels import PreprocessSpec, library_versions
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, sha256_of
+
+
+class ShardPlan(Protocol):
+    """What a folder of shards shall be: a CachePlan, or the TeacherPlan of a teacher's outputs over one."""
+
+    kind: ShardKind
+    directory: Path
+    identity: dict
+    fingerprint: str
+    num_rows: int
+    row_bytes: int
+
+    def rows_of(self, shard_idx: int) -> tuple[int, int]:
+        """(first row, row after the last) of a shard in the source."""
+
+    def shard_path(self, shard_idx: int) -> Path:
+        """Where the shard is published."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,7 @@ class CachePlan:
     source_num_samples: int
     source_identity: dict
     labels: bool
+    kind: ClassVar[ShardKind] = IMAGE_SHARDS
 
     @cached_property
     def identity(self) -> dict:
@@ -72,16 +91,23 @@ class CachePlan:
         """Where the shard is published."""
         return self.directory / shard_name(shard_idx)
 
+    def why_outdated(self, record: dict) -> str | None:
+        """Why a whole shard of this identity is to be made again: the short last one of a cache that now grows."""
+        start, stop = self.rows_of(record["shard_idx"])
+        rows = record["num_samples"]
+        return f"holds the first {rows} of {stop - start} rows" if rows < stop - start else None
+
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds of a plan's shards: finished ones, ones to hash before they count, ones to make.
+    """What a folder holds of a plan's shards.
 
+    done: finished; to_check: to hash before they count; missing: to make, where there is none or an outdated one.
     notes: what the user should know although it stops nothing.
     """
 
     done: list[int]
-    doubtful: list[int]
+    to_check: list[int]
     missing: list[int]
     notes: list[str] = field(default_factory=list)
 
@@ -110,28 +136,48 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
 
 def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
     _check_folder(plan.directory)
-    records = {record["shard_path"]: record for record in image_scan(plan.directory).records()}
+    shards, records = list(shards), IMAGE_SHARDS.scan(plan.directory).records()
     # all of them, not only this job's share: two jobs of different configurations must not fill one folder
-    for name, record in records.items():
+    for record in records:
         if is_predecessors(record):
             raise _earlier_format(plan.directory)
-        _check_same_identity(plan, record["identity"], plan.directory / name)
-    done, doubtful, missing = [], [], []
+        _check_same_identity(plan, record["identity"], plan.directory / record["shard_path"])
+    found = {record["shard_idx"]: record for record in records}
     for shard_idx in shards:
-        path, record = plan.shard_path(shard_idx), records.get(shard_name(shard_idx))
-        start, stop = plan.rows_of(shard_idx)
+        path = plan.shard_path(shard_idx)
+        if shard_idx not in found and path.exists():
+            _check_same_identity(plan, _identity_inside(path), path)
+    return survey_shards(plan, shards, found, plan.why_outdated, _library_notes(records))
+
+
+def survey_shards(
+    plan: ShardPlan,
+    shards: Iterable[int],
+    records: dict[int, dict],
+    why_outdated: Callable[[dict], str | None],
+    notes: Sequence[str] = (),
+) -> Survey:
+    """Sort shards of any kind by what their records say.
+
+    Args:
+        plan: what the folder shall be.
+        shards: their numbers.
+        records: shard_idx -> record, of those that are readable.
+        why_outdated: why a whole shard with this record is to be made again; None: it is not.
+        notes: for the survey.
+    """
+    done, to_check, missing = [], [], []
+    for shard_idx in shards:
+        path, record = plan.shard_path(shard_idx), records.get(shard_idx)
         if not path.exists():
             missing.append(shard_idx)
-        elif record is None:
-            _check_same_identity(plan, _identity_inside(path), path)
-            doubtful.append(shard_idx)
-        elif not is_untouched(path, record):
-            doubtful.append(shard_idx)
-        elif record["num_samples"] < stop - start:
-            missing.append(shard_idx)  # the short last shard of a cache that now grows
+        elif record is None or not is_untouched(path, record):
+            to_check.append(shard_idx)
+        elif why_outdated(record):
+            missing.append(shard_idx)
         else:
             done.append(shard_idx)
-    return Survey(done, doubtful, missing, _library_notes(records.values()))
+    return Survey(done, to_check, missing, list(notes))
 
 
 def is_untouched(path: Path, record: dict) -> bool:
@@ -225,7 +271,7 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
 
 def is_made_of(directory: Path, source_identity: dict) -> bool:
     """Whether a folder holds shards of this very source."""
-    records = image_scan(directory).records() if directory.is_dir() else []
+    records = IMAGE_SHARDS.scan(directory).records() if directory.is_dir() else []
     return any(record["identity"]["source"] == source_identity for record in records)
 
 

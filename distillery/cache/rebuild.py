@@ -4,28 +4,17 @@ A predecessor's cache (v1 or v2) is upgraded in place: each shard is hashed and 
 becomes a view of the records; no shard is touched. Its identity says where it came from, so stage 1 never adds to it.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from distillery.cache.archive import DTYPES, ForeignShardError, find_payload
-from distillery.cache.folder import load_index, seed_image_format
-from distillery.cache.images import (
-    INDEX_NAME,
-    PREDECESSOR,
-    SHARD_PATTERN,
-    check_record,
-    hash_shard,
-    image_scan,
-    read_record,
-    record_of_shard,
-    write_views,
-)
+from distillery.cache.archive import ForeignShardError, find_payload, row_bytes_of
+from distillery.cache.fields import digest_file
+from distillery.cache.folder import load_index, predecessor_image_format
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, PREDECESSOR, SHARD_PATTERN, image_fields
 from distillery.cache.index import CacheIndex
+from distillery.cache.plan import is_untouched
 from distillery.cache.store import (
     FORMAT_VERSION,
     FutureFormatError,
@@ -72,7 +61,7 @@ def rebuild_index(directory: Path, num_target: int | None = None) -> RebuildRepo
     else:
         hashed = _in_threads(lambda name: _renew_record(directory / name, facts, problems), names)
     was_upgraded = index is not None and not index.verified
-    if (made := write_views(directory, image_scan(directory), num_target)) is None:
+    if (made := IMAGE_SHARDS.scan(directory).write_views(num_target)) is None:
         raise UserError("\n".join([f"{directory}: no shard is whole:", *problems]))
     return RebuildReport(made, sum(hashed), was_upgraded, sorted(problems))
 
@@ -111,9 +100,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
     """Keep a record that is whole and newer than its shard, else take it from the shard; whether that was hashed."""
     recorded = record_path(path)
     try:
-        record = read_record(recorded)
-        status = path.lstat()
-        if status.st_size == record["bytes"] and status.st_ctime_ns <= recorded.lstat().st_ctime_ns:
+        if is_untouched(path, IMAGE_SHARDS.read_record(recorded)):
             return False
     except FutureFormatError:
         raise
@@ -121,7 +108,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
         pass
     try:
         try:
-            record = record_of_shard(path)
+            record = IMAGE_SHARDS.record_of_shard(path)
         except ForeignShardError:
             record = _record_by_index(path, facts)
     except FutureFormatError:
@@ -172,10 +159,10 @@ def _record_of(path: Path, shard_idx: int, row: dict, identity: dict, source_num
         UserError: it holds something else, or its bytes are not those its archive has the CRC of.
     """
     offset, size, crc = find_payload(path)
-    dtype, shape = seed_image_format(path)
+    dtype, shape = predecessor_image_format(path)
     if (dtype, list(shape)) != (identity["dtype"], identity["image_shape"]):
         raise UserError(f"{path}: holds {dtype} {list(shape)}, others {identity['dtype']} {identity['image_shape']}.")
-    expected = row["num_samples"] * math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    expected = row["num_samples"] * row_bytes_of(shape, dtype)
     if size != expected:
         raise UserError(f"{path}: holds {size} bytes of images, its index promises {expected}.")
     record = {
@@ -194,8 +181,9 @@ def _record_of(path: Path, shard_idx: int, row: dict, identity: dict, source_num
         "payload_offset": offset,
         "libraries": {},
     }
-    file_bytes, digest, row_digests, found_crc, _ = hash_shard(path, record, own_format=False)
-    if found_crc != crc:
+    digest = digest_file(path, image_fields(record))
+    if digest.crcs != [crc]:
         raise UserError(f"{path}: damaged: its images do not have the CRC that its archive says.")
-    record |= {"bytes": file_bytes, "hash": digest, "row_checksums": encode_checksums(row_digests)}
-    return check_record(record, path)
+    checksums = encode_checksums(digest.checksums["images"])
+    record |= {"bytes": digest.size, "hash": digest.hash, "row_checksums": checksums}
+    return IMAGE_SHARDS.check_record(record, path)

@@ -1,19 +1,29 @@
-"""Records beside shards of any kind: guarded text, the scan of a folder, and views made of the records."""
+"""What shards of any kind share: a record beside each, made from its bytes or checked; the folder's scan and its views.
+
+The views (index.json and the like) follow from the records, a record from its shard. Nothing here trusts a file,
+executes a pickle or imports torch.
+"""
 
 import base64
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from distillery.system.errors import UserError
+from distillery.cache.archive import read_meta
+from distillery.cache.fields import Field, digest_file, frame_of
+from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import holds, read_regular, write_atomic
 
 FORMAT_VERSION = 3
+# what a damaged or hostile record or index makes Python raise
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
 _MAX_RECORD_BYTES = 256 << 20
 
 
@@ -58,6 +68,23 @@ def record_text(record: dict) -> bytes:
     return json.dumps(guarded, sort_keys=True).encode() + b"\n"
 
 
+def read_index(path: Path, command: str) -> dict:
+    """index.json's content, of which nothing but the version is checked yet; command: makes it again.
+
+    Raises:
+        MissingFileError: there is none.
+        UserError: it is no JSON object, or of a later version (FutureFormatError).
+    """
+    try:
+        index = parse_json(path, read_regular(path))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"Index file not found: {path}. Run: {command}") from error
+    except UserError as error:
+        raise UserError(f"{error} It is made again by: {command}") from error
+    check_version(index, path)
+    return index
+
+
 def check_version(record: dict, path: Path) -> None:
     """Raise FutureFormatError when a record, an index or a shard's description is of a later version."""
     version = record.get("format_version")
@@ -83,29 +110,104 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-class RecordScan:
-    """All readable records of a folder whose shards are there; a second look reads only the files that changed.
+@dataclass(frozen=True)
+class ShardKind:
+    """What images and teacher outputs each have of their own.
 
-    Args:
-        directory: the folder.
-        pattern: what a shard's name matches.
-        read: gives a record, checked; FileNotFoundError or UserError where it is lost or damaged.
-        bulk: keys that are left out: needed only by whoever reads the rows.
+    pattern: of a shard's file name.
+    is_consistent: whether a record's fields agree with each other and with the shard's file name.
+    fields_of: a record's big tensors, with their places in the shard.
+    checksums_of: field -> its rows' checksums as they stand in a record.
+    small_tensors: what else the shard of a record and path holds: name -> values.
+    views_of: (index.json's content, file name -> bytes of each view; b"" for one that shall not be there), of a
+        folder's records by global_start and of how many rows there shall be (None: all of the source).
+    bulk: keys of a record that only whoever reads the rows needs; a scan leaves them out.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        pattern: re.Pattern,
-        read: Callable[[Path], dict],
-        bulk: Sequence[str],
-    ) -> None:
-        self.directory, self.pattern, self.read, self.bulk = directory, pattern, read, bulk
+    pattern: re.Pattern
+    is_consistent: Callable[[dict, str], bool]
+    fields_of: Callable[[dict], list[Field]]
+    checksums_of: Callable[[dict], Mapping[str, dict]]
+    small_tensors: Callable[[dict, Path], Mapping[str, np.ndarray]]
+    views_of: Callable[[list[dict], int | None], tuple[dict, dict[str, bytes]]]
+    bulk: Sequence[str]
+
+    def check_record(self, record: dict, path: Path) -> dict:
+        """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
+        try:
+            is_consistent = self.is_consistent(record, path.with_suffix(".pt").name)
+        except MALFORMED as error:
+            raise UserError(f"{path}: not a shard's record ({type(error).__name__}: {error}).") from error
+        if not is_consistent:
+            raise UserError(f"{path}: its fields contradict each other or the file's name.")
+        return record
+
+    def read_record(self, path: Path) -> dict:
+        """A record, every byte checked with the hash it carries, then key by key.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it is damaged, or of a future format (FutureFormatError).
+        """
+        return self.check_record(read_guarded(path), path)
+
+    def meta_inside(self, path: Path) -> tuple[dict, str]:
+        """(what a shard says of itself, checked: a record without the shard's own size and hash; its JSON text).
+
+        Raises:
+            UserError: it is damaged, or no such shard. FutureFormatError: it is of a later version.
+        """
+        text = read_meta(path)
+        meta = parse_json(path, text)
+        check_version(meta, path)
+        self.check_record(meta | {"bytes": path.lstat().st_size, "hash": "xxh3_128:" + "0" * 32}, path)
+        return meta, text
+
+    def record_or_meta(self, path: Path) -> dict:
+        """The record of the shard at `path`; where that is lost or damaged, what the shard says of itself."""
+        try:
+            return self.read_record(record_path(path))
+        except FutureFormatError:
+            raise
+        except (FileNotFoundError, UserError):
+            return self.meta_inside(path)[0]
+
+    def record_of_shard(self, path: Path) -> dict:
+        """The record of a shard from the shard alone, every byte of it compared with what it should be.
+
+        Raises:
+            UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
+        """
+        meta, text = self.meta_inside(path)
+        fields = self.fields_of(meta)
+        digest = digest_file(path, fields)
+        for name, entry in self.checksums_of(meta).items():
+            wrong = np.flatnonzero(digest.checksums[name] != decode_checksums(entry))
+            if len(wrong):
+                row, view = divmod(int(wrong[0]), meta.get("num_views", 1))
+                first = f"row {row}, view {view}" if "num_views" in meta else f"row {row}"
+                raise UserError(
+                    f"{path}: damaged: {len(wrong)} rows of {name} differ from their checksums, the first is {first}."
+                )
+        # the rest of the file follows from its rows and description: no byte of it is taken on trust
+        if digest.frame != frame_of(fields, digest.crcs, self.small_tensors(meta, path), text):
+            raise UserError(f"{path}: damaged: the bytes around its rows are not those of this shard.")
+        return meta | {"bytes": digest.size, "hash": digest.hash}
+
+    def scan(self, directory: Path) -> "RecordScan":
+        """The records of a folder."""
+        return RecordScan(self, directory)
+
+
+class RecordScan:
+    """All readable records of a folder whose shards are there; a second look reads only the files that changed."""
+
+    def __init__(self, kind: ShardKind, directory: Path) -> None:
+        self.kind, self.directory = kind, directory
         self._seen: dict[str, tuple[tuple, dict | None]] = {}
 
     def records(self) -> list[dict]:
-        """The records by global_start, unreadable ones left out (their shards are hashed and adopted by stage 1).
+        """The records by global_start, unreadable ones left out (their shards are hashed by stage 1).
 
         Raises:
             FutureFormatError: one is of a later version.
@@ -114,7 +216,7 @@ class RecordScan:
         found = []
         for name, entry in entries.items():
             shard = name.removesuffix(".json") + ".pt"
-            if not name.endswith(".json") or shard not in entries or not self.pattern.fullmatch(shard):
+            if not name.endswith(".json") or shard not in entries or not self.kind.pattern.fullmatch(shard):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -129,41 +231,40 @@ class RecordScan:
 
     def _read(self, path: Path) -> dict | None:
         try:
-            record = self.read(path)
+            record = self.kind.read_record(path)
         except (FutureFormatError, PermissionError):
             raise
         except (UserError, OSError):
             return None
-        return {key: value for key, value in record.items() if key not in self.bulk}
+        return {key: value for key, value in record.items() if key not in self.kind.bulk}
 
+    def write_views(self, num_target: int | None = None) -> dict | None:
+        """Write index.json and the other views of the records, again until no other writer published meanwhile.
 
-def keep_views(scan: RecordScan, views_of: Callable[[list[dict]], tuple[dict, dict[Path, bytes]]]) -> dict | None:
-    """Write what views_of makes of a folder's records, again until no other writer published meanwhile.
+        num_target: rows there shall be; None: all of the source.
 
-    Args:
-        scan: of the folder.
-        views_of: gives the index, and path -> content of each file that is a view; one without content is removed.
-    Returns:
-        The index; None where there are no records.
-    Raises:
-        UserError: as write_views.
-    """
-    while True:
-        records = scan.records()
-        if not records:
-            return None
-        for record in records[1:]:
-            if record["fingerprint"] != records[0]["fingerprint"]:
-                raise UserError(
-                    f"{scan.directory}: {records[0]['shard_path']} and {record['shard_path']} were made with different "
-                    "configurations, by two jobs at the same time. Remove the ones you do not want."
-                )
-        index, views = views_of(records)
-        for path, content in views.items():
-            if not content:
-                if os.path.lexists(path):  # a folder that can only be read has nothing to be removed
-                    path.unlink(missing_ok=True)
-            elif not holds(path, content):
-                write_atomic(path, content)
-        if scan.records() == records:
-            return index
+        Returns:
+            The index; None where there are no records.
+        Raises:
+            UserError: the records are of two configurations: two jobs wrote here at the same time.
+        """
+        while True:
+            records = self.records()
+            if not records:
+                return None
+            for record in records[1:]:
+                if record["fingerprint"] != records[0]["fingerprint"]:
+                    raise UserError(
+                        f"{self.directory}: {records[0]['shard_path']} and {record['shard_path']} were made with "
+                        "different configurations, by two jobs at the same time. Remove the ones you do not want."
+                    )
+            index, views = self.kind.views_of(records, num_target)
+            for name, content in views.items():
+                path = self.directory / name
+                if not content:
+                    if os.path.lexists(path):  # a folder that can only be read has nothing to be removed
+                        path.unlink(missing_ok=True)
+                elif not holds(path, content):
+                    write_atomic(path, content)
+            if self.records() == records:
+                return index

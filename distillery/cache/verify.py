@@ -1,30 +1,25 @@
 """What is wrong with a folder of images: every byte against its hash, every view against the records. Reads only."""
 
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from distillery.cache.folder import load_index, load_shard_layout
 from distillery.cache.images import (
     FAILURES_NAME,
+    IMAGE_SHARDS,
     INDEX_NAME,
     SHARD_PATTERN,
-    failures_of,
-    image_scan,
-    index_of,
     index_text,
     is_predecessors,
-    read_record,
-    record_of_shard,
     rehash_record,
 )
 from distillery.cache.index import CacheIndex
-from distillery.cache.store import FutureFormatError, parse_json, record_path
+from distillery.cache.store import FutureFormatError, ShardKind, parse_json, record_path
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import read_regular
 from distillery.system.machine import usable_cpus
@@ -32,16 +27,92 @@ from distillery.system.machine import usable_cpus
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong in a cache folder.
+class Problem(NamedTuple):
+    """Something wrong in a folder of shards.
 
-    remove: the file to take away before stage 1 runs again, or None where running stage 1 is enough. A disk that gives
-        back other bytes than it was given leaves no trace in the file's times, by which stage 1 chooses what to hash.
+    remove: the file to take away before stage 1 runs again, or None where running stage 1 is enough. Silent corruption
+        changes none of the file's times, by which stage 1 chooses what to hash.
     """
 
     text: str
     remove: Path | None = None
+
+
+def verify_shard(
+    kind: ShardKind, path: Path, remake: Callable[[Path, dict | None], dict] | None = None
+) -> tuple[list[Problem], dict | None]:
+    """(what is wrong with a shard of any kind and its record; the record made from the shard, None: it is not whole).
+
+    remake: gives a shard's record from its bytes, and from the record that stands beside it; None: from its bytes.
+    """
+    record, recorded, problems = None, record_path(path), []
+    try:
+        record = kind.read_record(recorded)
+    except FutureFormatError:
+        raise
+    except FileNotFoundError:
+        problems.append(Problem(f"{recorded}: missing"))
+    except (UserError, OSError) as error:
+        problems.append(Problem(naming(recorded, error), recorded))
+    try:
+        remade = remake(path, record) if remake else kind.record_of_shard(path)
+    except FileNotFoundError:
+        return [Problem(f"{path}: missing")], None
+    except (UserError, OSError) as error:
+        return [*problems, Problem(naming(path, error), path)], None
+    if record is not None and remade != record:
+        problems.append(Problem(f"{path}: differs from its record in {differing_keys(remade, record)}", path))
+    return problems, remade
+
+
+def shard_names(directory: Path, kind: ShardKind) -> set[str]:
+    """Names of the shards of a folder, also of those of which only the record is left."""
+    paths = [Path(entry.name) for entry in os.scandir(directory)]
+    names = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
+    return {name for name in names if kind.pattern.fullmatch(name)}
+
+
+def verify_views(kind: ShardKind, directory: Path, index: dict | None) -> Iterator[Problem]:
+    """Views that differ from what the folder's records say; index: index.json's content, None: not to be compared."""
+    if not (records := kind.scan(directory).records()):
+        return
+    expected, views = kind.views_of(records, None)
+    views.pop(INDEX_NAME)
+    if index is not None:
+        # whether a cache is complete depends on max_samples, which only the configuration knows
+        expected |= {"complete": index.get("complete")}
+        views[INDEX_NAME] = index_text(expected)
+    for path, content in ((directory / name, content) for name, content in views.items()):
+        try:
+            is_same = read_regular(path) == content
+        except FileNotFoundError:
+            is_same = not content
+        except (UserError, OSError) as error:
+            yield Problem(naming(path, error), path)
+            continue
+        if not is_same:
+            keys = f" in {differing_keys(index, expected)}" if path.name == INDEX_NAME else ""
+            yield Problem(f"{path}: differs from the records{keys}")
+
+
+def foreign_files(directory: Path, is_known: Callable[[str], bool]) -> Iterator[Problem]:
+    """Files that belong to no cache; is_known: by its name."""
+    for entry in os.scandir(directory):
+        if not is_known(entry.name) and not entry.name.startswith(".nfs"):
+            reason = "left by a killed run; stage 1 removes it"
+            if ".tmp-" not in entry.name:
+                reason = "not part of a cache; move it elsewhere"
+            yield Problem(f"{entry.path}: {reason}")
+
+
+def naming(path: Path, error: Exception) -> str:
+    """An error's text, with the file it is about."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+def differing_keys(a: dict, b: dict) -> str:
+    """The keys in which two records or indexes differ."""
+    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))) or "their spelling"
 
 
 def verify_cache(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -60,14 +131,13 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
         FutureFormatError: the index or a record is of a later version.
     """
     directory = Path(directory)
-    index, problems = _load_views(directory)
+    path = directory / INDEX_NAME
+    index, problems = _load_index(directory)
     if index is not None and not index.verified:
-        return _verify_seed(index)
+        return _verify_predecessors(index)
     listed = {} if index is None else {name: s for s, name in enumerate(index.shard_names)}
     # of shards and records: a record alone says that its shard is lost, where no index does
-    paths = [Path(entry.name) for entry in os.scandir(directory)]
-    on_disk = {path.stem + ".pt" for path in paths if path.suffix in (".pt", ".json")}
-    on_disk = {name for name in on_disk if SHARD_PATTERN.fullmatch(name)}
+    on_disk = shard_names(directory, IMAGE_SHARDS)
     lock, fingerprints = threading.Lock(), {}
 
     def check(name: str) -> list[Problem]:
@@ -82,27 +152,32 @@ def find_problems(directory: Path, progress: Callable[[int], None] | None = None
             problems += found
     if index is None:
         problems += _verify_agreement(directory, fingerprints)
-    return problems + list(_verify_views(directory, index))
+    problems += verify_views(IMAGE_SHARDS, directory, None if index is None else parse_json(path, read_regular(path)))
+    is_upgraded = any(map(is_predecessors, IMAGE_SHARDS.scan(directory).records()))
+    return problems + list(
+        foreign_files(
+            directory,
+            lambda name: (
+                name in _OTHER_NAMES
+                or SHARD_PATTERN.fullmatch(Path(name).stem + ".pt")
+                or (is_upgraded and name.startswith("index_shard_"))
+            ),
+        )
+    )
 
 
-def _load_views(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
+def _load_index(directory: Path) -> tuple[CacheIndex | None, list[Problem]]:
     """(the index, or None where it is damaged, or missing beside shards or records; the problem then)."""
     try:
         return load_index(directory), []
     except FutureFormatError:
         raise
     except MissingFileError:
-        if not has_shards(directory, SHARD_PATTERN):
+        if not shard_names(directory, IMAGE_SHARDS):
             raise
         return None, [Problem(f"{directory / INDEX_NAME}: missing")]
     except UserError as error:
         return None, [Problem(str(error))]
-
-
-def has_shards(directory: Path, pattern: re.Pattern) -> bool:
-    """Whether a folder holds shards with such names, or records of them."""
-    paths = [Path(entry.name) for entry in os.scandir(directory)]
-    return any(path.suffix in (".pt", ".json") and pattern.fullmatch(path.stem + ".pt") for path in paths)
 
 
 def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator[Problem]:
@@ -121,28 +196,12 @@ def _verify_agreement(directory: Path, fingerprints: dict[str, str]) -> Iterator
 def _verify_shard(
     path: Path, index: CacheIndex | None, s: int | None, fingerprints: dict[str, str]
 ) -> Iterator[Problem]:
-    """What is wrong with a shard and its record; `fingerprints` gets the one that the shard itself tells."""
-    record, recorded = None, record_path(path)
-    try:
-        record = read_record(recorded)
-    except FileNotFoundError:
-        yield Problem(f"{recorded}: missing")
-    except FutureFormatError:
-        raise
-    except (UserError, OSError) as error:
-        yield Problem(_naming(recorded, error), recorded)
-    try:
-        is_ours = record is None or not is_predecessors(record)
-        remade = record_of_shard(path) if is_ours else rehash_record(path, record)
-    except FileNotFoundError:
-        yield Problem(f"{path}: missing")
-        return
-    except (UserError, OSError) as error:
-        yield Problem(_naming(path, error), path)
+    """What is wrong with a shard and its record; `fingerprints` gets the one that the shard itself says."""
+    problems, remade = verify_shard(IMAGE_SHARDS, path, _remake)
+    yield from problems
+    if remade is None:
         return
     fingerprints[path.name] = remade["fingerprint"]
-    if record is not None and remade != record:
-        yield Problem(f"{path}: differs from its record in {_differing_keys(remade, record)}", path)
     if index is not None and s is None:
         yield Problem(f"{path}: not listed in index.json", path if remade["fingerprint"] != index.fingerprint else None)
     if index is not None and s is not None:
@@ -158,46 +217,12 @@ def _verify_shard(
             yield Problem(f"{path}: differs from index.json in {', '.join(wrong)}", path if is_foreign else None)
 
 
-def _naming(path: Path, error: Exception) -> str:
-    return str(error) if str(path) in str(error) else f"{path}: {error}"
+def _remake(path: Path, record: dict | None) -> dict:
+    is_old = record is not None and is_predecessors(record)
+    return rehash_record(path, record) if is_old else IMAGE_SHARDS.record_of_shard(path)
 
 
-def _differing_keys(a: dict, b: dict) -> str:
-    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))) or "their spelling"
-
-
-def _verify_views(directory: Path, index: CacheIndex | None) -> Iterator[Problem]:
-    """index.json and failures.jsonl against the records, and files that belong to no cache."""
-    records = image_scan(directory).records()
-    if index is not None and records:
-        text = read_regular(directory / INDEX_NAME)
-        found = parse_json(directory / INDEX_NAME, text)
-        # whether the cache is complete depends on max_samples, which only the configuration knows
-        expected = index_of(records) | {"complete": found.get("complete")}
-        if text != index_text(expected):
-            yield Problem(f"{directory / INDEX_NAME}: differs from the records in {_differing_keys(found, expected)}")
-    failures = directory / FAILURES_NAME
-    try:
-        text = read_regular(failures)
-    except FileNotFoundError:
-        text = b""
-    except (UserError, OSError) as error:
-        yield Problem(_naming(failures, error), failures)
-        text = failures_of(records)
-    if text != failures_of(records):
-        yield Problem(f"{failures}: differs from the records")
-    is_upgraded = any(map(is_predecessors, records))
-    for entry in os.scandir(directory):
-        is_known = entry.name in _OTHER_NAMES or SHARD_PATTERN.fullmatch(Path(entry.name).stem + ".pt")
-        is_old_index = is_upgraded and entry.name.startswith("index_shard_")
-        if not is_known and not is_old_index and not entry.name.startswith(".nfs"):
-            reason = "left by a killed run; stage 1 removes it"
-            if ".tmp-" not in entry.name:
-                reason = "not part of a cache; move it elsewhere"
-            yield Problem(f"{entry.path}: {reason}")
-
-
-def _verify_seed(index: CacheIndex) -> list[Problem]:
+def _verify_predecessors(index: CacheIndex) -> list[Problem]:
     problems = []
     for s in range(len(index.shard_names)):
         try:

@@ -108,9 +108,9 @@ def job_lines(title: str, source: Source, plan: CachePlan, shards: range, survey
         survey: what is there of them.
     """
     spec = plan.spec
-    state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.doubtful)} to go"
-    if survey.doubtful:
-        state += f", {len(survey.doubtful)} of them to check"
+    state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
+    if survey.to_check:
+        state += f", {len(survey.to_check)} of them to check"
     if len(shards) < plan.num_shards:
         state = f"this job's share: shards {shards.start}..{shards.stop - 1}; {state}"
     return [

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillery.cache.images import FAILURES_NAME, image_scan, index_of
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, index_of
 from distillery.cache.plan import CachePlan, Survey, is_made_of
 from distillery.config.keys_data import DataConfig
 from distillery.precompute.estimate import bytes_to_write, job_lines, room_lines
@@ -122,7 +122,7 @@ def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig) ->
 
 def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, stop: StopFlag) -> int:
     """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
-    to_make = [*survey.missing, *survey.doubtful]
+    to_make = [*survey.missing, *survey.to_check]
     if stop.requested:
         return len(to_make)
     num_workers = data.num_workers or usable_cpus()
@@ -131,17 +131,16 @@ def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, s
         report = make_cache(
             job.plan,
             job.source,
-            shards=job.shards,
             survey=survey,
             batch_size=batch_size,
             num_workers=num_workers,
             stop=stop,
-            on_rows=lambda count, limit, shards_made: progress.advance(count, shards=shards_made, limit=limit),
+            on_rows=progress.advance,
         )
     for message in report.messages:
         print(f"repaired: {message}")
-    if report.shards_made or report.shards_adopted:
-        print(f"{job.title}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    if report.shards_made or report.shards_accepted:
+        print(f"{job.title}: {report.shards_made} shards made, {report.shards_accepted} checked and kept")
     return report.shards_left
 
 
@@ -149,7 +148,7 @@ def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
     """Print what the folders hold now; returns exit status 3 where too many images failed."""
     status = EXIT_DONE
     for job in jobs:
-        records = image_scan(job.plan.directory).records() if job.plan.directory.exists() else []
+        records = IMAGE_SHARDS.scan(job.plan.directory).records() if job.plan.directory.exists() else []
         if not records:
             continue
         index = index_of(records, job.plan.num_rows)

@@ -29,7 +29,7 @@ from distillery.teacher_cache.opening import (
     use_exact_convolutions,
 )
 from distillery.teacher_cache.outputs import LiveTeacher
-from distillery.teacher_cache.records import teacher_scan
+from distillery.teacher_cache.records import TEACHER_SHARDS
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_cache.targets import check_storable
@@ -90,7 +90,7 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     """What will be made, how much room it takes, what it costs once and saves in every epoch."""
     plan, spec = job.plan, job.plan.spec
     rows, views = plan.images.num_rows, spec.num_views
-    to_make = [*survey.missing, *survey.doubtful]
+    to_make = [*survey.missing, *survey.to_check]
     rows_to_make = sum(stop - start for start, stop in map(plan.rows_of, to_make))
     fields = ", ".join(
         f"{name} {list(shape)} {dtype} ({format_bytes(np.prod(shape) * np.dtype(FIELD_DTYPES[dtype]).itemsize)})"
@@ -128,7 +128,7 @@ def _format_flops(count: float) -> str:
 def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
     """Run the pass over this process's share; returns how many shards are left when a signal asked to stop."""
     survey = survey_teacher(job.plan, job.shards)
-    to_make = [*survey.missing, *survey.doubtful]
+    to_make = [*survey.missing, *survey.to_check]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))
     with ProgressLine(total=rows, unit="images", desc=job.label, enabled=rows > 0) as progress:
         report = make_teacher_cache(
@@ -136,12 +136,12 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
             job.teacher,
             shards=job.shards,
             stop=stop,
-            on_rows=lambda count, shards_made: progress.advance(count, shards=shards_made),
+            on_rows=lambda count, shards, **_: progress.advance(count, shards=shards),
         )
     for message in report.messages:
         print(f"repaired: {message}")
-    if report.shards_made or report.shards_adopted:
-        print(f"{job.label}: {report.shards_made} shards made, {report.shards_adopted} checked and kept")
+    if report.shards_made or report.shards_accepted:
+        print(f"{job.label}: {report.shards_made} shards made, {report.shards_accepted} checked and kept")
     if job.files and job.files.is_whole and (job.plan.directory / INDEX_NAME).exists():
         remember(job.plan.directory, compare_files(job.files, job.plan.directory)[1])
     return report.shards_left
@@ -149,7 +149,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
 
 def report_outputs(job: TeacherJob) -> None:
     """Print what the folder holds now."""
-    records = teacher_scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
+    records = TEACHER_SHARDS.scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
     rows = sum(record["num_samples"] for record in records)
     wanted = job.plan.images.num_rows
     state = "complete" if rows >= wanted else "not complete yet: other jobs have their share to do"

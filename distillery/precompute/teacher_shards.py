@@ -7,15 +7,10 @@ Which images share a forward pass depends on the shard alone: on one machine, a 
 specification and its number. A pass that was killed goes on where it was, and ends with the same bytes.
 """
 
-import contextlib
 import json
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,155 +19,18 @@ from torch import Tensor
 
 from distillery.cache.archive import crc32
 from distillery.cache.fields import frame_of, place_fields
-from distillery.cache.store import (
-    FORMAT_VERSION,
-    FutureFormatError,
-    RecordScan,
-    encode_checksums,
-    record_path,
-    record_text,
-)
+from distillery.cache.plan import Survey
+from distillery.cache.store import encode_checksums
 from distillery.losses.targets import Moments
-from distillery.precompute.image_shard import is_being_made, remove_leftovers
-from distillery.precompute.pipeline import CacheReport, explain_write_error
+from distillery.precompute.loop import MakingReport, OpenShard, ShardLoop
 from distillery.reading.rows import ImageRows
-from distillery.system.direct_io import reserve
-from distillery.system.errors import RunError, UserError
-from distillery.system.files import (
-    create_temporary,
-    fsync_dir,
-    hash_file,
-    make_directory,
-    may_try_again,
-    publish_no_clobber,
-    pwrite_all,
-    temporary_name,
-    write_atomic,
-)
+from distillery.system.files import hash_file, pwrite_all
+from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
-from distillery.teacher_cache.identity import TeacherCacheSpec
 from distillery.teacher_cache.outputs import LiveTeacher, encode_features, ensure_basis, valid_features
 from distillery.teacher_cache.reader import load_basis, to_device
-from distillery.teacher_cache.records import (
-    BASIS_NAME,
-    encode_sums,
-    mark_as_current,
-    read_teacher_record,
-    record_of_teacher_shard,
-    teacher_scan,
-    write_teacher_views,
-)
-from distillery.teacher_cache.survey import (
-    TeacherPlan,
-    check_fingerprint,
-    check_images,
-    image_hashes,
-    is_current,
-    survey_teacher,
-)
-
-# a signal's grace: a shard that is nearly done is finished, a big one that has just begun is dropped
-_GRACE_S = 15
-
-
-@dataclass
-class _Pass:
-    """The shards of one call, and what has become of them."""
-
-    plan: TeacherPlan
-    teacher: LiveTeacher
-    stop: StopFlag
-    on_rows: Callable[[int, int], None]
-    images: ImageRows
-    repairs: set[int] = field(default_factory=set)
-    made: set[int] = field(default_factory=set)
-    found: set[int] = field(default_factory=set)
-    basis: dict[str, Tensor] | None = None
-    basis_hash: str | None = None
-    _stop_seen: float | None = None
-
-    def run(self, shards: Iterable[int], scan: RecordScan) -> None:
-        """Make the shards in order until done or told to stop; one that another process makes is left for the end."""
-        hashes = image_hashes(self.plan)
-        later, deferred = deque(shards), set()
-        while later and not self.stop.requested:
-            shard_idx = later.popleft()
-            if shard_idx not in self.repairs and self._is_published(shard_idx, hashes):
-                self.found.add(shard_idx)
-            elif shard_idx not in deferred and is_being_made(self.plan, shard_idx):
-                deferred.add(shard_idx)
-                later.append(shard_idx)
-            elif self._make(shard_idx, hashes[shard_idx]):
-                self.made.add(shard_idx)
-                self.on_rows(0, len(self.made))
-                write_teacher_views(self.plan.directory, scan, self.plan.images.num_rows)
-
-    def _is_published(self, shard_idx: int, hashes: dict[int, str]) -> bool:
-        path = self.plan.shard_path(shard_idx)
-        try:
-            record = read_teacher_record(record_path(path))
-            is_whole = path.lstat().st_size == record["bytes"]
-        except FutureFormatError:
-            raise
-        except (OSError, UserError):
-            return False
-        check_fingerprint(self.plan, record)
-        return is_whole and is_current(self.plan, record, hashes, self.basis_hash)
-
-    def _make(self, shard_idx: int, images_hash: str) -> bool:
-        """Compute, write and publish a shard; False when the grace after a stop request ran out on the way."""
-        s = self.images.position(self.plan.images.shard_path(shard_idx).name)
-        start, stop = self.plan.rows_of(shard_idx)
-        shard = OpenTeacherShard(
-            self.plan.shard_path(shard_idx),
-            self.plan.spec,
-            shard_idx=shard_idx,
-            global_start=start,
-            num_rows=stop - start,
-            images_hash=images_hash,
-            basis_hash=self.basis_hash,
-        )
-        writing: Future | None = None
-        sums = {name: Moments() for name in _summed_fields(self.plan.spec)}
-        basis = to_device(self.basis, self.teacher.device)
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
-                for first, images, valid in self.images.batches(s, stop - start):
-                    encoded = self._outputs(images, valid, start + first, basis, sums)
-                    if writing is not None:
-                        writing.result()
-                    writing = pool.submit(shard.write, first, encoded, valid.numpy())
-                    self.on_rows(len(valid), len(self.made))
-                    if self._grace_is_over():
-                        return False
-                writing.result()
-            shard.publish(sums, is_repair=shard_idx in self.repairs)
-        finally:
-            shard.close()
-        return True
-
-    def _outputs(
-        self, images: Tensor, valid: Tensor, start: int, basis: dict[str, Tensor] | None, sums: dict[str, Moments]
-    ) -> dict[str, np.ndarray]:
-        """All views of a batch as they are stored: field -> [n, K, ...]; adds them to the sums."""
-        global_idx = torch.arange(start, start + len(images))
-        images, views = images.to(self.teacher.device), []
-        for view in range(self.plan.spec.num_views):
-            features = self.teacher.features(images, global_idx, view)
-            views.append(encode_features(features, self.plan.spec, basis))
-            kept = valid_features(features, valid)
-            for name, added in sums.items():
-                added.add(kept.tensors()[name])
-        return {name: torch.stack([one[name] for one in views], dim=1).cpu().numpy() for name in views[0]}
-
-    def _grace_is_over(self) -> bool:
-        if self._stop_seen is None and self.stop.requested:
-            self._stop_seen = time.monotonic()
-        return self._stop_seen is not None and time.monotonic() - self._stop_seen > _GRACE_S
-
-
-def _summed_fields(spec: TeacherCacheSpec) -> list[str]:
-    return ["pooled"] if spec.resolved["token_width"] is None else ["pooled", "tokens"]
+from distillery.teacher_cache.records import BASIS_NAME, encode_sums, mark_as_current
+from distillery.teacher_cache.survey import TeacherPlan, check_images, image_hashes, survey_teacher
 
 
 def make_teacher_cache(
@@ -181,8 +39,8 @@ def make_teacher_cache(
     *,
     shards: Iterable[int],
     stop: StopFlag,
-    on_rows: Callable[[int, int], None] = lambda rows, shards_made: None,
-) -> CacheReport:
+    on_rows: Callable[..., None] = lambda rows, **state: None,
+) -> MakingReport:
     """Make the shards of a range that are missing; run again, it goes on where it was.
 
     Args:
@@ -190,125 +48,106 @@ def make_teacher_cache(
         teacher: the one that the plan's specification describes.
         shards: the shard numbers this call is to make (all, or an array task's share).
         stop: looked at between batches.
-        on_rows: called with (images done just now, shards made so far).
+        on_rows: called with (images done just now, shards=made so far).
     Raises:
         RunError: the disk is full or fails, the images cannot be read; what is published stays, the same command goes
             on.
         UserError: the folder cannot be written to, images are missing, or the outputs do not fit the dtype.
     """
-    shards = list(shards)
-    images, scan = ImageRows(plan.images.directory, plan.images.fingerprint), teacher_scan(plan.directory)
-    work = _Pass(plan, teacher, stop, on_rows, images)
-    messages, to_make, unchecked = [], shards, []
-    try:
-        make_directory(plan.directory)
-        remove_leftovers(plan.directory, all_done=False)
-        if plan.uses_basis:
-            work.basis_hash = ensure_basis(plan, teacher, images)
-            work.basis = load_basis(plan.directory / BASIS_NAME, work.basis_hash)
-        survey = survey_teacher(plan, shards)
-        to_make, unchecked = list(survey.missing), list(survey.doubtful)
-        check_images(plan, [*to_make, *unchecked])
-        for shard_idx in survey.missing:
-            if not plan.shard_path(shard_idx).exists():
-                record_path(plan.shard_path(shard_idx)).unlink(missing_ok=True)
-        work.repairs |= {shard_idx for shard_idx in survey.missing if plan.shard_path(shard_idx).exists()}
-        messages = _adopt(work, unchecked)
-        to_make = sorted({*to_make, *work.repairs})
-        _run_with_retries(work, to_make, scan)
-        index = write_teacher_views(plan.directory, scan, plan.images.num_rows)
-        remove_leftovers(plan.directory, all_done=bool(index and index["complete"]))
-        mark_as_current(plan.directory)
-    except UserError:
-        raise
-    except (OSError, RunError) as error:
-        with contextlib.suppress(OSError, UserError):  # what was published is listed, if the disk still takes that
-            write_teacher_views(plan.directory, scan, plan.images.num_rows)
-        if isinstance(error, RunError):
-            raise
-        left = sorted({*to_make, *unchecked} - work.made - work.found)
-        raise explain_write_error(plan, error, left, 1) from error
-    left = len(set(to_make) - work.made - work.found) + len(unchecked)
-    return CacheReport(len(work.made), len(survey.doubtful) - len(unchecked) - len(messages), left, messages)
+    report = _TeacherLoop(plan, shards, teacher, stop=stop, on_rows=on_rows).run(usable_cpus())
+    mark_as_current(plan.directory)
+    return report
 
 
-def _adopt(work: _Pass, unchecked: list[int]) -> list[str]:
-    """Hash the doubtful shards, taking each from `unchecked` when done; those that are bad join the repairs."""
-    messages, hashes = [], image_hashes(work.plan)
-    for shard_idx in list(unchecked):
-        if work.stop.requested:
-            break
-        unchecked.remove(shard_idx)
-        path = work.plan.shard_path(shard_idx)
+class _TeacherLoop(ShardLoop):
+    """Shards of the teacher's outputs; arguments as ShardLoop and make_teacher_cache."""
+
+    def __init__(self, plan: TeacherPlan, shards: Iterable[int], teacher: LiveTeacher, **options) -> None:
+        super().__init__(plan, shards, **options)
+        self.teacher, self.images = teacher, ImageRows(plan.images.directory, plan.images.fingerprint)
+        self.image_hashes: dict[int, str] = {}
+        self.basis: dict[str, Tensor] | None = None
+        self.basis_hash: str | None = None
+
+    def survey(self) -> Survey:
+        # the basis first: shards in another one count as missing
+        if self.plan.uses_basis:
+            self.basis_hash = ensure_basis(self.plan, self.teacher, self.images)
+            basis = load_basis(self.plan.directory / BASIS_NAME, self.basis_hash)
+            self.basis = to_device(basis, self.teacher.device)
+        self.image_hashes = image_hashes(self.plan.images.directory)
+        survey = survey_teacher(self.plan, sorted(self.left))
+        check_images(self.plan, [*survey.missing, *survey.to_check])
+        return survey
+
+    def why_outdated(self, record: dict) -> str | None:
+        return self.plan.why_outdated(record, self.image_hashes, self.basis_hash)
+
+    def make(self, shards: list[int]) -> None:
+        for shard_idx in self.claim(shards):
+            if not self._make(shard_idx):
+                return
+            self.published(shard_idx)
+
+    def _make(self, shard_idx: int) -> bool:
+        """Compute, write and publish a shard; False when the grace after a stop request ran out on the way."""
+        s = self.images.position(self.plan.images.shard_path(shard_idx).name)
+        shard = OpenTeacherShard(self, shard_idx, self.image_hashes[shard_idx], self.basis_hash)
+        writing: Future | None = None
         try:
-            record = adopt_teacher_shard(path, work.plan.spec)
-            if is_current(work.plan, record, hashes, work.basis_hash):
-                start, stop = work.plan.rows_of(shard_idx)
-                work.on_rows(stop - start, len(work.made))
-                continue
-            messages.append(f"{path}: is of other images than there are now. It is made again.")
-        except UserError as error:
-            if isinstance(error, FutureFormatError):
-                raise
-            messages.append(f"{error} It is made again.")
-        record_path(path).unlink(missing_ok=True)
-        work.repairs.add(shard_idx)
-    return messages
+            with ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
+                for first, images, valid in self.images.batches(s, shard.num_rows):
+                    encoded = self._outputs(images, valid, shard.start + first, shard.sums)
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(shard.write, first, encoded, valid.numpy())
+                    self.on_rows(len(valid), shards=self.num_made)
+                    if self.grace_is_over():
+                        return False
+                writing.result()
+            shard.publish()
+        finally:
+            shard.close()
+        return True
+
+    def _outputs(self, images: Tensor, valid: Tensor, start: int, sums: dict[str, Moments]) -> dict[str, np.ndarray]:
+        """All views of a batch as they are stored: field -> [n, K, ...]; adds them to the sums."""
+        global_idx = torch.arange(start, start + len(images))
+        images, views = images.to(self.teacher.device), []
+        for view in range(self.plan.spec.num_views):
+            features = self.teacher.features(images, global_idx, view)
+            views.append(encode_features(features, self.plan.spec, self.basis))
+            kept = valid_features(features, valid)
+            for name, added in sums.items():
+                added.add(kept.tensors()[name])
+        return {name: torch.stack([one[name] for one in views], dim=1).cpu().numpy() for name in views[0]}
 
 
-def _run_with_retries(work: _Pass, to_make: list[int], scan: RecordScan) -> None:
-    """Run the pass; after an I/O error the shards it hit are made once more, in new files."""
-    failures: dict[int, int] = {}
-    while True:
-        left = [shard_idx for shard_idx in to_make if shard_idx not in work.made | work.found]
-        if not left or work.stop.requested:
-            return
-        try:
-            work.run(left, scan)
-            return
-        except UserError:
-            raise
-        except OSError as error:
-            if not may_try_again(error, failures):
-                raise
-
-
-class OpenTeacherShard:
-    """A shard in the making: its temporary file, and checksums of what has been written to it.
+class OpenTeacherShard(OpenShard):
+    """A shard of teacher outputs in the making, with checksums and sums of what has been written to it.
 
     Args:
-        path: the name it shall get.
-        spec: what is stored.
-        shard_idx: its number.
-        global_start: its first image.
-        num_rows: how many images it has.
+        loop, shard_idx: as OpenShard.
         images_hash: file hash of the image shard it is made of.
         basis_hash: file hash of the token basis; None without one.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        spec: TeacherCacheSpec,
-        *,
-        shard_idx: int,
-        global_start: int,
-        num_rows: int,
-        images_hash: str,
-        basis_hash: str | None,
-    ) -> None:
-        self.path, self.spec = path, spec
-        self.shard_idx, self.global_start, self.num_rows = shard_idx, global_start, num_rows
+    plan: TeacherPlan
+
+    def __init__(self, loop: ShardLoop, shard_idx: int, images_hash: str, basis_hash: str | None) -> None:
+        start, stop = loop.plan.rows_of(shard_idx)
+        spec, rows = loop.plan.spec, stop - start
+        self.fields = place_fields(
+            {name: (dtype, (rows, spec.num_views, *shape)) for name, (dtype, shape) in spec.view_fields.items()}
+        )
+        super().__init__(loop, shard_idx, self.fields[-1].end)
         self.images_hash, self.basis_hash = images_hash, basis_hash
-        views = spec.num_views
-        self.fields = place_fields({n: (dtype, (num_rows, views, *s)) for n, (dtype, s) in spec.view_fields.items()})
         self.crcs = [0] * len(self.fields)
-        self.checksums = {field.name: np.zeros(num_rows * views, np.uint64) for field in self.fields}
-        self.valid = np.zeros(num_rows, bool)
+        self.checksums = {field.name: np.zeros(field.num_rows, np.uint64) for field in self.fields}
+        self.valid = np.zeros(self.num_rows, bool)
         self.rows_written = 0
-        self.temporary = temporary_name(path)
-        self.fd = create_temporary(self.temporary)
-        reserve(self.fd, self.fields[-1].end)
+        summed = ("pooled",) if spec.resolved["token_width"] is None else ("pooled", "tokens")
+        self.sums = {name: Moments() for name in summed}
 
     def write(self, first: int, values: Mapping[str, np.ndarray], valid: np.ndarray) -> None:
         """Write the rows that follow those written so far; rows that are not valid become zero.
@@ -319,104 +158,46 @@ class OpenTeacherShard:
             valid: bool [n].
         """
         assert first == self.rows_written
-        views = self.spec.num_views
+        views = self.plan.spec.num_views
         for key, its_field in enumerate(self.fields):
             part = np.ascontiguousarray(values[its_field.name])
             if not valid.all():
                 part[~valid] = 0
             data, checksums = memoryview(part).cast("B"), self.checksums[its_field.name]
             for i in range(len(part) * views):
-                row = data[i * its_field.view_bytes : (i + 1) * its_field.view_bytes]
+                row = data[i * its_field.row_bytes : (i + 1) * its_field.row_bytes]
                 checksums[first * views + i] = xxhash.xxh3_64_intdigest(row)
             self.crcs[key] = crc32(data, self.crcs[key])
-            pwrite_all(self.fd, data, its_field.offset + first * views * its_field.view_bytes)
+            pwrite_all(self.fd, data, its_field.offset + first * views * its_field.row_bytes)
         self.valid[first : first + len(valid)] = valid
         self.rows_written += len(valid)
 
-    def meta(self, sums: Mapping[str, Moments]) -> dict:
+    def meta(self) -> dict:
         """All the record says except the file's own size and hash."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "shard_path": self.path.name,
-            "shard_idx": self.shard_idx,
-            "global_start": self.global_start,
-            "num_samples": self.num_rows,
-            "num_views": self.spec.num_views,
+        return super().meta() | {
+            "num_views": self.plan.spec.num_views,
             "failed_rows": np.flatnonzero(~self.valid).tolist(),
-            "identity": self.spec.identity,
-            "fingerprint": self.spec.fingerprint,
             "images_hash": self.images_hash,
             "basis_hash": self.basis_hash,
             "fields": {field.name: {"dtype": field.dtype, "shape": list(field.shape)} for field in self.fields},
             "checksums": {name: encode_checksums(values) for name, values in self.checksums.items()},
             "sums": {
                 name: encode_sums(found.count, found.total.cpu().numpy(), found.products.cpu().numpy())
-                for name, found in sums.items()
+                for name, found in self.sums.items()
             },
             "libraries": {"torch": torch.__version__},
         }
 
-    def publish(self, sums: Mapping[str, Moments], *, is_repair: bool) -> None:
-        """Complete the file, make it durable, give it its name, then write its record.
-
-        is_repair: whatever stands under the name was found bad or out of date, and is to be replaced.
-        """
+    def publish(self) -> None:
+        """Complete the file and publish it."""
         assert self.rows_written == self.num_rows
-        meta = self.meta(sums)
-        for offset, piece in frame_of(self.fields, self.crcs, self.valid, json.dumps(meta, sort_keys=True)):
+        meta = self.meta()
+        frame = frame_of(self.fields, self.crcs, {"valid": self.valid}, json.dumps(meta, sort_keys=True))
+        for offset, piece in frame:
             pwrite_all(self.fd, piece, offset)
-        os.ftruncate(self.fd, offset + len(piece))
-        record = meta | {"bytes": offset + len(piece), "hash": _hash_of(self.fd)}
-        os.fsync(self.fd)
-        if not publish_no_clobber(self.temporary, self.path):
-            record = self._settle_with_other_file(record, is_repair)
-        write_atomic(record_path(self.path), record_text(record))
-        self.close()
-
-    def _settle_with_other_file(self, record: dict, is_repair: bool) -> dict:
-        """Another file has the name: keep it when it is a whole shard of the same images, else replace it."""
-        other = None
-        if not is_repair:
-            try:
-                other = record_of_teacher_shard(self.path)
-            except FutureFormatError:
-                raise
-            except (UserError, FileNotFoundError):
-                other = None
-        same = ("fingerprint", "images_hash", "basis_hash", "num_samples")
-        if other is not None and all(other[key] == record[key] for key in same):
-            return other
-        os.replace(self.temporary, self.path)
-        fsync_dir(self.path.parent)
-        return record
-
-    def close(self) -> None:
-        """Let go of the file; a temporary file that was not published is removed."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            try:
-                os.close(fd)
-            finally:
-                self.temporary.unlink(missing_ok=True)
-
-
-def _hash_of(fd: int) -> str:
-    with open(fd, "rb", buffering=0, closefd=False) as file:
-        file.seek(0)
-        return hash_file(file)
-
-
-def adopt_teacher_shard(path: Path, spec: TeacherCacheSpec) -> dict:
-    """Hash a doubtful shard and write its record when it is whole; returns the record.
-
-    Raises:
-        UserError: it is damaged, or of another configuration.
-    """
-    try:
-        record = record_of_teacher_shard(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: is gone.") from error
-    if record["fingerprint"] != spec.fingerprint:
-        raise UserError(f"{path}: is of another configuration.")
-    write_atomic(record_path(path), record_text(record))
-    return record
+        size = offset + len(piece)
+        os.ftruncate(self.fd, size)
+        with open(self.fd, "rb", buffering=0, closefd=False) as file:
+            file.seek(0)
+            file_hash = hash_file(file)
+        self.publish_file(meta | {"bytes": size, "hash": file_hash})

@@ -1,7 +1,6 @@
 """The rows of a cache as map-style data sets, for any torch DataLoader, and the labelled rows of evaluation sets."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,14 @@ class CachedTensorDataset(Dataset):
             if limit is not None and limit < 1:
                 raise UserError(f"{name} is {limit}; it must be 1 or more, or None for all.")
         index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
-        self.index = part_of_index(index, slice(0, max_shards))
+        self.index = index.only(slice(0, max_shards))
         self.transform = transform
         valid = self.index.shard_rows - self.index.shard_failed
         if max_samples is not None:
             before = np.cumsum(valid) - valid
             # shards past the limit are not part of it: a draw of shards_per_epoch would waste its turns on them
             num_used = max(1, int((before < max_samples).sum()))
-            self.index = part_of_index(self.index, slice(0, num_used))
+            self.index = self.index.only(slice(0, num_used))
             valid = np.clip(max_samples - before, 0, valid)[:num_used]
         self.shard_rows = valid
         self._ends = np.cumsum(valid)
@@ -155,13 +154,6 @@ def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
     if outside.any():
         raise IndexError(f"row {rows[outside][0]} of a data set of {count} rows")
     return rows % count
-
-
-def part_of_index(index: CacheIndex, which: slice | list[int]) -> CacheIndex:
-    """The index of some of its shards."""
-    names = np.array(index.shard_names, object)[which].tolist()
-    arrays = {key: getattr(index, key)[which] for key in ("shard_starts", "shard_rows", "shard_failed", "shard_bytes")}
-    return replace(index, shard_names=names, num_samples=int(arrays["shard_rows"].sum()), **arrays)
 
 
 def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

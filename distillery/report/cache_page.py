@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distillery.cache.images import FAILURES_NAME, INDEX_NAME, decode_sizes, read_record, valid_rows
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, decode_sizes, valid_rows
 from distillery.cache.store import record_path
 from distillery.report.render import render
 from distillery.report.style import COLOUR, RC, new_figure, short_count, to_svg
@@ -199,7 +199,7 @@ def draw_brightness(brightness: np.ndarray) -> Figure:
 def origin_of(index: CacheIndex) -> dict[str, Any]:
     """What the bytes depend on and what made them: name -> value."""
     try:
-        libraries = read_record(record_path(index.shard_path(0)))["libraries"]
+        libraries = IMAGE_SHARDS.read_record(record_path(index.shard_path(0)))["libraries"]
     except (OSError, UserError, KeyError):
         libraries = {}
     folders = sorted(path.parent for path in index.directory.glob(f"eval/*/*/{INDEX_NAME}"))
@@ -222,7 +222,7 @@ def source_sizes(index: CacheIndex) -> np.ndarray:
     found = [np.zeros((0, 2), np.int64)]
     for shard in np.arange(count) * len(index.shard_names) // max(1, count):
         try:
-            record = read_record(record_path(index.shard_path(shard)))
+            record = IMAGE_SHARDS.read_record(record_path(index.shard_path(shard)))
         except (OSError, UserError):  # lost or damaged, for verify to tell
             continue
         if "source_sizes" in record:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from distillery.cache.images import image_scan
 from distillery.config.load import Configs
 from distillery.losses.total import check_tokens
 from distillery.models.backbone import MEMORY_FORMAT
@@ -44,6 +43,7 @@ from distillery.teacher_cache.outputs import LiveTeacher
 from distillery.teacher_cache.reader import TeacherCache, find_teacher_cache, fitting_folders
 from distillery.teacher_cache.records import FILES_NAME, read_teacher_index, teacher_shard_name
 from distillery.teacher_cache.replay import Replay, replay_views
+from distillery.teacher_cache.survey import image_hashes
 from distillery.teacher_cache.targets import wanted_outputs
 
 # views run again to see whether the code gives the same outputs: other code changes every view
@@ -252,8 +252,7 @@ def compare_views(
     teacher = replace(teacher, precision=cache.identity["resolved"]["precision"])
     rows, rng, num_compared = ImageRows(cache_dir, images), np.random.default_rng(0), 0
     # outputs of images that have changed since differ whatever the teacher: the pass makes them again
-    of_images = {record["shard_idx"]: record["hash"] for record in image_scan(cache_dir).records()}
-    hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in of_images.items()}
+    hashes = {teacher_shard_name(shard_idx): value for shard_idx, value in image_hashes(cache_dir).items()}
     listed = enumerate(cache.index["shards"])
     shards = [s for s, row in listed if row["images_hash"] == hashes.get(row["shard_path"])]
     chosen = rng.permutation(shards)[:_NUM_REPLAYS].tolist()

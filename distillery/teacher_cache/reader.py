@@ -19,7 +19,7 @@ from torch import Tensor
 from distillery.cache.fields import FIELD_DTYPES
 from distillery.cache.folder import ShardLayout
 from distillery.cache.plan import differences
-from distillery.cache.store import FutureFormatError, decode_checksums, record_path
+from distillery.cache.store import decode_checksums
 from distillery.reading.shard_files import ShardFiles
 from distillery.system.errors import MissingFileError, UserError, teacher_command
 from distillery.system.files import open_regular, read_blocks
@@ -28,11 +28,10 @@ from distillery.teacher_cache.local_files import local_dir_of, path_of_text
 from distillery.teacher_cache.records import (
     BASIS_NAME,
     FOLDER_NAME,
+    TEACHER_SHARDS,
     fields_of,
     made_at,
-    meta_inside,
     read_teacher_index,
-    read_teacher_record,
     statistics_of,
     teacher_folders,
 )
@@ -134,19 +133,10 @@ class _FieldIndex:
         return self.directory / self.shard_names[s]
 
 
-def _record_or_meta(path: Path) -> dict:
-    """A listed shard's record; where it is lost or damaged, what the shard says of itself."""
+def _record_of(path: Path) -> dict:
+    """What a listed shard's record says, or the shard itself where that is lost."""
     try:
-        return read_teacher_record(record_path(path))
-    except FutureFormatError:
-        raise
-    except (FileNotFoundError, UserError):
-        return _meta_of(path)
-
-
-def _meta_of(path: Path) -> dict:
-    try:
-        return meta_inside(path)[0]
+        return TEACHER_SHARDS.record_or_meta(path)
     except FileNotFoundError as error:
         if isinstance(error, UserError):
             raise
@@ -158,7 +148,7 @@ class _FieldFiles(ShardFiles):
 
     def _load_layout(self, shard: int) -> ShardLayout:
         index, path = self.index, self.index.shard_path(shard)
-        record = _record_or_meta(path)
+        record = _record_of(path)
         rows = record["num_samples"] * record["num_views"]
         if (record["fingerprint"], record["global_start"], rows, record["num_views"]) != (
             index.fingerprint,
@@ -168,7 +158,7 @@ class _FieldFiles(ShardFiles):
         ):
             raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
         field = next((field for field in fields_of(record) if field.name == index.name), None)
-        if field is None or field.view_bytes != index.row_bytes:
+        if field is None or field.row_bytes != index.row_bytes:
             raise UserError(f"{path}: holds other tensors than index.json says. Run: {teacher_command()}")
         return ShardLayout(field.offset, np.ones(rows, bool), decode_checksums(record["checksums"][index.name]))
 
@@ -245,7 +235,7 @@ class TeacherCache:
             MissingFileError: a shard is gone with its record. UserError: they are not of this teacher.
         """
         paths = [self.directory / row["shard_path"] for row in self.index["shards"]]
-        records = [_record_or_meta(path) for path in paths]
+        records = [_record_of(path) for path in paths]
         for path, record in zip(paths, records, strict=True):
             if record["fingerprint"] != self.fingerprint:
                 raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")

@@ -1,7 +1,6 @@
 """What a folder of teacher outputs says about itself: a record beside each shard; index.json and statistics.json.
 
-As distillery.cache.images for images: the views follow from the records, a record from its shard, a shard from the
-images and the teacher. Nothing here trusts a file, executes a pickle or imports torch.
+As distillery.cache.images for images. Nothing here trusts a file, executes a pickle or imports torch.
 """
 
 import base64
@@ -10,25 +9,15 @@ import json
 import math
 import os
 import re
-import struct
 from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import read_meta
-from distillery.cache.fields import FIELD_DTYPES, Field, digest_file, frame_of, place_fields
+from distillery.cache.fields import FIELD_DTYPES, Field, place_fields
 from distillery.cache.images import INDEX_NAME, holds_first_rows, index_text
-from distillery.cache.store import (
-    FORMAT_VERSION,
-    RecordScan,
-    check_version,
-    decode_checksums,
-    keep_views,
-    parse_json,
-    read_guarded,
-)
-from distillery.system.errors import MissingFileError, UserError, teacher_command
-from distillery.system.files import hash_file, open_regular, read_regular, sha256_of
+from distillery.cache.store import FORMAT_VERSION, MALFORMED, ShardKind, decode_checksums, read_index
+from distillery.system.errors import UserError, teacher_command
+from distillery.system.files import hash_file, open_regular, sha256_of
 
 FOLDER_NAME = "teacher"
 STATISTICS_NAME = "statistics.json"
@@ -38,8 +27,6 @@ TEACHER_PATTERN = re.compile(r"teacher_shard_\d{5,}\.pt")
 # in the order in which they stand in a shard
 FIELD_NAMES = ("pooled", "tokens", "logits")
 _MAX_COUNT = 1 << 53
-_FRAME_BYTES_PER_VIEW = 64  # checksums and the valid flag, with room to spare
-_MAX_FRAME_BYTES = 64 << 20
 
 
 def teacher_shard_name(shard_idx: int) -> str:
@@ -50,16 +37,6 @@ def teacher_shard_name(shard_idx: int) -> str:
 def teacher_folders(cache_dir: Path) -> list[Path]:
     """The folders of teacher outputs below an image cache."""
     return sorted(path for path in (cache_dir / FOLDER_NAME).glob("*") if path.is_dir())
-
-
-def teacher_scan(directory: Path) -> RecordScan:
-    """The records of a folder of teacher outputs, without their checksums."""
-    return RecordScan(directory, pattern=TEACHER_PATTERN, read=read_teacher_record, bulk=("checksums",))
-
-
-def read_teacher_record(path: Path) -> dict:
-    """A teacher shard's record, checked; errors as records.read_record."""
-    return check_teacher_record(read_guarded(path), path)
 
 
 def file_hash(path: os.PathLike) -> str:
@@ -92,17 +69,6 @@ def valid_teacher_rows(record: dict) -> np.ndarray:
     valid = np.ones(record["num_samples"], bool)
     valid[record["failed_rows"]] = False
     return valid
-
-
-def check_teacher_record(record: dict, path: Path) -> dict:
-    """Raise UserError unless `record` is a well-formed record of the shard beside `path`; returns it."""
-    try:
-        is_consistent = _is_consistent(record, path.with_suffix(".pt").name)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-        raise UserError(f"{path}: not a teacher shard's record ({type(error).__name__}: {error}).") from error
-    if not is_consistent:
-        raise UserError(f"{path}: its fields contradict each other or the file's name.")
-    return record
 
 
 def _is_consistent(record: dict, name: str) -> bool:
@@ -140,51 +106,14 @@ def _is_hash(text: str) -> bool:
     return re.fullmatch(r"xxh3_128:[0-9a-f]{32}", text) is not None
 
 
-def meta_inside(path: Path) -> tuple[dict, str]:
-    """(what a shard says of itself, checked, which leaves its own size and hash open; its JSON text).
-
-    Raises:
-        UserError: damaged, or no such shard. FutureFormatError: of a later version.
-    """
-    text = read_meta(path)
-    meta = parse_json(path, text)
-    check_version(meta, path)
-    placeholders = {"bytes": path.lstat().st_size, "hash": "xxh3_128:" + "0" * 32}
-    check_teacher_record(meta | placeholders, path)
-    return meta, text
-
-
-def record_of_teacher_shard(path: Path) -> dict:
-    """The record of a shard from the shard alone, every byte of it compared with what it should be.
-
-    Raises:
-        UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
-    """
-    meta, text = meta_inside(path)
-    fields = fields_of(meta)
-    limit = _MAX_FRAME_BYTES + _FRAME_BYTES_PER_VIEW * meta["num_samples"] * meta["num_views"]
-    digest = digest_file(path, fields, limit)
-    for name, checksums in digest.checksums.items():
-        wrong = np.flatnonzero(checksums != decode_checksums(meta["checksums"][name]))
-        if len(wrong):
-            row, view = divmod(int(wrong[0]), meta["num_views"])
-            raise UserError(
-                f"{path}: damaged: {len(wrong)} vectors of {name} differ from their checksums, "
-                f"the first is row {row}, view {view}."
-            )
-    if digest.frame != frame_of(fields, digest.crcs, valid_teacher_rows(meta), text):
-        raise UserError(f"{path}: damaged: the bytes around its tensors are not those of this shard.")
-    return meta | {"bytes": digest.size, "hash": digest.hash}
-
-
-def teacher_index_of(records: list[dict], num_target: int) -> dict:
-    """index.json's content: a pure function of the records and of how many rows there shall be."""
-    first = records[0]
+def teacher_index_of(records: list[dict], num_target: int | None) -> dict:
+    """index.json's content: a pure function of the records and of how many rows there shall be (None: these)."""
+    first, num_rows = records[0], sum(record["num_samples"] for record in records)
     return {
         "format_version": FORMAT_VERSION,
-        "num_samples": sum(record["num_samples"] for record in records),
+        "num_samples": num_rows,
         "num_views": first["num_views"],
-        "complete": holds_first_rows(records, num_target),
+        "complete": holds_first_rows(records, num_target or num_rows),
         "fingerprint": first["fingerprint"],
         "identity": first["identity"],
         "basis_hash": first["basis_hash"],
@@ -216,16 +145,21 @@ def statistics_of(records: list[dict]) -> dict:
     return found
 
 
-def teacher_views(directory: Path, records: list[dict], num_target: int) -> tuple[dict, dict[Path, bytes]]:
-    """(index.json's content, path -> content of each file that follows from the records)."""
+def _views_of(records: list[dict], num_target: int | None) -> tuple[dict, dict[str, bytes]]:
     index = teacher_index_of(records, num_target)
     statistics = json.dumps(statistics_of(records), indent=1).encode() + b"\n"
-    return index, {directory / STATISTICS_NAME: statistics, directory / INDEX_NAME: index_text(index)}
+    return index, {STATISTICS_NAME: statistics, INDEX_NAME: index_text(index)}
 
 
-def write_teacher_views(directory: Path, scan: RecordScan, num_target: int) -> dict | None:
-    """Write index.json and statistics.json from the records; as records.write_views."""
-    return keep_views(scan, lambda records: teacher_views(directory, records, num_target))
+TEACHER_SHARDS = ShardKind(
+    pattern=TEACHER_PATTERN,
+    is_consistent=_is_consistent,
+    fields_of=fields_of,
+    checksums_of=lambda record: record["checksums"],
+    small_tensors=lambda record, path: {"valid": valid_teacher_rows(record)},
+    views_of=_views_of,
+    bulk=("checksums",),
+)
 
 
 def mark_as_current(directory: Path) -> None:
@@ -250,14 +184,10 @@ def read_teacher_index(directory: Path) -> dict:
         MissingFileError: there is none. UserError: damaged or hostile. FutureFormatError: of a later version.
     """
     path = directory / INDEX_NAME
-    try:
-        index = parse_json(path, read_regular(path))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"Index file not found: {path}. Run: {teacher_command()}") from error
-    check_version(index, path)
+    index = read_index(path, teacher_command())
     try:
         is_sound = _is_sound(index)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). Run: {teacher_command()}") from error
     if not is_sound:
         raise UserError(f"{path}: damaged: its fields contradict each other. Run: {teacher_command()}")

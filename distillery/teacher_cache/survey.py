@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from distillery.cache.images import image_scan, valid_rows
-from distillery.cache.plan import CachePlan, Survey, is_untouched
+from distillery.cache.images import IMAGE_SHARDS, valid_rows
+from distillery.cache.plan import CachePlan, Survey, survey_shards
+from distillery.cache.store import ShardKind
 from distillery.system.errors import UserError, teacher_command
 from distillery.teacher_cache.identity import TeacherCacheSpec
-from distillery.teacher_cache.records import BASIS_NAME, file_hash, teacher_scan, teacher_shard_name
+from distillery.teacher_cache.records import BASIS_NAME, TEACHER_SHARDS, file_hash, teacher_shard_name
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,22 @@ class TeacherPlan:
 
     images: CachePlan
     spec: TeacherCacheSpec
+    kind: ClassVar[ShardKind] = TEACHER_SHARDS
+
+    @property
+    def identity(self) -> dict:
+        """All that decides the bytes."""
+        return self.spec.identity
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the identity."""
+        return self.spec.fingerprint
+
+    @property
+    def num_rows(self) -> int:
+        """As many as the images have."""
+        return self.images.num_rows
 
     @property
     def directory(self) -> Path:
@@ -48,6 +66,17 @@ class TeacherPlan:
         """Whether tokens are stored in a basis of their own."""
         return self.spec.identity["stored"]["tokens"]["form"] == "pca"
 
+    def why_outdated(self, record: dict, images: dict[int, str], basis: str | None) -> str | None:
+        """Why a whole shard of this identity is to be made again: it is not of the images or basis there are now.
+
+        images: by image_hashes; basis: by basis_hash, None where one that was lost will be found again, the same.
+        """
+        if record["images_hash"] != images.get(record["shard_idx"]):
+            return "is of other images than there are now"
+        if basis not in (None, record["basis_hash"]):
+            return "is in another basis than there is now"
+        return self.images.why_outdated(record)
+
 
 def images_for_training(images: CachePlan, max_samples: int | None) -> CachePlan:
     """The plan up to the last image that training takes, where it is there.
@@ -57,7 +86,7 @@ def images_for_training(images: CachePlan, max_samples: int | None) -> CachePlan
     """
     if max_samples is None or max_samples > images.num_rows or not images.directory.is_dir():
         return images
-    records = {record["shard_idx"]: record for record in image_scan(images.directory).records()}
+    records = {record["shard_idx"]: record for record in IMAGE_SHARDS.scan(images.directory).records()}
     left, end = max_samples, 0
     for shard_idx in range(max(images.num_shards, len(records))):
         start, stop = images.rows_of(shard_idx)
@@ -85,49 +114,21 @@ def survey_teacher(plan: TeacherPlan, shards: Iterable[int]) -> Survey:
     """
     if not plan.directory.is_dir():
         return Survey([], [], list(shards))
-    records = {record["shard_idx"]: record for record in teacher_scan(plan.directory).records()}
+    records = {record["shard_idx"]: record for record in TEACHER_SHARDS.scan(plan.directory).records()}
     for record in records.values():
-        check_fingerprint(plan, record)
-    images, basis = image_hashes(plan), basis_hash(plan)
-    done, doubtful, missing = [], [], []
-    for shard_idx in shards:
-        path, record = plan.shard_path(shard_idx), records.get(shard_idx)
-        if not path.exists():
-            missing.append(shard_idx)
-        elif record is None or not is_untouched(path, record):
-            doubtful.append(shard_idx)
-        elif is_current(plan, record, images, basis):
-            done.append(shard_idx)
-        else:
-            missing.append(shard_idx)
-    return Survey(done, doubtful, missing)
+        if record["fingerprint"] != plan.fingerprint:
+            raise UserError(
+                f"{plan.directory / record['shard_path']} was made with another configuration than its folder is named "
+                "after: somebody moved it there. Move it away."
+            )
+    images, basis = image_hashes(plan.images.directory), basis_hash(plan)
+    return survey_shards(plan, shards, records, lambda record: plan.why_outdated(record, images, basis))
 
 
-def is_current(plan: TeacherPlan, record: dict, images: dict[int, str], basis: str | None) -> bool:
-    """Whether a shard is of the images and in the basis that there are now."""
-    start, stop = plan.rows_of(record["shard_idx"])
-    return (
-        record["images_hash"] == images.get(record["shard_idx"])
-        and record["num_samples"] >= stop - start
-        # a basis that was lost is found again, the same, before anything is made
-        and basis in (None, record["basis_hash"])
-    )
-
-
-def check_fingerprint(plan: TeacherPlan, record: dict) -> None:
-    """Raise UserError when a record is of another configuration than the folder's name."""
-    if record["fingerprint"] != plan.spec.fingerprint:
-        raise UserError(
-            f"{plan.directory / record['shard_path']} was made with another configuration than its folder is named "
-            "after: somebody moved it there. Move it away."
-        )
-
-
-def image_hashes(plan: TeacherPlan) -> dict[int, str]:
+def image_hashes(cache_dir: Path) -> dict[int, str]:
     """shard_idx -> file hash of the image shards that are there."""
-    if not plan.images.directory.is_dir():
-        return {}
-    return {record["shard_idx"]: record["hash"] for record in image_scan(plan.images.directory).records()}
+    records = IMAGE_SHARDS.scan(cache_dir).records() if cache_dir.is_dir() else []
+    return {record["shard_idx"]: record["hash"] for record in records}
 
 
 def basis_hash(plan: TeacherPlan) -> str | None:
@@ -138,7 +139,7 @@ def basis_hash(plan: TeacherPlan) -> str | None:
 
 def check_images(plan: TeacherPlan, shards: list[int]) -> None:
     """Raise UserError unless the image shards are there, with all the rows that the plan gives them."""
-    rows = {record["shard_idx"]: record["num_samples"] for record in image_scan(plan.images.directory).records()}
+    rows = {record["shard_idx"]: record["num_samples"] for record in IMAGE_SHARDS.scan(plan.images.directory).records()}
     for shard_idx in shards:
         start, stop = plan.rows_of(shard_idx)
         if rows.get(shard_idx, 0) < stop - start:

@@ -92,7 +92,7 @@ def test_the_bytes_do_not_depend_on_the_files_name_or_what_stood_in_it_before(tm
 
 def test_the_bytes_of_format_3_never_change(tmp_path):
     write_shard(tmp_path / "s.pt", "uint8", meta="{}")
-    # another value here makes every cache there is unreadable for adoption: raise format_version instead
+    # another value here makes every cache there is unreadable for stage 1: raise format_version instead
     assert xxhash.xxh3_64_hexdigest((tmp_path / "s.pt").read_bytes()) == "336960e537602b93"
 
 

@@ -22,7 +22,7 @@ def write_shard(path, specs=SPECS, meta="{}"):
         for field in fields:
             file.seek(field.offset)
             file.write(data[field.name])
-        for offset, piece in frame_of(fields, [crc32(data[field.name]) for field in fields], valid, meta):
+        for offset, piece in frame_of(fields, [crc32(data[field.name]) for field in fields], {"valid": valid}, meta):
             file.seek(offset)
             file.write(piece)
     return fields, data, valid
@@ -45,7 +45,7 @@ def test_every_tensor_is_aligned_and_where_it_was_said_to_be(tmp_path):
     for field in fields:
         assert field.offset % 64 == 0
         assert content[field.offset : field.end] == data[field.name]
-    assert fields[1].view_bytes == 28
+    assert fields[1].row_bytes == 28
 
 
 def test_a_digest_gives_what_the_shard_was_made_of(tmp_path):
@@ -53,9 +53,9 @@ def test_a_digest_gives_what_the_shard_was_made_of(tmp_path):
 
     fields, data, valid = write_shard(tmp_path / "shard.pt")
     digest = digest_file(tmp_path / "shard.pt", fields, 1 << 20)
-    assert digest.frame == frame_of(fields, digest.crcs, valid, "{}")
+    assert digest.frame == frame_of(fields, digest.crcs, {"valid": valid}, "{}")
     for field in fields:
-        views = [data[field.name][i : i + field.view_bytes] for i in range(0, field.size, field.view_bytes)]
+        views = [data[field.name][i : i + field.row_bytes] for i in range(0, field.size, field.row_bytes)]
         assert digest.checksums[field.name].tolist() == [xxhash.xxh3_64_intdigest(view) for view in views]
     content = (tmp_path / "shard.pt").read_bytes()
     assert (digest.size, digest.hash) == (len(content), f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}")
@@ -70,7 +70,7 @@ def test_each_flipped_byte_shows_in_the_frame_or_in_a_checksum(tmp_path):
         path.write_bytes(content)
         bad = digest_file(path, fields, 1 << 20)
         sums_differ = any((bad.checksums[name] != good.checksums[name]).any() for name in good.checksums)
-        assert sums_differ or bad.frame != frame_of(fields, bad.crcs, valid, "{}")
+        assert sums_differ or bad.frame != frame_of(fields, bad.crcs, {"valid": valid}, "{}")
         content[position] ^= 16
 
 
@@ -87,7 +87,7 @@ def test_tensors_of_more_than_4_gib_are_found(tmp_path):
     fields = place_fields({"pooled": ("float16", (1 << 20, 2, 1100)), "tokens": ("int8", (1 << 20, 2, 1, 4))})
     assert fields[0].size > 1 << 32
     with open(path, "wb") as file:  # a sparse file: its holes take no room
-        for offset, piece in frame_of(fields, [0, 0], np.ones(1 << 20, bool), "{}"):
+        for offset, piece in frame_of(fields, [0, 0], {"valid": np.ones(1 << 20, bool)}, "{}"):
             file.seek(offset)
             file.write(piece)
         file.seek(fields[1].end - 4)

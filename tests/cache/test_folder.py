@@ -14,7 +14,7 @@ from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 
 from distillery.cache.folder import load_index, load_labels, load_shard_layout
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.store import FutureFormatError, record_text
 from distillery.cache.verify import verify_cache
 from distillery.system.errors import MissingFileError, UserError
@@ -245,7 +245,7 @@ def test_a_shard_that_is_not_the_one_listed_is_refused(cache, tmp_path, what):
 
 def test_a_record_of_a_later_version_is_refused_by_readers_too(cache):
     path = cache / "images_shard_00000.json"
-    path.write_bytes(record_text(read_record(path) | {"format_version": 9}))
+    path.write_bytes(record_text(IMAGE_SHARDS.read_record(path) | {"format_version": 9}))
     with pytest.raises(FutureFormatError, match="format_version 9"):
         load_shard_layout(load_index(cache), 0)
 

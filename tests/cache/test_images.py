@@ -12,18 +12,14 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from distillery.cache import store
 from distillery.cache.images import (
     FAILURES_NAME,
+    IMAGE_SHARDS,
     INDEX_NAME,
-    check_record,
     decode_sizes,
     encode_sizes,
     failures_of,
-    image_scan,
     index_of,
-    read_record,
-    record_of_shard,
     shard_name,
     valid_rows,
-    write_views,
 )
 from distillery.cache.store import (
     FutureFormatError,
@@ -52,11 +48,11 @@ def cache(made, tmp_path):
 def test_a_record_is_what_its_shard_says_of_itself(cache):
     for shard_idx in range(3):
         path = cache / shard_name(shard_idx)
-        assert record_of_shard(path) == read_record(record_path(path))
+        assert IMAGE_SHARDS.record_of_shard(path) == IMAGE_SHARDS.read_record(record_path(path))
 
 
 def test_a_record_names_the_rows_that_failed(cache):
-    record = read_record(cache / "images_shard_00002.json")
+    record = IMAGE_SHARDS.read_record(cache / "images_shard_00002.json")
     assert record["failures"] == [{"global_idx": 17, "shard_idx": 2, "reason": "not an image file of a known format"}]
     assert valid_rows(record).tolist() == [True, False, True, True, True, True]
 
@@ -70,13 +66,13 @@ def test_sizes_survive_their_text_and_shards_of_earlier_versions_have_none(cache
     values = np.array([[0, 0], [375, 500], [2**32 - 1, 1]], np.uint32)
     assert decode_sizes(json.loads(json.dumps(encode_sizes(values)))).tolist() == values.tolist()
     path = cache / "images_shard_00000.json"
-    record = read_record(path)
+    record = IMAGE_SHARDS.read_record(path)
     assert decode_sizes(record.pop("source_sizes")).shape == (record["num_samples"], 2)
-    assert check_record(record, path) == record
+    assert IMAGE_SHARDS.check_record(record, path) == record
     for hostile in ({"values": "AAAAAAAAAAA="}, {"values": "AAAA"}, None, []):
         path.write_bytes(record_text(record | {"source_sizes": hostile}))
         with pytest.raises(UserError, match="images_shard_00000.json"):
-            read_record(path)
+            IMAGE_SHARDS.read_record(path)
 
 
 def test_every_flipped_bit_of_a_record_is_noticed(cache):
@@ -88,7 +84,7 @@ def test_every_flipped_bit_of_a_record_is_noticed(cache):
         data[position] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         with pytest.raises(UserError, match="images_shard_00000.json"):
-            read_record(path)
+            IMAGE_SHARDS.read_record(path)
 
 
 def test_every_truncation_of_a_record_is_noticed(cache):
@@ -97,7 +93,7 @@ def test_every_truncation_of_a_record_is_noticed(cache):
     for length in [0, 1, 2, len(good) // 2, len(good) - 2, len(good) - 1]:
         path.write_bytes(good[:length])
         with pytest.raises(UserError, match="images_shard_00000.json"):
-            read_record(path)
+            IMAGE_SHARDS.read_record(path)
 
 
 def test_any_flipped_byte_of_a_shard_without_record_is_noticed(cache):
@@ -112,7 +108,7 @@ def test_any_flipped_byte_of_a_shard_without_record_is_noticed(cache):
         data[position] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         with pytest.raises(UserError, match="images_shard_00002.pt"):
-            record_of_shard(path)
+            IMAGE_SHARDS.record_of_shard(path)
 
 
 @pytest.mark.parametrize("change", ["append", "cut", "zeroes"])
@@ -121,13 +117,13 @@ def test_a_shard_longer_or_shorter_than_it_was_is_noticed(cache, change):
     good = path.read_bytes()
     path.write_bytes({"append": good + b"\0", "cut": good[:-1], "zeroes": bytes(len(good))}[change])
     with pytest.raises(UserError, match="images_shard_00001.pt"):
-        record_of_shard(path)
+        IMAGE_SHARDS.record_of_shard(path)
 
 
 def test_a_shard_under_another_ones_name_is_noticed(cache):
     os.replace(cache / "images_shard_00001.pt", cache / "images_shard_00000.pt")
     with pytest.raises(UserError, match="contradict each other or the file's name"):
-        record_of_shard(cache / "images_shard_00000.pt")
+        IMAGE_SHARDS.record_of_shard(cache / "images_shard_00000.pt")
 
 
 @pytest.mark.parametrize(
@@ -177,23 +173,23 @@ def test_a_shard_under_another_ones_name_is_noticed(cache):
 )
 def test_a_record_with_a_hostile_field_is_refused(cache, changes):
     path = cache / "images_shard_00000.json"
-    record = read_record(path) | changes
+    record = IMAGE_SHARDS.read_record(path) | changes
     path.write_bytes(record_text(record))  # its own hash is right
     with pytest.raises(UserError, match="images_shard_00000.json"):
-        read_record(path)
+        IMAGE_SHARDS.read_record(path)
     for key in changes:
         del record[key]
     with pytest.raises(UserError, match="not a shard's record"):
-        check_record(record, path)
+        IMAGE_SHARDS.check_record(record, path)
 
 
 def test_a_record_of_a_later_version_is_not_taken_for_damage(cache):
     path = cache / "images_shard_00000.json"
-    path.write_bytes(record_text(read_record(path) | {"format_version": 4}))
+    path.write_bytes(record_text(IMAGE_SHARDS.read_record(path) | {"format_version": 4}))
     with pytest.raises(FutureFormatError, match="format_version 4 is of a later version"):
-        read_record(path)
+        IMAGE_SHARDS.read_record(path)
     with pytest.raises(FutureFormatError):
-        image_scan(cache).records()
+        IMAGE_SHARDS.scan(cache).records()
 
 
 @pytest.mark.parametrize(
@@ -208,11 +204,11 @@ def test_a_scan_leaves_out_unreadable_records_and_those_whose_shard_is_gone(cach
     (cache / "images_shard_00000.json").write_bytes(b"{}")
     (cache / "images_shard_00001.pt").unlink()
     (cache / "images_shard_0000x.json").write_bytes(b"{}")
-    assert [record["shard_idx"] for record in image_scan(cache).records()] == [2]
+    assert [record["shard_idx"] for record in IMAGE_SHARDS.scan(cache).records()] == [2]
 
 
 def test_a_second_scan_sees_what_changed(cache):
-    scan = image_scan(cache)
+    scan = IMAGE_SHARDS.scan(cache)
     first = scan.records()
     assert scan.records() == first
     text = (cache / "images_shard_00001.json").read_bytes()
@@ -237,13 +233,13 @@ def test_the_views_are_made_again_from_the_records_byte_for_byte(cache, damage):
             (cache / name).write_bytes(before[name].replace(b"1", b"0", 1))
         else:
             (cache / name).write_bytes(damage)
-    write_views(cache, image_scan(cache))
+    IMAGE_SHARDS.scan(cache).write_views()
     assert folder_bytes(cache) == before
 
 
 def test_views_that_agree_are_not_written_again(cache):
     before = (cache / INDEX_NAME).stat()
-    write_views(cache, image_scan(cache))
+    IMAGE_SHARDS.scan(cache).write_views()
     assert (cache / INDEX_NAME).stat().st_ino == before.st_ino
 
 
@@ -251,7 +247,7 @@ def test_views_in_the_form_of_a_link_are_replaced_not_followed(cache, tmp_path):
     (tmp_path / "outside").write_bytes(b"precious")
     (cache / INDEX_NAME).unlink()
     (cache / INDEX_NAME).symlink_to(tmp_path / "outside")
-    write_views(cache, image_scan(cache))
+    IMAGE_SHARDS.scan(cache).write_views()
     assert (tmp_path / "outside").read_bytes() == b"precious"
     assert not (cache / INDEX_NAME).is_symlink()
 
@@ -260,25 +256,25 @@ def test_without_failures_there_is_no_failures_file(cache):
     (cache / FAILURES_NAME).write_bytes(b"old")
     for shard_idx in (0, 2):
         (cache / f"images_shard_0000{shard_idx}.pt").unlink()
-    write_views(cache, image_scan(cache))
+    IMAGE_SHARDS.scan(cache).write_views()
     assert not (cache / FAILURES_NAME).exists()
 
 
 def test_views_that_agree_leave_a_folder_alone_that_can_only_be_read(cache, monkeypatch):
     for shard_idx in (0, 2):  # those with failures: without them there is no failures file either
         (cache / f"images_shard_0000{shard_idx}.pt").unlink()
-    write_views(cache, image_scan(cache))
+    IMAGE_SHARDS.scan(cache).write_views()
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
     monkeypatch.setattr(store, "write_atomic", refuse)
-    assert write_views(cache, image_scan(cache))["num_samples"] == 8
+    assert IMAGE_SHARDS.scan(cache).write_views()["num_samples"] == 8
 
 
 def test_an_index_is_complete_when_all_rows_wanted_are_there_and_not_merely_as_many(cache):
-    images = image_scan(cache).records()
+    images = IMAGE_SHARDS.scan(cache).records()
     assert index_of(images)["complete"]
     assert not index_of(images[:2])["complete"]
     assert index_of(images[:2], 16)["complete"]
@@ -295,7 +291,7 @@ def test_records_of_two_configurations_make_no_index(cache, tmp_path):
         shutil.copy(other / name, cache / name)
     before = folder_bytes(cache)
     with pytest.raises(UserError, match="images_shard_00000.pt and images_shard_00001.pt .* different configurations"):
-        write_views(cache, image_scan(cache))
+        IMAGE_SHARDS.scan(cache).write_views()
     assert folder_bytes(cache) == before
 
 
@@ -303,7 +299,7 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
     late = {name: (cache / name) for name in ("images_shard_00002.pt", "images_shard_00002.json")}
     for name, path in late.items():
         shutil.move(path, tmp_path / name)
-    scan = image_scan(cache)
+    scan = IMAGE_SHARDS.scan(cache)
     images = scan.records
 
     def records_then_publish():
@@ -314,7 +310,7 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
         return found
 
     monkeypatch.setattr(scan, "records", records_then_publish)
-    index = write_views(cache, scan)
+    index = scan.write_views()
     assert index["num_samples"] == 22
     assert json.loads((cache / INDEX_NAME).read_text()) == index
 
@@ -330,4 +326,4 @@ def test_an_old_reader_finds_the_keys_it_knows(cache):
 def test_the_failures_file_has_one_line_for_each(cache):
     lines = [json.loads(line) for line in (cache / FAILURES_NAME).read_text().splitlines()]
     assert [line["global_idx"] for line in lines] == [3, 17]
-    assert failures_of(image_scan(cache).records()) == (cache / FAILURES_NAME).read_bytes()
+    assert failures_of(IMAGE_SHARDS.scan(cache).records()) == (cache / FAILURES_NAME).read_bytes()

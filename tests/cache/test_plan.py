@@ -9,7 +9,7 @@ import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache import plan as plan_module
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import survey_cache
 from distillery.cache.store import FutureFormatError, record_text
 from distillery.precompute.image_shard import PayloadWriter
@@ -73,12 +73,12 @@ def test_an_empty_or_absent_folder_has_everything_missing(tmp_path):
 def test_a_finished_cache_has_everything_done_and_is_only_read(cache):
     before = folder_bytes(cache)
     found = survey(cache)
-    assert (found.done, found.doubtful, found.missing, found.notes) == ([0, 1, 2], [], [], [])
+    assert (found.done, found.to_check, found.missing, found.notes) == ([0, 1, 2], [], [], [])
     assert folder_bytes(cache) == before
 
 
 @pytest.mark.parametrize("what", ["no record", "damaged record", "written", "longer", "renamed over"])
-def test_a_shard_that_may_have_changed_since_its_record_is_doubtful(cache, what):
+def test_a_shard_that_may_have_changed_since_its_record_is_to_be_checked(cache, what):
     shard, record = cache / "images_shard_00001.pt", cache / "images_shard_00001.json"
     if what == "no record":
         record.unlink()
@@ -95,7 +95,7 @@ def test_a_shard_that_may_have_changed_since_its_record_is_doubtful(cache, what)
     else:
         os.replace(shard, cache / "aside")
         os.replace(cache / "aside", shard)
-    assert survey(cache).doubtful == [1]
+    assert survey(cache).to_check == [1]
 
 
 def test_a_vanished_shard_is_missing_even_though_its_record_stands(cache):
@@ -195,7 +195,7 @@ def test_a_later_version_is_refused_wherever_it_shows(cache, tmp_path, which):
         (cache / "index.json").write_text(json.dumps(index | {"format_version": 4}))
     elif which == "record":
         path = cache / "images_shard_00001.json"
-        path.write_bytes(record_text(read_record(path) | {"format_version": 4}))
+        path.write_bytes(record_text(IMAGE_SHARDS.read_record(path) | {"format_version": 4}))
     else:
         shutil.rmtree(cache)
         cache.mkdir()

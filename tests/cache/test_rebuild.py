@@ -16,7 +16,7 @@ from predecessor import Evil, make_v1, make_v2
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
 from distillery.cache.folder import load_index, load_shard_layout
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.rebuild import rebuild_index
 from distillery.cache.store import FutureFormatError
 from distillery.cache.verify import verify_cache
@@ -255,7 +255,7 @@ def test_shards_of_two_configurations_are_not_put_into_one_index(cache, tmp_path
 def test_the_identity_of_an_upgraded_shard_says_where_it_is_from(tmp_path):
     make_v2(tmp_path)
     rebuild_index(tmp_path)
-    record = read_record(tmp_path / "images_s001_00000.json")
+    record = IMAGE_SHARDS.read_record(tmp_path / "images_s001_00000.json")
     assert record["identity"]["source"]["layout"] == "v2"
     assert json.loads((tmp_path / "index.json").read_text())["preprocess"]["normalized"] is False
     assert (record["global_start"], record["shard_idx"], record["libraries"]) == (20, 2, {})

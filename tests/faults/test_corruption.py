@@ -210,7 +210,7 @@ def test_the_index_cut_off_at_every_byte_is_made_again_without_making_a_shard(ca
     for length in range(0, len(whole), step):
         (cache / "index.json").write_bytes(whole[:length])
         report, _ = run_stage1(plan, source)
-        assert (report.shards_made, report.shards_adopted) == (0, 0)
+        assert (report.shards_made, report.shards_accepted) == (0, 0)
         assert (cache / "index.json").read_bytes() == whole
         tally["index.json cut off at the n-th byte"] += 1
     assert {path.name: path.stat().st_ino for path in cache.glob("*.pt")} == shards

@@ -12,10 +12,10 @@ import pytest
 import torch
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
-from distillery.precompute import image_shard, pipeline, pool
+from distillery.precompute import loop, pipeline, pool
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.pixels import library_versions, normalisation_table, preprocess_image
 from distillery.system.errors import RunError, UserError
@@ -41,7 +41,7 @@ def test_neither_batch_size_nor_workers_change_a_byte(tmp_path, reference, batch
     folder = tmp_path / "another" / "place"
     report, _ = run_stage1(small_plan(folder, SOURCE), SOURCE, batch_size=batch_size, num_workers=num_workers)
     assert folder_bytes(folder) == reference
-    assert (report.shards_made, report.shards_adopted, report.shards_left, report.messages) == (3, 0, 0, [])
+    assert (report.shards_made, report.shards_accepted, report.shards_left, report.messages) == (3, 0, 0, [])
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_the_last_shard_is_counted_as_made(tmp_path):
     plan, seen = small_plan(tmp_path, SOURCE), []
     with StopFlag() as stop:
         make_cache(
-            plan, SOURCE, shards=range(3), survey=survey_cache(plan, range(3)), batch_size=8, num_workers=1, stop=stop,
-            on_rows=lambda rows, _limit, shards_made: seen.append((rows, shards_made)),
+            plan, SOURCE, survey=survey_cache(plan, range(3)), batch_size=8, num_workers=1, stop=stop,
+            on_rows=lambda rows, shards, limit: seen.append((rows, shards)),
         )  # fmt: skip
     assert sum(rows for rows, _ in seen) == 22
     assert seen[-1] == (0, 3)
@@ -95,7 +95,7 @@ def test_the_shards_hold_the_images_of_the_source(tmp_path, dtype):
 
 def test_a_record_says_with_which_libraries_a_shard_was_made(tmp_path):
     run_stage1(small_plan(tmp_path, SOURCE), SOURCE)
-    assert read_record(tmp_path / "images_shard_00000.json")["libraries"] == library_versions()
+    assert IMAGE_SHARDS.read_record(tmp_path / "images_shard_00000.json")["libraries"] == library_versions()
 
 
 def test_running_again_does_nothing(tmp_path, reference):
@@ -172,10 +172,10 @@ def test_a_damaged_shard_is_found_made_again_and_told(tmp_path, reference):
     path.write_bytes(data)
     kept = inodes(tmp_path)
     report, survey = run_stage1(plan, SOURCE)
-    assert survey.doubtful == [1]
-    assert (report.shards_made, report.shards_adopted) == (1, 0)
+    assert survey.to_check == [1]
+    assert (report.shards_made, report.shards_accepted) == (1, 0)
     assert report.messages == [
-        f"{path}: damaged: 1 rows differ from their checksums, the first is row 1. It is made again."
+        f"{path}: damaged: 1 rows of images differ from their checksums, the first is row 1. It is made again."
     ]
     assert folder_bytes(tmp_path) == reference
     assert inodes(tmp_path).items() >= {name: inode for name, inode in kept.items() if name != path.name}.items()
@@ -192,10 +192,10 @@ def test_a_shard_that_was_only_touched_is_hashed_and_kept(tmp_path, reference):
     survey = survey_cache(plan, range(3))
     with StopFlag() as stop:
         report = make_cache(
-            plan, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=2, stop=stop,
-            on_rows=lambda rows, limit, made: counted.append((rows, limit)),
+            plan, SOURCE, survey=survey, batch_size=4, num_workers=2, stop=stop,
+            on_rows=lambda rows, shards, limit: counted.append((rows, limit)),
         )  # fmt: skip
-    assert (report.shards_made, report.shards_adopted) == (0, 3)
+    assert (report.shards_made, report.shards_accepted) == (0, 3)
     assert sorted(counted) == [(6, "disk"), (8, "disk"), (8, "disk")]
     assert folder_bytes(tmp_path) == reference
     assert inodes(tmp_path) == kept
@@ -291,9 +291,9 @@ def test_a_name_taken_by_the_same_shard_is_left_to_the_one_who_was_first(tmp_pat
     run_stage1(plan, SOURCE)
     kept = inodes(tmp_path)
     survey = replace(survey_cache(plan, range(3)), done=[], missing=[0, 1, 2])
-    monkeypatch.setattr(pipeline, "is_published", lambda *_: False)  # it was not there yet when we looked
+    monkeypatch.setattr(loop.ShardLoop, "is_published", lambda *_: False)  # it was not there yet when we looked
     with StopFlag() as stop:
-        make_cache(plan, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=1, stop=stop)
+        make_cache(plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop)
     assert inodes(tmp_path) == kept
     assert folder_bytes(tmp_path) == reference
 
@@ -308,7 +308,7 @@ def test_a_name_taken_by_something_bad_is_taken_over(tmp_path, reference, monkey
     survey = survey_cache(plan, range(3))
     (plan.directory / "images_shard_00000.pt").write_bytes(content)
     with StopFlag() as stop:
-        make_cache(plan, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=1, stop=stop)
+        make_cache(plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop)
     assert folder_bytes(plan.directory) == reference
 
 
@@ -319,7 +319,7 @@ def test_a_longer_last_shard_of_another_job_is_kept(tmp_path):
     run_stage1(long, SOURCE)
     kept = inodes(tmp_path)
     with StopFlag() as stop:
-        make_cache(short, SOURCE, shards=range(2), survey=survey, batch_size=4, num_workers=1, stop=stop)
+        make_cache(short, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop)
     assert inodes(tmp_path) == kept
     assert verify_cache(tmp_path) == []
 
@@ -330,7 +330,7 @@ def test_a_job_of_another_configuration_started_at_the_same_time_is_stopped_not_
     run_stage1(plan, SOURCE, range(1))
     before = folder_bytes(tmp_path)
     with StopFlag() as stop, pytest.raises(UserError, match="another job with another configuration"):
-        make_cache(other, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=1, stop=stop)
+        make_cache(other, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop)
     assert folder_bytes(tmp_path) == before
 
 
@@ -386,7 +386,7 @@ def test_temporary_files_of_dead_writers_are_removed_those_of_living_ones_stay_u
 
 
 def test_on_a_network_file_system_only_old_temporary_files_count_as_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_shard, "is_network_file_system", lambda _path: True)
+    monkeypatch.setattr(loop, "is_network_file_system", lambda _path: True)
     plan = small_plan(tmp_path, SOURCE)
     young, old = temporary_name(plan.shard_path(1)), temporary_name(plan.shard_path(2))
     for path in (young, old):
@@ -452,7 +452,7 @@ class Stopping(SmallSource):
 def test_a_stop_finishes_or_drops_the_shard_in_hand_and_the_next_run_goes_on(
     tmp_path, reference, monkeypatch, nth, grace_s
 ):
-    monkeypatch.setattr(pipeline, "_GRACE_S", grace_s)
+    monkeypatch.setattr(loop, "_GRACE_S", grace_s)
     plan = small_plan(tmp_path, SOURCE)
     report, _ = run_stage1(plan, Stopping(nth))
     assert report.shards_left == 3 - report.shards_made
@@ -465,7 +465,7 @@ def test_a_stop_finishes_or_drops_the_shard_in_hand_and_the_next_run_goes_on(
     assert folder_bytes(tmp_path) == reference
 
 
-def test_a_stop_is_heeded_while_doubtful_shards_are_hashed(tmp_path, reference):
+def test_a_stop_is_heeded_while_shards_are_checked(tmp_path, reference):
     plan = small_plan(tmp_path, SOURCE)
     run_stage1(plan, SOURCE)
     wait_for_the_clock(tmp_path)
@@ -474,8 +474,8 @@ def test_a_stop_is_heeded_while_doubtful_shards_are_hashed(tmp_path, reference):
     survey = survey_cache(plan, range(3))
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        report = make_cache(plan, SOURCE, shards=range(3), survey=survey, batch_size=4, num_workers=1, stop=stop)
-    assert (report.shards_made, report.shards_adopted, report.shards_left) == (0, 0, 3)
+        report = make_cache(plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop)
+    assert (report.shards_made, report.shards_accepted, report.shards_left) == (0, 0, 3)
     assert folder_bytes(tmp_path) == reference
 
 

@@ -19,7 +19,7 @@ from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.outputs import fit_basis
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
-from distillery.teacher_cache.records import statistics_of, teacher_scan
+from distillery.teacher_cache.records import TEACHER_SHARDS, statistics_of
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import survey_teacher
 
@@ -94,7 +94,7 @@ def test_two_passes_over_one_range_share_it(reference, work, monkeypatch):
 
 
 def test_stopped_after_any_batch_it_goes_on_to_the_same_bytes(reference, work, monkeypatch):
-    monkeypatch.setattr("distillery.precompute.teacher_shards._GRACE_S", -1)
+    monkeypatch.setattr("distillery.precompute.loop._GRACE_S", -1)
     for looks in range(12):
         report = run_pass(*work, stop=Stop(looks))
         assert report.shards_made + report.shards_left <= 5
@@ -183,11 +183,11 @@ def test_whatever_is_damaged_is_made_again_by_the_same_command(reference, work, 
     assert folder_bytes(work[0].directory) == folder_bytes(reference.directory)
 
 
-def test_a_whole_shard_without_its_record_is_adopted_not_made_again(work):
+def test_a_whole_shard_without_its_record_is_accepted_not_made_again(work):
     run_pass(*work)
     record_path(work[0].shard_path(3)).unlink()
     report = run_pass(*work)
-    assert (report.shards_made, report.shards_adopted, report.messages) == (0, 1, [])
+    assert (report.shards_made, report.shards_accepted, report.messages) == (0, 1, [])
 
 
 def test_a_cache_that_has_grown_is_extended_and_ends_like_one_made_at_once(tmp_path, reference):
@@ -278,7 +278,7 @@ def test_a_failing_fsync_is_never_taken_for_success(reference, work, monkeypatch
 
 
 def test_statistics_do_not_depend_on_the_order_in_which_records_were_written(reference):
-    records = teacher_scan(reference.directory).records()
+    records = TEACHER_SHARDS.scan(reference.directory).records()
     assert [record["shard_idx"] for record in records] == [0, 1, 2, 3, 4]
     assert statistics_of(records) == json.loads((reference.directory / "statistics.json").read_text())
 

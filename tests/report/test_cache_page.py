@@ -10,7 +10,7 @@ from browser import CHROMIUM, inspect
 from caches import MEAN, STD, make_test_cache
 
 from distillery.cache.folder import load_index
-from distillery.cache.images import read_record
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.store import record_text
 from distillery.report.cache_page import CONTACTS, is_cache, sample, source_sizes, write_cache_report
 from distillery.system.errors import UserError
@@ -80,7 +80,7 @@ def test_the_sizes_that_images_had_are_shown_and_small_ones_pointed_out(tmp_path
 def test_a_cache_without_recorded_sizes_says_so(cache, tmp_path):
     shutil.copytree(cache, tmp_path / "cache")
     for path in (tmp_path / "cache").glob("images_shard_*.json"):
-        record = read_record(path)
+        record = IMAGE_SHARDS.read_record(path)
         del record["source_sizes"]
         path.write_bytes(record_text(record))
     text = write_cache_report(tmp_path / "cache", tmp_path / "page.html").read_text()

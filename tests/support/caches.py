@@ -70,7 +70,7 @@ def make_test_cache(
     wanted = list(range(plan.num_shards)) if shards is None else shards
     survey = survey_cache(plan, wanted)
     with StopFlag() as stop:
-        make_cache(plan, source, shards=wanted, survey=survey, batch_size=shard_size, num_workers=1, stop=stop)
+        make_cache(plan, source, survey=survey, batch_size=shard_size, num_workers=1, stop=stop)
     return source
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from distillery.cache.plan import CachePlan, Survey, survey_cache
-from distillery.precompute.pipeline import CacheReport, make_cache
+from distillery.precompute.loop import MakingReport
+from distillery.precompute.pipeline import make_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import EXIT_DONE, Interrupted, run_command
 from distillery.system.signals import StopFlag
@@ -80,14 +81,12 @@ def run_stage1(
     batch_size: int = 4,
     num_workers: int = 1,
     stop=None,
-) -> tuple[CacheReport, Survey]:
+) -> tuple[MakingReport, Survey]:
     """Survey and make, as precompute_cache.py does."""
     shards = range(plan.num_shards) if shards is None else shards
     survey = survey_cache(plan, shards)
     with StopFlag() if stop is None else stop as flag:
-        report = make_cache(
-            plan, source, shards=shards, survey=survey, batch_size=batch_size, num_workers=num_workers, stop=flag
-        )
+        report = make_cache(plan, source, survey=survey, batch_size=batch_size, num_workers=num_workers, stop=flag)
     return report, survey
 
 
@@ -125,7 +124,7 @@ def main() -> int:
         print("ready", flush=True)
         survey = survey_cache(plan, range(plan.num_shards))
         report = make_cache(
-            plan, source, shards=range(plan.num_shards), survey=survey,
+            plan, source, survey=survey,
             batch_size=4, num_workers=arguments.num_workers, stop=stop,
         )  # fmt: skip
         if stop.requested:

@@ -11,7 +11,8 @@ from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.views import Augmentation
 from distillery.models.weights import weights_hash
-from distillery.precompute.pipeline import CacheReport, make_cache
+from distillery.precompute.loop import MakingReport
+from distillery.precompute.pipeline import make_cache
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
@@ -70,7 +71,7 @@ def make_images(plan: CachePlan, bad: tuple[int, ...] = ()) -> None:
     source, shards = Images(plan.source_num_samples, 8, bad), range(plan.num_shards)
     survey = survey_cache(plan, shards)
     with StopFlag() as stop:
-        make_cache(plan, source, shards=shards, survey=survey, batch_size=8, num_workers=1, stop=stop)
+        make_cache(plan, source, survey=survey, batch_size=8, num_workers=1, stop=stop)
 
 
 def live_teacher(seed: int = 1, augmentation: Augmentation | None = None) -> LiveTeacher:
@@ -93,7 +94,7 @@ def teacher_plan(images: CachePlan, teacher: LiveTeacher, *, fields: tuple[str, 
     return TeacherPlan(images, TeacherCacheSpec(configured, resolved))
 
 
-def run_pass(plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None) -> CacheReport:
+def run_pass(plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None) -> MakingReport:
     """The pass, as precompute_cache.py --teacher does it."""
     shards = range(plan.num_shards) if shards is None else shards
     with StopFlag() if stop is None else stop as flag:

@@ -9,14 +9,7 @@ from distillery.cache.fields import place_fields
 from distillery.cache.store import FutureFormatError, record_path, record_text
 from distillery.system.errors import UserError
 from distillery.teacher_cache.problems import find_teacher_problems
-from distillery.teacher_cache.records import (
-    encode_sums,
-    fields_of,
-    read_teacher_record,
-    record_of_teacher_shard,
-    statistics_of,
-    teacher_shard_name,
-)
+from distillery.teacher_cache.records import TEACHER_SHARDS, encode_sums, fields_of, statistics_of, teacher_shard_name
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +21,11 @@ def plan(tmp_path_factory):
 @pytest.fixture
 def record(plan):
     """The first shard's record, to be changed."""
-    return read_teacher_record(record_path(plan.shard_path(0)))
+    return TEACHER_SHARDS.read_record(record_path(plan.shard_path(0)))
 
 
 def test_a_record_is_what_its_shard_says_with_size_and_hash(plan, record):
-    assert record_of_teacher_shard(plan.shard_path(0)) == record
+    assert TEACHER_SHARDS.record_of_shard(plan.shard_path(0)) == record
     assert (record["shard_path"], record["num_views"], record["failed_rows"]) == (teacher_shard_name(0), 2, [3])
 
 
@@ -71,17 +64,15 @@ def test_a_record_that_contradicts_itself_is_refused_although_its_hash_is_right(
     change(record)
     path = tmp_path / "teacher_shard_00000.json"
     path.write_bytes(record_text(record))
-    with pytest.raises(
-        UserError, match=r"teacher_shard_00000.json: (not a teacher shard's record|its fields contradict)"
-    ):
-        read_teacher_record(path)
+    with pytest.raises(UserError, match=r"teacher_shard_00000.json: (not a shard's record|its fields contradict)"):
+        TEACHER_SHARDS.read_record(path)
 
 
 def test_a_record_of_a_later_version_is_refused_and_never_taken_for_damage(tmp_path, record):
     path = tmp_path / "teacher_shard_00000.json"
     path.write_bytes(record_text(record | {"format_version": 4}))
     with pytest.raises(FutureFormatError):
-        read_teacher_record(path)
+        TEACHER_SHARDS.read_record(path)
 
 
 def test_every_byte_of_a_shard_is_guarded(plan, tmp_path):
@@ -90,7 +81,7 @@ def test_every_byte_of_a_shard_is_guarded(plan, tmp_path):
         content[position] ^= 2
         path.write_bytes(content)
         with pytest.raises(UserError):
-            assert record_of_teacher_shard(path) == read_teacher_record(record_path(plan.shard_path(0)))
+            assert TEACHER_SHARDS.record_of_shard(path) == TEACHER_SHARDS.read_record(record_path(plan.shard_path(0)))
             raise AssertionError(f"byte {position} was changed unnoticed")
         content[position] ^= 2
 
@@ -104,7 +95,7 @@ def test_what_does_not_belong_in_the_folder_is_named(plan):
         path.unlink()
     assert sorted(problems) == [
         f"{leftover}: left by a killed run; stage 1 removes it",
-        f"{foreign}: not part of a cache",
+        f"{foreign}: not part of a cache; move it elsewhere",
     ]
     assert list(find_teacher_problems(plan.directory)) == []
 
