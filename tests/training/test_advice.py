@@ -5,9 +5,6 @@ import pytest
 
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import load_configs
-from distillery.precompute.estimate import CacheWork, DecodeSpeed, cache_lines
-from distillery.system.console import format_duration
-from distillery.system.machine import free_inodes, memory_left
 from distillery.training import estimate
 from distillery.training.engine import Schedule
 from distillery.training.estimate import (
@@ -31,11 +28,6 @@ SPEED = StepSpeed(
     num_steps=5, images_per_step=64, step_seconds=0.1, wait_fraction=0.0, teacher_fraction=0.6, student_fraction=0.3,
     loader_images=5000.0, memory_bytes=8 * 10**9, memory_total=80 * 10**9, precision="bf16",
 )  # fmt: skip
-WORK = CacheWork(
-    num_images=500_000, num_bytes=500_000 * 602_112, num_shards=245, num_folders=1, num_workers=16,
-    unit_bytes=34 * (4 << 20),
-)  # fmt: skip
-DECODING = DecodeSpeed(num_images=56, seconds=0.004, encoded_bytes=110_000, pixels=500 * 400, needs_torch=True)
 
 
 @pytest.fixture(autouse=True)
@@ -141,43 +133,3 @@ def test_without_a_cache_there_is_no_word_on_reading():
     text = lines_of(dataclasses.replace(SPEED, loader_images=None))
     assert "random images" in text
     assert "reading" not in text
-
-
-def test_cache_lines_tell_files_memory_speed_and_hours():
-    text = "\n".join(cache_lines(WORK, DECODING, 10**6))
-    assert "files: 492 (245 shards, a record each, index and failures); 1,000,000 are free" in text
-    assert "16 decode workers of 89.9 MB" in text
-    assert "56 images took 4 ms each here: 250 images/s by one worker, 4,000 by 16" in text
-    assert "about 2.1 min for the 500,000 images of this job" in text
-    assert "the source gives 440.0 MB/s and the cache's disk takes 2.4 GB/s" in text
-
-
-def test_too_few_inodes_are_a_warning():
-    assert "WARNING: 492 files are to be made, the file system has room for 100" in "\n".join(
-        cache_lines(WORK, DECODING, 100)
-    )
-    assert "WARNING" not in "\n".join(cache_lines(WORK, DECODING, None))
-
-
-def test_without_a_measurement_only_the_files_are_told():
-    assert len(cache_lines(WORK, None, None)) == 1
-
-
-def test_one_worker_is_this_process():
-    text = "\n".join(cache_lines(dataclasses.replace(WORK, num_workers=1), DECODING, None))
-    assert "one worker decodes in this process" in text
-    assert "250 images/s by one worker\n" in text
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.5, "0.5 s"), (12.3, "12 s"), (90, "1.5 min"), (5400, "1.5 h"), (100_000, "28 h"), (200_000, "2.3 days")],
-)
-def test_durations_are_told_as_people_read_them(seconds, text):
-    assert format_duration(seconds) == text
-
-
-def test_room_is_read_from_the_system(tmp_path):
-    inodes = free_inodes(tmp_path / "not" / "there" / "yet")
-    assert inodes is None or inodes > 0
-    assert memory_left() is None or memory_left() > 0
