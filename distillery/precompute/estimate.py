@@ -1,6 +1,6 @@
 """What stage 1 will cost: bytes, files, memory and hours, from a few decoded images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,21 +26,6 @@ _FIRST = 8
 
 
 @dataclass(frozen=True)
-class CacheWork:
-    """What stage 1 is to make, over all folders and for this job alone; bytes of float or uint8 rows.
-
-    num_shards: of this job's share; num_folders: caches; unit_bytes: memory for units in flight.
-    """
-
-    num_images: int
-    num_bytes: int
-    num_shards: int
-    num_folders: int
-    num_workers: int
-    unit_bytes: int
-
-
-@dataclass(frozen=True)
 class DecodeSpeed:
     """A few images of the source, made into rows by this process.
 
@@ -55,46 +40,9 @@ class DecodeSpeed:
     needs_torch: bool
 
 
-def cache_lines(work: CacheWork, speed: DecodeSpeed | None, free_inodes: int | None) -> list[str]:
-    """Files, memory and hours of stage 1; speed None: nothing could be measured."""
-    num_files = 2 * work.num_shards + 2 * work.num_folders
-    free = "" if free_inodes is None else f"; {free_inodes:,} are free"
-    lines = [f"files: {num_files:,} ({work.num_shards:,} shards, a record each, index and failures){free}"]
-    if free_inodes is not None and num_files > free_inodes:
-        lines.append(
-            f"WARNING: {num_files:,} files are to be made, the file system has room for {free_inodes:,}: "
-            "raise cache_shard_size"
-        )
-    if speed is None:
-        return lines
-    each = _WORKER_BYTES[speed.needs_torch] + _COPIES_OF_PIXELS * 3 * speed.pixels
-    shared = work.unit_bytes + _SERVER_BYTES[speed.needs_torch]
-    if work.num_workers == 1:
-        lines.append(f"memory: about {format_bytes(each + shared)}: one worker decodes in this process")
-    else:
-        lines.append(
-            f"memory: about {format_bytes(work.num_workers * each + shared)} beside this process: {work.num_workers} "
-            f"decode workers of {format_bytes(each)}, and {format_bytes(shared)} that they share"
-        )
-    rate = work.num_workers / speed.seconds
-    by_all = f", {rate:,.0f} by {work.num_workers}" if work.num_workers > 1 else ""
-    lines.append(
-        f"speed: {speed.num_images} images took {1000 * speed.seconds:.3g} ms each here: {1 / speed.seconds:,.0f} "
-        f"images/s by one worker{by_all}"
-    )
-    if work.num_images:
-        seconds = work.num_images / rate
-        lines.append(
-            f"time: about {format_duration(seconds)} for the {work.num_images:,} images of this job, if the source "
-            f"gives {format_bytes(speed.encoded_bytes * rate)}/s and the cache's disk takes "
-            f"{format_bytes(work.num_bytes / seconds)}/s; a slower one of the two decides"
-        )
-    return lines
-
-
 def bytes_to_write(plan: CachePlan, survey: Survey) -> int:
     """Of the shards that are missing."""
-    return sum(stop - start for start, stop in map(plan.rows_of, survey.missing)) * plan.row_bytes
+    return _num_rows(plan, survey.missing) * plan.row_bytes
 
 
 def job_lines(title: str, source: Source, plan: CachePlan, shards: range, survey: Survey) -> list[str]:
@@ -176,7 +124,7 @@ def _num_pixels(data: bytes) -> int:
 
 
 def plan_lines(
-    to_make: Iterable[tuple[CachePlan, list[int]]], folder: Path, num_workers: int, speed: DecodeSpeed | None
+    to_make: Sequence[tuple[CachePlan, Sequence[int]]], folder: Path, num_workers: int, speed: DecodeSpeed | None
 ) -> list[str]:
     """Files, memory and hours of a job.
 
@@ -184,21 +132,50 @@ def plan_lines(
         to_make: for each cache its plan and the shards that this job has to make.
         folder: cache_dir, which may not be there yet.
         num_workers: decode workers.
-        speed: what measure_decoding found.
+        speed: what measure_decoding found; None: nothing, and the files alone are counted.
     """
-    entries = [(plan, shards, _rows(plan, shards)) for plan, shards in to_make]
-    work = CacheWork(
-        num_images=sum(rows for _, _, rows in entries),
-        num_bytes=sum(rows * plan.row_bytes for plan, _, rows in entries),
-        num_shards=sum(len(shards) for _, shards, _ in entries),
-        num_folders=len(entries),
-        num_workers=num_workers,
-        unit_bytes=memory_bytes(num_workers, max((plan.row_bytes for plan, _, _ in entries), default=1)),
+    num_shards, free = sum(len(shards) for _, shards in to_make), free_inodes(folder)
+    num_files = 2 * num_shards + 2 * len(to_make)
+    lines = [
+        f"files: {num_files:,} ({num_shards:,} shards, a record each, index and failures)"
+        + ("" if free is None else f"; {free:,} are free")
+    ]
+    if free is not None and num_files > free:
+        lines.append(
+            f"WARNING: {num_files:,} files are to be made, the file system has room for {free:,}: "
+            "raise cache_shard_size"
+        )
+    if speed is None:
+        return lines
+    each = _WORKER_BYTES[speed.needs_torch] + _COPIES_OF_PIXELS * 3 * speed.pixels
+    units = memory_bytes(num_workers, max((plan.row_bytes for plan, _ in to_make), default=1))
+    shared = units + _SERVER_BYTES[speed.needs_torch]
+    if num_workers == 1:
+        lines.append(f"memory: about {format_bytes(each + shared)}: one worker decodes in this process")
+    else:
+        lines.append(
+            f"memory: about {format_bytes(num_workers * each + shared)} beside this process: {num_workers} "
+            f"decode workers of {format_bytes(each)}, and {format_bytes(shared)} that they share"
+        )
+    rate = num_workers / speed.seconds
+    by_all = f", {rate:,.0f} by {num_workers}" if num_workers > 1 else ""
+    lines.append(
+        f"speed: {speed.num_images} images took {1000 * speed.seconds:.3g} ms each here: {1 / speed.seconds:,.0f} "
+        f"images/s by one worker{by_all}"
     )
-    return cache_lines(work, speed, free_inodes(folder))
+    rows = [_num_rows(plan, shards) for plan, shards in to_make]
+    if num_images := sum(rows):
+        seconds = num_images / rate
+        num_bytes = sum(count * plan.row_bytes for count, (plan, _) in zip(rows, to_make, strict=True))
+        lines.append(
+            f"time: about {format_duration(seconds)} for the {num_images:,} images of this job, if the source "
+            f"gives {format_bytes(speed.encoded_bytes * rate)}/s and the cache's disk takes "
+            f"{format_bytes(num_bytes / seconds)}/s; a slower one of the two decides"
+        )
+    return lines
 
 
-def _rows(plan: CachePlan, shards: Iterable[int]) -> int:
+def _num_rows(plan: CachePlan, shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in map(plan.rows_of, shards))
 
 

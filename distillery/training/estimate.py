@@ -4,15 +4,17 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distillery.cache.archive import DTYPES
 from distillery.cache.images import shard_name
-from distillery.config.keys_data import DataConfig
+from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.shard_draws import rows_of_draw
@@ -22,7 +24,7 @@ from distillery.system.errors import UserError
 from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
 from distillery.training.build import global_batch_size
-from distillery.training.engine import Task, batches_by_step, train_step
+from distillery.training.engine import Schedule, Task, batches_by_step, train_step
 
 # shares from which on there is something to say
 _SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05
@@ -33,44 +35,12 @@ _READ_BATCHES, _READ_S = 24, 2.0
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
-    """What is known of a run before it begins. Steps are optimiser steps; images_in_epoch: what an epoch sees.
-
-    shard_steps: steps that the chosen shards of an epoch would give without max_steps_per_epoch; whole_steps: all
-    images once; row_bytes: of a stored image, 0 where none are; checkpoint_bytes: of one.
-    """
-
-    num_images: int
-    global_batch: int
-    steps_in_epoch: int
-    shard_steps: int
-    whole_steps: int
-    num_epochs: int
-    total_steps: int
-    steps_done: int
-    warmup_steps: int
-    max_steps_per_epoch: int | None
-    shards_per_epoch: int | None
-    save_every: int
-    keep_checkpoints: int
-    checkpoint_bytes: int
-    eval_every_epochs: int
-    num_eval_datasets: int
-    has_crop: bool
-    precision: str
-    on_cuda: bool
-    row_bytes: int
-    seconds_left: float
-    memory_left: int | None
-
-
-@dataclass(frozen=True)
 class StepSpeed:
     """A few training steps of one process.
 
     step_seconds: of an optimiser step; the fractions: of the step's time; loader_images: images/s that reading alone
     gives, None where there is nothing to read yet; memory_bytes: the process's peak, on the GPU (of memory_total)
-    where there is one.
+    where there is one; precision: that the steps were computed in.
     """
 
     num_steps: int
@@ -82,6 +52,7 @@ class StepSpeed:
     loader_images: float | None
     memory_bytes: int
     memory_total: int | None
+    precision: str
 
     @property
     def computed_images(self) -> float:
@@ -94,9 +65,10 @@ class StepSpeed:
         return self.images_per_step / min(self.computed_images, self.loader_images or math.inf)
 
 
-def training_lines(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
+def training_lines(
+    speed: StepSpeed, steps_left: int, steps_in_epoch: int, checkpoint_bytes: int, num_checkpoints: int
+) -> list[str]:
     """Speed, hours, memory and disk of a run."""
-    steps_left = facts.total_steps - facts.steps_done
     seconds = speed.lasting_step_seconds
     what = "images of the run" if speed.loader_images is not None else "random images"
     of_what = f" of the GPU's {format_bytes(speed.memory_total)}" if speed.memory_total else ", the process as a whole"
@@ -104,40 +76,39 @@ def training_lines(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
         f"speed: {speed.num_steps} steps on {what} took {speed.step_seconds:.3g} s each, {speed.computed_images:,.0f} "
         f"images/s a process; teacher {speed.teacher_fraction:.0%}, student {speed.student_fraction:.0%} of the time",
         f"time: about {format_duration(steps_left * seconds)} for {steps_left:,} steps, besides evaluations; an epoch "
-        f"{format_duration(facts.steps_in_epoch * seconds)}",
+        f"{format_duration(steps_in_epoch * seconds)}",
         f"memory: {format_bytes(speed.memory_bytes)} at the most in these steps{of_what}",
-        f"disk: {facts.keep_checkpoints + 1} checkpoints of {format_bytes(facts.checkpoint_bytes)} at the most: "
-        f"{format_bytes((facts.keep_checkpoints + 1) * facts.checkpoint_bytes)}",
+        f"disk: {num_checkpoints} checkpoints of {format_bytes(checkpoint_bytes)} at the most: "
+        f"{format_bytes(num_checkpoints * checkpoint_bytes)}",
     ]
     if speed.loader_images is not None:
         lines.insert(1, f"  reading alone gives {speed.loader_images:,.0f} images/s here")
     return lines
 
 
-def training_advice(facts: TrainingFacts, speed: StepSpeed | None = None) -> list[str]:
-    """What a careful colleague would say of the plan; speed None: nothing was timed."""
-    return [*_coverage_advice(facts), *_schedule_advice(facts), *(_speed_advice(facts, speed) if speed else [])]
-
-
-def _coverage_advice(facts: TrainingFacts) -> list[str]:
-    seen = facts.steps_in_epoch * facts.global_batch
-    times = facts.total_steps * facts.global_batch / facts.num_images
+def coverage_advice(configs: Configs, valid_rows: Sequence[int], steps_in_epoch: int, total_steps: int) -> list[str]:
+    """What to change where epoch or run see too few of the images; valid_rows: images in each shard."""
+    data, train, batch, num_images = configs.data, configs.train, global_batch_size(configs.train), sum(valid_rows)
+    seen, times = steps_in_epoch * batch, total_steps * batch / num_images
     lines = []
-    if seen < _SMALL_EPOCH * facts.num_images:
-        is_capped = facts.max_steps_per_epoch is not None and facts.shard_steps > facts.steps_in_epoch
-        key = f"max_steps_per_epoch: {facts.max_steps_per_epoch}" if is_capped else (
-            f"shards_per_epoch: {facts.shards_per_epoch}")  # fmt: skip
+    if seen < _SMALL_EPOCH * num_images:
+        is_capped = rows_of_draw(valid_rows, data.shards_per_epoch) // batch > steps_in_epoch
+        key = (
+            f"max_steps_per_epoch: {train.max_steps_per_epoch}"
+            if is_capped
+            else f"shards_per_epoch: {data.shards_per_epoch}"
+        )
         lines.append(
-            f"an epoch is {100 * seen / facts.num_images:.2g} % of the data: {key} ends it after {seen:,} of "
-            f"{facts.num_images:,} images. Epochs of all of it: max_steps_per_epoch: null and shards_per_epoch: null, "
-            f"{facts.whole_steps:,} steps each"
+            f"an epoch is {100 * seen / num_images:.2g} % of the data: {key} ends it after {seen:,} of "
+            f"{num_images:,} images. Epochs of all of it: max_steps_per_epoch: null and shards_per_epoch: null, "
+            f"{num_images // batch:,} steps each"
         )
     if times < _SMALL_RUN:
-        enough = math.ceil(facts.num_images / max(1, seen))
+        enough = math.ceil(num_images / max(1, seen))
         lines.append(
             f"the run ends when it has seen {times:.0%} of the images: num_epochs: {enough} is the first that sees all"
         )
-    elif times > _MANY_VIEWS and not facts.has_crop:
+    elif times > _MANY_VIEWS and train.augment.random_resized_crop is None:
         lines.append(
             f"every image comes {times:,.0f} times with no other change than a mirror image: set "
             "augment.random_resized_crop, e.g. [0.3, 1.0], or fewer epochs"
@@ -145,26 +116,32 @@ def _coverage_advice(facts: TrainingFacts) -> list[str]:
     return lines
 
 
-def _schedule_advice(facts: TrainingFacts) -> list[str]:
-    lines = []
-    if facts.num_eval_datasets and facts.eval_every_epochs > facts.num_epochs:
+def schedule_advice(configs: Configs, schedule: Schedule) -> list[str]:
+    """What to change in evaluations, warm-up and length of a run."""
+    train, has_datasets, lines = configs.train, bool(configs.data.eval_datasets), []
+    if has_datasets and train.eval_every_epochs > train.num_epochs:
         lines.append(
-            f"eval_every_epochs: {facts.eval_every_epochs} is more than num_epochs: {facts.num_epochs}: k-NN is "
+            f"eval_every_epochs: {train.eval_every_epochs} is more than num_epochs: {train.num_epochs}: k-NN is "
             "measured before the first step and after the last only"
         )
-    if not facts.num_eval_datasets or not facts.eval_every_epochs:
-        key = "eval_datasets is empty" if not facts.num_eval_datasets else "eval_every_epochs is 0"
+    if not has_datasets or not train.eval_every_epochs:
+        key = "eval_every_epochs is 0" if has_datasets else "eval_datasets is empty"
         lines.append(f"{key}: nothing but the loss will tell how good the student is")
-    if facts.warmup_steps > 0.3 * facts.total_steps:
+    if schedule.warmup_steps > 0.3 * schedule.total_steps:
         lines.append(
-            f"the warm-up takes {facts.warmup_steps:,} of {facts.total_steps:,} steps: warmup_epochs: null takes 5 %"
+            f"the warm-up takes {schedule.warmup_steps:,} of {schedule.total_steps:,} steps: warmup_epochs: null takes "
+            "5 %"
         )
-    if facts.total_steps < 1000:
-        lines.append(f"{facts.total_steps:,} steps are few: enough to try things out, not for a student to keep")
+    if schedule.total_steps < 1000:
+        lines.append(f"{schedule.total_steps:,} steps are few: enough to try things out, not for a student to keep")
     return lines
 
 
-def _speed_advice(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
+def speed_advice(speed: StepSpeed, num_images: int, row_bytes: int, steps_left: int, save_every: int) -> list[str]:
+    """What to change where steps wait, or take longer than this machine's memory and this job's time allow.
+
+    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints.
+    """
     lines = []
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
     if wait > _MUCH_WAIT:
@@ -172,31 +149,25 @@ def _speed_advice(facts: TrainingFacts, speed: StepSpeed) -> list[str]:
             f"reading is slower than computing: some {wait:.0%} of the time would be spent waiting for data. Put the "
             "cache on a local disk, take cache_dtype: uint8 (a quarter of float32's bytes), or raise num_workers"
         )
-    cache_bytes = facts.num_images * facts.row_bytes
-    if facts.memory_left is not None and cache_bytes > facts.memory_left:
-        rate = speed.computed_images * facts.row_bytes
+    free, cache_bytes = memory_left(), num_images * row_bytes
+    if free is not None and cache_bytes > free:
+        rate = speed.computed_images * row_bytes
         lines.append(
             f"the images, {format_bytes(cache_bytes)}, are more than the memory that is free, "
-            f"{format_bytes(facts.memory_left)}: the disk must give {format_bytes(rate)}/s to each process"
+            f"{format_bytes(free)}: the disk must give {format_bytes(rate)}/s to each process"
         )
-    if facts.on_cuda and facts.precision == "fp32":
+    if speed.memory_total and speed.precision == "fp32":
         lines.append("precision: fp32 leaves the tensor cores idle: auto takes bf16 where the GPU has it")
-    if facts.save_every * speed.lasting_step_seconds > _LOSS_OF_A_KILL_S:
-        minutes = facts.save_every * speed.lasting_step_seconds / 60
-        lines.append(f"save_every: {facts.save_every} steps are {minutes:.0f} minutes, which a kill -9 would cost")
-    seconds = (facts.total_steps - facts.steps_done) * speed.lasting_step_seconds
-    if seconds > facts.seconds_left:
-        jobs = math.ceil(seconds / facts.seconds_left)
+    if save_every * speed.lasting_step_seconds > _LOSS_OF_A_KILL_S:
+        minutes = save_every * speed.lasting_step_seconds / 60
+        lines.append(f"save_every: {save_every} steps are {minutes:.0f} minutes, which a kill -9 would cost")
+    seconds, seconds_left = steps_left * speed.lasting_step_seconds, slurm_seconds_left()
+    if seconds > seconds_left:
         lines.append(
-            f"this job has {format_duration(facts.seconds_left)} left, the run takes some {format_duration(seconds)}: "
-            f"about {jobs} jobs of this length, each the same command"
+            f"this job has {format_duration(seconds_left)} left, the run takes some {format_duration(seconds)}: "
+            f"about {math.ceil(seconds / seconds_left)} jobs of this length, each the same command"
         )
     return lines
-
-
-def advice_lines(advice: list[str]) -> list[str]:
-    """The advice as it is printed."""
-    return [f"advice: {text}." for text in advice]
 
 
 class SyntheticLoader:
@@ -250,48 +221,26 @@ def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
 def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int, epoch: int) -> list[str]:
     """Lines for the console: speed, hours, memory, disk, advice. The task is trained for a few steps."""
     speed = measure_steps(task, loader, epoch)
-    facts = training_facts(configs, task, loader, steps_in_epoch, steps_done)
-    return [*training_lines(facts, speed), *advice_lines(training_advice(facts, speed))]
-
-
-def training_facts(
-    configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int = 0
-) -> TrainingFacts:
-    """What the configuration and the loader say of a run."""
-    data, train, rows = configs.data, configs.train, loader.valid_rows_per_shard
-    batch = global_batch_size(train)
-    weights = sum(value.numel() * value.element_size() for value in task.student.state_dict().values())
-    trained = sum(value.numel() * value.element_size() for value in task.student.parameters() if value.requires_grad)
-    return TrainingFacts(
-        num_images=sum(rows),
-        global_batch=batch,
-        steps_in_epoch=steps_in_epoch,
-        shard_steps=rows_of_draw(rows, data.shards_per_epoch) // batch,
-        whole_steps=sum(rows) // batch,
-        num_epochs=train.num_epochs,
-        total_steps=task.schedule.total_steps,
-        steps_done=steps_done,
-        warmup_steps=task.schedule.warmup_steps,
-        max_steps_per_epoch=train.max_steps_per_epoch,
-        shards_per_epoch=data.shards_per_epoch,
-        save_every=train.save_every or steps_in_epoch,
-        keep_checkpoints=train.keep_checkpoints,
-        # AdamW keeps two moments of every trained weight
-        checkpoint_bytes=weights + 2 * trained + (weights if train.ema_decay else 0),
-        eval_every_epochs=train.eval_every_epochs,
-        num_eval_datasets=len(data.eval_datasets),
-        has_crop=train.augment.random_resized_crop is not None,
-        precision=task.precision,
-        on_cuda=task.device.type == "cuda",
-        row_bytes=_row_bytes(data) if loader.shard_names is not None else 0,
-        seconds_left=slurm_seconds_left(),
-        memory_left=memory_left(),
+    data, train, rows, schedule = configs.data, configs.train, loader.valid_rows_per_shard, task.schedule
+    steps_left = schedule.total_steps - steps_done
+    row_bytes = 3 * data.image_size**2 * np.dtype(DTYPES[data.cache_dtype]).itemsize if loader.shard_names else 0
+    advice = [
+        *coverage_advice(configs, rows, steps_in_epoch, schedule.total_steps),
+        *schedule_advice(configs, schedule),
+        *speed_advice(speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch),
+    ]
+    # one more than are kept: the new one is complete before the oldest goes
+    lines = training_lines(
+        speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
     )
+    return [*lines, *(f"advice: {text}." for text in advice)]
 
 
-def _row_bytes(data: DataConfig) -> int:
-    item = {"float32": 4, "uint8": 1}.get(data.cache_dtype, 2)
-    return 3 * data.image_size**2 * item
+def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
+    """The size of a checkpoint: weights, AdamW's two moments of each trained one, the averages of ema_decay."""
+    weights = sum(value.numel() * value.element_size() for value in student.state_dict().values())
+    trained = sum(value.numel() * value.element_size() for value in student.parameters() if value.requires_grad)
+    return weights + 2 * trained + (weights if train.ema_decay else 0)
 
 
 def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
@@ -323,6 +272,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
         student_fraction=row["student_fraction"],
         loader_images=None if isinstance(loader, SyntheticLoader) else measure_loader(loader),
         **_memory(task.device),
+        precision=task.precision,
     )
 
 

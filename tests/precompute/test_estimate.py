@@ -3,11 +3,13 @@ import pytest
 
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
-from distillery.precompute.estimate import measure_decoding, plan_lines, remote_lines
+from distillery.precompute import estimate
+from distillery.precompute.estimate import DecodeSpeed, measure_decoding, plan_lines, remote_lines
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 
 SPEC = PreprocessSpec(32, "squash", "lanczos", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+DECODING = DecodeSpeed(num_images=56, seconds=0.004, encoded_bytes=110_000, pixels=500 * 400, needs_torch=True)
 
 
 class Images:
@@ -52,6 +54,39 @@ def test_plan_lines_count_what_is_left_of_every_folder(tmp_path):
     ]
     (line,) = plan_lines([(plans[0], [1, 2]), (plans[1], [])], tmp_path, 4, None)
     assert line.startswith("files: 8 (2 shards, a record each")  # and index and failures of two folders
+
+
+def lines_of(tmp_path, monkeypatch, *, num_workers=16, speed=DECODING, inodes=None):
+    """The plan of 500,000 images of 224 px, on a file system with so many free inodes."""
+    monkeypatch.setattr(estimate, "free_inodes", lambda folder: inodes)
+    spec = PreprocessSpec(224, "squash", "bicubic", SPEC.mean, SPEC.std)
+    plan = CachePlan(tmp_path, spec, "float32", 2048, 500_000, 500_000, {}, False)
+    return plan_lines([(plan, range(plan.num_shards))], tmp_path, num_workers, speed)
+
+
+def test_plan_lines_tell_files_memory_speed_and_hours(tmp_path, monkeypatch):
+    text = "\n".join(lines_of(tmp_path, monkeypatch, inodes=10**6))
+    assert "files: 492 (245 shards, a record each, index and failures); 1,000,000 are free" in text
+    assert "16 decode workers of 89.9 MB" in text
+    assert "56 images took 4 ms each here: 250 images/s by one worker, 4,000 by 16" in text
+    assert "about 2.1 min for the 500,000 images of this job" in text
+    assert "the source gives 440.0 MB/s and the cache's disk takes 2.4 GB/s" in text
+
+
+def test_too_few_inodes_are_a_warning(tmp_path, monkeypatch):
+    warning = "WARNING: 492 files are to be made, the file system has room for 100"
+    assert warning in "\n".join(lines_of(tmp_path, monkeypatch, inodes=100))
+    assert "WARNING" not in "\n".join(lines_of(tmp_path, monkeypatch))
+
+
+def test_without_a_measurement_only_the_files_are_told(tmp_path, monkeypatch):
+    assert len(lines_of(tmp_path, monkeypatch, speed=None)) == 1
+
+
+def test_one_worker_is_this_process(tmp_path, monkeypatch):
+    text = "\n".join(lines_of(tmp_path, monkeypatch, num_workers=1))
+    assert "one worker decodes in this process" in text
+    assert "250 images/s by one worker\n" in text
 
 
 def test_a_remote_data_set_is_planned_from_what_the_hub_says():

@@ -9,7 +9,7 @@ import pytest
 from distillery.config.keys_train import TrainConfig
 from distillery.reading import shard_draws
 from distillery.reading.order import EpochOrder, Sampling, block_sizes, rank_slice
-from distillery.reading.shard_draws import SUBSET_MODES, ShardDraws, epoch_shards
+from distillery.reading.shard_draws import SUBSET_MODES, ShardDraws, epoch_shards, rows_of_draw
 from distillery.system.errors import UserError
 from distillery.training.build import steps_per_epoch
 
@@ -301,3 +301,8 @@ def test_run_and_window_sizes_follow_the_bytes():
     assert block_sizes(150_528) == (27, 132)
     assert block_sizes(1 << 30) == (1, 1)
     assert block_sizes(1000, run_bytes=5000, window_bytes=20_000) == (5, 4)
+
+
+def test_a_draw_has_as_many_rows_whichever_shards_it_takes():
+    assert rows_of_draw([300, 300, 300, 100], 2) == 600  # a draw with the short shard takes a part of another
+    assert rows_of_draw([300, 300, 300, 100], None) == 1000

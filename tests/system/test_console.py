@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from distillery.system import console
-from distillery.system.console import ProgressLine, format_field, format_seconds
+from distillery.system.console import ProgressLine, format_duration, format_field, format_seconds
 from distillery.training.log import epoch_line, training_fields
 
 
@@ -188,3 +188,11 @@ def test_the_line_of_an_epoch_takes_rows_that_have_not_all_losses_in_common():
             epoch_line(1, 2, 10, [row | ({"loss/patch": 1.0} if i == number else {}) for i, row in enumerate(rows)])
             == expected
         )
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.5, "0.5 s"), (12.3, "12 s"), (90, "1.5 min"), (5400, "1.5 h"), (100_000, "28 h"), (200_000, "2.3 days")],
+)
+def test_durations_are_told_as_people_read_them(seconds, text):
+    assert format_duration(seconds) == text

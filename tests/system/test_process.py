@@ -9,7 +9,7 @@ import pytest
 
 from distillery.system import signals
 from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError, RunError, UserError, run_command
-from distillery.system.machine import environment_number, usable_cpus
+from distillery.system.machine import environment_number, free_inodes, memory_left, usable_cpus
 from distillery.system.signals import STOP_SIGNALS, StopFlag
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +152,9 @@ def test_what_main_returns_is_the_exit_status_or_the_result():
         run_command(lambda: 3)
     assert ended.value.code == 3
     assert run_command(lambda: "configs") == "configs"
+
+
+def test_room_is_read_from_the_system(tmp_path):
+    inodes = free_inodes(tmp_path / "not" / "there" / "yet")
+    assert inodes is None or inodes > 0
+    assert memory_left() is None or memory_left() > 0

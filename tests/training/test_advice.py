@@ -3,80 +3,112 @@ import math
 
 import pytest
 
-from distillery.precompute.estimate import CacheWork, DecodeSpeed, cache_lines
-from distillery.system.console import format_duration
-from distillery.system.machine import free_inodes, memory_left
-from distillery.training.estimate import StepSpeed, TrainingFacts, advice_lines, training_advice, training_lines
-
-# 500,000 images, 64 x 500 of them an epoch
-FACTS = TrainingFacts(
-    num_images=500_000, global_batch=64, steps_in_epoch=500, shard_steps=7812, whole_steps=7812, num_epochs=100,
-    total_steps=50_000, steps_done=0, warmup_steps=2500, max_steps_per_epoch=500, shards_per_epoch=None,
-    save_every=100, keep_checkpoints=3, checkpoint_bytes=10**9, eval_every_epochs=10, num_eval_datasets=1,
-    has_crop=True, precision="bf16", on_cuda=True, row_bytes=150_528, seconds_left=math.inf, memory_left=10**12,
-)  # fmt: skip
-WHOLE = dataclasses.replace(
-    FACTS, steps_in_epoch=7812, max_steps_per_epoch=None, num_epochs=10, total_steps=78_120, eval_every_epochs=1
+from distillery.config.keys_data import DataConfig
+from distillery.config.load import load_configs
+from distillery.training import estimate
+from distillery.training.engine import Schedule
+from distillery.training.estimate import (
+    StepSpeed,
+    SyntheticLoader,
+    coverage_advice,
+    schedule_advice,
+    speed_advice,
+    training_lines,
 )
+
+NUM_IMAGES = 500_000
+CONFIG = {
+    "dataset_name": "me/images", "cache_dir": "cache", "checkpoint_dir": "run", "batch_size": 64,
+    "eval_datasets": {"pets": {"dataset_name": "me/pets"}}, "augment": {"random_resized_crop": [0.3, 1.0]},
+}  # fmt: skip
+# 64 x 500 of the images an epoch
+SMALL = CONFIG | {"num_epochs": 100, "max_steps_per_epoch": 500, "eval_every_epochs": 10}
+WHOLE = CONFIG | {"num_epochs": 10, "max_steps_per_epoch": None, "eval_every_epochs": 1}
 SPEED = StepSpeed(
     num_steps=5, images_per_step=64, step_seconds=0.1, wait_fraction=0.0, teacher_fraction=0.6, student_fraction=0.3,
-    loader_images=5000.0, memory_bytes=8 * 10**9, memory_total=80 * 10**9,
+    loader_images=5000.0, memory_bytes=8 * 10**9, memory_total=80 * 10**9, precision="bf16",
 )  # fmt: skip
-WORK = CacheWork(
-    num_images=500_000, num_bytes=500_000 * 602_112, num_shards=245, num_folders=1, num_workers=16,
-    unit_bytes=34 * (4 << 20),
-)  # fmt: skip
-DECODING = DecodeSpeed(num_images=56, seconds=0.004, encoded_bytes=110_000, pixels=500 * 400, needs_torch=True)
 
 
-def advice(facts=WHOLE, speed=SPEED, **changes):
-    return "\n".join(training_advice(dataclasses.replace(facts, **changes), speed))
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine with much memory, in a job without a limit of time."""
+    monkeypatch.setattr(estimate, "memory_left", lambda: 10**12)
+    monkeypatch.setattr(estimate, "slurm_seconds_left", lambda: math.inf)
+
+
+def advice(config=WHOLE, *, num_images=NUM_IMAGES, steps_in_epoch=7812, total_steps=78_120, warmup_steps=2500,
+           save_every=100, speed=SPEED):  # fmt: skip
+    sections = [
+        {key: value for key, value in config.items() if (key in DataConfig.model_fields) == is_data}
+        for is_data in (True, False)
+    ]
+    configs = load_configs(*sections, {})
+    rows = SyntheticLoader(num_images, 2048, 64, 224).valid_rows_per_shard
+    lines = [
+        *coverage_advice(configs, rows, steps_in_epoch, total_steps),
+        *schedule_advice(configs, Schedule(1e-3, 1e-6, warmup_steps, total_steps)),
+        *speed_advice(speed, num_images, 150_528, total_steps, save_every),
+    ]
+    return "\n".join(lines)
+
+
+def lines_of(speed=SPEED, steps_left=78_120):
+    return "\n".join(training_lines(speed, steps_left, 7812, checkpoint_bytes=10**9, num_checkpoints=4))
 
 
 def test_a_good_plan_needs_no_advice():
-    assert training_advice(WHOLE, SPEED) == []
+    assert advice() == ""
 
 
 def test_a_small_share_of_the_data_is_said_with_the_key_that_makes_it_small():
-    text = advice(FACTS)
+    text = advice(SMALL, steps_in_epoch=500, total_steps=50_000)
     assert "an epoch is 6.4 % of the data: max_steps_per_epoch: 500 ends it after 32,000 of 500,000 images" in text
     assert "7,812 steps each" in text
 
 
 def test_few_shards_are_named_when_they_end_the_epoch():
-    text = advice(FACTS, steps_in_epoch=480, shard_steps=480, shards_per_epoch=15, total_steps=48_000)
+    text = advice(SMALL | {"shards_per_epoch": 15}, steps_in_epoch=480, total_steps=48_000)
     assert "shards_per_epoch: 15 ends it after 30,720 of 500,000" in text
 
 
 def test_a_run_that_ends_before_it_has_seen_everything_is_told_how_many_epochs_would():
-    text = advice(FACTS, num_epochs=10, total_steps=5000, eval_every_epochs=5)
+    changes = {"num_epochs": 10, "eval_every_epochs": 5}
+    text = advice(SMALL | changes, steps_in_epoch=500, total_steps=5000)
     assert "the run ends when it has seen 64% of the images: num_epochs: 16 is the first that sees all" in text
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    "keys, changes, expected",
     [
-        ({"eval_every_epochs": 11}, "eval_every_epochs: 11 is more than num_epochs: 10"),
-        ({"eval_every_epochs": 0}, "eval_every_epochs is 0: nothing but the loss"),
-        ({"num_eval_datasets": 0}, "eval_datasets is empty: nothing but the loss"),
-        ({"warmup_steps": 40_000}, "the warm-up takes 40,000 of 78,120 steps"),
-        ({"num_images": 64_000, "whole_steps": 1000, "has_crop": False}, "every image comes 78 times"),
-        ({"total_steps": 900}, "900 steps are few"),
-        ({"precision": "fp32"}, "precision: fp32 leaves the tensor cores idle"),
-        ({"save_every": 30_000}, "save_every: 30000 steps are 50 minutes"),
-        ({"memory_left": 10**10}, "the images, 75.3 GB, are more than the memory that is free, 10.0 GB"),
-        ({"seconds_left": 3600.0}, "this job has 1.0 h left, the run takes some 2.2 h: about 3 jobs"),
+        ({"eval_every_epochs": 11}, {}, "eval_every_epochs: 11 is more than num_epochs: 10"),
+        ({"eval_every_epochs": 0}, {}, "eval_every_epochs is 0: nothing but the loss"),
+        ({"eval_datasets": {}}, {}, "eval_datasets is empty: nothing but the loss"),
+        ({}, {"warmup_steps": 40_000}, "the warm-up takes 40,000 of 78,120 steps"),
+        ({"augment": {}}, {"num_images": 64_000}, "every image comes 78 times"),
+        ({}, {"total_steps": 900}, "900 steps are few"),
+        ({}, {"speed": dataclasses.replace(SPEED, precision="fp32")}, "precision: fp32 leaves the tensor cores idle"),
+        ({}, {"save_every": 30_000}, "save_every: 30000 steps are 50 minutes"),
     ],
 )
-def test_what_a_careful_colleague_would_say(changes, expected):
-    assert expected in advice(**changes)
+def test_what_a_careful_colleague_would_say(keys, changes, expected):
+    assert expected in advice(WHOLE | keys, **changes)
+
+
+def test_the_machines_memory_and_the_jobs_time_are_compared(monkeypatch):
+    monkeypatch.setattr(estimate, "memory_left", lambda: 10**10)
+    monkeypatch.setattr(estimate, "slurm_seconds_left", lambda: 3600.0)
+    text = advice()
+    assert "the images, 75.3 GB, are more than the memory that is free, 10.0 GB" in text
+    assert "the disk must give 96.3 MB/s to each process" in text
+    assert "this job has 1.0 h left, the run takes some 2.2 h: about 3 jobs" in text
 
 
 def test_slow_reading_is_said_and_counted_in_the_hours():
     slow = dataclasses.replace(SPEED, loader_images=320.0)
     assert "some 50% of the time would be spent waiting for data" in advice(speed=slow)
     assert slow.lasting_step_seconds == pytest.approx(0.2)
-    assert "time: about 4.3 h" in "\n".join(training_lines(WHOLE, slow))
+    assert "time: about 4.3 h" in lines_of(slow)
 
 
 def test_time_that_the_timed_steps_waited_is_not_counted_as_computing():
@@ -84,7 +116,7 @@ def test_time_that_the_timed_steps_waited_is_not_counted_as_computing():
 
 
 def test_training_lines_tell_speed_hours_memory_and_disk():
-    text = "\n".join(training_lines(WHOLE, SPEED))
+    text = lines_of()
     assert "5 steps on images of the run took 0.1 s each, 640 images/s a process; teacher 60%, student 30%" in text
     assert "reading alone gives 5,000 images/s" in text
     assert "time: about 2.2 h for 78,120 steps" in text
@@ -92,56 +124,12 @@ def test_training_lines_tell_speed_hours_memory_and_disk():
     assert "4 checkpoints of 1.0 GB at the most: 4.0 GB" in text
 
 
-def test_steps_done_are_not_counted_again():
-    text = "\n".join(training_lines(dataclasses.replace(WHOLE, steps_done=78_000), SPEED))
+def test_only_the_steps_left_are_counted():
+    text = lines_of(steps_left=120)
     assert "time: about 12 s for 120 steps" in text
 
 
 def test_without_a_cache_there_is_no_word_on_reading():
-    text = "\n".join(training_lines(WHOLE, dataclasses.replace(SPEED, loader_images=None)))
+    text = lines_of(dataclasses.replace(SPEED, loader_images=None))
     assert "random images" in text
     assert "reading" not in text
-
-
-def test_cache_lines_tell_files_memory_speed_and_hours():
-    text = "\n".join(cache_lines(WORK, DECODING, 10**6))
-    assert "files: 492 (245 shards, a record each, index and failures); 1,000,000 are free" in text
-    assert "16 decode workers of 89.9 MB" in text
-    assert "56 images took 4 ms each here: 250 images/s by one worker, 4,000 by 16" in text
-    assert "about 2.1 min for the 500,000 images of this job" in text
-    assert "the source gives 440.0 MB/s and the cache's disk takes 2.4 GB/s" in text
-
-
-def test_too_few_inodes_are_a_warning():
-    assert "WARNING: 492 files are to be made, the file system has room for 100" in "\n".join(
-        cache_lines(WORK, DECODING, 100)
-    )
-    assert "WARNING" not in "\n".join(cache_lines(WORK, DECODING, None))
-
-
-def test_without_a_measurement_only_the_files_are_told():
-    assert len(cache_lines(WORK, None, None)) == 1
-
-
-def test_one_worker_is_this_process():
-    text = "\n".join(cache_lines(dataclasses.replace(WORK, num_workers=1), DECODING, None))
-    assert "one worker decodes in this process" in text
-    assert "250 images/s by one worker\n" in text
-
-
-def test_advice_is_marked_as_such():
-    assert advice_lines(["do this"]) == ["advice: do this."]
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.5, "0.5 s"), (12.3, "12 s"), (90, "1.5 min"), (5400, "1.5 h"), (100_000, "28 h"), (200_000, "2.3 days")],
-)
-def test_durations_are_told_as_people_read_them(seconds, text):
-    assert format_duration(seconds) == text
-
-
-def test_room_is_read_from_the_system(tmp_path):
-    inodes = free_inodes(tmp_path / "not" / "there" / "yet")
-    assert inodes is None or inodes > 0
-    assert memory_left() is None or memory_left() > 0

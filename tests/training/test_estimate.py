@@ -12,10 +12,11 @@ from distillery.sources.hub import HubSplit, NotDownloadedError
 from distillery.system.errors import UserError
 from distillery.training.estimate import (
     SyntheticLoader,
+    checkpoint_bytes,
     measure_loader,
     measure_steps,
+    plan_run,
     synthetic_loader,
-    training_facts,
 )
 from tests.training.test_engine import build_task
 
@@ -99,14 +100,20 @@ def test_a_loader_that_ends_early_is_enough():
     assert measure_steps(build_task(), Batches(2), epoch=0).num_steps == 1
 
 
-def test_facts_are_those_of_the_configuration(tmp_path):
-    configs = configs_of(tmp_path, shards_per_epoch=2, cache_dtype="uint8")
-    facts = training_facts(configs, build_task(), SyntheticLoader(1000, 300, 8, 32), 50, steps_done=7)
-    assert (facts.num_images, facts.global_batch, facts.whole_steps) == (1000, 8, 125)
-    assert facts.shard_steps == 75  # two whole shards of 300 rows: a draw with the last one, of 100, is made longer
-    assert facts.row_bytes == 3 * 32 * 32
-    assert facts.steps_done == 7
-    assert facts.checkpoint_bytes > 0
+def test_a_plan_counts_whole_shards_and_the_steps_left(tmp_path):
+    configs, task = configs_of(tmp_path, shards_per_epoch=1, cache_dtype="uint8"), build_task()
+    text = "\n".join(plan_run(configs, task, SyntheticLoader(1000, 300, 8, 32), 37, steps_done=7, epoch=0))
+    assert "an epoch is 30 % of the data: shards_per_epoch: 1 ends it after 296 of 1,000 images" in text
+    assert "125 steps each" in text and f"for {task.schedule.total_steps - 7} steps" in text
+    assert "\nadvice: " in text
+
+
+def test_a_checkpoint_holds_weights_and_the_moments_of_those_that_are_trained(tmp_path):
+    student, train = build_task().student, configs_of(tmp_path).train
+    weights = sum(value.nbytes for value in student.state_dict().values())
+    trained = sum(value.nbytes for value in student.parameters() if value.requires_grad)
+    assert checkpoint_bytes(student, train) == weights + 2 * trained > 0
+    assert checkpoint_bytes(student, train.model_copy(update={"ema_decay": 0.99})) == 2 * (weights + trained)
 
 
 def test_the_dry_run_of_stage_2_plans_and_writes_nothing(place, tmp_path):
