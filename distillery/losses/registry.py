@@ -16,8 +16,6 @@ from distillery.system.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# of a loss between the images of a batch: two are one pair, whose normalised distance is a constant, the gradient zero
-LEAST_BATCH = 3
 # an option, but of the queue that the training keeps: no function sees it
 QUEUE_SIZE = "queue_size"
 
@@ -56,11 +54,11 @@ LOSSES = {
     "patch_smooth_l1": LossTerm("smooth_l1", "tokens"),
     "patch_similarity": LossTerm("patch_similarity", "tokens"),
     "layers": LossTerm("layers", "layers"),
-    "similarity": LossTerm("similarity", "pooled", least_batch=LEAST_BATCH),
-    "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=LEAST_BATCH, queue_size=8192),
-    "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=LEAST_BATCH),
-    "rkd_angle": LossTerm("rkd_angle", "pooled", least_batch=LEAST_BATCH),
-    "barlow": LossTerm("barlow", "pooled", second_view=True, least_batch=LEAST_BATCH),
+    "similarity": LossTerm("similarity", "pooled", least_batch=3),
+    "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=3, queue_size=8192),
+    "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=3),
+    "rkd_angle": LossTerm("rkd_angle", "pooled", least_batch=3),
+    "barlow": LossTerm("barlow", "pooled", second_view=True, least_batch=3),
     "kl_logits": LossTerm("kl_logits", "logits"),
 }
 

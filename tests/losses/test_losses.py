@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from distillery.losses.registry import LOSSES, check_losses, fields_needed, needs_second_view, queue_size_of
+from distillery.losses.terms import LEAST_BATCH
 from distillery.losses.total import check_gradients, total_loss
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
@@ -456,3 +457,12 @@ def test_a_gradient_that_is_not_finite_is_found_although_the_loss_is():
     weight = torch.zeros(3, requires_grad=True)
     with pytest.raises(FloatingPointError, match="gradient norm nan|gradient norm inf"):
         check_gradients({"loss/x": weight.sqrt().sum()}, [weight])
+
+
+def test_the_least_batch_of_the_registry_is_the_one_that_the_formulas_refuse_to_go_below():
+    compared = {name: term for name, term in LOSSES.items() if term.least_batch > 1}
+    assert {term.least_batch for term in compared.values()} == {LEAST_BATCH}
+    for term in compared.values():
+        small = torch.randn(term.least_batch - 1, 4)
+        with pytest.raises(UserError):
+            term.function(small, small)
