@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -42,3 +43,12 @@ def test_light_modules_import_nothing_slow_at_the_top(place):
 
 def test_every_folder_and_module_has_its_room():
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] not in "_."} == set(ROOMS)
+
+
+def test_what_the_configuration_offers_is_what_the_registries_have():
+    from distillery.config.load import FILE_FORMATS
+    from distillery.config.types import ModelSource
+    from distillery.models.builders import BUILDERS
+    from distillery.sources.registry import SOURCES
+
+    assert set(FILE_FORMATS) == set(SOURCES) and set(get_args(ModelSource)) == set(BUILDERS)

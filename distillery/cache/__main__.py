@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from distillery.system.errors import run_command
+from distillery.verify import verify_folder
 
 
 def main() -> int:
@@ -12,10 +13,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="compare every byte with the hashes; writes nothing")
     verify.add_argument("directory", type=Path, metavar="DIR", help="a cache_dir, or one of the folders below it")
-    directory = parser.parse_args().directory
-    from distillery.verify import verify_folder  # that module reads caches through this one
-
-    return verify_folder(directory)
+    return verify_folder(parser.parse_args().directory)
 
 
 if __name__ == "__main__":

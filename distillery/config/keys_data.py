@@ -36,7 +36,7 @@ class EvalDataset(StrictModel):
     max_test: PositiveInt | None = Field(None, description="images of test_split, from all over it; null: all")
 
     def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
-        """What sources.open_source takes for one part of the set."""
+        """What sources.registry.open_source takes for one part of the set."""
         names = "dataset_name data_files data_dir image_column label_column"
         split = self.train_split if part == "train" else self.test_split
         return {name: getattr(self, name) for name in names.split()} | {"split": split}

@@ -26,7 +26,7 @@ from distillery.config.yaml_text import Dumper, parse_yaml, read_yaml
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 
-Source = str | os.PathLike | Mapping[str, Any] | StrictModel
+ConfigInput = str | os.PathLike | Mapping[str, Any] | StrictModel
 # data set names that are formats: the files say more
 FILE_FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 
@@ -45,7 +45,7 @@ class Configs:
         return {section: config.model_dump(mode="json") for section, config in sections.items() if config is not None}
 
 
-def load_data_config(source: Source, overrides: Sequence[str] = (), *, require_source: bool = True) -> DataConfig:
+def load_data_config(source: ConfigInput, overrides: Sequence[str] = (), *, require_source: bool = True) -> DataConfig:
     """Read data_config.yaml from a path, a dict (partial: defaults fill in) or a DataConfig.
 
     Args:
@@ -64,20 +64,20 @@ def load_data_config(source: Source, overrides: Sequence[str] = (), *, require_s
 
 
 def load_train_config(
-    source: Source, overrides: Sequence[str] = (), *, require_checkpoint_dir: bool = True
+    source: ConfigInput, overrides: Sequence[str] = (), *, require_checkpoint_dir: bool = True
 ) -> TrainConfig:
     """Read train_config_kd.yaml; arguments and errors as in load_data_config."""
     required = REQUIRED_KEYS["train"] if require_checkpoint_dir else ()
     return _load({"train": source}, overrides, {"train": required})["train"]
 
 
-def load_model_config(source: Source, overrides: Sequence[str] = ()) -> ModelConfig:
+def load_model_config(source: ConfigInput, overrides: Sequence[str] = ()) -> ModelConfig:
     """Read model_config_kd.yaml; arguments and errors as in load_data_config."""
     return _load({"model": source}, overrides, {})["model"]
 
 
 def load_configs(
-    data: Source, train: Source | None = None, model: Source | None = None, overrides: Sequence[str] = ()
+    data: ConfigInput, train: ConfigInput | None = None, model: ConfigInput | None = None, overrides: Sequence[str] = ()
 ) -> Configs:
     """Read a command's configuration files, apply --set to the file that owns each key, and check them together.
 
@@ -154,7 +154,7 @@ class _Draft:
 
 
 def _load(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ConfigInput],
     overrides: Sequence[str],
     required: Mapping[str, Sequence[str]],
     labels: Mapping[str, str] | None = None,
@@ -187,7 +187,7 @@ def _load(
     return configs
 
 
-def _read_draft(section: str, source: Source, label: str | None, problems: list[str]) -> _Draft:
+def _read_draft(section: str, source: ConfigInput, label: str | None, problems: list[str]) -> _Draft:
     if isinstance(source, BaseModel):
         draft = _Draft(FILE_NAMES[section].removesuffix(".yaml"), source.model_dump())
     elif isinstance(source, Mapping):

@@ -16,7 +16,7 @@ from distillery.system.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# an option, but of the queue that the training keeps: no function sees it
+# an option of the queue that training keeps, not of the loss function
 QUEUE_SIZE = "queue_size"
 
 

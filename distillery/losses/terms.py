@@ -123,7 +123,7 @@ def similarity_queue(
     Args:
         student: projected to the teacher's width.
         teacher: receives no gradient.
-        queue: teacher features of earlier batches, [K, D] (losses_queue.py); None or empty, as in a run's first step:
+        queue: teacher features of earlier batches, [K, D] (EmbeddingQueue); None or empty, as in a run's first step:
             the other images of the batch, of which there must be 3 or more.
         student_temperature: > 0, no unit; SEED has 0.2.
         teacher_temperature: likewise; SEED has 0.01. Where the two differ, the loss is not zero at student = teacher.

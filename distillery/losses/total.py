@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.config.keys_train import TrainConfig
 from distillery.losses.registry import LOSSES, QUEUE_SIZE, check_losses
 from distillery.models.backbone import Backbone, Features
 from distillery.system import distributed
@@ -169,16 +168,22 @@ class EmbeddingQueue:
         self._pushed = state["pushed"]
 
 
-def check_tokens(backbone: Backbone, train: TrainConfig, role: str) -> None:
-    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is asked for them."""
+def check_tokens(backbone: Backbone, role: str, weights: Mapping[str, float], stored_tokens: str) -> None:
+    """Raise UserError where a model without patch tokens (PiT, or a pooled feature alone) is to give them.
+
+    Args:
+        backbone: of either model.
+        role: teacher or student.
+        weights: distill_loss_weights.
+        stored_tokens: teacher_cache.tokens.
+    """
     if backbone.token_width is not None:
         return
-    stored = train.teacher_cache.tokens
-    if role == "teacher" and stored not in ("auto", "none"):
+    if role == "teacher" and stored_tokens not in ("auto", "none"):
         raise UserError(
-            f"teacher_cache.tokens is {stored}, and the teacher gives no patch tokens: set it to auto or to none"
+            f"teacher_cache.tokens is {stored_tokens}, and the teacher gives no patch tokens: set it to auto or to none"
         )
-    compared = [n for n, weight in train.distill_loss_weights.items() if weight and LOSSES[n].field == "tokens"]
+    compared = [n for n, weight in weights.items() if weight and LOSSES[n].field == "tokens"]
     if compared:
         name = ", ".join(compared)
         raise UserError(

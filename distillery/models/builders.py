@@ -1,6 +1,7 @@
 """Raw models from timm, torchvision and torch.hub, at the input size that the images ask for.
 
-A new kind of source is one builder, (ModelSpec, image_size in px) -> BuiltModel, and one line in BUILDERS.
+A new kind of model is one builder, (ModelSpec, image_size in px) -> BuiltModel, and one line in BUILDERS. What a model
+must offer stands in adapters.py, INTERFACES: mostly forward_features.
 """
 
 import ast

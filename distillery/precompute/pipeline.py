@@ -42,7 +42,7 @@ def make_cache(
 
     Args:
         plan: what the cache shall be.
-        source: a sources_base.Source.
+        source: a sources.base.Source.
         survey: of the shards this call is to make (all, or an array task's share), by survey_cache.
         batch_size: images per unit of work at most (fewer of large files); changes no byte.
         num_workers: decode processes; 1 decodes in this process.

@@ -25,7 +25,7 @@ class Source(ABC):
     named_by_feature: bool = False
 
     def __init__(self, identity: dict, file_bytes: int, left_out: dict[str, int] | None = None) -> None:
-        """left_out: what the source has and does not give -> how many, for the plan."""
+        """left_out: counts of what the files hold beside the images, by name; the plan prints them."""
         self._identity = identity
         self._file_bytes = file_bytes
         self._left_out = left_out or {}

@@ -43,7 +43,7 @@ def types_of(schemas: Iterable[object]) -> dict:
 
 
 def _may_hold_images(kind: object) -> bool:
-    """Whether sources_cells reads images from this type: bytes, {bytes, path}, text, nulls, lists of these."""
+    """Whether cells.py reads images from this type: bytes, {bytes, path}, text, nulls, lists of these."""
     import pyarrow as pa
 
     kind = plain_type(kind)
@@ -85,7 +85,7 @@ def find_image_column(
         features: what datasets wrote about the columns.
         wanted: image_column of the configuration.
         where: a file, for the messages.
-        look: what the first cells of a column look like, as sources_cells.evidence_of.
+        look: what the first cells of a column look like, as cells.evidence_of.
     Raises:
         UserError: it is not there or holds no images, or there are several; the message lists the columns.
     """

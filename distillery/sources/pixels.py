@@ -5,13 +5,13 @@ What becomes of each kind of file (POLICY_VERSION names this table; it is part o
     grey, palette, 1-bit        the RGB values they show
     transparency of any kind    laid on white, as a viewer shows it: what hides under alpha is arbitrary
     a PNG's transparent colour  compared at the depth of the file, 1 to 16 bits, and white
-    alpha 0 in the whole image  white; in a BMP or a bitmap of an ICO it means: no alpha (preprocess_alpha)
+    alpha 0 in the whole image  white; in a BMP or a bitmap of an ICO it means: no alpha (transparency.py)
     CMYK                        Pillow's formula, no ICC profile; CMYK JPEGs are inverted, as Adobe writes them
     16-bit grey, 32-bit integer 0..65535 scaled to 0..255 and rounded; values outside are a DecodeError
     16-bit RGB                  the high byte of each value
     floating point              0..1 scaled to 0..255, else 0..255 rounded; values outside are a DecodeError
     Exif orientation            applied (all eight); an unreadable Exif block is ignored
-    texts, profiles of a PNG    no part of the image, however large or damaged (preprocess_png)
+    texts, profiles of a PNG    no part of the image, however large or damaged (png.py)
     animation, several pages    the first frame
     empty, truncated, damaged, not an image, more than MAX_PIXELS: a DecodeError
 

@@ -20,7 +20,7 @@ from distillery.system.errors import MissingFileError
 from distillery.system.files import expand_path, sha256_of
 from distillery.teacher_cache.records import FOLDER_NAME, file_hash
 
-# of a teacher from a local folder; what else is in the folder is compared by teacher_records_files
+# of a teacher from a local folder; what else is in the folder is compared by local_files.py
 LOCAL_REPO = "hubconf.py "
 
 

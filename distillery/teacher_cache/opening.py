@@ -109,7 +109,7 @@ def build_live_teacher(configs: Configs, images: str, device: torch.device) -> t
         torch.manual_seed(0)  # of a teacher without weights of its own
         with_logits = configured["stored"]["logits"]
         backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
-    check_tokens(backbone, train, "teacher")
+    check_tokens(backbone, "teacher", train.distill_loss_weights, train.teacher_cache.tokens)
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     precision = choose_precision(train.precision, device)
     spec = TeacherCacheSpec(configured, resolved_teacher(backbone, weights_hash(backbone.model), precision))

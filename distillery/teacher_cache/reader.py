@@ -60,8 +60,8 @@ def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: 
 def fitting_folders(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: str | None = None) -> list[Path]:
     """The folders that find_teacher_cache chooses from, best first; arguments and errors as there.
 
-    Where a teacher is built from files of this machine, their paths and their code do not count: whoever asks compares
-    the files (teacher_records_files), or the weights.
+    Where a teacher is built from files of this machine, their paths and their code do not count here. The caller
+    compares the files (local_files.py), or the weights.
     """
     found, unreadable = [], None
     for folder in teacher_folders(Path(cache_dir)):

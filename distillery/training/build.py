@@ -58,12 +58,12 @@ def build_models(
         check_fields(cache, train)
     if cache is None or train.teacher_cache.mode == "hybrid":
         teacher = build_teacher(configs, device)
-        check_tokens(teacher.backbone, train, "teacher")
+        check_tokens(teacher.backbone, "teacher", train.distill_loss_weights, train.teacher_cache.tokens)
     else:
         teacher = Targets(cache.widths, train.standardise_targets).to(device)
     torch.manual_seed(train.seed)
     backbone = build_student_backbone(configs.model, configs.data, gradient_checkpointing=train.gradient_checkpointing)
-    check_tokens(backbone, train, "student")
+    check_tokens(backbone, "student", train.distill_loss_weights, train.teacher_cache.tokens)
     student = StudentWithHeads(
         backbone,
         teacher.widths,

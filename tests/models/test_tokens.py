@@ -9,7 +9,6 @@ from caches import MEAN, STD, make_test_cache
 from teachers import images_plan, live_teacher, run_pass, teacher_plan
 from torch import nn
 
-from distillery.config.keys_train import TrainConfig
 from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import check_gradients, check_tokens, total_loss
 from distillery.models.backbone import Backbone, ModelSpec, build_backbone
@@ -108,14 +107,14 @@ def test_either_model_may_lack_tokens_where_no_loss_compares_them(models, standa
 
 
 def test_a_loss_on_tokens_says_what_to_leave_out():
-    train = TrainConfig(distill_loss_weights={"cls": 1.0, "patch": 0.5})
+    weights = {"cls": 1.0, "patch": 0.5}
     for role in ("teacher", "student"):
         with pytest.raises(UserError, match=f"the {role} gives no patch tokens, .*leave patch out of distill_loss_w"):
-            check_tokens(backbone(ForwardAlone()), train, role)
-    alone = {"distill_loss_weights": {"cls": 1.0, "patch": 0.0}}
-    check_tokens(backbone(ForwardAlone()), TrainConfig(**alone), "teacher")
+            check_tokens(backbone(ForwardAlone()), role, weights, "auto")
+    alone = {"cls": 1.0, "patch": 0.0}
+    check_tokens(backbone(ForwardAlone()), "teacher", alone, "auto")
     with pytest.raises(UserError, match="teacher_cache.tokens is pca, and the teacher gives no patch tokens"):
-        check_tokens(backbone(ForwardAlone()), TrainConfig(**alone, teacher_cache={"tokens": "pca"}), "teacher")
+        check_tokens(backbone(ForwardAlone()), "teacher", alone, "pca")
     with pytest.raises(UserError, match=r"a loss compares tokens, which the student does not give \(it gives"):
         StudentWithHeads(backbone(ForwardAlone()), {"pooled": 4, "tokens": 4}, {"tokens"})
 
