@@ -97,6 +97,11 @@ def verify_folder(directory: Path) -> int:
     try:
         return report_verification(directory)
     except MissingFileError as error:
+        if (directory / "checkpoints").is_dir() or directory.name == "checkpoints":
+            raise MissingFileError(
+                f"{directory}: a run folder. This command is for caches: give the cache_dir of your data_config.yaml. "
+                "Checkpoints are checked whenever they are loaded."
+            ) from error
         for parent in list(directory.absolute().parents)[:3]:  # of eval/NAME/part
             if os.access(parent, os.R_OK) and shard_names(parent, IMAGE_SHARDS):
                 command = shlex.join(["python", "-m", "distillery.verify", str(parent)])

@@ -14,7 +14,7 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 from distillery.cache.store import FutureFormatError
 from distillery.cache.verify import find_problems, verify_cache
 from distillery.system.errors import MissingFileError, UserError
-from distillery.verify import repair_command, report_verification
+from distillery.verify import repair_command, report_verification, verify_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = SmallSource()
@@ -310,3 +310,10 @@ def test_every_module_that_a_document_or_a_message_tells_to_run_does_something()
         command = ROOT / "distillery" / name.replace(".", "/") / "__main__.py"
         command = command if command.exists() else command.parent.with_suffix(".py")
         assert 'if __name__ == "__main__":' in command.read_text(), name
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints"])
+def test_a_run_folder_is_told_apart_from_a_cache(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(MissingFileError, match="a run folder. This command is for caches"):
+        verify_folder(tmp_path / name)

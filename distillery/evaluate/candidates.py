@@ -53,7 +53,7 @@ def load_candidates(
         UserError: a student was trained towards a teacher of other weights.
     """
     teacher, student = build_models(configs, device)
-    _check_teacher(configs, teacher.backbone.model, checkpoints)
+    _check_teacher(teacher.backbone.model, checkpoints)
     aligned = student if "pooled" in student.heads else None  # without a loss on pooled features there is no such head
 
     def candidates() -> Iterator[Candidate]:
@@ -71,11 +71,8 @@ def load_candidates(
     return Candidate(TEACHER, teacher.backbone), teacher, candidates()
 
 
-def _check_teacher(configs: Configs, teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
+def _check_teacher(teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
     """Raise UserError unless the students were trained towards a teacher of these weights."""
-    model = configs.model
-    if not model.teacher_pretrained and model.teacher_checkpoint is None and model.teacher_source != "torch_hub":
-        return  # drawn anew by every process
     now = weights_hash(teacher)
     for path in checkpoints:
         trained = load_checkpoint(path).get("teacher_hash")

@@ -47,8 +47,10 @@ def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_che
 
 
 def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits: bool = False) -> Backbone:
-    """The teacher's backbone with its published weights or checkpoint."""
-    return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data)
+    """The teacher's backbone with its published weights or checkpoint; one without is drawn from seed 0 every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a process that goes on, and stage 1, must draw the same teacher
+        return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data)
 
 
 def _build(spec: ModelSpec, data: DataConfig) -> Backbone:

@@ -105,10 +105,8 @@ def build_live_teacher(configs: Configs, images: str, device: torch.device) -> t
     """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint."""
     data, train, model = configs.data, configs.train, configs.model
     configured = wanted_outputs(configs, images)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of a teacher without weights of its own
-        with_logits = configured["stored"]["logits"]
-        backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
+    with_logits = configured["stored"]["logits"]
+    backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
     check_tokens(backbone, "teacher", train.distill_loss_weights, train.teacher_cache.tokens)
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
     precision = choose_precision(train.precision, device)
