@@ -1,7 +1,8 @@
-"""index.json made again without the data set: from records, from shards, or from a cache of the predecessor.
+"""Rebuild index.json without the data set: from records, from shards, or from a cache of the predecessor.
 
-A predecessor's cache (v1 or v2) is upgraded in place: each shard is hashed and gets a record beside it, then index.json
-becomes a view of the records; no shard is touched. Its identity says where it came from, so stage 1 never adds to it.
+A predecessor's cache (v1 or v2) is upgraded in place. Each shard is hashed and gets a record beside it; then index.json
+is written from the records. The shards themselves do not change. The upgraded cache's identity names its origin, so
+stage 1 never adds shards to it.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,7 @@
-"""What shards of any kind share: a record beside each, made from its bytes or checked; the folder's scan and its views.
+"""What shards of every kind share: a record beside each shard, the scan of a folder, and the folder's views.
 
-The views (index.json and the like) follow from the records, a record from its shard. Nothing here trusts a file,
-executes a pickle or imports torch.
+A record is made from the bytes of its shard. The views (index.json and the like) are made from the records. This file
+trusts no file on disk, executes no pickle and does not import torch.
 """
 
 import base64

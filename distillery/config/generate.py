@@ -1,4 +1,4 @@
-"""Everything that is written from the descriptions of the keys: schemas, the YAML files' comments, tables.
+"""Write what follows from the descriptions of the keys: schemas, comments in the YAML files, tables in the docs.
 
 python -m distillery.config.generate      # or: make schemas
 """

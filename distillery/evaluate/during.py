@@ -1,4 +1,4 @@
-"""What a run measures of its models: baselines before the first step, the student on the way and at the end."""
+"""Evaluate during a run: the baselines before the first step, then the student at intervals and at the end."""
 
 import contextlib
 import functools

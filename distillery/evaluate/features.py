@@ -1,4 +1,4 @@
-"""Features of labelled images, and what a row of metrics.jsonl says of them."""
+"""Compute features of labelled images, and the row of metrics.jsonl that describes them."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext

@@ -1,6 +1,7 @@
-"""The losses by name and what each needs; torch is not imported, so a misspelt name is an error at once.
+"""The table of losses: the name of each and what it needs.
 
-A loss is one function in terms.py and one line in LOSSES.
+A loss is one function in terms.py and one line in LOSSES. This file does not import torch, so a misspelt name raises
+an error at once.
 """
 
 import difflib

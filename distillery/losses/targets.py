@@ -1,4 +1,4 @@
-"""What a teacher's features become for the student: brought to mean 0 and variance 1, channel by channel or rotated."""
+"""Standardise the teacher's features: mean 0 and variance 1, for each channel or after a rotation."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,7 @@
-"""How to get a pooled feature and a map or tokens out of a model that was written for something else.
+"""Adapters: each turns the outputs of one kind of model into a pooled feature and a map or tokens.
 
-An adapter is one function `(model, images, use_cls_token, with_logits) -> Outputs`. It is handed the model at every
-call, so that a deep copy (an EMA) never reads another model's weights.
+An adapter is one function `(model, images, use_cls_token, with_logits) -> Outputs`. The caller passes the model at
+every call, so a deep copy (an EMA) never reads another model's weights.
 """
 
 import functools

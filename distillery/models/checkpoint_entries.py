@@ -1,7 +1,7 @@
-"""The model that is meant among those in one checkpoint file: student and teacher, plain and averaged weights.
+"""Find the wanted model in a checkpoint file that holds several: student and teacher, plain and averaged weights.
 
-A file is dictionaries in dictionaries, and one state dict may hold several models behind prefixes: {"teacher":
-{"backbone.blocks.0...": ...}}. An entry is what stands around the names of one model's tensors, with dots between:
+A file is a tree of dictionaries. One state dict may hold several models, each behind a prefix: {"teacher":
+{"backbone.blocks.0...": ...}}. An entry is the path to one model, the keys and prefixes joined by dots:
 "teacher.backbone".
 """
 

@@ -1,4 +1,4 @@
-"""Teacher and student as the configuration names them, on the device and in the precision it asks for."""
+"""Build teacher and student as the configuration names them, on its device and in its precision."""
 
 import torch
 from torch import nn

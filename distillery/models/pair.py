@@ -1,4 +1,4 @@
-"""Two backbones made comparable: the student with its heads, and tokens of both models on one grid."""
+"""Make two backbones comparable: add heads to the student, and bring the tokens of both models to one grid."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Local weights for raw models, whatever tool has saved them."""
+"""Load local weights into raw models, from the files of many training tools."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""What stage 1 will cost: bytes, files, memory and hours, from a few decoded images."""
+"""Estimate what stage 1 costs, from a few decoded images: bytes, files, memory and hours."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A shard of images on its way to the disk: what is known of its rows, and the writer of its bytes."""
+"""One image shard while it is written: what is known about its rows, and the writer of its bytes."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The cache folders that a configuration asks for, this process's share of each, and what they hold in the end."""
+"""The cache folders that a configuration needs, this process's share of each, and a summary at the end."""
 
 from dataclasses import dataclass
 from pathlib import Path

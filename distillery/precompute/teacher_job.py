@@ -1,4 +1,4 @@
-"""precompute_cache.py --teacher: from the configuration to the teacher's pass, its plan in words and its check."""
+"""precompute_cache.py --teacher: build the teacher pass from the configuration, print its plan, run and check it."""
 
 import shlex
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The rows of a cache as map-style data sets, for any torch DataLoader, and the labelled rows of evaluation sets."""
+"""Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

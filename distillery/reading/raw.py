@@ -1,9 +1,9 @@
-"""Images decoded while training, for when there is no cache: the cache's order and streams, at the decoder's speed.
+"""Images decoded during training, when there is no cache: same order and streams, at the decoder's speed.
 
-PretrainDataset gives them one by one, RawRows in a loader's batches; both decode with an ImageDecoder.
+PretrainDataset returns images one by one, RawRows in a loader's batches. Both decode with an ImageDecoder.
 
-An image that cannot be decoded moves nothing: in its place comes the next one of the source that can, under its own
-index. Each such image is reported once, and more of them than max_failed_fraction end the run.
+An image that cannot be decoded does not shift the others. The next image of the source that can be decoded takes its
+place, with its own index. The loader reports each such image once. More of them than max_failed_fraction end the run.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Rows of a cache as tensors: CachedRows for training, ImageRows for the teacher's pass."""
+"""Read rows of a cache as tensors: CachedRows for training, ImageRows for the teacher pass."""
 
 import itertools
 import threading

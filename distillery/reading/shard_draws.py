@@ -1,4 +1,4 @@
-"""Which shards an epoch reads, and permutations that never change with versions of NumPy."""
+"""Choose the shards of an epoch, with permutations that are the same in every version of NumPy."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice

@@ -1,6 +1,6 @@
-"""Batches ahead of their consumer: memory that is used again and again, threads that fill it, in order.
+"""Fill batches ahead of the consumer: reused memory, threads that fill it, batches in order.
 
-    BatchMemory   memory that is handed out again once the last tensor or view of a batch is gone
+    BatchMemory   memory that is used again once the last tensor or view of a batch is gone
     BatchStream   threads fill batches ahead of the consumer; a dead or stalled disk is an error, never a hang
 
 Threads, not processes: reads and decoders release the GIL, and processes would pay a second copy through /dev/shm.

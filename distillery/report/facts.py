@@ -1,4 +1,4 @@
-"""A run's record as its folder holds it, finished or not, and what it says in plain words."""
+"""Read the record of a run from its folder, finished or not, and put it into plain words."""
 
 import itertools
 import json

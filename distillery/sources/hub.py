@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, and local folders that load_dataset takes: from their names to local files.
+"""Find the local files of a data set that is on the Hugging Face hub or in a folder that load_dataset takes.
 
-Parquet, arrow, image folder and webdataset repositories are downloaded into HF_HOME as they are and read in place; what
-load_dataset must convert (json, csv, hdf5, ...) is read from the arrow files it makes in its cache.
+Parquet, arrow, image folder and webdataset repositories are downloaded into HF_HOME and read in place. load_dataset
+converts the other formats (json, csv, hdf5, ...); their images are read from the arrow files in its cache.
 """
 
 import glob

@@ -1,4 +1,4 @@
-"""metadata.csv, .jsonl and .parquet of an image folder: which files are its rows, and their labels.
+"""Read metadata.csv, .jsonl and .parquet of an image folder: the files of its rows, and their labels.
 
 Source: datasets, packaged_modules/folder_based_builder.
 """

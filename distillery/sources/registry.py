@@ -1,7 +1,7 @@
-"""Where encoded images come from: hub data sets, parquet, arrow, image folders, zip and tar archives.
+"""The table of sources: hub data sets, parquet, arrow, image folders, zip and tar archives.
 
-Every kind is read in place, in a fixed order, without decoding. To add one: a class with the constructor of the others
-and one line in SOURCES.
+Every source is read in place, in a fixed order, without decoding. To add one, write a class with the same constructor
+and add one line to SOURCES.
 """
 
 import glob

@@ -1,4 +1,4 @@
-"""Images in the cells of parquet and arrow files, read in place."""
+"""Read images in place from the cells of parquet and arrow files."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Hints to Linux about large files: past the page cache, room reserved, write-back begun, pages dropped."""
+"""Hints to Linux about large files: bypass the page cache, reserve room, start write-back, drop pages."""
 
 import contextlib
 import ctypes

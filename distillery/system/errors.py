@@ -1,4 +1,4 @@
-"""Errors that users see, the exit status of each, and the commands that messages tell them to type."""
+"""Errors that users see, the exit status of each, and the commands that their messages recommend."""
 
 import errno
 import os

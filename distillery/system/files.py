@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
+"""Files that are either whole or absent: atomic writes, publishing that never overwrites, hashes of plain data."""
 
 import contextlib
 import errno

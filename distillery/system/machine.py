@@ -1,4 +1,4 @@
-"""What this machine has: CPUs, memory, inodes, free bytes, and the kind of a file system."""
+"""What this machine has: CPUs, memory, inodes, free bytes, and the type of a file system."""
 
 import math
 import os

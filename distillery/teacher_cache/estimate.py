@@ -1,4 +1,4 @@
-"""What stored teacher outputs cost and save: lines for the console, before anything is written."""
+"""Estimate what stored teacher outputs cost and save, as lines for the console before anything is written."""
 
 import torch
 from torch import nn

@@ -1,7 +1,7 @@
-"""What decides a folder of teacher outputs: the teacher, its weights, the views, the images, what is stored of it.
+"""The identity of a folder of teacher outputs: the teacher, its weights, the views, the images, the stored fields.
 
-Part of it the configuration says, part only the teacher once it is built. Training in `cached` mode does not build it,
-and asks for the first part.
+The configuration gives one part of the identity; the built teacher gives the rest. Training in `cached` mode does not
+build the teacher, so it compares the first part only.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""The stored outputs that a configuration asks for, and whether they are those of the teacher that is there now.
+"""Open the stored outputs that a configuration needs, and check that the present teacher made them.
 
     names, views, images    the identity in the folder's index: strings, known without the teacher
-    files on this machine   teacher_files.json beside the shards: content by hashes, which size and times spare
+    files on this machine   teacher_files.json beside the shards: hashes, skipped where size and times are unchanged
     weights and code        only where those files differ: the teacher is built once, its weights are hashed, and a few
                             stored views run through it
 
-Whatever agrees is remembered, so that the next start neither builds the teacher nor hashes.
+Files that agree are remembered, so the next start neither builds the teacher nor hashes.
 """
 
 import contextlib

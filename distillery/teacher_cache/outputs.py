@@ -1,4 +1,4 @@
-"""What is stored of the teacher: its features of a view, cut to the form that the specification asks for."""
+"""Compute the teacher's outputs that are stored: its features of a view, in the form of the specification."""
 
 import io
 import os

@@ -1,8 +1,8 @@
-"""Teacher outputs on disk as training reads them: for every image K views, each with what the teacher says of it.
+"""Read stored teacher outputs for training: K views of every image, each with the teacher's outputs for it.
 
-A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache; its shards are aligned row by
-row with the images'. View k of an image is Augmentation.views(images, global_idx, k, seed=...): a mirrored view is a
-view of its own, with outputs of its own. Written by distillery.precompute.teacher_shards.
+A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache. Its shards are aligned row by
+row with the image shards. View k of an image is Augmentation.views(images, global_idx, k, seed=...). A mirrored view is
+a separate view with separate outputs. distillery.precompute.teacher_shards writes these folders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

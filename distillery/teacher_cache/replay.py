@@ -1,4 +1,4 @@
-"""Stored teacher outputs against the teacher itself: random views of random images, run again and compared."""
+"""Compare stored teacher outputs with the teacher itself: it runs random views of random images again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run is bound to: the shards, the teacher and the data that it began with."""
+"""What a run must keep from its first start: the shards, the teacher and the data."""
 
 from collections.abc import Iterator
 from pathlib import Path

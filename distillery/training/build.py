@@ -1,4 +1,4 @@
-"""From configuration to objects: device, models, optimiser, schedule, and the task that the engine trains."""
+"""Build the objects of a run from its configuration: device, models, optimiser, schedule, training task."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The training step and the epoch: knows neither YAML nor paths nor names of losses; it is handed objects."""
+"""The training step and the epoch. The engine receives objects; it knows no YAML, no paths, no names of losses."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A run folder: the configuration it belongs to, the shards it trains on, and what may change between two starts."""
+"""The folder of a run: its configuration, its training shards, and what may change between two starts."""
 
 import contextlib
 import fcntl

@@ -1,8 +1,8 @@
-"""What a run reports while it trains: rows of metrics.jsonl, and the same in TensorBoard and Weights & Biases.
+"""The log of a run: rows of metrics.jsonl, and the same values in TensorBoard and Weights & Biases.
 
-metrics.jsonl is the record; the other two are views of it. A row is one JSON object with its kind: "train" and "eval"
-as the trainer writes them, "epoch" for what an epoch reads, "resume" for every start that went on from a checkpoint,
-"end" for how a process that had time to say so ended.
+metrics.jsonl is the record; the other two show the same rows. A row is one JSON object with its kind: "train" and
+"eval" from the trainer, "epoch" for the shards of an epoch, "resume" for every start from a checkpoint, "end" for the
+way a process ended, if it had time to write one.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""A run at work: its parts together, one epoch of it, its checkpoints and its log."""
+"""Put the parts of a run together: one epoch, its checkpoints and its log."""
 
 from dataclasses import dataclass
 from typing import Any
