@@ -124,7 +124,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
 
 
 def _record_by_index(path: Path, facts: dict) -> dict:
-    """The lost record of an upgraded shard, from what index.json says of it; its hash must still agree."""
+    """Restore the lost record of an upgraded shard from its row of index.json; the shard's hash must still agree."""
     keys = ("source", "preprocess", "dtype", "image_shape", "shard_size", "labels")
     for s, row in enumerate(facts.get("shards", [])):
         if row["shard_path"] == path.name and facts["source"].get("kind") == PREDECESSOR:

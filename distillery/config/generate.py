@@ -50,8 +50,8 @@ def schema_name(section: str) -> str:
 def build_schema(section: str) -> dict[str, Any]:
     """The JSON Schema (draft 7, what editors know best) of one YAML file.
 
-    It says what can be said of single keys: types, ranges, choices, defaults, meanings. What holds between keys is
-    checked by load_configs only.
+    The schema covers single keys: types, ranges, choices, defaults, meanings. Only load_configs checks the rules
+    between keys.
     """
     model = MODELS[section]
     raw = model.model_json_schema()

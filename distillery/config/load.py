@@ -149,7 +149,7 @@ class _Draft:
     overridden: list[tuple[str, ...]] = field(default_factory=list)
 
     def is_overridden(self, loc: tuple[str | int, ...]) -> bool:
-        """Whether --set gave the value at `loc`, or a part of it."""
+        """Whether --set gave the value at `loc`, or one part of that value."""
         return bool(loc) and any(path[: len(loc)] == loc[: len(path)] for path in self.overridden)
 
 

@@ -29,7 +29,7 @@ class LossTerm:
     field: str  # "pooled", "tokens", "logits" or "layers"
     second_view: bool = False  # whether the teacher's side is of another view than the student's
     least_batch: int = 1  # images of one process that it needs to compare
-    queue_size: int | None = None  # past teacher rows it is handed as a third argument unless told; None: none
+    queue_size: int | None = None  # default number of past teacher rows, its third argument; None: no such argument
 
     @property
     def function(self) -> Callable[..., "Tensor"]:

@@ -71,10 +71,10 @@ def choose_entry(
         own: state dict of the model.
         ignored: beginnings of names that need not be there, of a classifier.
         path: the file, for messages.
-        entry: its name as the user has written it; a part of it is enough.
+        entry: its name as the user wrote it; a part of the name is enough.
         role: "teacher" or "student".
     Raises:
-        UserError: there is none of that name, or several that nothing tells apart.
+        UserError: no entry has that name, or several entries match equally well.
     """
     dicts = dict(_state_dicts(content))
     fitting = _fitting(dicts, own, ignored) or _wrapped(dicts)

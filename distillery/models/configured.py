@@ -15,7 +15,7 @@ def choose_device(name: str) -> torch.device:
     """The device for --device auto|cuda|cpu; this process's own GPU when several run on a node.
 
     Raises:
-        UserError: CUDA was asked for and is not usable.
+        UserError: `name` is "cuda" and CUDA is not usable.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -112,7 +112,7 @@ def _take_modules(tops: set[str]) -> dict[str, types.ModuleType]:
 
 
 def repository_of(folders: Sequence[str | Path]) -> Repository:
-    """The repository in these folders: the same one, with the modules it has, however often it is asked for."""
+    """Return the repository in these folders. Every call returns the same object, with the modules it has loaded."""
     key = tuple(os.path.abspath(folder) for folder in folders)
     if builtins.__import__ is _import:
         builtins.__import__ = _import_by_place

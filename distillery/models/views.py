@@ -78,7 +78,7 @@ def crop_and_resize(pixels: Tensor, left: Tensor, top: Tensor, width: Tensor, he
 
     Args:
         pixels: [B, 3, H, W] in 0..1.
-        left: the box's left edge, [B], as all of it a share of the image's side.
+        left: the box's left edge, [B]. All four are fractions of the image's side.
         top: [B].
         width: [B].
         height: [B].
@@ -204,7 +204,7 @@ class Augmentation:
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether anything but the exact mirror image is asked for."""
+        """Whether the augmentation does more than mirror the image."""
         return self.scale is not None or max(self.color_jitter, self.grayscale, self.blur) > 0
 
     @property

@@ -267,7 +267,7 @@ class Slots:
         return images
 
     def close(self) -> None:
-        """Let go of the memory; it is given back with the last view of it."""
+        """Close the memory; the system frees it once its last view is gone."""
         if self._fd >= 0:
             os.close(self._fd)
         del self._memory

@@ -126,7 +126,7 @@ def _format_flops(count: float) -> str:
 
 
 def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
-    """Run the pass over this process's share; returns how many shards are left when a signal asked to stop."""
+    """Run the pass over this process's share; return how many shards are left after a signal to stop."""
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.to_check]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))

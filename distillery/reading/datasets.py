@@ -66,7 +66,7 @@ class CachedTensorDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The rows `indices`, read together; a DataLoader asks for a batch this way."""
+        """The rows `indices`, read together; a DataLoader calls this for a batch."""
         rows = checked_rows(indices, len(self))
         shards = np.searchsorted(self._ends, rows, side="right")
         return self.fetch(shards, rows - (self._ends - self.shard_rows)[shards])

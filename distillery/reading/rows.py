@@ -53,7 +53,7 @@ class ToFloat:
 
 
 class CachedRows:
-    """The valid rows of a cache as a stream of batches asks for them (stream.Rows).
+    """The valid rows of a cache in the form that BatchStream reads (stream.Rows).
 
     Args:
         index: the cache.

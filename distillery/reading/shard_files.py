@@ -174,7 +174,7 @@ class ShardFiles:
         Args:
             shards: int64 [n], positions in the index.
             local: int64 [n], rows in the shard.
-            go_on: asked between runs of rows; False ends it.
+            go_on: called between runs of rows; stop when it returns False.
         """
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]

@@ -55,7 +55,7 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run, where the run has said so."""
+        """Optimiser steps of the whole run, where the run's log has it."""
         return self.plan.get("total_steps")
 
     @property

@@ -82,7 +82,7 @@ def resolve_dataset(
         data_files: in the repository or folder, or URLs.
         data_dir: a folder of the repository.
         split: the one to find.
-        download: False: what is not here yet is told instead of fetched.
+        download: if False, report files that are not on this machine instead of downloading them.
     Raises:
         UserError: no such data set, configuration or split, or it cannot be reached and was not downloaded before.
         NotDownloadedError: it would have to be downloaded.
@@ -301,7 +301,7 @@ def with_retries(
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether the hub has answered, or was not to be asked: there is nothing to wait for."""
+    """Whether the hub has answered that the data set, repository or revision does not exist."""
     names = {type(cause).__name__ for cause in causes_of(error)}
     return not names.isdisjoint(_FINAL_ERRORS - {"OfflineModeIsEnabled"})
 

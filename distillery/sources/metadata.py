@@ -37,7 +37,7 @@ class Listing:
 
     Args:
         rows: for every row, the position of its image in the list of the folder's images.
-        label_column: the column that `labels` are of; None: labels are not asked for.
+        label_column: the column that holds `labels`; None: no labels wanted.
         labels: for every row, None where it has none.
         identity: what identifies the metadata.
     """

@@ -52,7 +52,7 @@ def open_source(
         labels_required: whether labels must be there.
         download: False: a hub data set that is not here yet raises NotDownloadedError, which says how large it is.
     Raises:
-        UserError: no such data set, split or column; the message lists what there is.
+        UserError: no such data set, split or column; the message lists the existing ones.
         MissingFileError: a file or folder is not there.
         RunError: a download was given up.
     """

@@ -286,7 +286,7 @@ class ParquetSource(TableSource):
 
 
 def _batches(reader: object, column: str, num_rows: int, **which: list[int]) -> Iterator[object]:
-    # by name: asked for "a", the reader also gives columns called "a.b"
+    # by name: for the column "a", the reader also returns columns called "a.b"
     for batch in reader.iter_batches(num_rows, columns=[column], use_threads=False, **which):
         yield batch.column(column)
 

@@ -40,7 +40,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal or time limit asked to stop; everything is saved, the same command goes on."""
+    """A signal or time limit stopped the command; everything is saved, and the same command goes on."""
 
 
 def run_command(main: Callable[[], Any]) -> Any:

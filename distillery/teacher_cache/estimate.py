@@ -43,7 +43,7 @@ def describe_saving(
         configs: data, train and model.
         teacher: its backbone.
         student: with its heads.
-        cache: the stored outputs, where the configuration asks for them and they are there.
+        cache: the stored outputs, where the configuration uses them and they exist.
         num_images: that the run trains on.
     """
     share, line = _teacher_share(teacher, student, configs.data.image_size)

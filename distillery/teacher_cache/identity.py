@@ -33,7 +33,7 @@ def configured_identity(
     images: str,
     loss_fields: Iterable[str],
 ) -> dict:
-    """What the configuration alone says of the teacher outputs: known without the teacher being loaded.
+    """The part of the identity that the configuration gives, without loading the teacher.
 
     Args:
         model: the keys of model_config_kd.yaml.
@@ -98,7 +98,7 @@ def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:
 
 
 def resolved_teacher(backbone: Any, weights_hash: str, precision: str) -> dict:
-    """What only the built teacher says: its weights, input, widths, grid and size.
+    """The part of the identity that only the built teacher gives: its weights, input, widths, grid and size.
 
     Args:
         backbone: models.Backbone.

@@ -33,7 +33,7 @@ _LIVE_STEPS = -2
 
 
 def wanted_outputs(configs: Configs, images: str) -> dict:
-    """What the configuration says of the teacher's outputs; images: the image cache's fingerprint."""
+    """The identity of the outputs that the configuration needs; images: the image cache's fingerprint."""
     data, train = configs.data, configs.train
     return configured_identity(
         configs.model.model_dump(),

@@ -54,7 +54,7 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
     """The data configuration that gives a run's own images again, whatever has been added since it was started.
 
     Raises:
-        UserError: use_cached asks for the other kind of images.
+        UserError: use_cached selects the other kind of images.
     """
     if frozen is None:
         return data

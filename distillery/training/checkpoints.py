@@ -121,7 +121,7 @@ def is_complete(path: Path) -> bool:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; damaged newer ones are passed over, and that is said.
+    """Find the newest complete checkpoint of a run; skip damaged newer ones and print that.
 
     Where none is complete, the newest file that has no record but can be read stands in: records may have been left
     behind when a folder was copied.

@@ -276,7 +276,7 @@ def train_one_epoch(
     log_every: int,
     after_step: Callable[[Position, dict[str, float] | None], None],
 ) -> None:
-    """Train from where `position` stands to the epoch's end, or until asked to stop.
+    """Train from `position` to the end of the epoch, or until a request to stop.
 
     Args:
         task: models, optimiser, losses.

@@ -170,7 +170,7 @@ class RunLog:
 
     def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
         """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
-        if self._evaluations is None:  # read once: it is asked for at every checkpoint
+        if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
         values: dict[int, list[float]] = {}
@@ -256,7 +256,7 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 def import_wandb(project: str) -> Any:
-    """The package that wandb_project asks for.
+    """Import the package that wandb_project needs.
 
     Raises:
         UserError: it is not installed.
