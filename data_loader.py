@@ -1,12 +1,12 @@
-"""Images for training: from the cache that stage 1 made, or decoded on the way.
+"""Load images for training: from the cache of stage 1, or decoded during training.
 
     loader = build_pretraining_dataloader(data_config, train_config)     # dicts (the parsed YAML) or config objects
     for epoch in range(num_epochs):
         loader.set_epoch(epoch)                                          # this epoch's shards and order
         for images in loader: ...                                        # float32 [B, 3, H, W], normalised
 
-The classes are map-style data sets that any torch DataLoader takes as well; the loader above does not need one: threads
-read rows straight into reused batches (distillery/reading/shard_files.py, stream.py) in an order that is a pure
+The classes are map-style data sets; any torch DataLoader accepts them. The loader above does not need a DataLoader: its
+threads read rows directly into reused batches (distillery/reading/shard_files.py, stream.py). The order is a pure
 function of (seed, epoch, shards), whatever the number of processes and threads (distillery/reading/order.py).
 """
 
@@ -67,18 +67,18 @@ def build_pretraining_dataloader(
     raw: bool = False,
     shards: Sequence[str] | None = None,
 ) -> PretrainingLoader:
-    """The loader that the configuration asks for; prints which one that is.
+    """Build the loader that the configuration names, and print which one it is.
 
     Args:
         data_config: dict (the parsed YAML, partial is fine: defaults fill in) or DataConfig.
         train_config: dict or TrainConfig; batch_size is that of one process.
         with_indices: yield (batch, global_idx int64 [B]): each image's place in the source.
         raw: yield the stored dtype, not normalised further (uint8 pixels for raw images).
-        shards: names of the shards to use, a run's frozen list; None: all there are.
+        shards: names of the shards to use, a run's frozen list; None: every shard.
 
     Raises:
-        MissingFileError: no cache where one was asked for. UserError: a cache of another configuration, a batch larger
-        than an epoch, a configuration error.
+        MissingFileError: the configuration needs a cache, and none exists. UserError: a cache of another
+        configuration, a batch larger than an epoch, a configuration error.
     """
     data = load_data_config(data_config, require_source=False)
     train = load_train_config(train_config, require_checkpoint_dir=False)

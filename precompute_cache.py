@@ -29,7 +29,7 @@ from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.verify import report_verification
 
-# what needs torch, seconds to import, is imported where a flag asks for it
+# torch takes seconds to import: modules that need it are imported only where a flag needs them
 
 
 def parse_arguments() -> argparse.Namespace:

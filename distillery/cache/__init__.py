@@ -1,1 +1,1 @@
-"""What a cache folder is: bytes of a shard, records, index; opening, planning, verifying, rebuilding."""
+"""The cache folder of stage 1: its files, how to open and verify them, and how to rebuild a lost index."""

@@ -1,4 +1,4 @@
-"""The torch.save archive of a shard byte by byte, read and written without torch."""
+"""Read and write the torch.save archive of a shard byte by byte, without torch."""
 
 import contextlib
 import errno

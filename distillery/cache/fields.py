@@ -1,6 +1,7 @@
-"""A shard's big tensors: an archive as distillery.cache.archive writes it, with places known beforehand.
+"""The large tensors of a shard, in an archive as distillery.cache.archive writes it.
 
-Sizes alone decide the places, so that rows of all tensors can be written and read in place. Nothing imports torch.
+The place of each tensor in the file follows from the sizes alone, so rows of every tensor can be written and read in
+place. This file does not import torch.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""A cache folder as its readers see it: index.json in arrays, where a shard's rows are, which of them hold an image.
+"""A cache folder as its readers see it: index.json as arrays, the place of each row, and which rows hold an image.
 
     python -m distillery.cache verify DIR     # as python -m distillery.verify DIR: reads every byte, writes nothing
 
-Three layouts are read: ours (format_version 3) and the two of this project's predecessor, which carry no hashes and are
-therefore flagged as unverified.
+It reads three layouts: ours (format_version 3) and the two of this project's predecessor. The predecessor's layouts
+carry no hashes, so their indexes are marked as unverified.
 """
 
 import os

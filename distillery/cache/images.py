@@ -1,4 +1,4 @@
-"""What image shards have of their own: the fields of their record; index.json and failures.jsonl as its views."""
+"""What only image shards have: the fields of their record, and how index.json and failures.jsonl are written."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""index.json in arrays, and the checks that make it safe to act on."""
+"""Read index.json into arrays, and check it before anything relies on it."""
 
 import math
 from dataclasses import dataclass, field, replace

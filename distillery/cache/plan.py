@@ -1,4 +1,4 @@
-"""What a cache shall be, and what a folder already holds of it: found by reading, before anything is written."""
+"""Plan a cache: what it must hold, and what its folder already holds. Planning reads only; it writes nothing."""
 
 import os
 import shlex

@@ -1,7 +1,8 @@
-"""index.json made again without the data set: from records, from shards, or from a cache of the predecessor.
+"""Rebuild index.json without the data set: from records, from shards, or from a cache of the predecessor.
 
-A predecessor's cache (v1 or v2) is upgraded in place: each shard is hashed and gets a record beside it, then index.json
-becomes a view of the records; no shard is touched. Its identity says where it came from, so stage 1 never adds to it.
+A predecessor's cache (v1 or v2) is upgraded in place. Each shard is hashed and gets a record beside it; then index.json
+is written from the records. The shards themselves do not change. The upgraded cache's identity names its origin, so
+stage 1 never adds shards to it.
 """
 
 from collections.abc import Callable, Iterable
@@ -123,7 +124,7 @@ def _renew_record(path: Path, facts: dict, problems: list[str]) -> bool:
 
 
 def _record_by_index(path: Path, facts: dict) -> dict:
-    """The lost record of an upgraded shard, from what index.json says of it; its hash must still agree."""
+    """Restore the lost record of an upgraded shard from its row of index.json; the shard's hash must still agree."""
     keys = ("source", "preprocess", "dtype", "image_shape", "shard_size", "labels")
     for s, row in enumerate(facts.get("shards", [])):
         if row["shard_path"] == path.name and facts["source"].get("kind") == PREDECESSOR:

@@ -1,7 +1,7 @@
-"""What shards of any kind share: a record beside each, made from its bytes or checked; the folder's scan and its views.
+"""What shards of every kind share: a record beside each shard, the scan of a folder, and the folder's views.
 
-The views (index.json and the like) follow from the records, a record from its shard. Nothing here trusts a file,
-executes a pickle or imports torch.
+A record is made from the bytes of its shard. The views (index.json and the like) are made from the records. This file
+trusts no file on disk, executes no pickle and does not import torch.
 """
 
 import base64
@@ -121,7 +121,7 @@ class ShardKind:
     small_tensors: what else the shard of a record and path holds: name -> values.
     views_of: (index.json's content, file name -> bytes of each view; b"" for one that shall not be there), of a
         folder's records by global_start and of how many rows there shall be (None: all of the source).
-    bulk: keys of a record that only whoever reads the rows needs; a scan leaves them out.
+    bulk: keys of a record that only readers of the rows need; a scan leaves them out.
     """
 
     pattern: re.Pattern
@@ -173,7 +173,7 @@ class ShardKind:
             return self.meta_inside(path)[0]
 
     def record_of_shard(self, path: Path) -> dict:
-        """The record of a shard from the shard alone, every byte of it compared with what it should be.
+        """Make the record of a shard from the shard alone, and check every byte of the shard.
 
         Raises:
             UserError: the shard is damaged or not of this format (FutureFormatError: of a later one).
@@ -189,7 +189,7 @@ class ShardKind:
                 raise UserError(
                     f"{path}: damaged: {len(wrong)} rows of {name} differ from their checksums, the first is {first}."
                 )
-        # the rest of the file follows from its rows and description: no byte of it is taken on trust
+        # the rows and the description determine all other bytes of the file: they are checked too
         if digest.frame != frame_of(fields, digest.crcs, self.small_tensors(meta, path), text):
             raise UserError(f"{path}: damaged: the bytes around its rows are not those of this shard.")
         return meta | {"bytes": digest.size, "hash": digest.hash}

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of images: every byte against its hash, every view against the records. Reads only."""
+"""Find what is wrong in a folder of images: compare every byte with its hash and every view with the records."""
 
 import os
 import threading

@@ -1,1 +1,1 @@
-"""The three YAML files: every key with its meaning, reading them, and errors that say what to type."""
+"""The three YAML files: every key with its meaning, the reader, and error messages that name the fix."""

@@ -1,4 +1,4 @@
-"""The messages for keys that do not fit: unknown, misspelt, of another file, gone, or of the wrong type."""
+"""The error messages for a key that is unknown, misspelt, removed, in the wrong file or of the wrong type."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""Everything that is written from the descriptions of the keys: schemas, the YAML files' comments, tables.
+"""Write what follows from the descriptions of the keys: schemas, comments in the YAML files, tables in the docs.
 
 python -m distillery.config.generate      # or: make schemas
 """
@@ -50,8 +50,8 @@ def schema_name(section: str) -> str:
 def build_schema(section: str) -> dict[str, Any]:
     """The JSON Schema (draft 7, what editors know best) of one YAML file.
 
-    It says what can be said of single keys: types, ranges, choices, defaults, meanings. What holds between keys is
-    checked by load_configs only.
+    The schema covers single keys: types, ranges, choices, defaults, meanings. Only load_configs checks the rules
+    between keys.
     """
     model = MODELS[section]
     raw = model.model_json_schema()

@@ -1,9 +1,9 @@
-"""The three YAML files as strict models: every key, its default and unit, and errors that say what to type instead.
+"""Read the three YAML files as strict models: every key has a default, and every error names the fix.
 
     configs = load_configs("data_config.yaml", "train_config_kd.yaml", "model_config_kd.yaml", ["batch_size=128"])
 
-A key stands in exactly one of the three files, so `--set KEY=VALUE` finds its file by the key. Paths stay as written;
-whoever opens one expands it (cache_path and checkpoint_path do).
+A key belongs to exactly one of the three files, so `--set KEY=VALUE` finds its file by the key. Paths stay as the user
+wrote them; the code that opens a path expands it (cache_path and checkpoint_path do).
 """
 
 import copy
@@ -149,7 +149,7 @@ class _Draft:
     overridden: list[tuple[str, ...]] = field(default_factory=list)
 
     def is_overridden(self, loc: tuple[str | int, ...]) -> bool:
-        """Whether --set gave the value at `loc`, or a part of it."""
+        """Whether --set gave the value at `loc`, or one part of that value."""
         return bool(loc) and any(path[: len(loc)] == loc[: len(path)] for path in self.overridden)
 
 

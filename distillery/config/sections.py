@@ -1,4 +1,4 @@
-"""The three YAML files: models, names, required keys; keys_{data,train,model}.py say what each key means."""
+"""The three YAML files: their models, names and required keys. keys_{data,train,model}.py describe each key."""
 
 from distillery.config.keys_data import DataConfig, EvalDataset
 from distillery.config.keys_model import ModelConfig, ProjectorConfig

@@ -1,4 +1,4 @@
-"""The kinds of values that configuration keys have, each with its range and with one message for what it is not."""
+"""The types of configuration values: each has a range, and one error message for a value that does not fit."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""YAML in and out: numbers as people write them, duplicate keys refused, values as one line of YAML."""
+"""Read and write YAML: it accepts numbers as people write them, and refuses duplicate keys."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run's models, evaluated side by side: teacher, untrained student, and each checkpoint."""
+"""Evaluate the models of a run side by side: the teacher, the untrained student and each checkpoint."""
 
 import itertools
 import sys

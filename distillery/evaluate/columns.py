@@ -1,4 +1,4 @@
-"""The models and the figures of an evaluation, as every table of results shows them. Imports no torch."""
+"""The columns of every table of results: the models and the figures. This file does not import torch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run measures of its models: baselines before the first step, the student on the way and at the end."""
+"""Evaluate during a run: the baselines before the first step, then the student at intervals and at the end."""
 
 import contextlib
 import functools
@@ -39,11 +39,11 @@ class RunEvaluation:
         run_dir: the run folder; the teacher's test features are kept there.
         folders: name of an evaluation set -> caches of its train and test split.
         student: the student with its heads.
-        targets: what the teacher's features become for the student.
-        load_teacher: the teacher, read from its weights where the run itself does without it.
+        targets: standardises the teacher's features for the student.
+        load_teacher: loads the teacher, for a run that trains without it.
         k: neighbours.
         device: where the models run.
-        is_stopped: asked before each batch: an evaluation may take minutes.
+        is_stopped: called before each batch, because an evaluation may take minutes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Features of labelled images, and what a row of metrics.jsonl says of them."""
+"""Compute features of labelled images, and the row of metrics.jsonl that describes them."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -65,7 +65,7 @@ def evaluate_features(
         linear: fit the linear probe too (seconds to minutes).
         device: where the k-NN is computed.
     Returns:
-        knn_top1 and linear_top1 (None where not asked for) in 0..1; feature_std and effective_rank of the test rows;
+        knn_top1 and linear_top1 (None where not computed) in 0..1; feature_std and effective_rank of the test rows;
         collapsed: what these two say.
     Raises:
         UserError: a label is negative: a split without labels.

@@ -1,7 +1,7 @@
-"""How good features are: k-NN and linear probe with labels, collapse and agreement with a teacher without.
+"""Measure how good features are: k-NN and linear probe need labels; collapse and agreement with a teacher do not.
 
-Everywhere: N rows (images), D dimensions, C classes; float32 [N, D] features and int64 [N] labels on the CPU.
-Accuracies are shares, 0..1.
+In every function N is the number of rows (images), D of dimensions and C of classes. Features are float32 [N, D] and
+labels int64 [N], both on the CPU. Accuracies are fractions, 0..1.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""The student, ready to leave: python -m distillery.export."""
+"""Export the student for use elsewhere: python -m distillery.export."""

@@ -1,4 +1,4 @@
-"""README.md of an exported student: what it is, how to load it, what it was trained on, what it scores."""
+"""Write README.md of an exported student: what it is, how to load it, its training data and its scores."""
 
 from __future__ import annotations
 

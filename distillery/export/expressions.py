@@ -1,6 +1,6 @@
-"""The expression that gives a student's trained features where there is nothing but the raw model.
+"""The Python expression that computes the student's trained features from the raw model alone.
 
-It goes into config.json and the model card, so it is evaluated before: a card never carries a wrong one.
+config.json and the model card show this expression. The export evaluates it first, so a card never shows a wrong one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""Take the student away: its weights under the model's own names, or ONNX, with a configuration and a model card.
-
-    python -m distillery.export --run DIR --out DIR                        # model.safetensors for timm.create_model
-    python -m distillery.export --run DIR --out DIR --format huggingface   # a folder to upload to the hub as it is
-    python -m distillery.export --run DIR --out DIR --format onnx --weights ema     # model.onnx of averaged weights
-
-Only the student leaves: teacher, heads and optimiser stay behind.
-"""
+"""Write an exported student into a folder, in one of the formats of --format."""
 
 from __future__ import annotations
 

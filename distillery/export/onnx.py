@@ -1,4 +1,4 @@
-"""A student's backbone as an ONNX model with a dynamic batch, compared with PyTorch before it gets its name."""
+"""Export the backbone to ONNX with a dynamic batch; compare it with PyTorch before the file gets its final name."""
 
 from __future__ import annotations
 

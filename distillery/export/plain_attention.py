@@ -1,4 +1,4 @@
-"""Attention in plain tensor operations while a model is traced for another program."""
+"""Replace attention by plain tensor operations while a model is traced for export."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The student of a checkpoint, rebuilt as it was trained: its backbone, its own weights, how timm builds it."""
+"""Rebuild the student of a checkpoint as it was trained: backbone, weights, and how timm builds the same model."""
 
 from __future__ import annotations
 

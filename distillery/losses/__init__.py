@@ -1,1 +1,1 @@
-"""What pulls the student: the table of losses, their formulas, their sum, the standardised targets."""
+"""The losses: their table, their formulas, their weighted sum, and the standardised targets."""

@@ -1,6 +1,7 @@
-"""The losses by name and what each needs; torch is not imported, so a misspelt name is an error at once.
+"""The table of losses: the name of each and what it needs.
 
-A loss is one function in terms.py and one line in LOSSES.
+A loss is one function in terms.py and one line in LOSSES. This file does not import torch, so a misspelt name raises
+an error at once.
 """
 
 import difflib
@@ -28,7 +29,7 @@ class LossTerm:
     field: str  # "pooled", "tokens", "logits" or "layers"
     second_view: bool = False  # whether the teacher's side is of another view than the student's
     least_batch: int = 1  # images of one process that it needs to compare
-    queue_size: int | None = None  # past teacher rows it is handed as a third argument unless told; None: none
+    queue_size: int | None = None  # default number of past teacher rows, its third argument; None: no such argument
 
     @property
     def function(self) -> Callable[..., "Tensor"]:

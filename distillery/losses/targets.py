@@ -1,4 +1,4 @@
-"""What a teacher's features become for the student: brought to mean 0 and variance 1, channel by channel or rotated."""
+"""Standardise the teacher's features: mean 0 and variance 1, for each channel or after a rotation."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -256,7 +256,7 @@ class FrozenTeacher(Targets):
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stays in eval mode, whatever is asked: batch norm and dropout would change the targets."""
+        """Stay in eval mode for every `mode`: batch norm and dropout would change the targets."""
         return super().train(False)
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass

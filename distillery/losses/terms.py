@@ -1,6 +1,7 @@
-"""The loss functions themselves, pure: of the student's features and the teacher's, which gets no gradient.
+"""The loss functions: pure functions of the student's and the teacher's features. The teacher gets no gradient.
 
-All compute in float32 whatever they are handed. All but `barlow` are zero where the student equals the teacher.
+Every function computes in float32, whatever the dtype of its arguments. Every loss but `barlow` is zero where the
+student equals the teacher.
 """
 
 from collections.abc import Sequence

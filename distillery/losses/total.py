@@ -1,4 +1,4 @@
-"""What the student is pulled towards: the weighted sum of the chosen losses, and the proof that each teaches.
+"""The training loss: the weighted sum of the chosen losses, and a check that each of them can teach the student.
 
 A loss is one function `(student, teacher, *, options) -> scalar` in terms.py and one line in registry.py.
 """

@@ -1,1 +1,1 @@
-"""Teachers and students from timm, torchvision and torch.hub, and the view that both see."""
+"""Teachers and students from timm, torchvision and torch.hub, and the augmented view that both receive."""

@@ -1,7 +1,7 @@
-"""How to get a pooled feature and a map or tokens out of a model that was written for something else.
+"""Adapters: each turns the outputs of one kind of model into a pooled feature and a map or tokens.
 
-An adapter is one function `(model, images, use_cls_token, with_logits) -> Outputs`. It is handed the model at every
-call, so that a deep copy (an EMA) never reads another model's weights.
+An adapter is one function `(model, images, use_cls_token, with_logits) -> Outputs`. The caller passes the model at
+every call, so a deep copy (an EMA) never reads another model's weights.
 """
 
 import functools
@@ -140,7 +140,7 @@ def trunk(
 
 
 def feature_alone(model: nn.Module, images: Tensor, use_cls_token: bool, with_logits: bool) -> Outputs:
-    """A model whose forward gives an image feature, and nothing else is known of it."""
+    """A model about which one thing is known: its forward returns an image feature."""
     return Outputs(model(images), None, None)
 
 
@@ -203,10 +203,10 @@ def _noise(model: nn.Module, img_size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def _check_layers(model: nn.Module, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> bool:
-    """Refuse layers that the model does not have, or gives in another order than they are asked for.
+    """Refuse layers that the model does not have, or that it returns in another order than `out_indices`.
 
     Returns:
-        Whether the model stops at the last layer asked for, instead of going on to its end.
+        Whether the model stops after the last of these layers, instead of running to its end.
     """
     if not hasattr(model, "forward_intermediates"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Any backbone as Features of a normalised image."""
+"""Wrap any backbone as a module that maps normalised images to Features."""
 
 import contextlib
 import dataclasses

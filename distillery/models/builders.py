@@ -1,7 +1,7 @@
-"""Raw models from timm, torchvision and torch.hub, at the input size that the images ask for.
+"""Build raw models from timm, torchvision and torch.hub, at the input size of the images.
 
-A new kind of model is one builder, (ModelSpec, image_size in px) -> BuiltModel, and one line in BUILDERS. What a model
-must offer stands in adapters.py, INTERFACES: mostly forward_features.
+A new kind of model is one builder, (ModelSpec, image_size in px) -> BuiltModel, and one line in BUILDERS. INTERFACES in
+adapters.py lists what a model must offer: in most cases forward_features.
 """
 
 import ast

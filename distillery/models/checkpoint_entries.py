@@ -1,7 +1,7 @@
-"""The model that is meant among those in one checkpoint file: student and teacher, plain and averaged weights.
+"""Find the wanted model in a checkpoint file that holds several: student and teacher, plain and averaged weights.
 
-A file is dictionaries in dictionaries, and one state dict may hold several models behind prefixes: {"teacher":
-{"backbone.blocks.0...": ...}}. An entry is what stands around the names of one model's tensors, with dots between:
+A file is a tree of dictionaries. One state dict may hold several models, each behind a prefix: {"teacher":
+{"backbone.blocks.0...": ...}}. An entry is the path to one model, the keys and prefixes joined by dots:
 "teacher.backbone".
 """
 
@@ -71,10 +71,10 @@ def choose_entry(
         own: state dict of the model.
         ignored: beginnings of names that need not be there, of a classifier.
         path: the file, for messages.
-        entry: its name as the user has written it; a part of it is enough.
+        entry: its name as the user wrote it; a part of the name is enough.
         role: "teacher" or "student".
     Raises:
-        UserError: there is none of that name, or several that nothing tells apart.
+        UserError: no entry has that name, or several entries match equally well.
     """
     dicts = dict(_state_dicts(content))
     fitting = _fitting(dicts, own, ignored) or _wrapped(dicts)

@@ -1,4 +1,4 @@
-"""Teacher and student as the configuration names them, on the device and in the precision it asks for."""
+"""Build teacher and student as the configuration names them, on its device and in its precision."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ def choose_device(name: str) -> torch.device:
     """The device for --device auto|cuda|cpu; this process's own GPU when several run on a node.
 
     Raises:
-        UserError: CUDA was asked for and is not usable.
+        UserError: `name` is "cuda" and CUDA is not usable.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(

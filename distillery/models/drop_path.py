@@ -1,7 +1,7 @@
-"""Stochastic depth whose draws belong to the sample, as those of the augmentation do.
+"""Stochastic depth that gives a sample the same draws in every batch, as the augmentation does.
 
-The layers of timm and torchvision draw from the process's generator: which samples skip a block would change with the
-number of processes that share a batch. Here it is a function of (seed, epoch, global_idx, layer).
+The layers of timm and torchvision draw from the process's generator. The samples that skip a block would then change
+with the number of processes that share a batch. Here the draw is a function of (seed, epoch, global_idx, layer).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of any raw model: what enters a block is kept, its inside is computed again going backward."""
+"""Gradient checkpointing for any raw model: keep a block's input, and recompute its inside in the backward pass."""
 
 import contextlib
 import functools

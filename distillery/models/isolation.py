@@ -1,9 +1,10 @@
-"""The modules of a hub repository, kept from those of every other repository.
+"""Keep the Python modules of one hub repository apart from those of every other repository.
 
-Repositories call their modules models.py, utils/ or layers.py, and Python knows a module by its name alone: the second
-repository would get the first one's. Here each keeps its own. They are in sys.modules, and their folder is on sys.path,
-while the repository's code is imported; afterwards both are as before. An import that stands inside a function, and so
-runs in a later forward pass, goes through the same door: the import statement is asked which file it stands in.
+Repositories call their modules models.py, utils/ or layers.py. Python finds a module by its name alone, so the second
+repository would get the first one's module. Here each repository keeps its own modules. They are in sys.modules, and
+their folder is on sys.path, only while the repository's code is imported; afterwards both are as before. An import
+inside a function runs later, in a forward pass. It also gets the repository's own modules: the patched import statement
+looks up the file that contains it.
 """
 
 import builtins
@@ -111,7 +112,7 @@ def _take_modules(tops: set[str]) -> dict[str, types.ModuleType]:
 
 
 def repository_of(folders: Sequence[str | Path]) -> Repository:
-    """The repository in these folders: the same one, with the modules it has, however often it is asked for."""
+    """Return the repository in these folders. Every call returns the same object, with the modules it has loaded."""
     key = tuple(os.path.abspath(folder) for folder in folders)
     if builtins.__import__ is _import:
         builtins.__import__ = _import_by_place

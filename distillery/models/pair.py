@@ -1,4 +1,4 @@
-"""Two backbones made comparable: the student with its heads, and tokens of both models on one grid."""
+"""Make two backbones comparable: add heads to the student, and bring the tokens of both models to one grid."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ PROJECTORS = ("mlp", "linear")
 
 
 class StudentWithHeads(nn.Module):
-    """The student and, on top of it, a trainable head for every field that a loss compares with the teacher's.
+    """The student with a trainable head for every field that a loss compares with the teacher's.
 
-    One module, so that the optimiser and DistributedDataParallel see all parameters. `student` (a Backbone) is what is
-    kept; `heads` are dropped at export. The teacher is never projected: with a learnable map on both sides a constant
+    One module, so that the optimiser and DistributedDataParallel see all parameters. An export keeps `student` (a
+    Backbone) and drops `heads`. The teacher is never projected: with a learnable map on both sides a constant
     would satisfy every loss.
 
     Args:

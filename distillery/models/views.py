@@ -1,9 +1,9 @@
-"""One augmented view for teacher and student alike, batched on the device, replayable from (seed, epoch, sample).
+"""One augmented view for teacher and student, made in batches on the device, repeatable from (seed, epoch, sample).
 
 No random number generator has a state here: every draw is a hash of its address (seed, epoch, global_idx, draw). A view
-therefore depends neither on the batch it comes in, nor on order, rank or device, and can be asked for again. The draws
-are integers until their last step and bit-identical on CPU and CUDA; pixels of a replay on another device agree up to
-float32 rounding.
+therefore does not depend on its batch, the order, the rank or the device, and can be computed again. The draws stay
+integers until the last step, so they are bit-identical on CPU and CUDA. The pixels of one view on two devices agree up
+to float32 rounding.
 """
 
 import functools
@@ -78,7 +78,7 @@ def crop_and_resize(pixels: Tensor, left: Tensor, top: Tensor, width: Tensor, he
 
     Args:
         pixels: [B, 3, H, W] in 0..1.
-        left: the box's left edge, [B], as all of it a share of the image's side.
+        left: the box's left edge, [B]. All four are fractions of the image's side.
         top: [B].
         width: [B].
         height: [B].
@@ -204,7 +204,7 @@ class Augmentation:
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether anything but the exact mirror image is asked for."""
+        """Whether the augmentation does more than mirror the image."""
         return self.scale is not None or max(self.color_jitter, self.grayscale, self.blur) > 0
 
     @property

@@ -1,4 +1,4 @@
-"""Local weights for raw models, whatever tool has saved them."""
+"""Load local weights into raw models, from the files of many training tools."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ from distillery.system.errors import MissingFileError, UserError
 
 # in checkpoints beside the weights: how the program was called (DINO, MAE, DeiT); plain values
 _HARMLESS = [argparse.Namespace, PosixPath]
-# beside a backbone: what a self-supervised method puts on top of it (DINO, SwAV, MoCo, BYOL, MAE)
+# heads that a self-supervised method adds to a backbone (DINO, SwAV, MoCo, BYOL, MAE)
 _METHOD_HEAD = re.compile("head|project|prototype|predict|decoder|queue|mask_token")
 CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
@@ -24,9 +24,9 @@ CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
 def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = False, role: str | None = None) -> None:
     """Load a local .pt, .pth or .safetensors file into a raw model, strictly.
 
-    Wrappers of other tools, DDP and torch.compile are taken off; position embeddings are resampled to the model's
-    input size. Of a file with several models the role's is taken, or the entry after a # (file.pth#teacher); a line
-    says which. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted; batch
+    It removes the wrappers of other tools, DDP and torch.compile, and resamples position embeddings to the model's
+    input size. From a file with several models it takes the role's, or the entry after a # (file.pth#teacher), and
+    prints which. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted; batch
     norm's count of batches may be missing, as PyTorch has it. Heads of a self-supervised method are left out.
 
     Args:

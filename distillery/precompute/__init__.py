@@ -1,1 +1,1 @@
-"""Stage 1 at work: decode workers, shards on their way to the disk, the teacher's pass, what it will cost."""
+"""Stage 1: decode workers, the writers of shards, the teacher pass, and the estimate of the cost."""

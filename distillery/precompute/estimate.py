@@ -1,4 +1,4 @@
-"""What stage 1 will cost: bytes, files, memory and hours, from a few decoded images."""
+"""Estimate what stage 1 costs, from a few decoded images: bytes, files, memory and hours."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -180,7 +180,7 @@ def _num_rows(plan: CachePlan, shards: Iterable[int]) -> int:
 
 
 def remote_lines(title: str, split: HubSplit, limit: int | None, data: DataConfig) -> list[str]:
-    """What can be said of a data set that is still on the hub; limit: rows wanted at the most, None for all."""
+    """Describe a data set that is not downloaded yet; limit: the most rows to take, None for all."""
     lines = [f"{title}: {split.describe()}"]
     if split.num_rows is None:
         lines.append("  how many images there are is not known before the download")

@@ -1,4 +1,4 @@
-"""A shard of images on its way to the disk: what is known of its rows, and the writer of its bytes."""
+"""One image shard while it is written: what is known about its rows, and the writer of its bytes."""
 
 import errno
 import json
@@ -158,7 +158,7 @@ class PayloadWriter:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # it wants larger pages, or wrote a part of one: all of it once more
+                # the file system needs larger pages, or wrote part of one: write everything again
                 self._is_direct = bypass_page_cache(self._fd, False)
         pwrite_all(self._fd, pages, self._position)
         start_writeback(self._fd, self._position, len(pages))

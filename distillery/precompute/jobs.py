@@ -1,4 +1,4 @@
-"""The cache folders that a configuration asks for, this process's share of each, and what they hold in the end."""
+"""The cache folders that a configuration needs, this process's share of each, and a summary at the end."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from distillery.system.signals import StopFlag
 
 @dataclass(frozen=True)
 class CachePart:
-    """One cache folder that the configuration asks for.
+    """One cache folder that the configuration needs.
 
-    arguments: of open_source; limit: rows, None for all; is_evaluation: a split of an evaluation set; bank: of a test
-    split, the folder of its train split.
+    arguments: those of open_source; limit: the most rows, None for all; is_evaluation: whether the folder holds a split
+    of an evaluation set; bank: for a test split, the folder of its train split.
     """
 
     title: str
@@ -121,7 +121,7 @@ def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig) ->
 
 
 def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, stop: StopFlag) -> int:
-    """Make what is missing of one cache; returns how many shards are left when a signal asked to stop."""
+    """Make the missing shards of one cache; return how many are left after a signal to stop."""
     to_make = [*survey.missing, *survey.to_check]
     if stop.requested:
         return len(to_make)

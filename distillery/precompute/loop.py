@@ -1,9 +1,9 @@
-"""What makes the shards of a folder, of images or of teacher outputs, whatever interrupts it and whoever else writes.
+"""The loop that makes the shards of a folder, images or teacher outputs, despite interruptions and other writers.
 
     claim a shard -> wait out another writer -> accept what is there, or make it -> publish -> refresh the views
 
-A shard is a pure function of the plan's identity and its number: any two writers of one shard write the same bytes, so
-nothing here needs a lock to be right.
+A shard is a pure function of the plan's identity and its number. Two writers of one shard write the same bytes, so
+correctness needs no lock.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Stage 1's engine: rows of a source become shards, whatever interrupts it.
+"""The engine of stage 1: it turns rows of a source into shards, and an interrupted pass can go on.
 
     source (main process, in order) -> units of encoded images, through shared memory -> decode workers -> rows, in the
     same memory -> disk thread: CRC, hash and write, past the page cache; fsync, publish, record -> index.json
 
-A pixel is written to memory once, by the worker that decoded it, and goes to the disk from there, so memory is bounded
-by the units in flight, whatever the shard size.
+A worker decodes a pixel into shared memory, and the disk thread writes it from there; no copy lies between. The units
+in flight therefore bound the memory, whatever the shard size.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Who decodes: a pool of worker processes, or this process itself. Images go and rows come back through shared memory.
+"""Decode images in a pool of worker processes, or in this process. Images and rows travel through shared memory.
 
-Measured on two cores against threads in one process: threads reach 0.75 to 0.90 of the speed of processes, because the
-Python between the calls that release the interpreter's lock does not. What processes cost is kept small: they are forks
-of one process that has imported torch once, and images do not pass through a pipe, which took a sixth of the time that
-decoding them takes. Rows come to lie in the memory they are written to the disk from.
+Measured on two cores: threads in one process reach 0.75 to 0.90 of the speed of processes, because the Python code
+between two decoder calls holds the interpreter's lock. Two measures keep the cost of processes small. The workers are
+forks of one process that has imported torch once. Images do not pass through a pipe: a pipe took a sixth of the time
+that decoding takes. Workers write rows into the memory from which the disk thread writes them.
 """
 
 import ctypes
@@ -267,7 +267,7 @@ class Slots:
         return images
 
     def close(self) -> None:
-        """Let go of the memory; it is given back with the last view of it."""
+        """Close the memory; the system frees it once its last view is gone."""
         if self._fd >= 0:
             os.close(self._fd)
         del self._memory

@@ -1,4 +1,4 @@
-"""precompute_cache.py --teacher: from the configuration to the teacher's pass, its plan in words and its check."""
+"""precompute_cache.py --teacher: build the teacher pass from the configuration, print its plan, run and check it."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -126,7 +126,7 @@ def _format_flops(count: float) -> str:
 
 
 def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
-    """Run the pass over this process's share; returns how many shards are left when a signal asked to stop."""
+    """Run the pass over this process's share; return how many shards are left after a signal to stop."""
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.to_check]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))

@@ -1,10 +1,10 @@
-"""The teacher pass: every image of a cache, in K views, through the teacher, into shards aligned with the images'.
+"""The teacher pass: run K views of every cached image through the teacher, into shards aligned with the images'.
 
     image shards (a thread reads ahead, checksums compared) -> teacher, TEACHER_BATCH images of one view at a time ->
     a thread writes the vectors to their places in the shard's temporary file -> hash, fsync, publish, record -> views
 
-Which images share a forward pass depends on the shard alone: on one machine, a shard is a pure function of the
-specification and its number. A pass that was killed goes on where it was, and ends with the same bytes.
+The shard alone decides which images share a forward pass. On one machine, a shard is therefore a pure function of the
+specification and its number. After a pass was killed, the same command goes on and produces the same bytes.
 """
 
 import json

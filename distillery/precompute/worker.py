@@ -1,4 +1,4 @@
-"""What a decode worker does: encoded images in, rows as they are stored out, into memory it is given."""
+"""A decode worker: it reads encoded images and writes decoded rows into memory that the caller provides."""
 
 import time
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""From shards or raw images to batches: the order of an epoch, rows, threads, loaders, data sets."""
+"""Read shards or raw images into batches: the order of an epoch, rows, threads, loaders, data sets."""

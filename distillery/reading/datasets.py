@@ -1,4 +1,4 @@
-"""The rows of a cache as map-style data sets, for any torch DataLoader, and the labelled rows of evaluation sets."""
+"""Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ class CachedTensorDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The rows `indices`, read together; a DataLoader asks for a batch this way."""
+        """The rows `indices`, read together; a DataLoader calls this for a batch."""
         rows = checked_rows(indices, len(self))
         shards = np.searchsorted(self._ends, rows, side="right")
         return self.fetch(shards, rows - (self._ends - self.shard_rows)[shards])

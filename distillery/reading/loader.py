@@ -1,7 +1,7 @@
-"""An epoch's batches as the trainer sees them: in order, from any position, on the device.
+"""The batches of an epoch for the trainer: in order, from any position, on the device.
 
-PretrainingLoader knows where the order stands and hands out batches that a BatchStream has filled ahead;
-DevicePrefetcher copies them to the GPU while the step before is still running.
+PretrainingLoader keeps the position in the order and returns batches that a BatchStream has filled ahead.
+DevicePrefetcher copies the next batch to the GPU while the current step runs.
 """
 
 import time

@@ -1,9 +1,9 @@
-"""Images decoded while training, for when there is no cache: the cache's order and streams, at the decoder's speed.
+"""Images decoded during training, when there is no cache: same order and streams, at the decoder's speed.
 
-PretrainDataset gives them one by one, RawRows in a loader's batches; both decode with an ImageDecoder.
+PretrainDataset returns images one by one, RawRows in a loader's batches. Both decode with an ImageDecoder.
 
-An image that cannot be decoded moves nothing: in its place comes the next one of the source that can, under its own
-index. Each such image is reported once, and more of them than max_failed_fraction end the run.
+An image that cannot be decoded does not shift the others. The next image of the source that can be decoded takes its
+place, with its own index. The loader reports each such image once. More of them than max_failed_fraction end the run.
 """
 
 import contextlib
@@ -135,10 +135,10 @@ class ImageDecoder:
 
 
 class PretrainDataset(Dataset):
-    """The images of data_config's source, decoded when asked for: ds[i] is float32 [3, H, W], normalised.
+    """The images of data_config's source, decoded on access: ds[i] is float32 [3, H, W], normalised.
 
-    An image that cannot be decoded moves no index: the next one that can stands in its place. It is reported, and more
-    of them than max_failed_fraction are an error.
+    An image that cannot be decoded shifts no index: the next image that can be decoded takes its place. Each failure is
+    reported; more failures than max_failed_fraction are an error.
 
     Args:
         data_config: dict (partial is fine: defaults fill in), DataConfig or path.
@@ -177,7 +177,7 @@ class PretrainDataset(Dataset):
 
 
 class RawRows:
-    """The images of a source as a stream of batches asks for them (stream.Rows); made anew for every stream.
+    """The images of a source in the form that BatchStream reads (stream.Rows); every stream makes a new one.
 
     Encoded images are read in parts that follow each other in the order of training, each part in the order of the
     source, by a few threads; many threads decode them.

@@ -1,4 +1,4 @@
-"""Rows of a cache as tensors: CachedRows for training, ImageRows for the teacher's pass."""
+"""Read rows of a cache as tensors: CachedRows for training, ImageRows for the teacher pass."""
 
 import itertools
 import threading
@@ -53,7 +53,7 @@ class ToFloat:
 
 
 class CachedRows:
-    """The valid rows of a cache as a stream of batches asks for them (stream.Rows).
+    """The valid rows of a cache in the form that BatchStream reads (stream.Rows).
 
     Args:
         index: the cache.

@@ -1,4 +1,4 @@
-"""Which shards an epoch reads, and permutations that never change with versions of NumPy."""
+"""Choose the shards of an epoch, with permutations that are the same in every version of NumPy."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -124,7 +124,7 @@ def permutation(count: int, purpose: int, seed: int, a: int = 0, b: int = 0) -> 
 
 
 class RandomOrder:
-    """A random permutation of range(n); a large one is computed where it is asked, never held.
+    """A random permutation of range(n); the elements of a large one are computed on access, never stored.
 
     Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains (Feistel network, cycle walking).
     """

@@ -1,9 +1,9 @@
-"""Rows of shards straight from their files into the caller's memory: no unpickling, no copy besides the read itself.
+"""Read rows of shards from their files into the caller's memory, without unpickling and without a second copy.
 
-Reads are preadv unless a mapping is asked for: a mapped file that shrinks may kill the process (SIGBUS), and faults of
-single pages make a mapping many times slower than reads on Lustre and NFS. Where the files are local and in memory, a
-copy from the mapping saves the kernel's part. Both release the GIL, so threads suffice; they and the memory they fill
-are in distillery/reading/stream.py.
+Reads use preadv by default. A mapping has two risks: a mapped file that shrinks may kill the process (SIGBUS), and page
+faults make a mapping many times slower than reads on Lustre and NFS. A mapping pays off where the files are local and
+in memory: the copy then needs no system call. Both release the GIL, so threads suffice. The threads and the memory they
+fill are in distillery/reading/stream.py.
 """
 
 import mmap
@@ -174,7 +174,7 @@ class ShardFiles:
         Args:
             shards: int64 [n], positions in the index.
             local: int64 [n], rows in the shard.
-            go_on: asked between runs of rows; False ends it.
+            go_on: called between runs of rows; stop when it returns False.
         """
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]

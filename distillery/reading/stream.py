@@ -1,6 +1,6 @@
-"""Batches ahead of their consumer: memory that is used again and again, threads that fill it, in order.
+"""Fill batches ahead of the consumer: reused memory, threads that fill it, batches in order.
 
-    BatchMemory   memory that is handed out again once the last tensor or view of a batch is gone
+    BatchMemory   memory that is used again once the last tensor or view of a batch is gone
     BatchStream   threads fill batches ahead of the consumer; a dead or stalled disk is an error, never a hang
 
 Threads, not processes: reads and decoders release the GIL, and processes would pay a second copy through /dev/shm.
@@ -40,14 +40,14 @@ class Rows(Protocol):
         """Write n rows into out, uint8 [n, row bytes], and their places in the source into global_idx, int64 [n]."""
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
-        """Get ready rows that will be asked for soon, until go_on answers False."""
+        """Prepare rows that fill() will need soon; stop when go_on returns False."""
 
     def close(self) -> None:
-        """Let go of what was got ready; a fill that waits for it ends with an error."""
+        """Drop the prepared rows; a fill that waits for them ends with an error."""
 
 
 class BatchMemory:
-    """Memory for batches of one size. A piece is handed out again when no tensor or view of it is left.
+    """Memory for batches of one size. A piece is used again when none of its tensors and views is left.
 
     A fresh batch costs a page fault per 4 KiB, more than reading into it; a piece used before costs none.
 

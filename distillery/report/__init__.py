@@ -1,1 +1,1 @@
-"""A run or a cache in pictures and plain words: python -m distillery.report."""
+"""Show a run or a cache in pictures and plain words: python -m distillery.report."""

@@ -1,6 +1,6 @@
-"""A cache in pictures and plain words: what its images look like, their statistics, what failed, what it was made of.
+"""The report of a cache: sample images, their statistics, the failures and the source.
 
-The page goes anywhere but into the cache folder: a finished cache holds nothing that its index does not declare.
+The page may be written anywhere but into the cache folder: a finished cache holds only files that its index lists.
 """
 
 from __future__ import annotations

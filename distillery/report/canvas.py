@@ -1,4 +1,4 @@
-"""Tiles of pixels on a transparent canvas with a few words, so that a picture suits a light page and a dark one."""
+"""Draw tiles of pixels and short texts on a transparent canvas, which fits a light page and a dark one."""
 
 from __future__ import annotations
 

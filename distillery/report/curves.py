@@ -1,4 +1,4 @@
-"""A run's figures: losses, rates, quality, shards seen, where the time went."""
+"""The figures of a run: losses, rates, quality, shards seen, and the time of each part of a step."""
 
 from __future__ import annotations
 

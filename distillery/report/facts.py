@@ -1,4 +1,4 @@
-"""A run's record as its folder holds it, finished or not, and what it says in plain words."""
+"""Read the record of a run from its folder, finished or not, and put it into plain words."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run, where the run has said so."""
+        """Optimiser steps of the whole run, where the run's log has it."""
         return self.plan.get("total_steps")
 
     @property

@@ -1,4 +1,4 @@
-"""The HTML page of a run's report, its plots, and its table for the console; what has not happened yet is left out."""
+"""The report of a run: its HTML page, its plots and its table for the console. It omits what has not happened yet."""
 
 import base64
 import json

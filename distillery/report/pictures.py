@@ -1,8 +1,8 @@
-"""What teacher and student make of images, as pictures: patch features as colours, nearest neighbours, their inputs.
+"""Pictures of what teacher and student compute: patch features as colours, nearest neighbours, input views.
 
-plots/pca.png shows the three leading principal components of each model's own patch features as red, green and blue;
-plots/neighbours.png an image's nearest ones by the pooled features of each. A PNG says in its text chunks what is on it
-("Description") and of which step ("Step"), so that a report can be made again without the models.
+plots/pca.png shows the three leading principal components of each model's own patch features as red, green and blue.
+plots/neighbours.png shows the nearest images of an image by the pooled features of each model. The text chunks of a PNG
+hold its "Description" and its "Step", so a report can be made again without the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a template in templates/ to a page: one HTML file that carries its style sheet and pictures, without scripts."""
+"""Render a page from a template in templates/: one HTML file with its style sheet and pictures, no scripts."""
 
 import itertools
 import re

@@ -1,7 +1,7 @@
-"""What all pictures of a report have in common: rows to series, colours, axes, and a figure as SVG or PNG.
+"""What all figures of a report share: series from rows, colours, axes, and the output as SVG or PNG.
 
-Every colour means one thing everywhere: the student is blue, its teacher orange, the untrained student grey. COLOUR
-holds those of a light page. render.themed_svg replaces each by the CSS variable of the same name, so that a dark page
+Every colour has one meaning everywhere: the student is blue, its teacher orange, the untrained student grey. COLOUR
+holds the colours of a light page. render.themed_svg replaces each by the CSS variable of the same name, so a dark page
 shows its own.
 """
 

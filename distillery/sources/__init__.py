@@ -1,1 +1,1 @@
-"""Where encoded images come from, in a fixed order, and how their bytes become pixels."""
+"""Sources of encoded images, in a fixed order, and the decoder from their bytes to pixels."""

@@ -1,4 +1,4 @@
-"""Archives of images, read in place: an index of offsets made once, then one pread an image; zip archives."""
+"""Read images in place from archives: build an index of offsets once, then one pread an image. Also zip archives."""
 
 import os
 import posixpath

@@ -1,4 +1,4 @@
-"""From the cells of an image column to encoded images: bytes, {bytes, path}, paths, data URIs, base64, lists of one."""
+"""Read encoded images from the cells of a column: bytes, {bytes, path}, paths, data URIs, base64, lists of one."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""Which columns of parquet and arrow files hold the images and the labels."""
+"""Find the columns of parquet and arrow files that hold the images and the labels."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Files that load_dataset must convert (csv, json, hdf5, ...): the arrow files of its cache, and where paths begin."""
+"""Files that load_dataset must convert (csv, json, hdf5, ...): its arrow files, and the root of relative paths."""
 
 import glob
 import itertools

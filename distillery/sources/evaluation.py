@@ -1,4 +1,4 @@
-"""The two splits of an evaluation set: rows taken from all over a split, and one numbering of the classes for both."""
+"""The train and test split of an evaluation set: rows spread over each split, and one class numbering for both."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""Image files in folders, and in the zip archives there."""
+"""Read image files from folders and from the zip archives in them."""
 
 import os
 import posixpath

@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, and local folders that load_dataset takes: from their names to local files.
+"""Find the local files of a data set that is on the Hugging Face hub or in a folder that load_dataset takes.
 
-Parquet, arrow, image folder and webdataset repositories are downloaded into HF_HOME as they are and read in place; what
-load_dataset must convert (json, csv, hdf5, ...) is read from the arrow files it makes in its cache.
+Parquet, arrow, image folder and webdataset repositories are downloaded into HF_HOME and read in place. load_dataset
+converts the other formats (json, csv, hdf5, ...); their images are read from the arrow files in its cache.
 """
 
 import glob
@@ -82,7 +82,7 @@ def resolve_dataset(
         data_files: in the repository or folder, or URLs.
         data_dir: a folder of the repository.
         split: the one to find.
-        download: False: what is not here yet is told instead of fetched.
+        download: if False, report files that are not on this machine instead of downloading them.
     Raises:
         UserError: no such data set, configuration or split, or it cannot be reached and was not downloaded before.
         NotDownloadedError: it would have to be downloaded.
@@ -301,7 +301,7 @@ def with_retries(
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether the hub has answered, or was not to be asked: there is nothing to wait for."""
+    """Whether the hub has answered that the data set, repository or revision does not exist."""
     names = {type(cause).__name__ for cause in causes_of(error)}
     return not names.isdisjoint(_FINAL_ERRORS - {"OfflineModeIsEnabled"})
 

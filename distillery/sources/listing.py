@@ -1,4 +1,4 @@
-"""The files a source is made of: folders, patterns, splits, and the identity of a list of files."""
+"""List the files of a source: folders, patterns, splits, and an identity for a list of files."""
 
 import glob
 import hashlib

@@ -1,4 +1,4 @@
-"""metadata.csv, .jsonl and .parquet of an image folder: which files are its rows, and their labels.
+"""Read metadata.csv, .jsonl and .parquet of an image folder: the files of its rows, and their labels.
 
 Source: datasets, packaged_modules/folder_based_builder.
 """
@@ -37,7 +37,7 @@ class Listing:
 
     Args:
         rows: for every row, the position of its image in the list of the folder's images.
-        label_column: the column that `labels` are of; None: labels are not asked for.
+        label_column: the column that holds `labels`; None: no labels wanted.
         labels: for every row, None where it has none.
         identity: what identifies the metadata.
     """

@@ -1,4 +1,4 @@
-"""A PNG cut down to what its pixels need: Pillow refuses a whole file for the sake of one text it carries."""
+"""Cut a PNG down to the chunks its pixels need: Pillow refuses a whole file because of one large text chunk."""
 
 import struct
 import zlib

@@ -1,7 +1,7 @@
-"""Where encoded images come from: hub data sets, parquet, arrow, image folders, zip and tar archives.
+"""The table of sources: hub data sets, parquet, arrow, image folders, zip and tar archives.
 
-Every kind is read in place, in a fixed order, without decoding. To add one: a class with the constructor of the others
-and one line in SOURCES.
+Every source is read in place, in a fixed order, without decoding. To add one, write a class with the same constructor
+and add one line to SOURCES.
 """
 
 import glob
@@ -52,7 +52,7 @@ def open_source(
         labels_required: whether labels must be there.
         download: False: a hub data set that is not here yet raises NotDownloadedError, which says how large it is.
     Raises:
-        UserError: no such data set, split or column; the message lists what there is.
+        UserError: no such data set, split or column; the message lists the existing ones.
         MissingFileError: a file or folder is not there.
         RunError: a download was given up.
     """

@@ -1,4 +1,4 @@
-"""Images in the cells of parquet and arrow files, read in place."""
+"""Read images in place from the cells of parquet and arrow files."""
 
 import contextlib
 import itertools
@@ -286,7 +286,7 @@ class ParquetSource(TableSource):
 
 
 def _batches(reader: object, column: str, num_rows: int, **which: list[int]) -> Iterator[object]:
-    # by name: asked for "a", the reader also gives columns called "a.b"
+    # by name: for the column "a", the reader also returns columns called "a.b"
     for batch in reader.iter_batches(num_rows, columns=[column], use_threads=False, **which):
         yield batch.column(column)
 

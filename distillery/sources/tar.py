@@ -1,4 +1,4 @@
-"""The members of uncompressed tar archives by offset, whatever program wrote them."""
+"""Find the members of uncompressed tar archives by offset, whatever program wrote the archive."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""Transparency that Pillow shows otherwise than viewers: a PNG's transparent colour, a bitmap's empty alpha."""
+"""Correct transparency where Pillow differs from viewers: a PNG's transparent colour, a bitmap's empty alpha."""
 
 import io
 

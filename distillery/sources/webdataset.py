@@ -1,4 +1,4 @@
-"""Images in tar archives, as the WebDataset library lays them out."""
+"""Read images from tar archives in the layout of the WebDataset library."""
 
 import json
 from collections import Counter

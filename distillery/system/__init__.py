@@ -1,1 +1,1 @@
-"""What this process, the machine and the other processes are to each other: errors, signals, files, the console."""
+"""The process and its machine: errors, signals, files, the console, other processes."""

@@ -1,4 +1,4 @@
-"""Lines for people: progress of a long task, and bytes, seconds and durations as text."""
+"""Lines for people: the progress of a long task, and text for bytes, seconds and durations."""
 
 import math
 import sys

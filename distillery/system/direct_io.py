@@ -1,4 +1,4 @@
-"""Hints to Linux about large files: past the page cache, room reserved, write-back begun, pages dropped."""
+"""Hints to Linux about large files: bypass the page cache, reserve room, start write-back, drop pages."""
 
 import contextlib
 import ctypes
@@ -49,7 +49,7 @@ def reserve(fd: int, count: int) -> None:
 
 
 def drop_written(fd: int, end: int) -> None:
-    """Have Linux let go of its copies in memory of the file's bytes up to `end`, as far as they are on the disk.
+    """Drop the file's bytes up to `end` from Linux's page cache, as far as they are on the disk.
 
     A stream of hundreds of GB would push everything else out of the page cache, and new pages are dear: in a virtual
     machine one can cost more than to fill it. Bytes not yet on the disk stay, so call it some way behind

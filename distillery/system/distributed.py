@@ -1,8 +1,8 @@
-"""One process or many: how ranks meet and agree. Without a launcher there is one process, rank 0 of 1.
+"""How the ranks of a run communicate. Without a launcher there is one process, rank 0 of 1.
 
 NCCL averages tensors on CUDA, gloo on the CPU. Messages between the processes (who stops, what is on disk, that rank 0
-has finished an evaluation) have a gloo group of their own: it does not wait for the GPU, it notices within moments that
-a process has died, and rank 0 may take hours for an evaluation.
+has finished an evaluation) use a gloo group of their own, for three reasons: it does not wait for the GPU, it notices
+within moments that a process has died, and rank 0 may take hours for an evaluation.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Errors that users see, the exit status of each, and the commands that messages tell them to type."""
+"""Errors that users see, the exit status of each, and the commands that their messages recommend."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal or time limit asked to stop; everything is saved, the same command goes on."""
+    """A signal or time limit stopped the command; everything is saved, and the same command goes on."""
 
 
 def run_command(main: Callable[[], Any]) -> Any:

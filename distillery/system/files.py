@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, no-clobber publishing, hashes of plain data."""
+"""Files that are either whole or absent: atomic writes, publishing that never overwrites, hashes of plain data."""
 
 import contextlib
 import errno
@@ -80,7 +80,7 @@ def make_directory(directory: Path) -> None:
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
     try:
-        # also when it is there already: whoever made it may have died before this
+        # also for an existing folder: the process that made it may have died before this line
         fsync_dir(directory.parent)
     except OSError as error:
         if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:  # then it was not made just now

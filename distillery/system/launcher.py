@@ -1,8 +1,8 @@
-"""What a launcher says in environment variables: which process this is, of how many, and where they meet.
+"""Read a launcher's environment variables: this process's rank, the number of processes, the address to meet.
 
-torchrun and scripts of the user's own set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: a blank one counts
-as unset, a wrong one is an error. Of Slurm's variables a wrong one counts as unset: no user wrote it. Imports no torch,
-so that a wrong variable is an error within a second.
+torchrun and the user's own scripts set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A blank one counts as
+unset; a wrong one is an error. A wrong variable of Slurm counts as unset, because no user wrote it. This file does not
+import torch, so a wrong variable raises its error within a second.
 """
 
 import os

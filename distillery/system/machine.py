@@ -1,4 +1,4 @@
-"""What this machine has: CPUs, memory, inodes, free bytes, and the kind of a file system."""
+"""What this machine has: CPUs, memory, inodes, free bytes, and the type of a file system."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def usable_cpus() -> int:
         if quota != "max":
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
-        pass  # no cgroup v2 here: affinity and Slurm have said what there is
+        pass  # no cgroup v2 here: affinity and Slurm's variables decide
     return max(1, cpus // (environment_number("LOCAL_WORLD_SIZE") or 1))
 
 

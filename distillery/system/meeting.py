@@ -1,7 +1,7 @@
-"""The processes of a run find each other: in a store of process 0, in which each leaves its number.
+"""Let the processes of a run find each other: each leaves its rank in a store of process 0.
 
-torch would wait for the others for half an hour without a word, deaf to signals. Here a thread waits, while the process
-prints whom it waits for, listens to requests to stop, and gives up in time.
+torch would wait for the others for half an hour, print nothing and ignore signals. Here a thread waits. Meanwhile the
+process prints which others are missing, reacts to requests to stop, and gives up after a limit.
 """
 
 import contextlib

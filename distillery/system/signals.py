@@ -1,4 +1,4 @@
-"""Signals and time limits that ask a command to stop: what Slurm, a terminal or --max_minutes sends."""
+"""Signals and time limits that stop a command: sent by Slurm or a terminal, or set by --max_minutes."""
 
 import math
 import os

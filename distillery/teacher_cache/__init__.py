@@ -1,1 +1,1 @@
-"""The teacher's outputs on disk: what identifies them, their records, reading them back as targets."""
+"""The teacher's outputs on disk: their identity, their records, and how training reads them as targets."""

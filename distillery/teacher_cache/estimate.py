@@ -1,4 +1,4 @@
-"""What stored teacher outputs cost and save: lines for the console, before anything is written."""
+"""Estimate what stored teacher outputs cost and save, as lines for the console before anything is written."""
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ def describe_saving(
         configs: data, train and model.
         teacher: its backbone.
         student: with its heads.
-        cache: the stored outputs, where the configuration asks for them and they are there.
+        cache: the stored outputs, where the configuration uses them and they exist.
         num_images: that the run trains on.
     """
     share, line = _teacher_share(teacher, student, configs.data.image_size)

@@ -1,7 +1,7 @@
-"""What decides a folder of teacher outputs: the teacher, its weights, the views, the images, what is stored of it.
+"""The identity of a folder of teacher outputs: the teacher, its weights, the views, the images, the stored fields.
 
-Part of it the configuration says, part only the teacher once it is built. Training in `cached` mode does not build it,
-and asks for the first part.
+The configuration gives one part of the identity; the built teacher gives the rest. Training in `cached` mode does not
+build the teacher, so it compares the first part only.
 """
 
 import json
@@ -33,7 +33,7 @@ def configured_identity(
     images: str,
     loss_fields: Iterable[str],
 ) -> dict:
-    """What the configuration alone says of the teacher outputs: known without the teacher being loaded.
+    """The part of the identity that the configuration gives, without loading the teacher.
 
     Args:
         model: the keys of model_config_kd.yaml.
@@ -98,7 +98,7 @@ def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:
 
 
 def resolved_teacher(backbone: Any, weights_hash: str, precision: str) -> dict:
-    """What only the built teacher says: its weights, input, widths, grid and size.
+    """The part of the identity that only the built teacher gives: its weights, input, widths, grid and size.
 
     Args:
         backbone: models.Backbone.

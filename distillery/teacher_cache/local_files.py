@@ -1,9 +1,9 @@
-"""The files on this machine that a teacher is built from, and what a folder of its outputs remembers of them.
+"""The files on this machine that build a teacher, and what a folder of its outputs remembers about them.
 
-Training in `cached` mode does not load the teacher, and would not notice other weights in a local folder. So
-teacher_files.json beside the shards says which files the outputs were last compared with: content by a hash; size,
-times and inode spare the hash of a file that nobody touched. It decides no byte of a shard. Without it, the teacher is
-built and compared again.
+Training in `cached` mode does not load the teacher, so it would not notice changed weights in a local folder. Therefore
+teacher_files.json beside the shards lists the files that the outputs were last compared with. Each has a hash of its
+content; an unchanged size, time and inode make it unnecessary to hash the file again. The file decides no byte of a
+shard. If it is missing, the teacher is built and compared again.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""The stored outputs that a configuration asks for, and whether they are those of the teacher that is there now.
+"""Open the stored outputs that a configuration needs, and check that the present teacher made them.
 
     names, views, images    the identity in the folder's index: strings, known without the teacher
-    files on this machine   teacher_files.json beside the shards: content by hashes, which size and times spare
+    files on this machine   teacher_files.json beside the shards: hashes, skipped where size and times are unchanged
     weights and code        only where those files differ: the teacher is built once, its weights are hashed, and a few
                             stored views run through it
 
-Whatever agrees is remembered, so that the next start neither builds the teacher nor hashes.
+Files that agree are remembered, so the next start neither builds the teacher nor hashes.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _TELL_HASHING_BYTES = 1 << 30
 def open_teacher_cache(
     configs: Configs, loader: Any, device: torch.device, *, fingerprint: str | None = None, is_plan: bool = False
 ) -> TeacherCache | None:
-    """The stored outputs that the configuration asks for; None where every step runs the teacher.
+    """Open the stored outputs that the configuration needs; None where every step runs the teacher.
 
     Args:
         configs: data, train and model.
@@ -161,7 +161,7 @@ def outputs_of_built(cache_dir: Path, spec: TeacherCacheSpec, files: TeacherFile
 
 
 def compare_files(files: TeacherFiles, directory: Path) -> tuple[list[str], dict[str, list]]:
-    """(names of the files that are not as a folder of outputs remembers them, what there is to remember now)."""
+    """(names of the files that differ from those a folder of outputs remembers, the entries to remember now)."""
     known = remembered_files(directory, read_teacher_index(directory)["fingerprint"])
     if (size := files.bytes_to_hash(known)) > _TELL_HASHING_BYTES:
         print(f"the teacher's files: {len(files.paths)}, {format_bytes(size)} to hash, once", flush=True)
@@ -171,7 +171,7 @@ def compare_files(files: TeacherFiles, directory: Path) -> tuple[list[str], dict
 
 
 def remember(directory: Path, entries: dict[str, list]) -> None:
-    """Write down which files a folder's outputs were compared with; one line says so where that cannot be written."""
+    """Record which files a folder's outputs were compared with; print one line if the record cannot be written."""
     error = remember_files(directory, read_teacher_index(directory)["fingerprint"], entries)
     if error is not None:
         why = error.strerror or error
@@ -234,9 +234,9 @@ def _confirmed(
 def compare_views(
     cache: TeacherCache, teacher: LiveTeacher, cache_dir: Path, images: str, *, skip_damaged: bool = False
 ) -> tuple[Replay | None, int]:
-    """(a stored view that the teacher says something else of now, None where all agree; views compared).
+    """(a stored view for which the teacher's outputs differ now, None where all agree; number of views compared).
 
-    A few views, always the same, of shards whose images are still those that the outputs are of.
+    It compares a few views, always the same ones, from shards whose images have not changed since.
 
     Args:
         cache: the outputs.

@@ -1,4 +1,4 @@
-"""What is stored of the teacher: its features of a view, cut to the form that the specification asks for."""
+"""Compute the teacher's outputs that are stored: its features of a view, in the form of the specification."""
 
 import io
 import os
@@ -45,7 +45,7 @@ class LiveTeacher:
 
     @torch.inference_mode()
     def features(self, images: Tensor, global_idx: Tensor, view: int | Tensor) -> Features:
-        """What it says of views, float32 on the device; arguments as Augmentation.views, float32 images."""
+        """The teacher's features of views, float32 on the device; arguments as Augmentation.views, float32 images."""
         images = self.augmentation.views(images.to(self.device), global_idx, view, seed=self.seed)
         with self._autocast():
             features = self.backbone(images.contiguous(memory_format=MEMORY_FORMAT))

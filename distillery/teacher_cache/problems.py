@@ -1,4 +1,4 @@
-"""What is wrong in a folder of teacher outputs, found without changing it: for `python -m distillery.cache verify`."""
+"""Find what is wrong in a folder of teacher outputs, read-only: for `python -m distillery.cache verify`."""
 
 from collections.abc import Iterator
 from pathlib import Path

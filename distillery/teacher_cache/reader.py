@@ -1,8 +1,8 @@
-"""Teacher outputs on disk as training reads them: for every image K views, each with what the teacher says of it.
+"""Read stored teacher outputs for training: K views of every image, each with the teacher's outputs for it.
 
-A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache; its shards are aligned row by
-row with the images'. View k of an image is Augmentation.views(images, global_idx, k, seed=...): a mirrored view is a
-view of its own, with outputs of its own. Written by distillery.precompute.teacher_shards.
+A folder cache_dir/teacher/<12 hex> holds the outputs of one teacher over one image cache. Its shards are aligned row by
+row with the image shards. View k of an image is Augmentation.views(images, global_idx, k, seed=...). A mirrored view is
+a separate view with separate outputs. distillery.precompute.teacher_shards writes these folders.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ _MAX_BASIS_BYTES = 1 << 30
 
 
 def find_teacher_cache(cache_dir: Path, wanted: Mapping[str, Any], fingerprint: str | None = None) -> "TeacherCache":
-    """The folder of teacher outputs below an image cache that a configuration asks for.
+    """Find the folder of teacher outputs that a configuration needs, below an image cache.
 
     Args:
         cache_dir: the image cache.
@@ -106,7 +106,7 @@ def _names_local_files(key: str, had: Any, now: Any) -> bool:
 
 
 def _part(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict:
-    """The identity as far as it is asked for; below "resolved" key by key."""
+    """The keys of the identity that `wanted` has; below "resolved" too."""
     part = {key: identity.get(key) for key in wanted}
     if "resolved" in wanted:
         part["resolved"] = {key: identity["resolved"].get(key) for key in wanted["resolved"]}
@@ -134,7 +134,7 @@ class _FieldIndex:
 
 
 def _record_of(path: Path) -> dict:
-    """What a listed shard's record says, or the shard itself where that is lost."""
+    """The record of a listed shard, or the shard's own description where the record is lost."""
     try:
         return TEACHER_SHARDS.record_or_meta(path)
     except FileNotFoundError as error:
@@ -272,7 +272,7 @@ class TeacherCache:
         return done
 
     def read(self, global_idx: np.ndarray, view: np.ndarray, fields: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """What the teacher says of these views: field -> float32, pooled [B, Dt], tokens [B, P, Dt], logits [B, C];
+        """The teacher's outputs for these views: field -> float32, pooled [B, Dt], tokens [B, P, Dt], logits [B, C];
         arguments and errors as in read_stored.
         """
         return {name: self.decode(stored) for name, stored in self.read_stored(global_idx, view, fields).items()}
@@ -280,12 +280,12 @@ class TeacherCache:
     def read_stored(
         self, global_idx: np.ndarray, view: np.ndarray, fields: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
-        """What the teacher says of these views, as they are on the disk: less to copy to a device.
+        """The teacher's outputs for these views in their stored dtype, which is less to copy to a device.
 
         Args:
             global_idx: int64 [B], images whose rows are valid.
             view: int64 [B], from 0 to num_views - 1.
-            fields: of these only; None: all there are.
+            fields: the fields to read; None: all.
         Returns:
             field -> stored dtype, pooled [B, Dt], tokens [B, P, Dt] or int8 [B, P, d], logits [B, C].
         Raises:

@@ -1,6 +1,7 @@
-"""What a folder of teacher outputs says about itself: a record beside each shard; index.json and statistics.json.
+"""The files that describe a folder of teacher outputs: a record for each shard, index.json and statistics.json.
 
-As distillery.cache.images for images. Nothing here trusts a file, executes a pickle or imports torch.
+This is the counterpart of distillery.cache.images. It trusts no file on disk, executes no pickle and does not import
+torch.
 """
 
 import base64

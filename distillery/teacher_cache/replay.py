@@ -1,4 +1,4 @@
-"""Stored teacher outputs against the teacher itself: random views of random images, run again and compared."""
+"""Compare stored teacher outputs with the teacher itself: it runs random views of random images again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ def replay_views(
 
     Args:
         cache: the stored outputs.
-        teacher: the one that they are said to be of.
-        images: of the image cache that they are said to be of.
+        teacher: the teacher that should have made them.
+        images: the images that they should belong to.
         count: pairs.
         rng: chooses them.
         shards: of the outputs', by their places in the index; None: all.

@@ -1,4 +1,4 @@
-"""What the teacher outputs over an image cache shall be, and what a folder already holds of them."""
+"""Plan the teacher outputs of an image cache: what a folder must hold, and what it already holds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,11 +1,11 @@
-"""Training on stored outputs of the teacher: which view a sample has in an epoch, and what the teacher gave for it.
+"""Train on stored teacher outputs: choose the view of each sample in an epoch, and read the teacher's outputs for it.
 
-    wanted_outputs       what the configuration says of stored outputs
-    StoredTargets        the views and targets of batches that come with stored outputs, for the engine
-    TargetLoader         a loader's batches with the stored outputs of their views, read one batch ahead
+    wanted_outputs       the stored outputs that the configuration names
+    StoredTargets        gives the engine the views and targets of batches that carry stored outputs
+    TargetLoader         adds to a loader's batches the stored outputs of their views, read one batch ahead
 
-A batch is (images, global_idx), or with stored outputs (images, global_idx, view int64 [B], field [B, ...], ...); where
-a loss compares with a second view, its pooled vectors come last.
+A batch is (images, global_idx), or with stored outputs (images, global_idx, view int64 [B], field [B, ...], ...). Where
+a loss compares with a second view, the pooled vectors of that view come last.
 """
 
 import queue
@@ -33,7 +33,7 @@ _LIVE_STEPS = -2
 
 
 def wanted_outputs(configs: Configs, images: str) -> dict:
-    """What the configuration says of the teacher's outputs; images: the image cache's fingerprint."""
+    """The identity of the outputs that the configuration needs; images: the image cache's fingerprint."""
     data, train = configs.data, configs.train
     return configured_identity(
         configs.model.model_dump(),

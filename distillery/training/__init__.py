@@ -1,1 +1,1 @@
-"""Stage 2 at work: the step, its parts put together, checkpoints, the run's folder and log."""
+"""Stage 2: the training step, the objects it needs, checkpoints, the run's folder and log."""

@@ -1,4 +1,4 @@
-"""What a run is bound to: the shards, the teacher and the data that it began with."""
+"""What a run must keep from its first start: the shards, the teacher and the data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def data_of_frozen(data: DataConfig, frozen: dict[str, Any] | None) -> DataConfi
     """The data configuration that gives a run's own images again, whatever has been added since it was started.
 
     Raises:
-        UserError: use_cached asks for the other kind of images.
+        UserError: use_cached selects the other kind of images.
     """
     if frozen is None:
         return data

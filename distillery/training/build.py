@@ -1,4 +1,4 @@
-"""From configuration to objects: device, models, optimiser, schedule, and the task that the engine trains."""
+"""Build the objects of a run from its configuration: device, models, optimiser, schedule, training task."""
 
 import itertools
 import math
@@ -178,7 +178,7 @@ def build_task(
 
 
 def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.device) -> nn.Module:
-    """What the engine calls: compiled and in DDP as asked for; the bare module keeps its names for checkpoints."""
+    """The module that the engine calls: compiled and in DDP if configured. Checkpoints use the bare module's names."""
     call: nn.Module = torch.compile(student) if train.compile_student else student
     if distributed.world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None

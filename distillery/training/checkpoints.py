@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there: one `.pt` file each, and a record beside it that is written last.
+"""Checkpoints that are either complete or ignored: one `.pt` file each, and a record that is written last.
 
 checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads, optimizer, ema, rng, position, config
 checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint without a matching record does not count
@@ -121,7 +121,7 @@ def is_complete(path: Path) -> bool:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; damaged newer ones are passed over, and that is said.
+    """Find the newest complete checkpoint of a run; skip damaged newer ones and print that.
 
     Where none is complete, the newest file that has no record but can be read stands in: records may have been left
     behind when a folder was copied.

@@ -1,4 +1,4 @@
-"""What a run says of itself: its models, its schedule, its memory."""
+"""The lines that a run prints about its models, its schedule and its memory."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The training step and the epoch: knows neither YAML nor paths nor names of losses; it is handed objects."""
+"""The training step and the epoch. The engine receives objects; it knows no YAML, no paths, no names of losses."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,7 +276,7 @@ def train_one_epoch(
     log_every: int,
     after_step: Callable[[Position, dict[str, float] | None], None],
 ) -> None:
-    """Train from where `position` stands to the epoch's end, or until asked to stop.
+    """Train from `position` to the end of the epoch, or until a request to stop.
 
     Args:
         task: models, optimiser, losses.

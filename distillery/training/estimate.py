@@ -1,4 +1,4 @@
-"""What a run will cost: hours, memory, the teacher's share, from a few timed steps; and advice."""
+"""Estimate the cost of a run from a few timed steps: hours, memory, the teacher's share; and give advice."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A run folder: the configuration it belongs to, the shards it trains on, and what may change between two starts."""
+"""The folder of a run: its configuration, its training shards, and what may change between two starts."""
 
 import contextlib
 import fcntl
@@ -374,9 +374,9 @@ def _read_record(run_dir: Path) -> dict:
 
 
 def prepare_folder(run_dir: Path, start: Start, step: int) -> list[str]:
-    """Bring the folder into the state that a start asks for; returns what to tell the user.
+    """Bring the folder into the state that a start needs; return the lines to print.
 
-    step: of the checkpoint to go on from. A kill in the middle is harmless: the same command does the rest.
+    step: that of the checkpoint to go on from. A kill in the middle is harmless: the same command does the rest.
     """
     moved = None
     if start.sets_all_aside:

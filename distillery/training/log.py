@@ -1,8 +1,8 @@
-"""What a run reports while it trains: rows of metrics.jsonl, and the same in TensorBoard and Weights & Biases.
+"""The log of a run: rows of metrics.jsonl, and the same values in TensorBoard and Weights & Biases.
 
-metrics.jsonl is the record; the other two are views of it. A row is one JSON object with its kind: "train" and "eval"
-as the trainer writes them, "epoch" for what an epoch reads, "resume" for every start that went on from a checkpoint,
-"end" for how a process that had time to say so ended.
+metrics.jsonl is the record; the other two show the same rows. A row is one JSON object with its kind: "train" and
+"eval" from the trainer, "epoch" for the shards of an epoch, "resume" for every start from a checkpoint, "end" for the
+way a process ended, if it had time to write one.
 """
 
 import itertools
@@ -170,7 +170,7 @@ class RunLog:
 
     def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
         """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
-        if self._evaluations is None:  # read once: it is asked for at every checkpoint
+        if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
         values: dict[int, list[float]] = {}
@@ -256,7 +256,7 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 def import_wandb(project: str) -> Any:
-    """The package that wandb_project asks for.
+    """Import the package that wandb_project needs.
 
     Raises:
         UserError: it is not installed.

@@ -1,4 +1,4 @@
-"""A run at work: its parts together, one epoch of it, its checkpoints and its log."""
+"""Put the parts of a run together: one epoch, its checkpoints and its log."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class Run:
 
 
 def train_epoch(run: Run) -> None:
-    """Train what is left of the present epoch, or as much of it as a request to stop allows."""
+    """Train the rest of the current epoch, or stop early at a request to stop."""
     train, task, position, rows = run.configs.train, run.task, run.position, []
     if distributed.is_main():
         row = bindings.epoch_row(run.loader, position.epoch)

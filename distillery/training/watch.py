@@ -1,4 +1,4 @@
-"""What is watched while training: the time of a step's parts, steps that are not finite, broken weights."""
+"""Watch training: the time of each part of a step, steps that are not finite, broken weights."""
 
 import contextlib
 import time
