@@ -91,7 +91,7 @@ def unknown_key(key: str, section: str | None) -> str:
     """What to type instead of a top-level key that is none; section None: of --set, which takes all files' keys."""
     owner = owner_of(key)
     if owner is not None:
-        return f"unknown key '{key}'; it belongs in {FILE_NAMES[owner]}"
+        return f"unknown key '{key}'; it belongs in {FILE_NAMES[owner]}, the file of --{owner}_config"
     own_first = sorted(MODELS, key=lambda name: name != section)
     for other in own_first:
         for names, successor in REPLACED_KEYS[other].items():
