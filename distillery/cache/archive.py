@@ -40,7 +40,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "
 
 
 @dataclass
-class Member:
+class ZipMember:
     """A member of the archive: offset is its local header's; offset, size and what follows from them in bytes."""
 
     name: str
@@ -62,13 +62,13 @@ def local_header(name: str, offset: int) -> bytes:
     return fixed + encoded + extra
 
 
-def data_descriptor(member: Member) -> bytes:
+def data_descriptor(member: ZipMember) -> bytes:
     """What follows a member's data: its CRC-32 and size."""
     sizes = "QQ" if member.size >= _ZIP64_LIMIT else "II"
     return struct.pack(f"<4sI{sizes}", b"PK\7\10", member.crc, member.size, member.size)
 
 
-def central_header(member: Member) -> bytes:
+def central_header(member: ZipMember) -> bytes:
     """A member's entry in the archive's directory."""
     wide, extra = [], b""
     size = member.size
@@ -148,7 +148,7 @@ def payload_header() -> bytes:
 
 
 def archive_tail(
-    members: list[Member],
+    members: list[ZipMember],
     end: int,
     tensors: dict[str, tuple[str, tuple[int, ...]]],
     small: Mapping[str, np.ndarray],
@@ -170,7 +170,7 @@ def archive_tail(
     contents["archive/version"] = b"3\n"
     tail, members = data_descriptor(members[-1]), list(members)
     for name, value in contents.items():
-        member = Member(name, end + len(tail), len(value), crc32(value))
+        member = ZipMember(name, end + len(tail), len(value), crc32(value))
         members.append(member)
         tail += local_header(name, member.offset) + value + data_descriptor(member)
     directory = b"".join(map(central_header, members))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from distillery.cache.archive import DTYPES, Member, archive_tail, crc32, data_descriptor, local_header
+from distillery.cache.archive import DTYPES, ZipMember, archive_tail, crc32, data_descriptor, local_header
 from distillery.system.errors import UserError
 from distillery.system.files import MAX_MEMBER_BYTES, open_regular, read_blocks
 
@@ -84,8 +84,8 @@ def _member_name(key: int) -> str:
     return f"archive/data/{key}"
 
 
-def _member(key: int, field: Field, crc: int) -> Member:
-    return Member(_member_name(key), field.header_offset, field.size, crc)
+def _member(key: int, field: Field, crc: int) -> ZipMember:
+    return ZipMember(_member_name(key), field.header_offset, field.size, crc)
 
 
 @dataclass(frozen=True)

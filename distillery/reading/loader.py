@@ -105,7 +105,7 @@ class PretrainingLoader:
         self._samples, self._resume_at = self._resume_at, 0
         rows = self._rows if isinstance(self._rows, CachedRows) else self._rows()
         if isinstance(rows, CachedRows):
-            rows.files.look_again()
+            rows.files.recheck_presence()
         stream = BatchStream(
             self._plan(self._epoch_order(), first),
             rows,

@@ -204,7 +204,7 @@ class ShardFiles:
         probe = [bytearray(1)]
         return _is_resident(opened.fd, probe, offset) and _is_resident(opened.fd, probe, end - 1)
 
-    def look_again(self) -> None:
+    def recheck_presence(self) -> None:
         """Let the next read of every open shard make sure that the file is still there."""
         with self._lock:
             for opened in self._open.values():

@@ -23,7 +23,7 @@ _MAX_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     """A file inside an archive: where its header (zip) or its data (tar) begins, how long it is as it lies there."""
 
     name: str
@@ -51,24 +51,24 @@ class ArchiveIndex:
         has_backslashes: whether images' names have them, as separators of folders.
     """
 
-    members: list[Member]
+    members: list[ArchiveMember]
     left_out: dict[str, int]
     metadata: list[str] = field(default_factory=list)
     has_backslashes: bool = False
 
 
-def resolve_links(entries: Sequence[Member | Link]) -> tuple[list[Member], int]:
+def resolve_links(entries: Sequence[ArchiveMember | Link]) -> tuple[list[ArchiveMember], int]:
     """The entries with every link replaced by the bytes of its target; and how many links lead to no member."""
     if not any(isinstance(entry, Link) for entry in entries):
         return list(entries), 0
-    latest: dict[str, Member] = {}
+    latest: dict[str, ArchiveMember] = {}
     links: dict[str, str] = {}
-    found: list[Member | None] = []
+    found: list[ArchiveMember | None] = []
     # a hard link means the file of that name that came before it, a symbolic link the last one of all
     for entry in entries:
         name = posixpath.normpath(entry.name)
-        member: Member | None = None
-        if isinstance(entry, Member):
+        member: ArchiveMember | None = None
+        if isinstance(entry, ArchiveMember):
             member = entry
         elif entry.is_symbolic:
             links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.target))
@@ -137,7 +137,7 @@ def index_zip(path: str) -> ArchiveIndex:
     Raises:
         UserError: not a zip archive, or one whose images are encrypted or packed in another way than deflate.
     """
-    entries: list[Member | Link] = []
+    entries: list[ArchiveMember | Link] = []
     metadata: list[str] = []
     has_backslashes = False
     left_out: Counter[str] = Counter()
@@ -172,13 +172,13 @@ def _bytes_of_another(path: str, infos: Sequence[zipfile.ZipInfo]) -> int:
         return first if file.read(4) == b"PK\3\4" else 0
 
 
-def _zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, path: str) -> Member | Link:
+def _zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, path: str) -> ArchiveMember | Link:
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{path}: {info.filename} is encrypted or not packed by deflate; pack the archive anew.")
     # programs of Unix write a file's mode there
     if stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= _MAX_PATH_BYTES:
         return Link(name, os.fsdecode(archive.read(info)), is_symbolic=True)
-    return Member(name, info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
+    return ArchiveMember(name, info.header_offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
 
 
 def read_zip_member(fd: int, offset: int, num_bytes: int, is_deflated: bool, path: str) -> bytes:

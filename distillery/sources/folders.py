@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.sources.archives import ArchiveIndex, Member, OpenFiles, index_zip, read_zip_member
+from distillery.sources.archives import ArchiveIndex, ArchiveMember, OpenFiles, index_zip, read_zip_member
 from distillery.sources.base import PackedNames, Source, number_labels
 from distillery.sources.listing import (
     IMAGE_SUFFIXES,
@@ -108,7 +108,7 @@ class ImageFolderSource(Source):
                 left_out.update(indexed[number].left_out)
                 left_out["other files"] += len(indexed[number].metadata)
             elif suffix_of(name) in IMAGE_SUFFIXES:
-                members = [Member(name, _LOOSE, size)]
+                members = [ArchiveMember(name, _LOOSE, size)]
             else:
                 left_out["other files"] += 1
             for member in members:

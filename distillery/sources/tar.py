@@ -5,7 +5,7 @@ import tarfile
 from collections import Counter
 from typing import BinaryIO
 
-from distillery.sources.archives import ArchiveIndex, Link, Member, resolve_links
+from distillery.sources.archives import ArchiveIndex, ArchiveMember, Link, resolve_links
 from distillery.system.errors import UserError
 
 _BLOCK_BYTES = 512
@@ -39,7 +39,7 @@ def index_tar(path: str) -> ArchiveIndex:
     Raises:
         UserError: not such an archive, a truncated one, or one with a damaged header.
     """
-    entries: list[Member | Link] = []
+    entries: list[ArchiveMember | Link] = []
     left_out: Counter[str] = Counter()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -72,7 +72,7 @@ def _unreadable(path: str, reason: str) -> UserError:
     return UserError(f"{path}: not an uncompressed tar archive, or truncated ({reason}). {advice}")
 
 
-def _read_plain_headers(fd: int, offset: int, size: int, entries: list[Member | Link]) -> int:
+def _read_plain_headers(fd: int, offset: int, size: int, entries: list[ArchiveMember | Link]) -> int:
     """Append the files from `offset` on while headers are plain, in a third of tarfile's time; returns where they end.
 
     Source: POSIX.1-1988 ustar header layout.
@@ -93,11 +93,11 @@ def _read_plain_headers(fd: int, offset: int, size: int, entries: list[Member | 
         if is_file:
             name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
             name = prefix + b"/" + name if prefix and header[257:263] != _GNU_MAGIC else name
-            entries.append(Member(name.decode("utf-8", "surrogateescape"), offset + _BLOCK_BYTES, num_bytes))
+            entries.append(ArchiveMember(name.decode("utf-8", "surrogateescape"), offset + _BLOCK_BYTES, num_bytes))
         offset = stop
 
 
-def _read_any_headers(file: BinaryIO, offset: int, entries: list[Member | Link], left_out: Counter[str]) -> int:
+def _read_any_headers(file: BinaryIO, offset: int, entries: list[ArchiveMember | Link], left_out: Counter[str]) -> int:
     """As _read_plain_headers, for headers of every kind (long names, links, sparse files): up to an end mark or damage.
 
     Raises:
@@ -111,7 +111,7 @@ def _read_any_headers(file: BinaryIO, offset: int, entries: list[Member | Link],
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_TarInfo) as archive:
             while (info := archive.next()) is not None:
                 if info.isreg():
-                    entries.append(Member(info.name, info.offset_data, info.size, is_sparse=info.issparse()))
+                    entries.append(ArchiveMember(info.name, info.offset_data, info.size, is_sparse=info.issparse()))
                 elif info.islnk() or info.issym():
                     entries.append(Link(info.name, info.linkname, is_symbolic=info.issym()))
                 elif not info.isdir() and info.type != _GNU_FOLDER:

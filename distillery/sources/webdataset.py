@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distillery.sources.archives import Member, OpenFiles, read_exactly
+from distillery.sources.archives import ArchiveMember, OpenFiles, read_exactly
 from distillery.sources.base import Source, number_labels
 from distillery.sources.listing import IMAGE_SUFFIXES, FileList, is_hidden_path, map_files, suffix_of
 from distillery.sources.tar import index_tar
 from distillery.system.errors import UserError
 
-Place = tuple[int, Member]  # number of the archive, member
-_ABSENT = Member("", 0, -1)
+Place = tuple[int, ArchiveMember]  # number of the archive, member
+_ABSENT = ArchiveMember("", 0, -1)
 _PACK = "Pack it again: mkdir x && tar -xf {path} -C x && tar --sort=name -cf NEW.tar -C x ."
 
 
@@ -44,7 +44,7 @@ class WebDatasetSource(Source):
         self._paths = [files.path(index) for index in range(len(files))]
         wanted = None if image_column is None else image_column.lower().lstrip(".")
         places: dict[str, list[Place]] = {"image": [], "cls": [], "json": []}
-        imageless: list[tuple[int, dict[str, Member]]] = []
+        imageless: list[tuple[int, dict[str, ArchiveMember]]] = []
         left_out = Counter(files.left_out())
         for number, archive in enumerate(map_files(index_tar, self._paths)):
             left_out.update(archive.left_out)
@@ -82,7 +82,10 @@ class WebDatasetSource(Source):
         super().__init__(identity, int(files.sizes.sum()), left_out)
 
     def _find_labels(
-        self, places: dict[str, list[Place]], imageless: list[tuple[int, dict[str, Member]]], label_column: str | None
+        self,
+        places: dict[str, list[Place]],
+        imageless: list[tuple[int, dict[str, ArchiveMember]]],
+        label_column: str | None,
     ) -> None:
         """Remember where every row's label is."""
         there = [name for name in ("cls", "json") if any(member is not _ABSENT for _, member in places[name])]
@@ -103,7 +106,7 @@ class WebDatasetSource(Source):
         self,
         images: list[Place],
         labels: list[Place],
-        imageless: list[tuple[int, dict[str, Member]]],
+        imageless: list[tuple[int, dict[str, ArchiveMember]]],
         extension: str,
     ) -> None:
         """Raise UserError where an image has no label and one of its name stands elsewhere.
@@ -112,7 +115,7 @@ class WebDatasetSource(Source):
         """
         is_anywhere = all(label is _ABSENT for _, label in labels)
 
-        def place(number: int, member: Member) -> tuple[int, tuple[str, str]]:
+        def place(number: int, member: ArchiveMember) -> tuple[int, tuple[str, str]]:
             return 0 if is_anywhere else number, key_of(member.name)
 
         pairs = zip(images, labels, strict=True)
@@ -194,7 +197,7 @@ def _has_no_extension(name: str) -> bool:
     return "." not in name.rpartition("/")[2] and not is_hidden_path(name)
 
 
-def samples_of(members: Sequence[Member], path: str) -> Iterator[dict[str, Member]]:
+def samples_of(members: Sequence[ArchiveMember], path: str) -> Iterator[dict[str, ArchiveMember]]:
     """Neighbours with one name up to the first dot of their file name, as {extension: member}.
 
     Raises:
@@ -219,13 +222,13 @@ def samples_of(members: Sequence[Member], path: str) -> Iterator[dict[str, Membe
         yield sample
 
 
-def _image_of(sample: dict[str, Member], wanted: str | None) -> Member | None:
+def _image_of(sample: dict[str, ArchiveMember], wanted: str | None) -> ArchiveMember | None:
     if wanted is not None:
         return sample.get(wanted)
     return next((member for extension, member in sample.items() if f".{extension}" in IMAGE_SUFFIXES), None)
 
 
-def _images_named_with_dots(imageless: Sequence[tuple[int, dict[str, Member]]]) -> list[Member]:
+def _images_named_with_dots(imageless: Sequence[tuple[int, dict[str, ArchiveMember]]]) -> list[ArchiveMember]:
     """Members like im.001.png of samples without an image: most likely images whose names have more than one dot."""
     return [
         member
@@ -235,7 +238,7 @@ def _images_named_with_dots(imageless: Sequence[tuple[int, dict[str, Member]]]) 
     ]
 
 
-def _hint_at_dots(dotted: Sequence[Member]) -> str:
+def _hint_at_dots(dotted: Sequence[ArchiveMember]) -> str:
     if not dotted:
         return ""
     file = dotted[0].name.rpartition("/")[2]

@@ -196,7 +196,7 @@ def test_a_shard_removed_while_open_is_noticed(tmp_path):
     files = ShardFiles(load_index(tmp_path))
     read_all(files)
     (tmp_path / "images_shard_00000.pt").unlink()
-    files.look_again()
+    files.recheck_presence()
     with pytest.raises(MissingFileError, match=r"images_shard_00000\.pt was removed while in use"):
         read_all(files)
 
@@ -207,7 +207,7 @@ def test_a_shard_replaced_by_a_longer_one_is_read_on_as_it_was(tmp_path):
     before = read_all(files)[2]
     make_test_cache(tmp_path / "longer", 16)
     os.replace(tmp_path / "longer" / "images_shard_00001.pt", tmp_path / "images_shard_00001.pt")
-    files.look_again()
+    files.recheck_presence()
     assert (read_all(files)[2] == before).all()
 
 
