@@ -53,7 +53,8 @@ def test_killed_at_every_single_write_fsync_link_and_rename_it_resumes_to_the_sa
             check_visible_shards(plan.directory, reference)
         run_stage1(plan, source)
         assert folder_bytes(plan.directory) == reference
-    assert fatal > (12 if mode == "half" else 60)
+    # three shards of two writes and their records; threads that finish together write index.json once for both
+    assert fatal > (8 if mode == "half" else 40)
 
 
 def test_a_cache_that_grows_killed_at_every_change_of_the_disk_ends_like_one_made_at_once(
@@ -70,7 +71,7 @@ def test_a_cache_that_grows_killed_at_every_change_of_the_disk_ends_like_one_mad
         run_stage1(plan, source)
         assert folder_bytes(plan.directory) == reference
         tally["kills while a cache grows"] += 1
-    assert fatal > 40
+    assert fatal > 30
 
 
 def test_kill_9_of_the_process_group_at_random_times(folder, tally, rng):
