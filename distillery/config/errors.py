@@ -24,7 +24,7 @@ REPLACED_KEYS = {
         "epochs": "use num_epochs",
         "warmup_steps": "use warmup_epochs; fractions are allowed",
         "use_amp mixed_precision amp": "use precision: auto, bf16, fp16 or fp32",
-        "compile_model use_compile torch_compile": "use compile_student and compile_teacher",
+        "compile_model use_compile torch_compile": "use compile",
         "channels_last": "the trainer chooses the memory format",
         "gradient_accumulation_steps": "use grad_accumulation_steps",
         "grad_clip": "use max_grad_norm",

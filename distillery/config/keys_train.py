@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from distillery.config.types import (
     AreaRange,
+    Choice,
     Count,
     NonNegativeNumber,
     Number,
@@ -110,8 +111,16 @@ class TrainConfig(StrictModel):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="bf16, fp16 or fp32; auto: bf16 where CUDA has it, else fp32"
     )
-    compile_student: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
-    compile_teacher: bool = Field(False, description="torch.compile: slow first steps, faster ones after")
+    teacher_precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="weights of the frozen teacher: bf16, fp16 or fp32; auto: as precision"
+    )
+    compile: Choice = Field(
+        "auto",
+        description="torch.compile: auto, true or false. "
+        "auto: on CUDA, where the run is long enough to win back the seconds that compiling takes",
+    )
+    compile_student: bool | None = Field(None, description="true or false for the student alone; null: as compile")
+    compile_teacher: bool | None = Field(None, description="true or false for the teacher alone; null: as compile")
     gradient_checkpointing: bool = Field(False, description="less memory: the student's forward pass is computed twice")
 
     checkpoint_dir: PathText | None = Field(
@@ -119,6 +128,9 @@ class TrainConfig(StrictModel):
         description="the run's folder. ~ and $VARIABLES are expanded; the folder of another configuration is refused",
     )
     save_every: Count = Field(100, description="steps between checkpoints; 0: at epoch ends only")
+    save_every_minutes: PositiveNumber | None = Field(
+        None, description="minutes between checkpoints, beside save_every; null: off"
+    )
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     refresh_shards: bool = Field(False, description="true: a resumed run takes shards made since its start")
     log_every: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")

@@ -71,6 +71,7 @@ Std = Annotated[tuple[PositiveNumber, PositiveNumber, PositiveNumber], _numbers(
 AreaRange = Annotated[tuple[Number, Number], AfterValidator(_ascending), _numbers(_AREA_RANGE, 2)]
 OutIndices = Annotated[list[int], Field(min_length=1)]
 ModelSource = Literal["timm", "torchvision", "torch_hub"]
+Choice = Annotated[bool | Literal["auto"], _one_message("auto, true or false")]
 Standardisation = Annotated[bool | Literal["phi_s"], _one_message("true, false or phi_s")]
 
 

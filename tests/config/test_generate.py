@@ -26,14 +26,14 @@ def accepts(schema, value):
     """What a JSON Schema validator answers, for the words that the generated schemas use."""
     known = {"$schema", "title", "description", "default", "type", "anyOf", "enum", "minimum", "maximum", "minLength",
              "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems", "items", "properties", "required",
-             "additionalProperties"}  # fmt: skip
+             "additionalProperties", "const"}  # fmt: skip
     assert schema.keys() <= known, schema.keys() - known
     types = schema.get("type", [])
     if types and not any(is_of_form(value, name) for name in ([types] if isinstance(types, str) else types)):
         return False
     if "anyOf" in schema and not any(accepts(part, value) for part in schema["anyOf"]):
         return False
-    if "enum" in schema and value not in schema["enum"]:
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
     if isinstance(value, str) and len(value) < schema.get("minLength", 0):
         return False
