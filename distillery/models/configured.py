@@ -38,7 +38,8 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # older GPUs compute bfloat16 in software, slower than float32
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> Backbone:

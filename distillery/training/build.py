@@ -181,8 +181,14 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
     """The module that the engine calls: compiled and in DDP if configured. Checkpoints use the bare module's names."""
     call: nn.Module = torch.compile(student) if train.compile_student else student
     if distributed.world_size() > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        call = nn.parallel.DistributedDataParallel(call, device_ids=device_ids, gradient_as_bucket_view=True)
+        # constants need no broadcast in every forward pass, batch-norm statistics do
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+        call = nn.parallel.DistributedDataParallel(
+            call,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_batch_norm,
+        )
     return call
 
 

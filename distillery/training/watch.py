@@ -128,10 +128,34 @@ class BadSteps:
         )
 
 
-def undo_where(is_bad: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Put tensors back in place where a step was bad: a NaN would stay in running statistics for ever."""
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(is_bad, old, tensor))
+class RunningStatistics:
+    """A model's batch-norm means and variances, to put back where a step was bad: a NaN would stay in them for ever.
+
+    The forward pass changes them, whatever comes of the step. They are handled as one vector: some hundred small copies
+    take the host longer than the arithmetic takes a GPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [value for value in model.buffers() if value.is_floating_point()]
+        self._before: Tensor | None = None
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep the present values."""
+        if self._tensors:
+            self._before = self._flat()
+
+    @torch.no_grad()
+    def undo_where(self, is_bad: Tensor) -> None:
+        """Put the remembered values back where `is_bad`, a bool scalar on the device, is true."""
+        if self._tensors:
+            values = torch.where(is_bad, self._before, self._flat())
+            sizes = [value.numel() for value in self._tensors]
+            pieces = [piece.view_as(own) for piece, own in zip(values.split(sizes), self._tensors, strict=True)]
+            torch._foreach_copy_(self._tensors, pieces)
+
+    def _flat(self) -> Tensor:
+        return torch.cat([value.flatten() for value in self._tensors])
 
 
 def check_weights(model: nn.Module) -> None:
