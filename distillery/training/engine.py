@@ -217,27 +217,36 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
         group["lr"] = task.schedule.at(step)
     if task.statistics is not None:
         task.statistics.remember()
-    totals: dict[str, Tensor] = {}
+    names: list[str] = []
+    values = torch.zeros(())
     for number, (images, global_idx, *stored) in enumerate(batches, start=1):
         is_last = number == len(batches)
         with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
             losses = forward_losses(task, images, global_idx, epoch, *stored)
             with task.clock.part("student"):
-                task.scaler.scale(losses["loss"] / len(batches)).backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+                task.scaler.scale(_share(losses["loss"], len(batches))).backward()
+        names = [*losses, "grad_norm"]
+        # one vector for all of them: as scalars each would be a kernel in every line below
+        now = _share(torch.stack([value.detach() for value in losses.values()]), len(batches))
+        values = now if number == 1 else values + now
     with task.clock.part("optimizer"):
         task.scaler.unscale_(task.optimizer)
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+        grad_norm = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+        totals = dict(zip(names, torch.cat([values, grad_norm[None]]).unbind(), strict=True))
         is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch[1] for batch in batches]))
         if task.statistics is not None:
             task.statistics.undo_where(is_bad)
-        _update_weights(task, totals["grad_norm"])
+        _update_weights(task, grad_norm)
         task.optimizer.zero_grad(set_to_none=True)
         if task.ema is not None:
             task.ema.update()
     return totals
+
+
+def _share(value: Tensor, count: int) -> Tensor:
+    """value / count; a division by 1 would be a kernel of its own, forward and backward."""
+    return value if count == 1 else value / count
 
 
 def _update_weights(task: Task, grad_norm: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery.config.load import load_configs
 from distillery.losses.targets import Targets
-from distillery.models import views
+from distillery.models import pair, views
 from distillery.models.backbone import Features
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets
@@ -53,9 +53,11 @@ def pretended_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     # the clock's events; only reading them, once every log_every steps, makes the host wait
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
-    views._constant.cache_clear()
+    for cached in (views._constant, pair._resampling_matrix):
+        cached.cache_clear()
     yield
-    views._constant.cache_clear()
+    for cached in (views._constant, pair._resampling_matrix):
+        cached.cache_clear()
 
 
 def move_to_fake(model: nn.Module) -> None:
