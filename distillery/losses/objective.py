@@ -1,11 +1,11 @@
 """What a training step differentiates: the student with its heads and the weighted losses, as one module."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from distillery.losses.total import total_loss
+from distillery.losses.total import bind_losses, sum_losses
 from distillery.models.backbone import Features
 from distillery.models.pair import StudentWithHeads, align
 
@@ -20,7 +20,7 @@ class Objective(nn.Module):
         student: with a head for every field that a loss compares.
         weights: loss name -> weight.
         options: loss name -> its options.
-        stored_weights: the losses of a step on stored outputs, where these are fewer; None: all.
+        stored_losses: names of those that a step on stored outputs computes; None: all.
         stored_grid: (h, w) of stored tokens.
     """
 
@@ -30,13 +30,14 @@ class Objective(nn.Module):
         weights: Mapping[str, float],
         options: Mapping[str, Mapping[str, Any]] | None = None,
         *,
-        stored_weights: Mapping[str, float] | None = None,
+        stored_losses: Container[str] | None = None,
         stored_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.weights, self.options = dict(weights), dict(options or {})
-        self.stored_weights = self.weights if stored_weights is None else dict(stored_weights)
+        self.losses = bind_losses(weights, options)
+        is_whole = stored_losses is None
+        self.stored_losses = [loss for loss in self.losses if is_whole or loss.name in stored_losses]
         self.stored_grid = stored_grid
 
     def forward(
@@ -53,9 +54,9 @@ class Objective(nn.Module):
         targets: the teacher's, on its own grid; second_view, queue: as of total_loss; is_stored: of stored outputs.
         """
         outputs, targets = align(self.student(view), targets, self.stored_grid if is_stored else None)
-        weights = self.stored_weights if is_stored else self.weights
-        losses = total_loss(outputs, targets, weights, self.options, second_view=second_view, queue=queue)
-        if is_stored and self.stored_weights.keys() != self.weights.keys():
+        bound = self.stored_losses if is_stored else self.losses
+        losses = sum_losses(outputs, targets, bound, second_view=second_view, queue=queue)
+        if len(bound) < len(self.losses):
             # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
             trained = (value.sum() for value in self.student.heads.parameters() if value.requires_grad)
             losses["loss"] = losses["loss"] + 0 * sum(trained)

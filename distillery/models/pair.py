@@ -142,27 +142,32 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
         raise UserError(f"{tokens.shape[1]} tokens do not make a grid of {grid[0]}x{grid[1]}")
     # autocast would run the two products in bfloat16 and round the targets to 3 digits
     with torch.autocast(device_type=tokens.device.type, enabled=False):
-        rows, columns = (
-            _resampling_matrix(old, new, tokens.dtype, tokens.device) for old, new in zip(grid, new_grid, strict=True)
-        )
+        # some ten small kernels in every step; a compiled step has them as constants
+        matrix = _resampling_matrix if torch.compiler.is_compiling() else _resampling_matrix_once
+        rows = matrix(grid[0], new_grid[0], tokens.dtype, tokens.device)
+        columns = matrix(grid[1], new_grid[1], tokens.dtype, tokens.device)
         out = torch.einsum("yh,xw,bhwd->byxd", rows, columns, tokens.unflatten(1, grid))
     return out.flatten(1, 2)
 
 
-@functools.cache
 def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[new, old] weights whose rows sum to 1; made once, as some ten small kernels in every step cost more than it."""
-    # an inference tensor could not take part in a backward pass later
+    """[new, old] weights whose rows sum to 1."""
+    if new == old:
+        return torch.eye(old, dtype=dtype, device=device)
+    start = torch.arange(new, device=device, dtype=torch.float32)[:, None] * (old / new)
+    cells = torch.arange(old, device=device, dtype=torch.float32)
+    if new < old:  # the share of the new cell that each old one covers
+        end = start + old / new
+        overlap = torch.minimum(end, cells + 1) - torch.maximum(start, cells)
+        weights = overlap.clamp(min=0) * (new / old)
+    else:  # a hat around each old centre, the outermost ones extended to the border
+        centres = (start + 0.5 * old / new - 0.5).clamp(0, old - 1)
+        weights = (1 - (centres - cells).abs()).clamp(min=0)
+    return weights.to(dtype)
+
+
+@functools.cache
+def _resampling_matrix_once(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # of the teacher's pass, which is in inference mode: such a tensor could not take part in a backward pass later
     with torch.inference_mode(False):
-        if new == old:
-            return torch.eye(old, dtype=dtype, device=device)
-        start = torch.arange(new, dtype=torch.float32)[:, None] * (old / new)
-        cells = torch.arange(old, dtype=torch.float32)
-        if new < old:  # the share of the new cell that each old one covers
-            end = start + old / new
-            overlap = torch.minimum(end, cells + 1) - torch.maximum(start, cells)
-            weights = overlap.clamp(min=0) * (new / old)
-        else:  # a hat around each old centre, the outermost ones extended to the border
-            centres = (start + 0.5 * old / new - 0.5).clamp(0, old - 1)
-            weights = (1 - (centres - cells).abs()).clamp(min=0)
-        return weights.to(device, dtype)
+        return _resampling_matrix(old, new, dtype, device)

@@ -53,10 +53,10 @@ def pretended_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     # the clock's events; only reading them, once every log_every steps, makes the host wait
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
-    for cached in (views._constant, pair._resampling_matrix):
+    for cached in (views._constant, pair._resampling_matrix_once):
         cached.cache_clear()
     yield
-    for cached in (views._constant, pair._resampling_matrix):
+    for cached in (views._constant, pair._resampling_matrix_once):
         cached.cache_clear()
 
 
