@@ -209,8 +209,8 @@ def run_epochs(run: Any, evaluation: Any) -> int:
             break
         loader.set_epoch(epoch)
         if position.step == 0:
-            batch = first_images(loader, run.task)
-            check_first_step(run.task, *batch)
+            batch = first_images(loader, run.task, epoch)
+            check_first_step(run.task, batch)
             show_models(run, batch)
         train_epoch(run)
         save(run)
@@ -250,11 +250,11 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     with run.console.paused():
         is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
     if is_whole and not rows and step > 0 and train.tensorboard:
-        show_models(run, first_images(run.loader, run.task))
+        show_models(run, first_images(run.loader, run.task, epoch))
     return is_whole
 
 
-def show_models(run: Any, batch: tuple) -> None:
+def show_models(run: Any, batch: Any) -> None:
     """Show in TensorBoard what the models are given for a few images, and the student's weights."""
     from distillery.report.pictures import log_models
     from distillery.system.distributed import is_main

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
@@ -30,6 +31,7 @@ from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets, check_fields
+from distillery.training.batches import StepBatch, live_batch, stored_batch
 from distillery.training.bindings import teacher_hash
 from distillery.training.engine import Ema, Schedule, Task, default_learning_rate
 
@@ -161,7 +163,7 @@ def build_task(
         schedule=schedule,
         loss_weights=train.distill_loss_weights,
         loss_options=train.loss_options,
-        augment=lambda images, global_idx, epoch: augmentation(images, global_idx, seed=train.seed, epoch=epoch),
+        augment=augmentation,
         to_float=to_float,
         device=device,
         precision=choose_precision(train.precision, device),
@@ -244,17 +246,20 @@ def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | Non
     return teacher.backbone
 
 
-def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
-    """A few images, normalised, their global_idx and their stored outputs, for engine.check_first_step."""
+def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
+    """A few images, normalised, in an epoch's views and on the device: a batch for engine.check_first_step."""
     if task.stored is None:
         images = next(spread_batches(loader.dataset, 8, 8, task.device))
-        return images, torch.arange(len(images), device=task.device)
+        return _on_device(live_batch(task, images, torch.arange(len(images)), epoch), task.device)
     batches = iter(loader)
     images, global_idx = next(batches)
     batches.close()
-    stored = task.stored.read(global_idx, epoch=0)
-    images, *others = (values[:8].to(task.device) for values in (images, global_idx, *stored))
-    return task.to_float(images), *others
+    batch = _on_device(stored_batch(task, images[:8], global_idx[:8], epoch), task.device)
+    return batch._replace(images=task.to_float(batch.images))
+
+
+def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The training step and the epoch. The engine receives objects; it knows no YAML, no paths, no names of losses."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.losses.registry import needs_second_view
 from distillery.losses.targets import Targets
 from distillery.losses.total import EmbeddingQueue, check_gradients, total_loss
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads, align
+from distillery.models.views import Augmentation
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.targets import StoredTargets
+from distillery.training.batches import StepBatch, live_batch
 from distillery.training.watch import BadSteps, StepClock, undo_where
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10
-# added to the epoch for the draws of a sample's second view: no run has so many epochs
-SECOND_VIEW = 2**31
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,10 @@ class Task:
 
     student, teacher: the modules themselves; the teacher's hold its weights only where a step runs it.
     student_call, teacher_call: what a step calls: the module, compiled or wrapped for DDP.
-    augment: from (images, global_idx, epoch) to images.
+    augment: draws and makes the view that both models see.
     to_float: from the loader's batch to normalised float32 on the device.
     depth: the student's stochastic depth, where it has any.
-    stored: views and targets of batches that come with the teacher's outputs.
+    stored: targets of batches that come with the teacher's outputs.
     queue: past teacher features, where a loss compares with them.
     """
 
@@ -92,7 +91,7 @@ class Task:
     schedule: Schedule
     loss_weights: dict[str, float]
     loss_options: dict[str, dict]
-    augment: Callable[[Tensor, Tensor, int], Tensor]
+    augment: Augmentation
     to_float: Callable[[Tensor], Tensor]
     device: torch.device
     precision: str
@@ -147,42 +146,39 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63)
 
 
-def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int, *stored: Tensor) -> dict[str, Tensor]:
+def forward_losses(task: Task, batch: StepBatch) -> dict[str, Tensor]:
     """One view of a batch through the student, and through the teacher where its outputs have not been stored.
 
     Args:
         task: models, losses, augmentation.
-        images: as the loader yields them, [B, 3, H, W], on the device.
-        global_idx: int64 [B]; with the epoch it determines the view.
-        epoch: from 0.
-        stored: what task.stored added to the batch; nothing where the teacher is to be run.
+        batch: on the device, images as the loader yields them.
 
     Returns:
         {"loss", "loss/<name>", ...}: float32 scalars.
     """
-    return _losses_of_view(task, task.student_call, task.to_float(images), global_idx, epoch, stored)
+    return _losses_of_view(task, task.student_call, batch._replace(images=task.to_float(batch.images)))
 
 
-def _losses_of_view(
-    task: Task, student: nn.Module, images: Tensor, global_idx: Tensor, epoch: int, stored: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    view = task.stored.view(images, global_idx, stored) if stored else task.augment(images, global_idx, epoch)
-    view = view.contiguous(memory_format=task.memory_format)
-    if task.depth is not None:
-        task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
+def _losses_of_view(task: Task, student: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+    stored = batch.stored
+    view = task.augment.apply(batch.images, batch.view).contiguous(memory_format=task.memory_format)
+    if batch.depth is not None:
+        task.depth.use(batch.depth)
     with task.clock.part("teacher"), task.autocast():
-        targets = task.stored.targets(stored) if stored else task.teacher_call(view)
-        second = None
-        if needs_second_view(task.loss_weights):
-            second = task.stored.second_view(stored) if stored else _second_view(task, images, global_idx, epoch)
+        if stored is not None:
+            targets = task.stored.targets(stored)
+            second = task.stored.second_view(stored) if task.stored.has_second_view else None
+        else:
+            targets = task.teacher_call(view)
+            second = None if batch.second_view is None else _second_view(task, batch)
     with task.clock.part("student"):
         with task.autocast():
             outputs = student(view)
         outputs, targets = align(outputs, targets, task.stored and task.stored.grid)
         past = None if task.queue is None else task.queue.rows
-        weights = task.stored.loss_weights if stored else task.loss_weights
+        weights = task.loss_weights if stored is None else task.stored.loss_weights
         losses = total_loss(outputs, targets, weights, task.loss_options, second_view=second, queue=past)
-        if stored and task.stored.live_fields:
+        if stored is not None and task.stored.live_fields:
             # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
             trained = (p.sum() for p in task.student.heads.parameters() if p.requires_grad)
             losses["loss"] = losses["loss"] + 0 * sum(trained)
@@ -191,13 +187,13 @@ def _losses_of_view(
         return losses
 
 
-def _second_view(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> Any:
+def _second_view(task: Task, batch: StepBatch) -> Any:
     """The teacher's features of another view of each image than the student's."""
-    view = task.augment(images, global_idx, epoch + SECOND_VIEW)
+    view = task.augment.apply(batch.images, batch.second_view)
     return task.teacher_call(view.contiguous(memory_format=task.memory_format))
 
 
-def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: int) -> dict[str, Tensor]:
+def train_step(task: Task, batches: list[StepBatch], step: int, epoch: int) -> dict[str, Tensor]:
     """One optimiser step over `accumulation_steps` batches; nothing here waits for the device.
 
     Returns:
@@ -209,10 +205,10 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
     statistics = _running_statistics(task) if task.max_bad_steps else []
     before = [value.clone() for value in statistics]
     totals: dict[str, Tensor] = {}
-    for number, (images, global_idx, *stored) in enumerate(batches, start=1):
+    for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
         with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
-            losses = forward_losses(task, images, global_idx, epoch, *stored)
+            losses = forward_losses(task, batch)
             with task.clock.part("student"):
                 task.scaler.scale(losses["loss"] / len(batches)).backward()
         for name, value in losses.items():
@@ -221,7 +217,7 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
         task.scaler.unscale_(task.optimizer)
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
         totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
-        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch[1] for batch in batches]))
+        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch.global_idx for batch in batches]))
         undo_where(is_bad, statistics, before)
         task.scaler.step(task.optimizer)
         task.scaler.update()
@@ -236,18 +232,20 @@ def _running_statistics(task: Task) -> list[Tensor]:
     return [value for value in task.student.buffers() if value.is_floating_point()]
 
 
-def check_first_step(task: Task, images: Tensor, global_idx: Tensor, *stored: Tensor) -> None:
+def check_first_step(task: Task, batch: StepBatch) -> None:
     """Every weighted loss term must be finite and have a gradient into the student, else an error names it.
 
-    images: normalised, float32 [B, 3, H, W], on the device; stored: as in forward_losses.
+    batch: on the device, images normalised, float32 [B, 3, H, W].
     """
     was_training = task.student.training
     # where some losses are computed in the steps alone that run the teacher, such a step as well
-    kinds = [stored, ()] if stored and task.stored.live_fields else [stored]
+    kinds = [batch]
+    if batch.stored is not None and task.stored.live_fields:
+        kinds.append(live_batch(task, batch.images, batch.global_idx, epoch=0))
     task.student.eval()  # the check must not touch batch-norm statistics
     try:
         for given in kinds:
-            terms = _losses_of_view(task, task.student, images, global_idx, 0, given)
+            terms = _losses_of_view(task, task.student, given)
             check_gradients(terms, task.student.student.parameters())
     finally:
         task.student.train(was_training)
@@ -268,7 +266,7 @@ def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list
 
 def train_one_epoch(
     task: Task,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Iterable[StepBatch],
     position: Position,
     stop: StopFlag,
     *,
@@ -280,7 +278,7 @@ def train_one_epoch(
 
     Args:
         task: models, optimiser, losses.
-        batches: (images, global_idx) on the device, from position.samples on; stored outputs of the teacher follow.
+        batches: on the device, from position.samples on.
         position: moved along after every step.
         stop: looked at after every step; all ranks stop together.
         steps_in_epoch: optimiser steps of a whole epoch.
@@ -298,7 +296,7 @@ def train_one_epoch(
             group = next(groups, None)
         assert group is not None, f"the loader ended at step {position.step}, the epoch at {epoch_end}"
         losses = train_step(task, group, position.step, position.epoch)
-        num_images = sum(len(batch[0]) for batch in group)
+        num_images = sum(len(batch.images) for batch in group)
         clock.count(num_images)
         is_logged = (position.step + 1) % log_every == 0
         # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it

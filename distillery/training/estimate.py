@@ -23,6 +23,7 @@ from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
 from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
+from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
 from distillery.training.engine import Schedule, Task, batches_by_step, train_step
 
@@ -245,8 +246,8 @@ def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
 
 def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
     """Time a few optimiser steps of the task, after one that pays for what happens once."""
-    batches = loader if task.stored is None else task.stored.batches(loader, epoch=epoch, step=0)
-    groups = batches_by_step(DevicePrefetcher(batches, task.device), task.accumulation_steps)
+    batches = DevicePrefetcher(StepLoader(task, loader, epoch=epoch, step=0), task.device)
+    groups = batches_by_step(batches, task.accumulation_steps)
     began, steps = time.monotonic(), 0
     for step in range(1 + _NUM_STEPS):
         if step <= 1:  # the first pays for what happens once
@@ -256,7 +257,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
         if group is None:
             break
         train_step(task, group, step, epoch)
-        task.clock.count(sum(len(batch[0]) for batch in group))
+        task.clock.count(sum(len(batch.images) for batch in group))
         steps = max(1, step)
         # all together: one process that goes on would wait for the others' gradients
         if distributed.any_rank(time.monotonic() - began > _BUDGET_S)[0]:

@@ -9,6 +9,7 @@ from distillery.system import distributed
 from distillery.system.console import ProgressLine
 from distillery.system.signals import StopFlag
 from distillery.training import bindings
+from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
 from distillery.training.checkpoints import CheckpointWriter, state_of
 from distillery.training.describe import compiled_graphs, describe_batch
@@ -44,9 +45,7 @@ def train_epoch(run: Run) -> None:
         row = bindings.epoch_row(run.loader, position.epoch)
         run.log.write_epoch(position.epoch, position.epoch_start, **row)
     epoch_end = position.epoch_start + run.steps_in_epoch
-    batches = run.loader
-    if task.stored is not None:
-        batches = task.stored.batches(run.loader, epoch=position.epoch, step=position.step)
+    batches = StepLoader(task, run.loader, epoch=position.epoch, step=position.step)
 
     def after_step(position: Position, row: dict[str, float] | None) -> None:
         if row is not None:
