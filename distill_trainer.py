@@ -143,7 +143,8 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
 
     # 4. The task, which is all that a step touches, and what measures the models.
     schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
-    task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
+    compiled = state and state.get("compiled")
+    task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache, compiled=compiled)
     has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,
@@ -198,20 +199,23 @@ def run_epochs(run: Any, evaluation: Any) -> int:
     from distillery.system.distributed import any_rank, on_main
     from distillery.training.build import first_images
     from distillery.training.engine import check_first_step
-    from distillery.training.run import save, train_epoch
+    from distillery.training.run import compile_step, save, train_epoch
 
     loader, position, num_epochs = run.loader, run.position, run.configs.train.num_epochs
     # set_epoch keeps this position where it lies in the epoch that is set
     loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
     is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
-    for epoch in range(position.epoch, num_epochs):
+    first_epoch = position.epoch
+    for epoch in range(first_epoch, num_epochs):
         if not is_evaluated or any_rank(run.stop.requested)[0]:
             break
         loader.set_epoch(epoch)
         if position.step == 0:
-            batch = first_images(loader, run.task)
-            check_first_step(run.task, *batch)
+            batch = first_images(loader, run.task, epoch)
+            check_first_step(run.task, batch)
             show_models(run, batch)
+        if epoch == first_epoch:
+            compile_step(run)
         train_epoch(run)
         save(run)
         is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
@@ -250,11 +254,11 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     with run.console.paused():
         is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
     if is_whole and not rows and step > 0 and train.tensorboard:
-        show_models(run, first_images(run.loader, run.task))
+        show_models(run, first_images(run.loader, run.task, epoch))
     return is_whole
 
 
-def show_models(run: Any, batch: tuple) -> None:
+def show_models(run: Any, batch: Any) -> None:
     """Show in TensorBoard what the models are given for a few images, and the student's weights."""
     from distillery.report.pictures import log_models
     from distillery.system.distributed import is_main

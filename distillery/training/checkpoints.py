@@ -252,6 +252,7 @@ def state_of(task: Task, position: Position) -> dict[str, Any]:
         "target_statistics": task.teacher.statistics_state(),
         "queue": task.queue.state() if task.queue else None,
         "num_bad_steps": task.bad_steps.count.item(),
+        "compiled": task.compiled.as_dict(),
         "learning_rate": task.schedule.at(max(0, position.step - 1)),
     }
 

@@ -19,16 +19,6 @@ from distillery.training.checkpoints import CheckpointWriter
 from distillery.training.engine import Position, Schedule, Task
 
 
-def compiled_graphs() -> str:
-    """How much of what is called torch.compile has really compiled, for the console."""
-    from torch._dynamo.utils import counters
-
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    return f"torch.compile: {graphs} graphs, {breaks} graph breaks" + (
-        "" if graphs else "; nothing was compiled: set compile_student and compile_teacher to false"
-    )
-
-
 def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:
     """What a run will do, in lines for the console; is_plan: also what the teacher's stored outputs cost and save."""
     model, sizes = configs.model, plan_of(task, num_images)

@@ -23,7 +23,9 @@ from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
 from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
+from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
+from distillery.training.compilation import eager
 from distillery.training.engine import Schedule, Task, batches_by_step, train_step
 
 # shares from which on there is something to say
@@ -220,7 +222,8 @@ def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
 
 def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int, epoch: int) -> list[str]:
     """Lines for the console: speed, hours, memory, disk, advice. The task is trained for a few steps."""
-    speed = measure_steps(task, loader, epoch)
+    with eager():  # compiling takes longer than the plan may
+        speed = measure_steps(task, loader, epoch)
     data, train, rows, schedule = configs.data, configs.train, loader.valid_rows_per_shard, task.schedule
     steps_left = schedule.total_steps - steps_done
     row_bytes = 3 * data.image_size**2 * np.dtype(DTYPES[data.cache_dtype]).itemsize if loader.shard_names else 0
@@ -229,6 +232,8 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
         *schedule_advice(configs, schedule),
         *speed_advice(speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch),
     ]
+    if task.compiled:
+        advice.append("the run compiles its steps (compile), and is faster than these, which were not compiled")
     # one more than are kept: the new one is complete before the oldest goes
     lines = training_lines(
         speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
@@ -245,8 +250,8 @@ def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
 
 def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
     """Time a few optimiser steps of the task, after one that pays for what happens once."""
-    batches = loader if task.stored is None else task.stored.batches(loader, epoch=epoch, step=0)
-    groups = batches_by_step(DevicePrefetcher(batches, task.device), task.accumulation_steps)
+    batches = DevicePrefetcher(StepLoader(task, loader, epoch=epoch, step=0), task.device)
+    groups = batches_by_step(batches, task.accumulation_steps)
     began, steps = time.monotonic(), 0
     for step in range(1 + _NUM_STEPS):
         if step <= 1:  # the first pays for what happens once
@@ -256,7 +261,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
         if group is None:
             break
         train_step(task, group, step, epoch)
-        task.clock.count(sum(len(batch[0]) for batch in group))
+        task.clock.count(sum(len(batch.images) for batch in group))
         steps = max(1, step)
         # all together: one process that goes on would wait for the others' gradients
         if distributed.any_rank(time.monotonic() - began > _BUDGET_S)[0]:

@@ -9,10 +9,12 @@ from distillery.system import distributed
 from distillery.system.console import ProgressLine
 from distillery.system.signals import StopFlag
 from distillery.training import bindings
-from distillery.training.build import global_batch_size
+from distillery.training.batches import StepLoader
+from distillery.training.build import first_batches, global_batch_size
 from distillery.training.checkpoints import CheckpointWriter, state_of
-from distillery.training.describe import compiled_graphs, describe_batch
-from distillery.training.engine import Position, Task, check_numbers, train_one_epoch
+from distillery.training.compilation import Compiled, compile_now, num_graphs
+from distillery.training.describe import describe_batch
+from distillery.training.engine import Position, Task, check_numbers, rehearse_step, train_one_epoch
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
 from distillery.training.watch import check_weights
 
@@ -37,25 +39,34 @@ class Run:
     stop: StopFlag
 
 
+def compile_step(run: Run) -> None:
+    """Compile what the run compiles, before its first step: a batch of every kind of step goes through it once."""
+    task, position = run.task, run.position
+    if not task.compiled:
+        return
+    run.console.message("torch.compile: compiling, which takes a minute or more")
+    batches = first_batches(run.loader, task, position.epoch)
+    run.loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
+    is_compiled, line = compile_now(lambda: [rehearse_step(task, batch) for batch in batches])
+    if not is_compiled:
+        task.compiled = Compiled()
+    run.console.message(line)
+
+
 def train_epoch(run: Run) -> None:
     """Train the rest of the current epoch, or stop early at a request to stop."""
     train, task, position, rows = run.configs.train, run.task, run.position, []
     if distributed.is_main():
         row = bindings.epoch_row(run.loader, position.epoch)
         run.log.write_epoch(position.epoch, position.epoch_start, **row)
-    epoch_end = position.epoch_start + run.steps_in_epoch
-    batches = run.loader
-    if task.stored is not None:
-        batches = task.stored.batches(run.loader, epoch=position.epoch, step=position.step)
+    epoch_end, graphs = position.epoch_start + run.steps_in_epoch, num_graphs() if task.compiled else 0
+    batches = StepLoader(task, run.loader, epoch=position.epoch, step=position.step)
 
     def after_step(position: Position, row: dict[str, float] | None) -> None:
         if row is not None:
             run.log.write("train", step=position.step, epoch=position.epoch, **row)
             rows.append(row)
         run.console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
-        is_first_here = run.console.done == run.console.initial + 1
-        if is_first_here and (train.compile_student or train.compile_teacher):
-            run.console.message(compiled_graphs())
         if train.save_every and position.step % train.save_every == 0 and position.step != epoch_end:
             save(run)
 
@@ -68,6 +79,8 @@ def train_epoch(run: Run) -> None:
         log_every=train.log_every,
         after_step=after_step,
     )
+    if task.compiled and num_graphs() > graphs:
+        run.console.message(f"torch.compile: {num_graphs() - graphs} graphs more, made during the epoch: please report")
     if position.step == epoch_end:
         position.next_epoch()
         run.console.message(epoch_line(position.epoch, train.num_epochs, position.step, rows))

@@ -101,7 +101,7 @@ def note_rows(folder: Path, rank: int) -> None:
 
     def noting(task, batches, number, epoch):
         with open(folder / f"{rank}.jsonl", "a") as file:
-            file.write(json.dumps([number, torch.cat([rows for _, rows in batches]).tolist()]) + "\n")
+            file.write(json.dumps([number, torch.cat([batch.global_idx for batch in batches]).tolist()]) + "\n")
         return step(task, batches, number, epoch)
 
     engine.train_step = noting
@@ -237,8 +237,8 @@ def test_nan_on_one_process_stops_both_and_names_the_images(runs):
         if rank == 1:
             losses = engine.forward_losses
 
-            def broken(task, images, global_idx, epoch):
-                found = losses(task, images, global_idx, epoch)
+            def broken(task, batch):
+                found = losses(task, batch)
                 return {name: value * float("nan") for name, value in found.items()} if step["number"] == 2 else found
 
             step = {"number": 0}
