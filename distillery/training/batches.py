@@ -10,6 +10,7 @@ device they would be a hundred tiny kernels a step.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import threading
@@ -19,13 +20,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distillery.losses.registry import needs_second_view
+from distillery.reading.stream import BatchMemory
 from distillery.system.errors import RunError
 
 if TYPE_CHECKING:
     from distillery.training.engine import Task
 
+# of a tensor in a piece of memory: enough for every type
+_ALIGNMENT = 64
 # added to the epoch for the draws of a sample's second view: no run has so many epochs
 SECOND_VIEW = 2**31
 
@@ -94,11 +99,19 @@ class StepLoader:
         return dict(self._state)
 
     def __iter__(self) -> Iterator[StepBatch]:
+        return self._batches(iter(self.loader), pin=False)
+
+    def held_batches(self) -> Iterator[StepBatch]:
+        """As __iter__, for one who holds each batch until its copies to the device are done; in pinned memory."""
+        batches = getattr(self.loader, "held_batches", self.loader.__iter__)()
+        return self._batches(batches, pin=getattr(self.loader, "pin_memory", False))
+
+    def _batches(self, batches: Iterator[tuple[Tensor, Tensor]], *, pin: bool) -> Iterator[StepBatch]:
         wanted, made = queue.SimpleQueue(), queue.SimpleQueue()
-        _start_thread(self._make_all, wanted, made)
+        _start_thread(self._make_all, wanted, made, pin)
         ahead: deque[dict] = deque()
         try:
-            for batch in self.loader:
+            for batch in batches:
                 wanted.put(batch)
                 del batch
                 ahead.append(self._loader_state())
@@ -122,16 +135,17 @@ class StepLoader:
             raise batch
         return batch
 
-    def _make_all(self, wanted: queue.SimpleQueue, made: queue.SimpleQueue) -> None:
+    def _make_all(self, wanted: queue.SimpleQueue, made: queue.SimpleQueue, pin: bool) -> None:
         for number in itertools.count():
             if (batch := wanted.get()) is None:
                 return
             try:
-                made.put(self._make(batch, self.step + number // self.task.accumulation_steps))
+                found = self._make(batch, self.step + number // self.task.accumulation_steps)
+                made.put(_pinned(found, self.task.device) if pin else found)
             except BaseException as error:
                 made.put(error)
             # nothing of a batch may be held while waiting: its memory goes back when the consumer drops it
-            del batch
+            batch = found = None
 
     def _make(self, batch: tuple[Tensor, Tensor], step: int) -> StepBatch:
         stored = self.task.stored
@@ -140,6 +154,25 @@ class StepLoader:
 
     def _loader_state(self) -> dict:
         return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
+
+
+def _pinned(batch: StepBatch, device: torch.device) -> StepBatch:
+    """The batch, all but its images in one piece of page-locked memory: copies from elsewhere make the host wait."""
+    others = batch._replace(images=None)
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tree_leaves(others) if tensor is not None]
+    parts = iter(_page_locked_memory(sum(sizes), device).take().split(sizes))
+
+    def move(tensor: Tensor) -> Tensor:
+        return next(parts)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    return tree_map_only(Tensor, move, others)._replace(images=batch.images)
+
+
+@functools.lru_cache(maxsize=4)
+def _page_locked_memory(num_bytes: int, device: torch.device) -> BatchMemory:
+    """For batches of one size, of all epochs: locking costs more than copying. A run has one size, or two if hybrid."""
+    with torch.cuda.device(device):
+        return BatchMemory(num_bytes, pinned=True, held=True)
 
 
 def _start_thread(work: Any, *arguments: Any) -> None:
