@@ -25,6 +25,7 @@ from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
 from distillery.training.build import global_batch_size
 from distillery.training.engine import Schedule, Task, batches_by_step, train_step
+from distillery.training.memory import fit_line
 
 # shares from which on there is something to say
 _SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05
@@ -233,6 +234,7 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
     lines = training_lines(
         speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
     )
+    lines.append(fit_line(task, train, data.image_size))
     return [*lines, *(f"advice: {text}." for text in advice)]
 
 
