@@ -26,6 +26,7 @@ from distillery.models.configured import (
     build_teacher_backbone,
     choose_precision,
     choose_teacher_precision,
+    low_weights,
     on_device,
     place_teacher,
 )
@@ -50,8 +51,9 @@ def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
     """The teacher, on the device and in its own precision (`teacher_precision`)."""
     train = configs.train
     with_logits = "logits" in fields_needed(train.distill_loss_weights)
-    backbone = build_teacher_backbone(configs.model, configs.data, with_logits=with_logits)
     precision = choose_teacher_precision(train, device)
+    low = low_weights(train, device, precision)
+    backbone = build_teacher_backbone(configs.model, configs.data, with_logits=with_logits, low=low)
     backbone = place_teacher(backbone, train, device, precision, lambda: images_to_compare(configs.data))
     return FrozenTeacher(backbone, train.standardise_targets, precision).to(device)
 

@@ -1,6 +1,7 @@
 """The lines that a run prints about its models, its schedule and its memory."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,9 +71,28 @@ def advice_on_errors(
         checkpoints.close()
 
 
+# what the CPU's allocator, CUDA and its libraries say; torch has an error of its own for its GPU allocator alone
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|cudaErrorMemoryAllocation|"
+    r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_(\w+_)?ALLOC\w*_FAILED"
+)
+# a library that finds no room for its workspace says that it was not initialised
+_NO_WORKSPACE = re.compile(r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED")
+_SMALL_WORKSPACE = 512 << 20
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or (torch has no error of its own for that) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed, on the CPU or on the GPU, in torch or in one of CUDA's libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return True
+    return _NO_WORKSPACE.search(str(error)) is not None and _is_gpu_full()
+
+
+def _is_gpu_full() -> bool:
+    """Whether the present GPU has too little memory left for a library's workspace."""
+    with contextlib.suppress(RuntimeError):  # after some errors CUDA answers nothing any more
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _SMALL_WORKSPACE
+    return False
 
 
 def memory_advice(train: TrainConfig, image_size: int, device: torch.device, step: int) -> str:

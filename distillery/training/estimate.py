@@ -27,6 +27,7 @@ from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
 from distillery.training.compilation import eager
 from distillery.training.engine import Schedule, Task, batches_by_step, train_step
+from distillery.training.memory import fit_line
 
 # shares from which on there is something to say
 _SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05
@@ -238,6 +239,7 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
     lines = training_lines(
         speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
     )
+    lines.append(fit_line(task, train, data.image_size))
     return [*lines, *(f"advice: {text}." for text in advice)]
 
 
