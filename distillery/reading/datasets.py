@@ -1,6 +1,6 @@
 """Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
-import math
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,11 @@ from torch.utils.data import Dataset
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
-from distillery.reading.rows import CachedRows
+from distillery.reading.rows import CachedRows, float_batches
 from distillery.reading.shard_draws import ShardDraws
-from distillery.reading.stream import BatchMemory, BatchStream
 from distillery.system.errors import UserError, stage1_command
-from distillery.system.machine import usable_cpus
 
 _DEFAULT_SUBSET_SEED = 42
-# of labelled batches; reading and casting release the GIL
-_READING_THREADS = 4
 
 
 class CachedTensorDataset(Dataset):
@@ -202,23 +198,12 @@ class LabelledBatches:
         return len(self._bounds)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset, shape = self.dataset, self.dataset.index.image_shape
-        labels = cached_labels(dataset)
-        stream = BatchStream(
-            ((dataset.locate(np.arange(*bounds)), []) for bounds in self._bounds),
-            dataset.rows,
-            BatchMemory(self._batch_size * dataset.rows.row_bytes, pinned=self.pin_memory),
-            row_bytes=dataset.rows.row_bytes,
-            num_threads=min(_READING_THREADS, usable_cpus()),
-            ahead=1,
-        )
-        try:
+        labels = cached_labels(self.dataset)
+        places = (self.dataset.locate(np.arange(*bounds)) for bounds in self._bounds)
+        batches = float_batches(self.dataset.rows, places, self._batch_size, pin_memory=self.pin_memory)
+        with contextlib.closing(batches):
             for start, stop in self._bounds:
-                rows = next(stream).memory.view(torch.float32)[: (stop - start) * math.prod(shape)]
-                yield rows.view(-1, *shape), torch.from_numpy(labels[start:stop])
-                del rows  # the consumer alone says when the memory may be used again
-        finally:
-            stream.close()
+                yield next(batches), torch.from_numpy(labels[start:stop])
 
 
 def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
