@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -158,3 +158,33 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors that every rank has, on its device, with those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dense = tensor.contiguous()
+            dist.broadcast(dense, 0)
+            tensor.copy_(dense)
+
+
+def gather_on_main(rows: Tensor) -> Tensor | None:
+    """Rows [n, ...] of every rank one after the other on rank 0, in the order of the ranks; None on the others.
+
+    rows: on the CPU. n may differ from rank to rank; where it is 0, the other sides do not matter, but on rank 0.
+    """
+    if world_size() == 1:
+        return rows
+    counts = [torch.empty(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)]), group=_hosts)
+    if not is_main():
+        if len(rows):
+            dist.send(rows.contiguous(), 0, group=_hosts)
+        return None
+    parts = [rows]
+    for source, count in enumerate(counts[1:], start=1):
+        if count:
+            parts.append(rows.new_empty((int(count), *rows.shape[1:])))
+            dist.recv(parts[-1], source, group=_hosts)
+    return torch.cat(parts)

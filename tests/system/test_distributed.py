@@ -17,7 +17,7 @@ import pytest
 import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
-from distillery.evaluate import during
+from distillery.evaluate import during, features
 from distillery.report import page, pictures
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine
@@ -179,6 +179,15 @@ def test_another_product_of_batch_and_processes_is_refused_with_the_arithmetic_o
     assert not any("Traceback" in text for text in texts)
 
 
+def in_batches_of(size: int):
+    """Evaluation in batches of so few rows that each process has some."""
+
+    def prepare(_rank: int) -> None:
+        features.BATCH_SIZE = size
+
+    return prepare
+
+
 def fail() -> None:
     raise ZeroDivisionError("this rank is broken")
 
@@ -190,11 +199,17 @@ def fail() -> None:
         (0, engine, "train_step", 1),
         (1, engine, "check_first_step", 1),
         (0, during, "evaluate_features", 3),
+        (1, during, "extract_features", 2),
         (0, checkpoints, "save_checkpoint", 1),
     ],
 )
 def test_one_process_that_fails_ends_all_within_seconds_and_its_traceback_is_shown(runs, rank, module, name, call):
-    both = runs.start("run", 2, batch_size=4, before=lambda r: at_call(module, name, call, fail) if r == rank else None)
+    def hit(r: int) -> None:
+        in_batches_of(12)(r)
+        if r == rank:
+            at_call(module, name, call, fail)
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
     statuses = [run.wait(timeout_s=30) for run in both]
     assert statuses == [1, 1]
     assert "ZeroDivisionError: this rank is broken" in both[rank].text
@@ -230,6 +245,34 @@ def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
         at_call(during, "evaluate_features", 1, lambda: time.sleep(4))
 
     runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
+
+
+def test_an_evaluation_split_over_two_processes_has_the_figures_of_one(runs):
+    # 32 test rows: two batches on the first process, one on the second
+    for name, processes in (("one", 1), ("two", 2)):
+        runs.run(name, processes, batch_size=8 // processes, num_epochs=1, before=in_batches_of(12))
+    one, two = (
+        [{key: value for key, value in row.items() if key != "time"} for row in runs.rows(name, "eval")]
+        for name in ("one", "two")
+    )
+    # before the first step the weights are the same: so is everything to the last bit
+    assert [row["model"] for row in one] == ["untrained", "teacher", "student"]
+    assert two[:2] == one[:2]
+    assert two[2].keys() == one[2].keys() and two[2]["knn_top1"] == one[2]["knn_top1"]
+    kept = [(runs.folder / name / during.FEATURES_DIR / "small.safetensors").read_bytes() for name in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_in_an_evaluation_ends_it_on_both(runs, rank):
+    def hit(r: int) -> None:
+        in_batches_of(12)(r)
+        if r == rank:
+            at_call(during, "extract_features", 2, send(signal.SIGTERM))
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
+    assert [run.wait(timeout_s=60) for run in both] == [75, 75], both[0].text
+    assert runs.rows("run", "eval") == []
 
 
 def test_nan_on_one_process_stops_both_and_names_the_images(runs):
