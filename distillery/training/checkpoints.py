@@ -1,6 +1,6 @@
 """Checkpoints that are either complete or ignored: one `.pt` file each, and a record that is written last.
 
-checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads, optimizer, ema, rng, position, config
+checkpoints/step_00000500.pt      torch.load(weights_only=True); keys in docs/formats.md
 checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint without a matching record does not count
 """
 
@@ -19,9 +19,14 @@ from torch import Tensor
 
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
+from distillery.system.trees import map_leaves
 from distillery.training.engine import Position, Task
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
+# keys of a state whose numbers a step computes on the device
+_NUMBERS = ("scaler", "num_bad_steps")
+# the growth interval of a scaler whose scale is never to grow: all but fp16's
+_NEVER = 2**31 - 1
 
 
 def checkpoint_dir(run_dir: Path) -> Path:
@@ -239,7 +244,15 @@ class CheckpointWriter:
 
 
 def state_of(task: Task, position: Position) -> dict[str, Any]:
-    """Weights, optimiser, averages, random state and position, as plain values and tensors."""
+    """Weights, optimiser, averages, random state and position, as plain values and tensors; waits for the device."""
+    return read_numbers(state_on_device(task, position))
+
+
+def state_on_device(task: Task, position: Position) -> dict[str, Any]:
+    """As state_of, but nothing waits for the device: numbers that it has are tensors still, for read_numbers.
+
+    The tensors are those of the task: the next step changes them.
+    """
     return {
         "student": task.student.student.model.state_dict(),
         "heads": task.student.heads.state_dict(),
@@ -248,12 +261,38 @@ def state_of(task: Task, position: Position) -> dict[str, Any]:
         # what the next step draws is seeded by its number; this is here for those who look
         "rng": {"torch": torch.get_rng_state()},
         "progress": {"step": position.step, "epoch": position.epoch, "samples": position.samples},
-        "scaler": task.scaler.state_dict(),
+        "precision": task.precision,
+        "scaler": _scaler_state(task.scaler),
         "target_statistics": task.teacher.statistics_state(),
         "queue": task.queue.state() if task.queue else None,
-        "num_bad_steps": task.bad_steps.count.item(),
+        "num_bad_steps": task.bad_steps.count,
         "learning_rate": task.schedule.at(max(0, position.step - 1)),
     }
+
+
+def _scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """scaler.state_dict(), which would wait for the device, with the two numbers that are there as tensors."""
+    if scaler._scale is None:  # before the first step
+        return scaler.state_dict()
+    return {
+        "scale": scaler._scale,
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "_growth_tracker": scaler._growth_tracker,
+    }
+
+
+def read_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """What state_on_device gave, or a copy of it on the host, with plain numbers as a checkpoint has them."""
+    return state | {key: map_leaves(state[key], Tensor, Tensor.item) for key in _NUMBERS if key in state}
+
+
+def saved_precision_is(precision: str, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written at a precision; older ones tell by their scaler only whether it was fp16."""
+    if "precision" in state:
+        return state["precision"] == precision
+    return (state["scaler"]["growth_interval"] != _NEVER) == (precision == "fp16")
 
 
 def restore(task: Task, position: Position, state: dict[str, Any], global_batch: int) -> None:
@@ -265,7 +304,9 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
         saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
-    task.scaler.load_state_dict(state["scaler"])
+    # a scale is of its precision: fp16 would train on without any and lose its gradients, and the others would grow one
+    if saved_precision_is(task.precision, state):
+        task.scaler.load_state_dict(state["scaler"])
     task.bad_steps.count.fill_(state["num_bad_steps"])
     if state["target_statistics"]:
         task.teacher.load_statistics(state["target_statistics"])
