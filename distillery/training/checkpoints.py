@@ -1,6 +1,6 @@
 """Checkpoints that are either complete or ignored: one `.pt` file each, and a record that is written last.
 
-checkpoints/step_00000500.pt      torch.load(weights_only=True); keys in docs/formats.md
+checkpoints/step_00000500.pt      torch.load(weights_only=True): student, heads, optimizer, ema, rng, position, config
 checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint without a matching record does not count
 """
 
