@@ -183,6 +183,36 @@ def any_rank(*flags: bool) -> list[bool]:
     return values.bool().tolist()
 
 
+class Vote:
+    """Which flags are set on any rank: begun before a step and read after it, so that no step waits for the messages.
+
+    All ranks have the same answer, of the moment at which each began. One process alone looks when the answer is read.
+    Every vote is to be read before the next is begun.
+    """
+
+    def __init__(self, *flags: Callable[[], bool]) -> None:
+        self._flags, self._work = flags, None
+        if world_size() > 1:
+            self._values = torch.tensor([flag() for flag in flags], dtype=torch.uint8)
+            self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=_hosts, async_op=True)
+
+    def read(self) -> list[bool]:
+        """The answer, one value for each flag."""
+        if self._work is None:
+            return [flag() for flag in self._flags]
+        self._work.wait()
+        return self._values.bool().tolist()
+
+
+def any_rank_on_device(flag: Tensor) -> Tensor:
+    """Whether a bool scalar is set on any rank, on its device; the host does not wait."""
+    if world_size() == 1:
+        return flag
+    value = flag.to(torch.uint8)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.bool()
+
+
 def wait_for_all() -> None:
     """Come back when every rank is here."""
     if world_size() > 1:

@@ -1,7 +1,9 @@
 """What the ranks tell each other: forked processes that are a group over gloo and train nothing."""
 
 import os
+import signal
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -89,3 +91,58 @@ def test_a_lone_tensor_an_error_and_an_empty_answer_are_answers_too():
             distributed.on_main(lambda: int("x" if rank else "of rank 0"), raise_everywhere=True)
 
     together(check, world=3)
+
+
+def test_a_vote_is_of_the_moment_it_was_begun_and_the_same_on_every_rank():
+    def check(rank: int) -> None:
+        mine = [False, rank == 2]
+        for step in range(20):
+            vote = distributed.Vote(*(lambda place=place: mine[place] for place in range(2)))
+            mine[0] = step == 5 + rank  # after this rank's part of the vote: counts in the next one
+            answer = vote.read()
+            assert answer == [6 <= step <= 8, True], (step, answer)
+
+    together(check, world=3)
+
+
+def test_one_process_alone_looks_when_the_answer_is_read():
+    flags = [False, False]
+    vote = distributed.Vote(lambda: flags[0], lambda: flags[1])
+    flags[1] = True
+    assert vote.read() == [False, True]
+
+
+def test_a_vote_may_be_under_way_while_the_ranks_talk_about_other_things():
+    def check(rank: int) -> None:
+        for step in range(20):
+            vote = distributed.Vote(lambda step=step: step % 3 == rank)
+            distributed.wait_for_all()
+            assert distributed.any_rank(rank == 1, False) == [True, False]
+            assert distributed.on_main(lambda step=step: step) == step
+            assert vote.read() == [step % 3 < 2]
+
+    together(check)
+
+
+@pytest.mark.parametrize("asked", ["vote", "barrier"])
+def test_a_dead_process_is_noticed_by_a_vote_and_by_a_barrier_within_seconds(asked):
+    def check(rank: int) -> None:
+        distributed.wait_for_all()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.Vote(lambda: False).read() if asked == "vote" else distributed.wait_for_all()
+
+    survivor, dead = start(check)
+    assert wait(dead) == -signal.SIGKILL
+    gone = time.monotonic()
+    assert wait(survivor, 20) == 1
+    assert time.monotonic() - gone < 10
+
+
+def test_a_flag_on_the_device_is_set_on_all_ranks_when_it_is_on_one():
+    def check(rank: int) -> None:
+        for chosen in (-1, 0, 1):
+            found = distributed.any_rank_on_device(torch.tensor(rank == chosen))
+            assert found.dtype == torch.bool and found.item() == (chosen >= 0)
+
+    together(check)
