@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery.training.checkpoints import read_numbers, restore, state_of, state_on_device
 from distillery.training.engine import Position, train_step
+from distillery.training.watch import finite_weights
 from tests.training.test_engine import batches, build_task
 
 NEVER = 2**31 - 1
@@ -104,6 +105,8 @@ def test_taking_the_state_of_a_task_on_a_gpu_never_makes_the_host_wait():
         on_fake_cuda(task)
         with Waits() as waits:
             state = state_on_device(task, Position(step=3))
+            names, is_finite = finite_weights(task.student)
     assert waits.found == []
+    assert is_finite.shape == (len(names),) and is_finite.is_cuda
     found = [*state["student"].values(), *state["heads"].values(), state["num_bad_steps"], state["scaler"]["scale"]]
     assert {value.device.type for value in found} == {"cuda"}
