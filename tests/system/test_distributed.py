@@ -21,6 +21,7 @@ from distillery.evaluate import during
 from distillery.report import page, pictures
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine, watch
+from distillery.training import run as run_module
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -266,6 +267,41 @@ def test_a_process_that_dies_ends_the_other_before_it_waits_for_a_device_that_wa
     assert time.monotonic() - gone < 10
     assert "another process of this run has ended" in both[0].text
     assert "reads a number" not in both[0].text
+
+
+def note_saves(folder: Path, rank: int) -> None:
+    """Append the step at which this process is asked to save to a file of its own."""
+    save = run_module.save
+
+    def noting(run):
+        with open(folder / f"saves.{rank}", "a") as file:
+            file.write(f"{run.position.step}\n")
+        return save(run)
+
+    run_module.save = noting
+
+
+def slow_steps(seconds: float) -> None:
+    step = engine.train_step
+    engine.train_step = lambda *arguments: (time.sleep(seconds), step(*arguments))[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_save_every_minutes_saves_in_mid_epoch_and_all_processes_go_by_the_clock_of_the_first(alone, runs, processes):
+    def hit(rank: int) -> None:
+        slow_steps(0.2)
+        note_saves(runs.folder, rank)
+        if rank:  # a clock that always calls for a checkpoint
+            checkpoints.CheckpointWriter.minutes_since_last = lambda _writer: 1e9
+
+    settings = {"batch_size": 8 // processes, "max_steps_per_epoch": 12, "num_epochs": 1, "eval_every_epochs": 0}
+    runs.run("run", processes, save_every_minutes=0.01, keep_checkpoints=20, before=hit, **settings)
+    steps = [[int(line) for line in (runs.folder / f"saves.{rank}").read_text().split()] for rank in range(processes)]
+    assert steps[0] == steps[-1]
+    *by_clock, at_the_end = steps[0]
+    assert at_the_end == 12 and by_clock
+    names = sorted(path.stem for path in (runs.folder / "run" / "checkpoints").glob("*.pt"))
+    assert names == [f"step_{step:08d}" for step in steps[0]]
 
 
 def test_a_plan_on_two_processes_goes_on_without_outputs_that_rank_0_does_not_find(runs):
