@@ -57,7 +57,8 @@ def advice_on_errors(
     try:
         yield
     except FloatingPointError as error:
-        last = f". Last good checkpoint: {checkpoints.wait() or 'none yet'}" if distributed.is_main() else ""
+        checkpoints.close()  # an error of what is being written must not hide this one
+        last = f". Last good checkpoint: {checkpoints.last or 'none yet'}" if distributed.is_main() else ""
         raise RunError(f"{error}{last}") from error
     except UserError as error:
         if position.step <= first_step:

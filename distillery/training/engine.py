@@ -346,17 +346,23 @@ def train_one_epoch(
     steps_in_epoch: int,
     log_every: int,
     after_step: Callable[[Position, dict[str, float] | None], None],
+    is_save_due: Callable[[], bool] = lambda: False,
+    save: Callable[[], None] = lambda: None,
 ) -> None:
     """Train from `position` to the end of the epoch, or until a request to stop.
+
+    All ranks stop and save together: before each step they begin to ask each other, after it they act on the answer.
 
     Args:
         task: models, optimiser, losses.
         batches: on the device, from position.samples on.
         position: moved along after every step.
-        stop: looked at after every step; all ranks stop together.
+        stop: one process looks at it after every step, several before it.
         steps_in_epoch: optimiser steps of a whole epoch.
         log_every: steps between two reads of the losses from the device.
         after_step: called with the position and, every log_every steps, the row to log, else None.
+        is_save_due: looked at as stop is.
+        save: called on all ranks after a step when is_save_due was true on one; not at the epoch's end or a stop.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite.
@@ -368,6 +374,7 @@ def train_one_epoch(
         with clock.part("wait"):
             group = next(groups, None)
         assert group is not None, f"the loader ended at step {position.step}, the epoch at {epoch_end}"
+        vote = distributed.Vote(lambda: stop.requested, is_save_due)
         losses = train_step(task, group, position.step, position.epoch)
         num_images = sum(len(batch.images) for batch in group)
         clock.count(num_images)
@@ -382,8 +389,11 @@ def train_one_epoch(
         position.step += 1
         position.samples += num_images * distributed.world_size()
         after_step(position, row)
-        if distributed.any_rank(stop.requested)[0]:
+        is_stopped, is_due = vote.read()
+        if is_stopped:
             return
+        if is_due and position.step < epoch_end:
+            save()
 
 
 def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
@@ -393,7 +403,12 @@ def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 def check_numbers(task: Task) -> None:
-    """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite."""
+    """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite.
+
+    The host waits for the device here, and the device for the other ranks: for a dead one NCCL waits ten minutes. gloo
+    knows at once that it is gone, and is asked first.
+    """
+    distributed.wait_for_all()
     if distributed.any_rank(task.bad_steps.exceeded())[0]:
         raise FloatingPointError(task.bad_steps.describe(task.schedule.at))
     if task.precision == "fp16" and task.scaler.get_scale() < _SMALLEST_FP16_SCALE:

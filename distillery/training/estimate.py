@@ -140,10 +140,18 @@ def schedule_advice(configs: Configs, schedule: Schedule) -> list[str]:
     return lines
 
 
-def speed_advice(speed: StepSpeed, num_images: int, row_bytes: int, steps_left: int, save_every: int) -> list[str]:
+def speed_advice(
+    speed: StepSpeed,
+    num_images: int,
+    row_bytes: int,
+    steps_left: int,
+    save_every: int,
+    save_every_minutes: float | None = None,
+) -> list[str]:
     """What to change where steps wait, or take longer than this machine's memory and this job's time allow.
 
-    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints.
+    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints, of which
+    save_every_minutes brings more.
     """
     lines = []
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
@@ -161,9 +169,11 @@ def speed_advice(speed: StepSpeed, num_images: int, row_bytes: int, steps_left: 
         )
     if speed.memory_total and speed.precision == "fp32":
         lines.append("precision: fp32 leaves the tensor cores idle: auto takes bf16 where the GPU has it")
-    if save_every * speed.lasting_step_seconds > _LOSS_OF_A_KILL_S:
-        minutes = save_every * speed.lasting_step_seconds / 60
-        lines.append(f"save_every: {save_every} steps are {minutes:.0f} minutes, which a kill -9 would cost")
+    by_steps, by_clock = save_every * speed.lasting_step_seconds / 60, save_every_minutes or math.inf
+    if min(by_steps, by_clock) > _LOSS_OF_A_KILL_S / 60:
+        what = f"save_every: {save_every} steps are {by_steps:.0f} minutes"
+        what = what if by_steps <= by_clock else f"save_every_minutes: {by_clock:g} minutes"
+        lines.append(f"{what}, which a kill -9 would cost")
     seconds, seconds_left = steps_left * speed.lasting_step_seconds, slurm_seconds_left()
     if seconds > seconds_left:
         lines.append(
@@ -231,7 +241,9 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
     advice = [
         *coverage_advice(configs, rows, steps_in_epoch, schedule.total_steps),
         *schedule_advice(configs, schedule),
-        *speed_advice(speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch),
+        *speed_advice(
+            speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch, train.save_every_minutes
+        ),
     ]
     if task.compiled:
         advice.append("the run compiles its steps (compile), and is faster than these, which were not compiled")
