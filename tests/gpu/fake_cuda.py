@@ -21,7 +21,8 @@ from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.gpu.preload import ROOT
+
 CUDA = torch.device("cuda", 0)
 # one for the whole process: constants that the code keeps from one step for the next stay usable
 FAKE = FakeTensorMode()
@@ -80,10 +81,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)
+            return _device_of(args[0])
         name = func.overloadpacket.__name__
         inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
-        on_cuda = any(tensor.device.type == "cuda" for tensor in inputs)
+        on_cuda = any(_device_of(tensor).type == "cuda" for tensor in inputs)
         if name == "is_pinned":
             return _is_pinned(inputs[0])
         if name == "_pin_memory":
@@ -104,7 +105,11 @@ class Watch(TorchDispatchMode):
         if is_pinned or (func.is_view and inputs and _is_pinned(inputs[0])):
             for tensor in outputs:
                 _pin(tensor)
-        if not func.is_view and name not in _NO_LAUNCH and (on_cuda or any(o.device.type == "cuda" for o in outputs)):
+        if (
+            not func.is_view
+            and name not in _NO_LAUNCH
+            and (on_cuda or any(_device_of(o).type == "cuda" for o in outputs))
+        ):
             self.launches[self.part, kind_of(func, inputs, outputs)] += 1
         return out
 
@@ -118,8 +123,8 @@ class Watch(TorchDispatchMode):
 
     def _see_mix(self, func: Any, name: str, inputs: list[Tensor]) -> None:
         # a kernel takes a scalar of the host as an argument, but no fused one
-        host = [t for t in inputs if t.device.type == "cpu" and (t.ndim or name.startswith("_fused"))]
-        if host and any(tensor.device.type == "cuda" for tensor in inputs):
+        host = [t for t in inputs if _device_of(t).type == "cpu" and (t.ndim or name.startswith("_fused"))]
+        if host and any(_device_of(tensor).type == "cuda" for tensor in inputs):
             self._note(self.mixes, f"CUDA tensors and one of the host {list(host[0].shape)}", func)
 
     def _see_copies(self, func: Any, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
@@ -131,13 +136,13 @@ class Watch(TorchDispatchMode):
             pairs, non_blocking = [(args[0], outputs[0])], False
         non_blocking = non_blocking or kwargs.get("non_blocking", False)
         for source, target in pairs:
-            there = f"{source.device.type} -> {target.device.type} {list(source.shape)}"
-            if (source.device.type, target.device.type) == ("cpu", "cuda"):
+            there = f"{_device_of(source).type} -> {_device_of(target).type} {list(source.shape)}"
+            if (_device_of(source).type, _device_of(target).type) == ("cpu", "cuda"):
                 if not (non_blocking and _is_pinned(source)):
                     memory = "page-locked" if _is_pinned(source) else "ordinary"
                     how = "without" if non_blocking else "with"
                     self._note(self.waits, f"copy {there} of {memory} memory {how} blocking", func)
-            elif (source.device.type, target.device.type) == ("cuda", "cpu"):
+            elif (_device_of(source).type, _device_of(target).type) == ("cuda", "cpu"):
                 # torch gives the result of .to("cpu", non_blocking=True) page-locked memory
                 if name == "_to_copy" and non_blocking:
                     _pin(target)
@@ -163,6 +168,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    # asking a fake tensor itself is an operator like any other, and the most frequent of all
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def _is_pinned(tensor: Tensor) -> bool:
@@ -192,16 +202,23 @@ def place_of_error(error: BaseException) -> str:
 
 
 def _place(frames: list[tuple[str, int]]) -> str:
-    frames = [(file, line) for file, line in frames if file != __file__ and "/torch/utils/_python_dispatch" not in file]
+    frames = [(file, line) for file, line in frames if file != __file__]
     for folder in (ROOT / "distillery", ROOT / "tests"):
         for number, (file, line) in enumerate(frames):
             if Path(file).is_relative_to(folder):
                 text = f"{Path(file).relative_to(ROOT)}:{line}"
-                through = [each for each in frames[:number] if "site-packages/" in each[0]]
+                through = [
+                    each for each in frames[:number] if "site-packages/" in each[0] and not _is_dispatch(each[0])
+                ]
                 if through:
                     text += f" (through {through[-1][0].rpartition('site-packages/')[2]}:{through[-1][1]})"
                 return text
     return "unknown place"
+
+
+def _is_dispatch(file: str) -> bool:
+    """Whether a file of torch's is but the way of every operator to the watch."""
+    return any(f"/torch/{part}" in file for part in ("_compile", "_dynamo", "_subclasses", "_ops", "utils/_"))
 
 
 def move_to_fake(model: nn.Module) -> None:

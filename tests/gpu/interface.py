@@ -125,16 +125,17 @@ def batches_of(made: Made, step: int) -> list[tuple[Tensor, ...]]:
 
 def first_images(made: Made) -> tuple[Tensor, ...]:
     """What engine.check_first_step is given. Outside FAKE."""
-    images, *others = batches_of(made, step_of(made.task, live=False))[0]
+    images, *others = batches_of(made, steps_of(made.task)[0])[0]
     with FAKE:
         return (made.task.to_float(images), *others)
 
 
-def step_of(task: Task, *, live: bool) -> int:
-    """The first step that runs the teacher, or the first that reads stored outputs (0 where nothing is stored)."""
+def steps_of(task: Task) -> list[int]:
+    """A step of each kind that a run has: on stored outputs, and with the teacher."""
     if task.stored is None:
-        return 0
-    return next((step for step in range(100) if task.stored.is_live(step) == live), 0)
+        return [0]
+    kinds = [False, True] if task.stored.live_fraction else [False]
+    return [next(step for step in range(100) if task.stored.is_live(step) == live) for live in kinds]
 
 
 def teacher_pass(made: Made) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 
 from distillery.training.engine import Task, train_step
 from tests.gpu.fake_cuda import FAKE, Watch, pretended_cuda
-from tests.gpu.interface import batches_of, make_task, step_of
+from tests.gpu.interface import batches_of, make_task, steps_of
 
 # fake tensors have no numbers to compile for: what a compiled step launches is not to be seen here
 UNCOMPILED = {"compile": False}
@@ -32,7 +32,7 @@ def watch_step(overrides: Sequence[str] = ()) -> Watch:
     watch = Watch()
     with pretended_cuda(watch):
         made = make_task({}, UNCOMPILED, {}, overrides)
-        step = step_of(made.task, live=False)
+        step = steps_of(made.task)[0]
         batches = batches_of(made, step)
         with FAKE, watch, parts_marked(made.task, watch):
             train_step(made.task, batches, step, 0)  # constants go to the device once

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("no_streams.cpp")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 _FOLDER = "FAKE_CUDA_LIBRARY"
