@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distillery.models.backbone import Backbone, Features
+from distillery.models.precision import autocast_for
 from distillery.system.errors import UserError
 
 # a channel that varies less than this share of the root mean square over channels carries no signal
@@ -248,10 +249,17 @@ def equalising_rotation(variances: Tensor) -> Tensor:
 
 
 class FrozenTeacher(Targets):
-    """A backbone that never learns: eval mode, no gradient, targets standardised once statistics are set."""
+    """A backbone that never learns: eval mode, no gradient, targets standardised once statistics are set.
 
-    def __init__(self, backbone: Backbone, method: bool | str = True) -> None:
+    Args:
+        backbone: the teacher; its weights may be in a low type (Backbone.keep_in).
+        method: as Targets.
+        precision: bf16, fp16 or fp32: what it is computed in, whatever autocast surrounds it.
+    """
+
+    def __init__(self, backbone: Backbone, method: bool | str = True, precision: str = "fp32") -> None:
         super().__init__(backbone.widths, method)
+        self.precision = precision
         self.backbone = backbone.requires_grad_(False)
         self.eval()
 
@@ -261,8 +269,10 @@ class FrozenTeacher(Targets):
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def forward(self, images: Tensor) -> Features:
-        """Targets for images [B, 3, H, W] as Backbone takes them."""
-        return self.standardise(self.backbone(images))
+        """Targets for images [B, 3, H, W] as Backbone takes them; those that are standardised in float32."""
+        with autocast_for(self.precision, images.device.type):
+            features = self.backbone(images)
+        return self.standardise(features)
 
     @torch.no_grad()
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:

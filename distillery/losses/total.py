@@ -3,8 +3,10 @@
 A loss is one function `(student, teacher, *, options) -> scalar` in terms.py and one line in registry.py.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,19 +49,50 @@ def total_loss(
     Raises:
         UserError: unknown names or options, a field that one of the models does not give, shapes that differ.
     """
+    return sum_losses(student, teacher, bind_losses(weights, options), second_view=second_view, queue=queue)
+
+
+@dataclass(frozen=True)
+class BoundLoss:
+    """A loss of the configuration, looked up once: its function takes the tensors alone."""
+
+    name: str
+    weight: float
+    function: Callable[..., Tensor]
+
+
+def bind_losses(
+    weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[BoundLoss]:
+    """The losses of non-zero weight; arguments and errors as of check_losses."""
     check_losses(weights, options)
-    terms = {}
+    bound = []
+    for name, weight in weights.items():
+        if weight:
+            own_options = dict((options or {}).get(name) or {})
+            own_options.pop(QUEUE_SIZE, None)
+            bound.append(BoundLoss(name, weight, functools.partial(LOSSES[name].function, **own_options)))
+    return bound
+
+
+def sum_losses(
+    student: Features,
+    teacher: Features,
+    losses: Iterable[BoundLoss],
+    *,
+    second_view: Features | None = None,
+    queue: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """total_loss of bound losses: what a step calls."""
+    terms, total = {}, None
     # autocast would run the Gram matrices in bfloat16: 3 digits are not enough under a softmax at temperature 0.07
     with torch.autocast(device_type=student.pooled.device.type, enabled=False):
-        for name, weight in weights.items():
-            if weight:
-                own_options = dict((options or {}).get(name) or {})
-                own_options.pop(QUEUE_SIZE, None)
-                terms[name] = LOSSES[name].function(
-                    *_arguments_of(name, student, teacher, second_view, queue), **own_options
-                )
-        total = sum(weights[name] * term for name, term in terms.items())
-    return {"loss": total} | {f"loss/{name}": term for name, term in terms.items()}
+        for loss in losses:
+            term = loss.function(*_arguments_of(loss.name, student, teacher, second_view, queue))
+            weighted = term if loss.weight == 1 else loss.weight * term
+            terms[f"loss/{loss.name}"] = term
+            total = weighted if total is None else total + weighted
+    return {"loss": total} | terms
 
 
 def _arguments_of(

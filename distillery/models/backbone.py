@@ -20,12 +20,9 @@ from distillery.models.builders import (
     short_error,
 )
 from distillery.models.gradient_checkpointing import use_gradient_checkpointing
+from distillery.models.precision import LOW_TYPES, Float32Weights, keep_weights_in
 from distillery.models.weights import load_weights
 from distillery.system.errors import UserError
-
-# the order in which tensor cores and oneDNN take convolutions: on two CPU cores a ResNet-56 ran 2.4 times as fast, a
-# training step of a ResNet-20 1.2 times; a ViT, with one convolution in all, does not mind
-MEMORY_FORMAT = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,20 @@ def build_backbone(
     return backbone
 
 
+def memory_format_of(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """The memory format that a model's convolutions are fastest in on a device.
+
+    channels_last is the order in which tensor cores and oneDNN take convolutions: on two CPU cores a ResNet-56 ran 2.4
+    times as fast, a training step of a ResNet-20 1.2 times. On a GPU, convolutions that cut the image into patches
+    (kernel = stride, all that a ViT has) are matrix products, and their channels_last kernel may be slow: such a model
+    stays contiguous. On the CPU all are channels_last.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if device.type != "cpu" and all(module.kernel_size == module.stride for module in convolutions):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while; afterwards every submodule is in the mode that it was in."""
@@ -108,6 +119,7 @@ class Backbone(nn.Module):
 
     `model` is the raw module, and all there is in the state dict; `img_size` (height, width) in px, `grid` (h, w) and
     the widths are read from what it gives for one black image. Of a model without patch tokens `token_width` is None.
+    `dtype` is the type of its weights: float32, or what keep_in has made of them.
     """
 
     def __init__(
@@ -123,6 +135,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.model = built.model
+        self.dtype = torch.float32
+        self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
         self.with_logits = with_logits
@@ -221,9 +235,35 @@ class Backbone(nn.Module):
             images = F.interpolate(images, self.img_size, mode="bilinear", antialias=True, align_corners=False)
         return images * self.scale + self.shift if self._renormalise else images
 
+    def keep_in(self, precision: str) -> Float32Weights:
+        """Keep the raw model's weights in bf16 or fp16 from now on; return the float32 ones.
+
+        Only for a model that does not learn: its gradients would be lost in the low type's few digits.
+        """
+        self.dtype = LOW_TYPES[precision]
+        return keep_weights_in(self.model, self.dtype)
+
+    def put_back(self, weights: Float32Weights) -> None:
+        """Undo keep_in."""
+        self.dtype = torch.float32
+        weights.put_back()
+
     def forward(self, images: Tensor) -> Features:
-        """Features of images [B, 3, H, W] that are normalised with data_mean and data_std."""
+        """Features of images [B, 3, H, W] that are normalised with data_mean and data_std.
+
+        Images: float32. The features of weights in a low type (keep_in) have that type, and no autocast has a part in
+        them: it would run every layer norm in float32. Otherwise their types are what autocast makes them.
+        """
         images = self.prepare(images)
+        if images.is_cuda:
+            # the caller's view may suit another model: a CNN and a ViT see the same one
+            images = images.contiguous(memory_format=self._format_on_gpu)
+        if self.dtype == torch.float32:
+            return self._features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._features(images.to(self.dtype))
+
+    def _features(self, images: Tensor) -> Features:
         pooled, spatial, logits, layers = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
         is_map = spatial is not None and spatial.ndim == 4
         tokens = spatial.flatten(2).transpose(1, 2) if is_map else spatial

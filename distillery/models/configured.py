@@ -1,12 +1,17 @@
 """Build teacher and student as the configuration names them, on its device and in its precision."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_model import ModelConfig
-from distillery.models.backbone import MEMORY_FORMAT, Backbone, build_backbone
+from distillery.config.keys_train import TrainConfig
+from distillery.models.backbone import Backbone, build_backbone, memory_format_of
 from distillery.models.builders import ModelSpec, build_model
+from distillery.models.precision import LEAST_COSINE, autocast_for, least_cosines
+from distillery.system import distributed
 from distillery.system.errors import UserError
 from distillery.system.launcher import world_from_environment
 
@@ -38,7 +43,67 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # older GPUs compute bfloat16 in software, slower than float32
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def choose_teacher_precision(train: TrainConfig, device: torch.device) -> str:
+    """bf16, fp16 or fp32 for `teacher_precision`; auto is what choose_precision makes of `precision`."""
+    is_auto = train.teacher_precision == "auto"
+    return choose_precision(train.precision, device) if is_auto else train.teacher_precision
+
+
+def place_teacher(
+    backbone: Backbone, train: TrainConfig, device: torch.device, precision: str, images: Callable[[], Tensor]
+) -> Backbone:
+    """The teacher's backbone, frozen, on the device, its weights in the type of its precision.
+
+    Weights that are cast are compared once with the float32 ones, in one batch; a line for people says how near their
+    outputs are. With `teacher_precision: auto`, weights stay in float32, for autocast, where the two differ, and on a
+    CPU, which gains nothing.
+
+    Args:
+        backbone: as build_teacher_backbone gives it.
+        train: its `teacher_precision`.
+        device: where it goes.
+        precision: bf16, fp16 or fp32: what it will be computed in.
+        images: gives a few images [B, 3, H, W] as Backbone takes them, on the CPU; only called for the comparison.
+    """
+    backbone = on_device(backbone.requires_grad_(False).eval(), device)
+    is_auto = train.teacher_precision == "auto"
+    if precision == "fp32" or (is_auto and device.type == "cpu"):
+        return backbone
+    if device.type == "meta":  # shapes alone: nothing to compare
+        backbone.keep_in(precision)
+        return backbone
+    line = cast_teacher(backbone, precision, images().to(device), is_auto=is_auto)
+    if distributed.is_main():
+        print(line, flush=True)
+    return backbone
+
+
+def cast_teacher(backbone: Backbone, precision: str, images: Tensor, *, is_auto: bool) -> str:
+    """Keep a frozen backbone's weights in bf16 or fp16, or, where is_auto, in float32 if the outputs would differ.
+
+    images: [B, 3, H, W] on its device, for the comparison. Returns a line for people.
+    """
+    float32 = _outputs(backbone, images)
+    before = backbone.keep_in(precision)
+    cosines = least_cosines(_outputs(backbone, images), float32)
+    found = ", ".join(f"{name} {cosine:.5f}" for name, cosine in cosines.items())
+    line = f"the teacher's weights in {precision}: least cosine with float32 over {len(images)} images: {found}"
+    if min(cosines.values()) >= LEAST_COSINE:
+        return line
+    if not is_auto:
+        return f"WARNING: {line}. Under {LEAST_COSINE}: set teacher_precision: auto or fp32"
+    backbone.put_back(before)
+    return f"{line}. Under {LEAST_COSINE}: they stay in float32, and autocast casts them in every forward pass"
+
+
+@torch.no_grad()
+def _outputs(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+    with autocast_for("fp32", images.device.type):
+        return backbone(images).tensors()
 
 
 def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> Backbone:
@@ -79,4 +144,4 @@ def download_weights(model: ModelConfig) -> list[str]:
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device, in the memory format that its convolutions are fastest in."""
-    return model.to(device, memory_format=MEMORY_FORMAT)
+    return model.to(device, memory_format=memory_format_of(model, device))

@@ -1,6 +1,7 @@
 """Make two backbones comparable: add heads to the student, and bring the tokens of both models to one grid."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -141,18 +142,20 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
         raise UserError(f"{tokens.shape[1]} tokens do not make a grid of {grid[0]}x{grid[1]}")
     # autocast would run the two products in bfloat16 and round the targets to 3 digits
     with torch.autocast(device_type=tokens.device.type, enabled=False):
-        rows = _resampling_matrix(grid[0], new_grid[0], tokens)
-        columns = _resampling_matrix(grid[1], new_grid[1], tokens)
+        # some ten small kernels in every step; a compiled step has them as constants
+        matrix = _resampling_matrix if torch.compiler.is_compiling() else _resampling_matrix_once
+        rows = matrix(grid[0], new_grid[0], tokens.dtype, tokens.device)
+        columns = matrix(grid[1], new_grid[1], tokens.dtype, tokens.device)
         out = torch.einsum("yh,xw,bhwd->byxd", rows, columns, tokens.unflatten(1, grid))
     return out.flatten(1, 2)
 
 
-def _resampling_matrix(old: int, new: int, like: Tensor) -> Tensor:
-    """[new, old] weights whose rows sum to 1, in the type and on the device of `like`."""
+def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[new, old] weights whose rows sum to 1."""
     if new == old:
-        return torch.eye(old, dtype=like.dtype, device=like.device)
-    start = torch.arange(new, device=like.device, dtype=torch.float32)[:, None] * (old / new)
-    cells = torch.arange(old, device=like.device, dtype=torch.float32)
+        return torch.eye(old, dtype=dtype, device=device)
+    start = torch.arange(new, device=device, dtype=torch.float32)[:, None] * (old / new)
+    cells = torch.arange(old, device=device, dtype=torch.float32)
     if new < old:  # the share of the new cell that each old one covers
         end = start + old / new
         overlap = torch.minimum(end, cells + 1) - torch.maximum(start, cells)
@@ -160,4 +163,11 @@ def _resampling_matrix(old: int, new: int, like: Tensor) -> Tensor:
     else:  # a hat around each old centre, the outermost ones extended to the border
         centres = (start + 0.5 * old / new - 0.5).clamp(0, old - 1)
         weights = (1 - (centres - cells).abs()).clamp(min=0)
-    return weights.to(like.dtype)
+    return weights.to(dtype)
+
+
+@functools.cache
+def _resampling_matrix_once(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # of the teacher's pass, which is in inference mode: such a tensor could not take part in a backward pass later
+    with torch.inference_mode(False):
+        return _resampling_matrix(old, new, dtype, device)

@@ -18,6 +18,8 @@ from distillery.system.errors import MissingFileError, UserError
 _HARMLESS = [argparse.Namespace, PosixPath]
 # heads that a self-supervised method adds to a backbone (DINO, SwAV, MoCo, BYOL, MAE)
 _METHOD_HEAD = re.compile("head|project|prototype|predict|decoder|queue|mask_token")
+# attribute of a raw model: the hash of the weights that those it has now were cast from
+_HASH = "hash_of_original_weights"
 CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
@@ -120,10 +122,37 @@ def _some(items: list[str]) -> str:
     return f" ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})" if items else ""
 
 
+class WeightsDigest:
+    """XXH3-128 over weights and buffers as they come, names included."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take in the next tensor of a state dict."""
+        self._digest.update(name.encode())
+        self._digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        """The hash of what has been added."""
+        return self._digest.hexdigest()
+
+
 def weights_hash(model: nn.Module) -> str:
-    """XXH3-128 over a model's weights and buffers, names included."""
-    digest = xxhash.xxh3_128()
+    """XXH3-128 over a raw model's weights and buffers, names included.
+
+    Of a model whose weights were cast, the hash that remember_hash kept: it says which weights they are, whatever they
+    are kept in.
+    """
+    kept = getattr(model, _HASH, None)
+    if kept is not None:
+        return kept
+    digest = WeightsDigest()
     for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.add(name, value)
     return digest.hexdigest()
+
+
+def remember_hash(model: nn.Module, digest: str | None = None) -> None:
+    """Keep the hash of a raw model's present weights, or `digest` in its place, before they are cast."""
+    setattr(model, _HASH, digest or weights_hash(model))

@@ -38,7 +38,7 @@ def configured_identity(
     Args:
         model: the keys of model_config_kd.yaml.
         teacher_cache: the keys of train_config_kd.yaml's teacher_cache.
-        precision: as configured, `auto` included.
+        precision: teacher_precision as configured; where that is `auto`, `precision` as configured, `auto` included.
         augmentation: what makes the views.
         images: fingerprint of the image cache.
         loss_fields: what the losses compare (losses.registry.fields_needed).

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from distillery.cache.folder import load_index
+from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs
 from distillery.losses.total import check_tokens
-from distillery.models.backbone import MEMORY_FORMAT
-from distillery.models.configured import build_teacher_backbone, choose_precision
+from distillery.models.configured import build_teacher_backbone, choose_teacher_precision, place_teacher
 from distillery.models.views import Augmentation
 from distillery.models.weights import weights_hash
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.rows import ImageRows
 from distillery.system import distributed
 from distillery.system.console import format_bytes
-from distillery.system.errors import UserError, stage1_command, teacher_command
+from distillery.system.errors import RunError, UserError, stage1_command, teacher_command
 from distillery.system.files import sha256_of
 from distillery.teacher_cache.identity import TeacherCacheSpec, resolved_teacher
 from distillery.teacher_cache.local_files import (
@@ -48,6 +49,8 @@ from distillery.teacher_cache.targets import wanted_outputs
 
 # views run again to see whether the code gives the same outputs: other code changes every view
 _NUM_REPLAYS = 8
+# images that the teacher sees in float32 and in the type of its weights
+_NUM_COMPARED = 8
 _TELL_HASHING_BYTES = 1 << 30
 
 
@@ -101,18 +104,51 @@ def files_of_teacher(configs: Configs) -> TeacherFiles:
     return scan_teacher_files(local_sources(configs.model.model_dump()), leave_out)
 
 
-def build_live_teacher(configs: Configs, images: str, device: torch.device) -> tuple[LiveTeacher, TeacherCacheSpec]:
-    """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint."""
+def build_live_teacher(
+    configs: Configs, images: str, device: torch.device, fingerprint: str | None = None
+) -> tuple[LiveTeacher, TeacherCacheSpec]:
+    """The teacher of a configuration on the device, and what decides its outputs over the cache of a fingerprint.
+
+    With `teacher_precision: auto` it runs in the precision that its stored outputs have, where there are any: nodes
+    with and without a GPU read and extend the same folder. fingerprint: of the outputs that a run was started on.
+    """
     data, train, model = configs.data, configs.train, configs.model
     configured = wanted_outputs(configs, images)
     with_logits = configured["stored"]["logits"]
-    backbone = build_teacher_backbone(model, data, with_logits=with_logits).requires_grad_(False).eval()
+    backbone = build_teacher_backbone(model, data, with_logits=with_logits)
     check_tokens(backbone, "teacher", train.distill_loss_weights, train.teacher_cache.tokens)
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
-    precision = choose_precision(train.precision, device)
-    spec = TeacherCacheSpec(configured, resolved_teacher(backbone, weights_hash(backbone.model), precision))
-    backbone = backbone.to(device, memory_format=MEMORY_FORMAT)
-    return LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision), spec
+    resolved = resolved_teacher(backbone, weights_hash(backbone.model), choose_teacher_precision(train, device))
+    if train.teacher_precision == "auto":
+        resolved |= _recorded_precision(data.cache_path, configured, resolved, fingerprint)
+    precision = resolved["precision"]
+    backbone = place_teacher(backbone, train, device, precision, lambda: images_to_compare(data))
+    teacher = LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision)
+    return teacher, TeacherCacheSpec(configured, resolved)
+
+
+def _recorded_precision(cache_dir: Path, configured: dict, resolved: dict, fingerprint: str | None) -> dict:
+    """{"precision": of the stored outputs of this teacher, of several the ones that are read}; {} without any."""
+    facts = {name: value for name, value in resolved.items() if name != "precision"}
+    try:
+        folder = fitting_folders(cache_dir, configured | {"resolved": facts}, fingerprint)[0]
+    except UserError:  # there are none
+        return {}
+    return {"precision": read_teacher_index(folder)["identity"]["resolved"]["precision"]}
+
+
+def images_to_compare(data: DataConfig) -> torch.Tensor:
+    """A few images [B, 3, H, W] as the teacher gets them, from the whole cache; noise where there is none yet."""
+    try:
+        rows = ImageRows(data.cache_path, load_index(data.cache_path).fingerprint)
+        spread, num_rows = np.linspace(0, 1, _NUM_COMPARED), rows.index.shard_rows
+        if len(num_rows):
+            shards = (spread * (len(num_rows) - 1)).astype(np.int64)
+            return rows.read_rows(shards, (spread * (num_rows[shards] - 1)).astype(np.int64))
+    except (UserError, RunError, OSError):
+        pass  # not made yet, or damaged: whoever reads it for the run says so
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_NUM_COMPARED, 3, data.image_size, data.image_size, generator=generator)
 
 
 def known_of_teacher(spec: TeacherCacheSpec) -> dict:
@@ -142,7 +178,7 @@ def _find(
         changes = changes or (folder, differing)
     print(_why_built(files, *changes), flush=True)
     with _exact_convolutions():
-        teacher, spec = build_live_teacher(configs, images, device)
+        teacher, spec = build_live_teacher(configs, images, device, fingerprint)
         cache = _confirmed(cache_dir, teacher, spec, images, fingerprint)
     if not is_plan and files.is_whole:
         remember(cache.directory, compare_files(files, cache.directory)[1])

@@ -3,18 +3,17 @@
 import io
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distillery.losses.targets import Moments
-from distillery.models.backbone import MEMORY_FORMAT, Features
+from distillery.models.backbone import Features, memory_format_of
 from distillery.models.pair import resample_tokens
+from distillery.models.precision import autocast_for
 from distillery.models.views import Augmentation
 from distillery.reading.rows import TEACHER_BATCH, ImageRows
 from distillery.system.errors import MissingFileError, UserError
@@ -34,7 +33,8 @@ BASIS_IMAGES = 2048
 class LiveTeacher:
     """The teacher as the pass and its verification run it: frozen, in eval mode, on the device.
 
-    backbone: models.Backbone; seed: of the views; precision: bf16, fp16 or fp32.
+    backbone: models.Backbone; seed: of the views; precision: bf16, fp16 or fp32, what float32 weights are computed in;
+    weights in a low type (Backbone.keep_in) are computed in theirs.
     """
 
     backbone: nn.Module
@@ -47,14 +47,9 @@ class LiveTeacher:
     def features(self, images: Tensor, global_idx: Tensor, view: int | Tensor) -> Features:
         """The teacher's features of views, float32 on the device; arguments as Augmentation.views, float32 images."""
         images = self.augmentation.views(images.to(self.device), global_idx, view, seed=self.seed)
-        with self._autocast():
-            features = self.backbone(images.contiguous(memory_format=MEMORY_FORMAT))
+        with autocast_for(self.precision, images.device.type):
+            features = self.backbone(images.contiguous(memory_format=memory_format_of(self.backbone, images.device)))
         return features.with_tensors({name: value.float() for name, value in features.tensors().items()})
-
-    def _autocast(self) -> Any:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
 
 def encode_features(

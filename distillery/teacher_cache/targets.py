@@ -38,7 +38,7 @@ def wanted_outputs(configs: Configs, images: str) -> dict:
     return configured_identity(
         configs.model.model_dump(),
         train.teacher_cache.model_dump(),
-        precision=train.precision,
+        precision=train.precision if train.teacher_precision == "auto" else train.teacher_precision,
         augmentation=Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std),
         images=images,
         loss_fields=fields_needed(train.distill_loss_weights),

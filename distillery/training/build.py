@@ -18,8 +18,15 @@ from distillery.config.load import Configs
 from distillery.losses.registry import fields_needed, queue_size_of
 from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_tokens
-from distillery.models.backbone import MEMORY_FORMAT, Backbone
-from distillery.models.configured import build_student_backbone, build_teacher_backbone, choose_precision, on_device
+from distillery.models.backbone import Backbone, memory_format_of
+from distillery.models.configured import (
+    build_student_backbone,
+    build_teacher_backbone,
+    choose_precision,
+    choose_teacher_precision,
+    on_device,
+    place_teacher,
+)
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
 from distillery.models.views import Augmentation
@@ -28,6 +35,7 @@ from distillery.sources.evaluation import label_warnings
 from distillery.system import distributed
 from distillery.system.errors import UserError, stage1_command
 from distillery.system.files import expand_path
+from distillery.teacher_cache.opening import images_to_compare
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training.bindings import teacher_hash
@@ -35,14 +43,13 @@ from distillery.training.engine import Ema, Schedule, Task, default_learning_rat
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
-    """The teacher, on the device."""
+    """The teacher, on the device and in its own precision (`teacher_precision`)."""
     train = configs.train
     with_logits = "logits" in fields_needed(train.distill_loss_weights)
-    teacher = FrozenTeacher(
-        build_teacher_backbone(configs.model, configs.data, with_logits=with_logits),
-        train.standardise_targets,
-    )
-    return on_device(teacher, device)
+    backbone = build_teacher_backbone(configs.model, configs.data, with_logits=with_logits)
+    precision = choose_teacher_precision(train, device)
+    backbone = place_teacher(backbone, train, device, precision, lambda: images_to_compare(configs.data))
+    return FrozenTeacher(backbone, train.standardise_targets, precision).to(device)
 
 
 def build_models(
@@ -173,7 +180,7 @@ def build_task(
         queue=queue_size and EmbeddingQueue(queue_size, teacher.widths["pooled"], device),
         stored=None if cache is None else StoredTargets(cache, teacher, augmentation, train),
         max_bad_steps=train.max_bad_steps,
-        memory_format=MEMORY_FORMAT,
+        memory_format=memory_format_of(student, device),
     )
 
 
@@ -181,8 +188,14 @@ def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.d
     """The module that the engine calls: compiled and in DDP if configured. Checkpoints use the bare module's names."""
     call: nn.Module = torch.compile(student) if train.compile_student else student
     if distributed.world_size() > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        call = nn.parallel.DistributedDataParallel(call, device_ids=device_ids, gradient_as_bucket_view=True)
+        # constants need no broadcast in every forward pass, batch-norm statistics do
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+        call = nn.parallel.DistributedDataParallel(
+            call,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_batch_norm,
+        )
     return call
 
 

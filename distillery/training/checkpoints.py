@@ -272,7 +272,7 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     if task.queue is not None and state.get("queue") is not None:
         task.queue.load_state(state["queue"])
     if task.ema is not None and state["ema"] is not None:
-        task.ema.state = {name: value.to(task.device) for name, value in state["ema"].items()}
+        task.ema.load_state(state["ema"])
     place = state["progress"]
     position.step, position.epoch, position.samples = place["step"], place["epoch"], place["samples"]
     position.epoch_start = position.step - position.samples // global_batch

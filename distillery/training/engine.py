@@ -1,7 +1,7 @@
 """The training step and the epoch. The engine receives objects; it knows no YAML, no paths, no names of losses."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from distillery.models.pair import StudentWithHeads, align
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.targets import StoredTargets
-from distillery.training.watch import BadSteps, StepClock, undo_where
+from distillery.training.watch import BadSteps, RunningStatistics, StepClock
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10
@@ -107,15 +107,14 @@ class Task:
     memory_format: torch.memory_format = torch.contiguous_format
     scaler: torch.amp.GradScaler = field(init=False)
     bad_steps: BadSteps = field(init=False)
+    statistics: RunningStatistics | None = field(init=False)
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.device)
-        # fp16 needs its scaling; at scale 1 the scaler still has a use: a step whose gradients are not finite is left
-        # out on the device, without the host having to look
-        scale = {} if self.precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-        self.scaler = torch.amp.GradScaler(self.device.type, **scale)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.bad_steps = BadSteps(self.device, self.max_bad_steps, gradients_count=self.precision != "fp16")
+        self.statistics = RunningStatistics(self.student) if self.max_bad_steps else None
 
     def autocast(self) -> Any:
         """Mixed precision for both models' forward passes; losses are computed in float32 outside."""
@@ -129,17 +128,27 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        now = {name: value.detach() for name, value in model.state_dict().items()}
+        self.state = {name: value.clone() for name, value in now.items()}
+        # (averages, the model's own tensors): these stay the same objects, steps and checkpoints change their values
+        self._averaged, self._copied = (
+            [(self.state[name], value) for name, value in now.items() if value.is_floating_point() == is_float]
+            for is_float in (True, False)
+        )
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """One step towards the model's present weights."""
-        now = model.state_dict()
-        averaged = [name for name, value in now.items() if value.is_floating_point()]
         # in one call each: hundreds of small kernels take the host longer than the arithmetic takes the GPU
-        torch._foreach_lerp_([self.state[name] for name in averaged], [now[name] for name in averaged], 1 - self.decay)
-        for name in now.keys() - set(averaged):
-            self.state[name].copy_(now[name])
+        if self._averaged:
+            torch._foreach_lerp_(*map(list, zip(*self._averaged, strict=True)), 1 - self.decay)
+        if self._copied:
+            torch._foreach_copy_(*map(list, zip(*self._copied, strict=True)))
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put the averages back that a checkpoint has."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -206,34 +215,56 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
     seed_step(task.seed, step)
     for group in task.optimizer.param_groups:
         group["lr"] = task.schedule.at(step)
-    statistics = _running_statistics(task) if task.max_bad_steps else []
-    before = [value.clone() for value in statistics]
-    totals: dict[str, Tensor] = {}
+    if task.statistics is not None:
+        task.statistics.remember()
+    names: list[str] = []
+    values = torch.zeros(())
     for number, (images, global_idx, *stored) in enumerate(batches, start=1):
         is_last = number == len(batches)
         with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
             losses = forward_losses(task, images, global_idx, epoch, *stored)
             with task.clock.part("student"):
-                task.scaler.scale(losses["loss"] / len(batches)).backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+                task.scaler.scale(_share(losses["loss"], len(batches))).backward()
+        names = [*losses, "grad_norm"]
+        # one vector for all of them: as scalars each would be a kernel in every line below
+        now = _share(torch.stack([value.detach() for value in losses.values()]), len(batches))
+        values = now if number == 1 else values + now
     with task.clock.part("optimizer"):
         task.scaler.unscale_(task.optimizer)
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+        grad_norm = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
+        totals = dict(zip(names, torch.cat([values, grad_norm[None]]).unbind(), strict=True))
         is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch[1] for batch in batches]))
-        undo_where(is_bad, statistics, before)
-        task.scaler.step(task.optimizer)
-        task.scaler.update()
+        if task.statistics is not None:
+            task.statistics.undo_where(is_bad)
+        _update_weights(task, grad_norm)
         task.optimizer.zero_grad(set_to_none=True)
         if task.ema is not None:
-            task.ema.update(task.student.student.model)
+            task.ema.update()
     return totals
 
 
-def _running_statistics(task: Task) -> list[Tensor]:
-    """The student's batch-norm means and variances: the forward pass changes them, whatever comes of the step."""
-    return [value for value in task.student.buffers() if value.is_floating_point()]
+def _share(value: Tensor, count: int) -> Tensor:
+    """value / count; a division by 1 would be a kernel of its own, forward and backward."""
+    return value if count == 1 else value / count
+
+
+def _update_weights(task: Task, grad_norm: Tensor) -> None:
+    """The optimiser's step, left out where a gradient is not finite: on the device wherever it can be.
+
+    grad_norm: scalar on the device; of the gradients of all ranks, so that all of them decide alike.
+    """
+    if task.precision == "fp16":  # the scaler tries factors until the gradient is finite
+        task.scaler.step(task.optimizer)
+        task.scaler.update()
+        return
+    if task.optimizer.defaults.get("fused"):
+        task.optimizer.found_inf = (~grad_norm.isfinite()).float()
+    # The host must tell an optimiser that is not fused, and waits for a GPU. Where no bad step is allowed there is no
+    # need: the run ends at the next look at the numbers, and such weights are never saved
+    elif (task.device.type == "cpu" or task.max_bad_steps) and not grad_norm.isfinite():
+        return
+    task.optimizer.step()
 
 
 def check_first_step(task: Task, images: Tensor, global_idx: Tensor, *stored: Tensor) -> None:

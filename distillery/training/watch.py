@@ -84,8 +84,9 @@ class BadSteps:
     def __init__(self, device: torch.device, allowed: int, *, gradients_count: bool = True) -> None:
         self.allowed, self.gradients_count = allowed, gradients_count
         self.count = torch.zeros((), dtype=torch.int64, device=device)
-        # names of the losses, which not all steps need have in common -> (is bad, step, epoch, losses), images
+        # names of the losses, which not all steps need have in common -> (is bad, step, losses), images
         self._last: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._first_steps: dict[int, int] = {}  # epoch -> its first step here
 
     def note(self, step: int, epoch: int, losses: dict[str, Tensor], rows: Tensor) -> Tensor:
         """See whether a step was bad.
@@ -93,17 +94,18 @@ class BadSteps:
         Args:
             step: its number.
             epoch: its epoch's.
-            losses: scalars on the device: the loss, its parts, grad_norm.
+            losses: float32 scalars on the device: the loss, its parts, at the end grad_norm.
             rows: global_idx of the step's images on this rank, int64 [n], the same n every time.
 
         Returns:
             bool scalar on the device.
         """
-        is_bad = ~torch.isfinite(losses["loss"])
-        if self.gradients_count:
-            is_bad = is_bad | ~torch.isfinite(losses["grad_norm"])
-        place = [torch.full((), number, dtype=torch.float64, device=rows.device) for number in (step, epoch)]
-        now = torch.stack([is_bad.double(), *place, *(value.double() for value in losses.values())])
+        values = torch.stack(list(losses.values()))
+        counted = values if self.gradients_count else values[:-1]
+        is_bad = ~counted.isfinite().all()
+        self._first_steps.setdefault(epoch, step)
+        place = torch.full((1,), step, dtype=torch.float64, device=rows.device)
+        now = torch.cat([is_bad.double()[None], place, values.double()])
         before, rows_before = self._last.get(tuple(losses), (now, rows))
         self._last[tuple(losses)] = torch.where(is_bad, now, before), torch.where(is_bad, rows, rows_before)
         self.count += is_bad
@@ -119,19 +121,44 @@ class BadSteps:
             return "loss or gradient is not finite on another process of this run"
         found = [(values.tolist(), names, rows.tolist()) for names, (values, rows) in self._last.items()]
         # the first two values order them: bad ones after good ones, then by step
-        (_, step, epoch, *values), names, rows = max(found, key=lambda each: each[0][:2])
+        (_, step, *values), names, rows = max(found, key=lambda each: each[0][:2])
+        epoch = max(epoch for epoch, first in self._first_steps.items() if first <= step)
         parts = ", ".join(f"{name}={value:.4g}" for name, value in zip(names, values, strict=True))
         return (
-            f"loss or gradient is not finite at step {int(step)} (epoch {int(epoch)}): {parts}, "
+            f"loss or gradient is not finite at step {int(step)} (epoch {epoch}): {parts}, "
             f"lr={learning_rate(int(step)):.3e}; {self.count.item()} such steps, max_bad_steps is {self.allowed}; "
             f"images (global_idx): {rows}"
         )
 
 
-def undo_where(is_bad: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Put tensors back in place where a step was bad: a NaN would stay in running statistics for ever."""
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(is_bad, old, tensor))
+class RunningStatistics:
+    """A model's batch-norm means and variances, to put back where a step was bad: a NaN would stay in them for ever.
+
+    The forward pass changes them, whatever comes of the step. They are handled as one vector: some hundred small copies
+    take the host longer than the arithmetic takes a GPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [value for value in model.buffers() if value.is_floating_point()]
+        self._before: Tensor | None = None
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep the present values."""
+        if self._tensors:
+            self._before = self._flat()
+
+    @torch.no_grad()
+    def undo_where(self, is_bad: Tensor) -> None:
+        """Put the remembered values back where `is_bad`, a bool scalar on the device, is true."""
+        if self._tensors:
+            values = torch.where(is_bad, self._before, self._flat())
+            sizes = [value.numel() for value in self._tensors]
+            pieces = [piece.view_as(own) for piece, own in zip(values.split(sizes), self._tensors, strict=True)]
+            torch._foreach_copy_(self._tensors, pieces)
+
+    def _flat(self) -> Tensor:
+        return torch.cat([value.flatten() for value in self._tensors])
 
 
 def check_weights(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from distillery.config.load import load_configs
-from distillery.models.configured import build_teacher_backbone
+from distillery.models.configured import build_teacher_backbone, choose_precision
 from distillery.models.weights import weights_hash
 
 
@@ -18,3 +19,14 @@ def test_a_teacher_without_weights_is_the_same_in_every_process_and_moves_no_ran
         hashes.add(weights_hash(build_teacher_backbone(configs.model, configs.data).model))
         assert torch.equal(torch.get_rng_state(), before)
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("hardware, expected", [(True, "bf16"), (False, "fp16")])
+def test_auto_takes_bf16_only_from_a_gpu_that_computes_it_itself(monkeypatch, hardware, expected):
+    # an old GPU emulates it, and torch says yes unless asked not to count that
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware or including_emulation
+    )
+    assert choose_precision("auto", torch.device("cuda", 0)) == expected
+    assert choose_precision("fp32", torch.device("cuda", 0)) == "fp32"
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"

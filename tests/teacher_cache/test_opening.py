@@ -456,3 +456,69 @@ def test_only_what_is_on_this_machine_is_a_local_source(tmp_path, monkeypatch):
     }  # fmt: skip
     assert local_sources(MODEL) == {}
     assert local_sources(MODEL | {"teacher_source": "timm", "teacher_name": "test_vit"}) == {}
+
+
+def precision_of(folder: Path) -> str:
+    return TeacherCache(folder).identity["resolved"]["precision"]
+
+
+def run_pass_on_gpu(place: Place, monkeypatch, **settings) -> int:
+    """The pass where auto is bf16, as on a GPU; the arithmetic is the CPU's."""
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "choose_teacher_precision", lambda train, device: "bf16")
+        return place.run_pass(**settings)
+
+
+def test_with_auto_a_node_of_another_precision_extends_and_reads_the_folder_in_its_recorded_one(place, monkeypatch):
+    shutil.rmtree(place.cache / "teacher")
+    assert run_pass_on_gpu(place, monkeypatch) == 0
+    whole = {path.name: path.read_bytes() for path in place.outputs.glob("teacher_shard_*.pt")}
+    assert precision_of(place.outputs) == "bf16" and len(whole) > 1
+    for path in list(place.outputs.glob(f"{sorted(whole)[-1][:-3]}*")):
+        path.unlink()
+    assert place.run_pass() == 0
+    assert precision_of(place.outputs) == "bf16"
+    assert {path.name: path.read_bytes() for path in place.outputs.glob("teacher_shard_*.pt")} == whole
+    assert place.open().directory == place.outputs
+
+
+def test_outputs_of_a_cpu_are_extended_in_float32_where_auto_would_be_bf16(place, monkeypatch):
+    made = place.outputs
+    assert run_pass_on_gpu(place, monkeypatch) == 0
+    assert place.outputs == made and precision_of(made) == "fp32"
+
+
+def test_of_several_precisions_the_pass_extends_the_outputs_that_training_would_read(place, monkeypatch):
+    first = place.outputs
+    shutil.move(place.cache / "teacher", place.folder / "set_aside")
+    assert run_pass_on_gpu(place, monkeypatch) == 0
+    shutil.move(place.folder / "set_aside" / first.name, place.cache / "teacher")
+    (read,) = {place.open().directory}
+    folders = set((place.cache / "teacher").iterdir())
+    assert len(folders) == 2
+    for path in list(read.glob("teacher_shard_00000*")):
+        path.unlink()
+    before = {path.name for path in (folders - {read}).pop().iterdir()}
+    assert place.run_pass() == 0
+    assert (read / "teacher_shard_00000.pt").exists()
+    assert {path.name for path in (folders - {read}).pop().iterdir()} == before
+    assert set((place.cache / "teacher").iterdir()) == folders
+
+
+def test_an_explicit_teacher_precision_has_outputs_of_its_own_whatever_the_students_precision(place):
+    made = place.outputs
+    with pytest.raises(UserError, match="teacher.precision: the cache has 'auto', now it would be 'bf16'"):
+        place.open(teacher_precision="bf16")
+    assert place.run_pass(teacher_precision="bf16") == 0
+    (other,) = set(made.parent.iterdir()) - {made}
+    assert precision_of(other) == "bf16"
+    assert place.open(teacher_precision="bf16", precision="fp32").directory == other
+    assert place.open().directory == made
+
+
+def test_weights_kept_in_a_low_type_are_known_by_the_hash_of_float32(place):
+    fp32 = TeacherCache(place.outputs).weights_hash
+    made = place.outputs
+    assert place.run_pass(teacher_precision="bf16") == 0
+    (other,) = set(made.parent.iterdir()) - {made}
+    assert TeacherCache(other).weights_hash == fp32

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distillery.training.engine import Position, check_numbers, train_step
-from distillery.training.watch import BadSteps, check_weights
+from distillery.training.watch import BadSteps, RunningStatistics, check_weights
 from tests.training.test_engine import batches, build_task, images_of, run_epoch
 
 CPU = torch.device("cpu")
@@ -80,6 +80,41 @@ def test_a_nan_in_one_image_is_skipped_and_reaches_neither_weights_nor_running_s
     assert any(not torch.equal(statistics[2][name], statistics[1][name]) for name in floats)
     position.step = 3
     check_numbers(task)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_step_is_left_out_by_the_optimiser_and_good_ones_are_taken(fused):
+    task = build_task(max_bad_steps=1)
+    task.optimizer = torch.optim.AdamW(task.student.parameters(), lr=0.0, fused=fused)
+    weights = [value.detach().clone() for value in task.student.parameters()]
+    train_step(task, [broken_image(0)[0]], 0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(weights, task.student.parameters(), strict=True))
+    train_step(task, batches(1), 1, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, task.student.parameters(), strict=True))
+    check_weights(task.student)
+    steps = {value["step"].item() for value in task.optimizer.state.values()}
+    assert steps == {1.0}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outside_fp16_no_number_of_bad_steps_scales_the_loss(precision):
+    task = build_task(precision=precision, max_bad_steps=9)
+    for step in range(3):
+        train_step(task, [broken_image(0)[0]], step, 0)
+    assert task.scaler.scale(torch.ones(())) == 1 and task.scaler.get_scale() == 1
+
+
+def test_running_statistics_come_back_where_a_step_was_bad_and_stay_where_it_was_not():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2))
+    statistics = RunningStatistics(model)
+    for is_bad in (True, False):
+        before = [value.clone() for value in model.buffers()]
+        statistics.remember()
+        for value in model.buffers():
+            value.fill_(NAN if is_bad else 7) if value.is_floating_point() else value.add_(1)
+        statistics.undo_where(torch.tensor(is_bad))
+        for value, old in zip(model.buffers(), before, strict=True):
+            assert torch.equal(value, old) == (is_bad and value.is_floating_point())
 
 
 def test_a_gradient_that_overflows_behind_a_finite_loss_stops_the_run():

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery.config.load import load_configs
 from distillery.losses.targets import Targets
-from distillery.models import views
+from distillery.models import pair, views
 from distillery.models.backbone import Features
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets
@@ -50,12 +50,14 @@ class Copies(TorchDispatchMode):
 def pretended_cuda(monkeypatch):
     """torch thinks that there is a GPU with bfloat16; caches of tensors are emptied, that no fake one stays."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_args: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     # the clock's events; only reading them, once every log_every steps, makes the host wait
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
-    views._constant.cache_clear()
+    for cached in (views._constant, pair._resampling_matrix_once):
+        cached.cache_clear()
     yield
-    views._constant.cache_clear()
+    for cached in (views._constant, pair._resampling_matrix_once):
+        cached.cache_clear()
 
 
 def move_to_fake(model: nn.Module) -> None:
@@ -95,7 +97,6 @@ def test_a_step_of_the_default_pair_stays_on_the_gpu_and_never_makes_the_host_wa
             move_to_fake(model)
         task = build.build_task(configs, teacher, student, Schedule(1e-3, 1e-6, 1, 10), False, CUDA)
         assert task.precision == "bf16"
-        assert task.scaler.is_enabled()
         monkeypatch.setattr(torch.Tensor, "backward", lambda *_args: give_gradients(student))
         teacher.register_forward_hook(lambda _m, _i, out: types.update(teacher=out.tokens.dtype))
         batch = torch.zeros((4, 3, 224, 224), dtype=dtype, device=CUDA), torch.arange(4, device=CUDA)

@@ -1,0 +1,63 @@
+"""What a training step differentiates: the student with its heads and the weighted losses, as one module."""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from distillery.losses.total import bind_losses, sum_losses
+from distillery.models.backbone import Features
+from distillery.models.pair import StudentWithHeads, align
+
+
+class Objective(nn.Module):
+    """From a view and the teacher's targets to the losses.
+
+    One module, so that torch.compile and DistributedDataParallel take the student and the losses together: the losses
+    are many small operations, which cost a GPU more than their arithmetic when each is a kernel of its own.
+
+    Args:
+        student: with a head for every field that a loss compares.
+        weights: loss name -> weight.
+        options: loss name -> its options.
+        stored_losses: names of those that a step on stored outputs computes; None: all.
+        stored_grid: (h, w) of stored tokens.
+    """
+
+    def __init__(
+        self,
+        student: StudentWithHeads,
+        weights: Mapping[str, float],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        stored_losses: Container[str] | None = None,
+        stored_grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.losses = bind_losses(weights, options)
+        is_whole = stored_losses is None
+        self.stored_losses = [loss for loss in self.losses if is_whole or loss.name in stored_losses]
+        self.stored_grid = stored_grid
+
+    def forward(
+        self,
+        view: Tensor,
+        targets: Features,
+        *,
+        second_view: Features | None = None,
+        queue: Tensor | None = None,
+        is_stored: bool = False,
+    ) -> dict[str, Tensor]:
+        """Losses of a view [B, 3, H, W], normalised, as total_loss returns them.
+
+        targets: the teacher's, on its own grid; second_view, queue: as of total_loss; is_stored: of stored outputs.
+        """
+        outputs, targets = align(self.student(view), targets, self.stored_grid if is_stored else None)
+        bound = self.stored_losses if is_stored else self.losses
+        losses = sum_losses(outputs, targets, bound, second_view=second_view, queue=queue)
+        if len(bound) < len(self.losses):
+            # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
+            trained = (value.sum() for value in self.student.heads.parameters() if value.requires_grad)
+            losses["loss"] = losses["loss"] + 0 * sum(trained)
+        return losses
