@@ -199,10 +199,10 @@ def measure(bench: Bench, names: Sequence[str], out: Path | None) -> dict:
     names = [name for name in PARTS if name in names]
     result: dict[str, Any] = {"device": in_fork(device_name, bench.num_gpus), "torch": torch.__version__,
                               "smoke": bench.is_smoke, "parts": {}}  # fmt: skip
-    for name in names:
+    for number, name in enumerate(names):
         part, began = PARTS[name], time.monotonic()
         # what earlier parts have left over is everybody's
-        shares = sum(PARTS[other].share for other in names[names.index(name) :])
+        shares = sum(PARTS[other].share for other in names[number:])
         seconds = (end - began) * part.share / shares
         bench.deadline, bench.earlier = began + seconds, result["parts"]
         found: dict[str, Any] = {}
@@ -320,30 +320,28 @@ def markdown(result: dict) -> str:
     ]
     for name, found in result["parts"].items():
         broken = [row["check"] for row in found.get("checks", []) if row["holds"] is False]
-        figures = "; ".join([*(f"**not so: {text}**" for text in broken), *headline(found)])
+        figures = "; ".join([*(f"**not so: {text}**" for text in broken), *headline(found, is_steps=name == "steps")])
         lines.append(f"| {name} | {outcome(found)} | {figures} |".replace("\n", " "))
     steps = {name: row for name, row in result["parts"].get("steps", {}).items() if isinstance(row, dict)}
     if steps:
         lines += ["", "| step | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
         lines.append("|---" * (1 + len(COLUMNS)) + "|")
         for name, row in steps.items():
-            cells = [show(row[key]) if key in row else "" for key, (_, show) in COLUMNS.items()]
+            cells = ["" if row.get(key) is None else show(row[key]) for key, (_, show) in COLUMNS.items()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def headline(found: dict, prefix: str = "", depth: int = 0) -> list[str]:
-    """A part's figures in words: numbers of its own, and those of its rows."""
+def headline(found: dict, *, is_steps: bool) -> list[str]:
+    """A part's figures in words, those of a row after its name; the rows of steps have a table of their own."""
     said = []
     for name, value in found.items():
-        if name in {"checks", "passed", "seconds", "error", "note", "shapes", "curve", "memory_gb"} and depth == 0:
-            continue
-        if isinstance(value, dict) and depth == 0 and "step_ms" not in value:
-            said += headline(value, f"{name} ", 1)
-        elif isinstance(value, bool | int | str):
-            said.append(f"{prefix}{name} {value}")
-        elif isinstance(value, float):
-            said.append(f"{prefix}{name} {value:.4g}")
+        if isinstance(value, dict) and not is_steps:
+            said.append(f"{name}: {', '.join(headline(value, is_steps=True))}")
+        elif isinstance(value, float) and name != "seconds":
+            said.append(f"{name} {value:.4g}")
+        elif isinstance(value, int | str) and name not in {"passed", "error"}:
+            said.append(f"{name} {value}")
     return said
 
 

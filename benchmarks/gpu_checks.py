@@ -234,20 +234,23 @@ def evaluation(bench: Bench) -> Found:
         configs = bench.configs(train=EAGER | {"precision": precision}, data=data)
         trainer = Trainer(configs, device)
         (folders,) = eval_folders(configs.data).values()
-        evaluate = functools.partial(
-            evaluate_on_folders, trainer.task.teacher.backbone, *folders, k=5, device=device
-        )  # fmt: skip
-        with trainer.task.autocast():
-            evaluate()
+        features = functools.partial(features_of, trainer)
+        for _ in range(2):  # the first time pays for what happens once
             began = time.perf_counter()
-            accuracies[name] = evaluate()["knn_top1"]
+            accuracies[name] = evaluate_on_folders(features, *folders, k=5, device=device)["knn_top1"]
             took_s = time.perf_counter() - began
         images = 2 * bench.sizes.labelled
         yield name, {"images_per_second": images / took_s, "image_ms": 1000 * took_s / images,
                      "knn_top1": accuracies[name]}  # fmt: skip
-        del trainer, evaluate
+        del trainer, features
         free_memory()
     yield "knn_difference", abs(accuracies["bf16"] - accuracies["float32"])
+
+
+def features_of(trainer: Trainer, images: Tensor) -> Tensor:
+    """The teacher's features [B, D], in the trainer's precision."""
+    with trainer.task.autocast():
+        return trainer.task.teacher.backbone(images).pooled
 
 
 def numbers(bench: Bench) -> Found:

@@ -351,8 +351,11 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def busy_share(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The share of the time in which at least one kernel ran, 0..1; on the CPU that of this process's one thread."""
+def busy_share(run: Callable[[], Any], device: torch.device, repeats: int) -> float | None:
+    """The share of the time in which at least one kernel ran, 0..1; on the CPU in which this process computed.
+
+    None where the profiler sees no kernels: it needs rights that some clusters do not give.
+    """
     if device.type != "cuda":
         began = time.process_time()
         elapsed = sum(seconds_of(run) for _ in range(repeats))
@@ -368,7 +371,7 @@ def busy_share(run: Callable[[], Any], device: torch.device, repeats: int) -> fl
         # ranges that mark a part of the program hold the gaps between its kernels too
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
-    return covered_share(spans)
+    return covered_share(spans) if spans else None
 
 
 def covered_share(spans: list[tuple[float, float]]) -> float:
