@@ -1,5 +1,6 @@
 # make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
+# make gpu      on a machine with CUDA: its tests, then ten minutes of measurements into gpu.json and a table (docs/gpu.md)
 # make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md
 # make pictures RUN=DIR   docs/pca.png from that run folder, docs/report.png from the demo's (needs Chromium)
 # All make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 DEMO := examples/demo
 DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
 
-.PHONY: install schemas pictures test test-slurm lint demo soak clean
+.PHONY: install schemas pictures test test-slurm lint demo gpu soak clean
 
 install: $(STAMP)
 
@@ -42,6 +43,12 @@ FORKING := $(wildcard tests/faults/test_training_*.py) tests/system/test_distrib
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)
 	printf '%s\n' $(FORKING) | xargs -P 2 -n 1 $(BIN)/python -m pytest
+
+# without CUDA the tests marked gpu are skipped, and the benchmark says that there is nothing to measure
+gpu: install
+	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks.gpu --minutes 9 --out gpu.json
 
 # hours of bad luck at ten times the scale of make test: kills, flipped bits, full disks, writers stopped and killed beside each other;
 # the seed is printed, FAULTS_SEED repeats it, FAULTS_SCALE=100 goes on for the night

@@ -59,7 +59,7 @@ def describe_saving(
         f"{format_bytes(num_views * view_bytes * num_images)}"
     )
     left = 1 - share + share * (block.live_fraction if block.mode == "hybrid" else 0.0)
-    saved = f"{left:.0%} of the arithmetic of a live one: up to {1 / max(left, 1e-9):.3g} times faster"
+    saved = f"{left:.0%} of the arithmetic of a live one (computed: less than {1 / max(left, 1e-9):.3g} times faster)"
     if not block.is_read:
         mode = "cached" if block.mode == "live" else block.mode
         return [

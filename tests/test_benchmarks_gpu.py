@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu_checks import largest_difference
+from benchmarks.gpu_setup import covered_share
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def figures(value: object, name: str = "") -> list[float]:
+    """All numbers of milliseconds below a part."""
+    if isinstance(value, dict):
+        return [number for key, inner in value.items() for number in figures(inner, key)]
+    return [value] if name.endswith("_ms") else []
+
+
+@pytest.mark.slow
+def test_the_smoke_run_measures_every_part_and_writes_one_json_and_one_table(tmp_path):
+    done = run("--smoke", "--out", str(tmp_path / "gpu.json"), "--dir", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result.keys() >= {"device", "parts"} and result["device"]
+    assert set(result["parts"]) == set(gpu.PARTS)
+    for name, part in result["parts"].items():
+        assert "error" not in part and part["passed"] in (True, None), name
+        measured = figures(part)
+        assert measured and all(number > 0 for number in measured), name
+        assert f"| {name} |" in done.stdout
+    rows = {name: row for name, row in result["parts"]["steps"].items() if isinstance(row, dict)}
+    assert rows.keys() >= {*gpu.gpu_speed.VARIANTS, "timm FeatureDistillationTask"}
+    assert all(row["step_ms"] > 0 for row in rows.values())
+    assert {result["parts"][name]["passed"] for name in ("safety", "numbers", "eval", "ddp")} == {True}
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_without_cuda_it_says_so_in_one_line_and_ends_with_0(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "in_fork", lambda *_arguments: 0)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def measured(parts: dict[str, dict]) -> dict:
+    return {"device": "a card", "torch": "2", "smoke": False, "parts": parts}
+
+
+def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    def break_off(bench):
+        yield "first_ms", 1.0
+        raise ValueError("broken on purpose")
+
+    def die(bench):
+        yield "first_ms", 2.0
+        gpu.os.kill(gpu.os.getpid(), gpu.signal.SIGKILL)
+
+    def hang(bench):
+        yield "first_ms", 3.0
+        gpu.time.sleep(60)
+
+    parts = {name: gpu.Part(function, 1) for name, function in {"a": break_off, "b": die, "c": hang}.items()}
+    parts["d"] = gpu.Part(lambda bench: iter([("x_ms", 4.0)]), 1)
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    bench = gpu.Bench(tmp_path, True, 0, gpu.time.monotonic() + 8)
+    result = gpu.measure(bench, list(parts), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    found = result["parts"]
+    assert found["a"]["error"] == "ValueError: broken on purpose" and found["a"]["first_ms"] == 1.0
+    assert found["b"]["error"] == "its process ended with status -9" and found["b"]["first_ms"] == 2.0
+    assert found["c"]["error"] == "it took too long and was ended" and found["c"]["first_ms"] == 3.0
+    assert found["d"]["x_ms"] == 4.0 and "error" not in found["d"] and found["d"]["passed"] is None
+    assert "| a | failed (ValueError: broken on purpose) |" in gpu.markdown(result)
+
+
+@pytest.mark.parametrize(
+    "found, on_cuda, expected",
+    [
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, True, [True, None, True]),
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.4}, "timm x": {"step_ms": 15.0}}, True,
+         [False, False, None]),
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, False, [None] * 3),
+        ({}, True, [None] * 3),
+    ],
+)  # fmt: skip
+def test_speed_is_judged_on_cuda_alone_and_only_by_figures_that_are_there(found, on_cuda, expected):
+    rows = gpu.check(gpu.PARTS["steps"], found, on_cuda=on_cuda, is_smoke=False)
+    assert [row["holds"] for row in rows] == expected
+
+
+def test_wrong_bytes_and_other_losses_fail_on_a_cpu_too():
+    found = {"resume": {"went_on": True, "largest_difference": 1e-9, "tolerance": 0.0},
+             "known values": {"wrong_bytes": 3, "copies_held_up": 0}}  # fmt: skip
+    rows = gpu.check(gpu.PARTS["safety"], found, on_cuda=False, is_smoke=True)
+    assert {row["check"].split(" ")[0]: row["holds"] for row in rows} == {
+        "a": True, "its": False, "no": False, "copies": None,
+    }  # fmt: skip
+
+
+def test_the_table_names_what_does_not_hold():
+    part = {"share_of_time": 0.05, "passed": False, "checks": [{"check": "checkpoints are cheap", "holds": False}]}
+    text = gpu.markdown(measured({"save": part}))
+    assert "| save | NOT passed | **not so: checkpoints are cheap**; share_of_time 0.05 |" in text
+
+
+def test_time_covered_by_kernels_counts_overlaps_once_and_gaps_not_at_all():
+    assert covered_share([(0, 4), (2, 6), (8, 10)]) == 0.8
+    assert covered_share([(3, 4), (0, 10)]) == 1.0
+
+
+def test_loss_curves_are_compared_in_means_of_ten_steps():
+    assert largest_difference([1.0] * 20, [1.0] * 20) == 0.0
+    assert largest_difference([1.0] * 20, [0.0, 2.0] * 5 + [1.1] * 10) == pytest.approx(0.1)
