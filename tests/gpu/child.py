@@ -35,7 +35,7 @@ def run_case(name: str) -> list[str]:
         images = first_images(made)
         with FAKE, watch:
             with _watched(watch, found, "first-step check", may_wait=True):
-                check_first_step(task, *images)
+                check_first_step(task, images)
             for step in batches:
                 with _watched(watch, found, "first step", may_wait=True):
                     train_step(task, batches[step], step, 0)

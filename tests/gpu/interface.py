@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from distillery.config.load import Configs, load_configs
 from distillery.losses.targets import FrozenTeacher
+from distillery.models import views
 from distillery.models.configured import choose_precision
 from distillery.models.views import Augmentation
 from distillery.teacher_cache.identity import TeacherCacheSpec, resolved_teacher
@@ -27,6 +29,7 @@ from distillery.teacher_cache.outputs import LiveTeacher, encode_features
 from distillery.teacher_cache.reader import TeacherCache, to_device
 from distillery.teacher_cache.targets import wanted_outputs
 from distillery.training import build
+from distillery.training.batches import StepBatch, StepLoader
 from distillery.training.engine import Schedule, Task
 from tests.gpu.fake_cuda import CUDA, FAKE, move_to_fake, on_cuda
 
@@ -100,6 +103,8 @@ def make_task(data: Mapping, train: Mapping, model: Mapping, overrides: Sequence
         schedule = Schedule(learning_rate=1e-3, min_lr=1e-6, warmup_steps=1, total_steps=1000)
         normalized = configs.data.cache_dtype != "uint8"
         task = build.build_task(configs, teacher, student, schedule, normalized, CUDA, cache)
+    # what the host draws has numbers
+    task.depth._keep = torch.tensor([1 - layer.drop_prob for layer in task.depth.layers])
     return Made(configs, task, outputs)
 
 
@@ -111,23 +116,21 @@ def _outputs(configs: Configs) -> Outputs:
     return Outputs(teacher, spec, ImaginedCache(spec))
 
 
-def batches_of(made: Made, step: int) -> list[tuple[Tensor, ...]]:
-    """The batches of a step on the fake device, with what the real TargetLoader adds to them. Outside FAKE."""
+def batches_of(made: Made, step: int) -> list[StepBatch]:
+    """The batches of a step on the fake device, as the real StepLoader makes them. Outside FAKE."""
     data, train = made.configs.data, made.configs.train
     shape, dtype = (train.batch_size, 3, data.image_size, data.image_size), getattr(torch, data.cache_dtype)
-    images = torch.zeros(shape, dtype=dtype)
-    host = [(images, torch.arange(train.batch_size)) for _ in range(train.grad_accumulation_steps)]
-    if made.task.stored is not None:
-        host = list(made.task.stored.batches(host, epoch=0, step=step))
+    host = [(torch.zeros(shape, dtype=dtype), torch.arange(train.batch_size))] * train.grad_accumulation_steps
+    batches = list(StepLoader(made.task, host, epoch=0, step=step))
     with FAKE:
-        return [tuple(map(on_cuda, batch)) for batch in host]
+        return [tree_map_only(Tensor, on_cuda, batch) for batch in batches]
 
 
-def first_images(made: Made) -> tuple[Tensor, ...]:
+def first_images(made: Made) -> StepBatch:
     """What engine.check_first_step is given. Outside FAKE."""
-    images, *others = batches_of(made, steps_of(made.task)[0])[0]
+    batch = batches_of(made, steps_of(made.task)[0])[0]
     with FAKE:
-        return (made.task.to_float(images), *others)
+        return batch._replace(images=made.task.to_float(batch.images))
 
 
 def steps_of(task: Task) -> list[int]:
@@ -155,7 +158,8 @@ def teacher_pass(made: Made) -> dict[str, Tensor]:
 
 
 def forget_constants() -> None:
-    """Empty every functools.cache of the project: a constant on one device must not meet the next task's."""
+    """Empty every cache of constants of the project: one on a fake device must not meet the next task's."""
+    views._constants.clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("distillery."):
             for value in list(vars(module).values()):

@@ -48,13 +48,13 @@ def parts_marked(task: Task, watch: Watch) -> Iterator[None]:
     backward = _between(torch.Tensor.backward, watch, "backward", "optimizer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", lambda *args, **kw: backward(*args, **kw)))
-        calls = {
-            "to_float": ("views", "views"),
-            "teacher_call": ("teacher", "views"),
-            "student_call": ("student", "losses"),
-        }
-        for name, (part, after) in calls.items():
-            stack.enter_context(mock.patch.object(task, name, _between(getattr(task, name), watch, part, after)))
+        calls = [
+            (task, "teacher_call", "teacher", "views"),
+            (task, "objective_call", "losses", "losses"),
+            (task.objective.student, "forward", "student", "losses"),
+        ]
+        for owner, name, part, after in calls:
+            stack.enter_context(mock.patch.object(owner, name, _between(getattr(owner, name), watch, part, after)))
         yield
 
 
