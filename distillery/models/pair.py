@@ -140,34 +140,41 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
         return tokens
     if tokens.shape[1] != math.prod(grid):
         raise UserError(f"{tokens.shape[1]} tokens do not make a grid of {grid[0]}x{grid[1]}")
-    # autocast would run the two products in bfloat16 and round the targets to 3 digits
+    # some ten small kernels in every step; a compiled step has it as a constant
+    make = _resampling_matrix if torch.compiler.is_compiling() else _resampling_matrix_once
+    matrix = make(grid, new_grid, tokens.dtype, tokens.device)
+    # autocast would multiply in bfloat16 and round the targets to 3 digits
     with torch.autocast(device_type=tokens.device.type, enabled=False):
-        # some ten small kernels in every step; a compiled step has them as constants
-        matrix = _resampling_matrix if torch.compiler.is_compiling() else _resampling_matrix_once
-        rows = matrix(grid[0], new_grid[0], tokens.dtype, tokens.device)
-        columns = matrix(grid[1], new_grid[1], tokens.dtype, tokens.device)
-        out = torch.einsum("yh,xw,bhwd->byxd", rows, columns, tokens.unflatten(1, grid))
-    return out.flatten(1, 2)
+        return matrix @ tokens
 
 
-def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[new, old] weights whose rows sum to 1."""
+def _resampling_matrix(
+    grid: tuple[int, int], new_grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[h'*w', h*w] weights whose rows sum to 1: those of both axes multiplied."""
+    rows, columns = (_axis_weights(old, new, device).to(dtype) for old, new in zip(grid, new_grid, strict=True))
+    return torch.einsum("yh,xw->yxhw", rows, columns).flatten(2).flatten(0, 1)
+
+
+@functools.cache
+def _resampling_matrix_once(
+    grid: tuple[int, int], new_grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # of the teacher's pass, which is in inference mode: such a tensor could not take part in a backward pass later
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        return _resampling_matrix(grid, new_grid, dtype, device)
+
+
+def _axis_weights(old: int, new: int, device: torch.device) -> Tensor:
+    """[new, old] weights along one axis, float32."""
     if new == old:
-        return torch.eye(old, dtype=dtype, device=device)
+        return torch.eye(old, device=device)
     start = torch.arange(new, device=device, dtype=torch.float32)[:, None] * (old / new)
     cells = torch.arange(old, device=device, dtype=torch.float32)
     if new < old:  # the share of the new cell that each old one covers
         end = start + old / new
         overlap = torch.minimum(end, cells + 1) - torch.maximum(start, cells)
-        weights = overlap.clamp(min=0) * (new / old)
-    else:  # a hat around each old centre, the outermost ones extended to the border
-        centres = (start + 0.5 * old / new - 0.5).clamp(0, old - 1)
-        weights = (1 - (centres - cells).abs()).clamp(min=0)
-    return weights.to(dtype)
-
-
-@functools.cache
-def _resampling_matrix_once(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # of the teacher's pass, which is in inference mode: such a tensor could not take part in a backward pass later
-    with torch.inference_mode(False):
-        return _resampling_matrix(old, new, dtype, device)
+        return overlap.clamp(min=0) * (new / old)
+    # a hat around each old centre, the outermost ones extended to the border
+    centres = (start + 0.5 * old / new - 0.5).clamp(0, old - 1)
+    return (1 - (centres - cells).abs()).clamp(min=0)

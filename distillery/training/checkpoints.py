@@ -349,7 +349,7 @@ def state_on_device(task: Task, position: Position) -> dict[str, Any]:
 
 def _scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
     """scaler.state_dict(), which would wait for the device, with the two numbers that are there as tensors."""
-    if scaler._scale is None:  # before the first step
+    if not scaler.is_enabled() or scaler._scale is None:  # before the first step
         return scaler.state_dict()
     return {
         "scale": scaler._scale,

@@ -14,6 +14,7 @@ from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_gradients
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
+from distillery.models.precision import LOW_TYPES, autocast_for
 from distillery.models.views import Augmentation
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
@@ -137,9 +138,7 @@ class Task:
 
     def autocast(self) -> Any:
         """Mixed precision for the student; losses are computed in float32, the teacher has a precision of its own."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return autocast_for(self.precision, self.device.type)
 
 
 class Ema:
@@ -200,7 +199,7 @@ def _losses_of_view(
     """forward_losses and the teacher's pooled targets; nothing is kept of the batch."""
     view, second = make_view(batch.images, batch.view), None
     if batch.depth is not None:
-        task.depth.use(batch.depth)
+        task.depth.use(batch.depth.to(LOW_TYPES.get(task.precision, torch.float32)))
     with task.clock.part("teacher"):
         if batch.stored is not None:
             targets = task.stored.targets(batch.stored)
@@ -267,15 +266,16 @@ def train_step(task: Task, batches: list[StepBatch], step: int, epoch: int) -> d
         task.scaler.unscale_(task.optimizer)
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
         grad_norm = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
-        totals = dict(zip(names, torch.cat([values, grad_norm[None]]).unbind(), strict=True))
-        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch.global_idx for batch in batches]))
+        values = torch.cat([values, grad_norm[None]])
+        rows = [batch.global_idx for batch in batches]
+        is_bad = task.bad_steps.note(step, epoch, names, values, rows[0] if len(rows) == 1 else torch.cat(rows))
         if task.statistics is not None:
             task.statistics.undo_where(is_bad)
         _update_weights(task, grad_norm)
         task.optimizer.zero_grad(set_to_none=True)
         if task.ema is not None:
             task.ema.update()
-    return totals
+    return dict(zip(names, values.unbind(), strict=True))
 
 
 def _share(value: Tensor, count: int) -> Tensor:
@@ -293,7 +293,7 @@ def _update_weights(task: Task, grad_norm: Tensor) -> None:
         task.scaler.update()
         return
     if task.optimizer.defaults.get("fused"):
-        task.optimizer.found_inf = (~grad_norm.isfinite()).float()
+        task.optimizer.found_inf = (~(grad_norm < math.inf)).float()
     # The host must tell an optimiser that is not fused, and waits for a GPU. Where no bad step is allowed there is no
     # need: the run ends at the next look at the numbers, and such weights are never saved
     elif (task.device.type == "cpu" or task.max_bad_steps) and not grad_norm.isfinite():

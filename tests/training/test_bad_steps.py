@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 
 
-def losses(loss: float, grad_norm: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(grad_norm)}
+def losses(loss: float, grad_norm: float = 1.0, **parts: float) -> tuple[list[str], torch.Tensor]:
+    return ["loss", *parts, "grad_norm"], torch.tensor([loss, *parts.values(), grad_norm])
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_gradient_that_is_not_finite_is_bad_too_but_in_fp16_it_is_the_scalers_
 ):
     for gradients_count, expected in ((True, counts), (False, counts_in_fp16)):
         bad = BadSteps(CPU, 0, gradients_count=gradients_count)
-        assert bool(bad.note(0, 0, losses(loss, grad_norm), torch.arange(2))) == bool(expected)
+        assert bool(bad.note(0, 0, *losses(loss, grad_norm), torch.arange(2))) == bool(expected)
         assert bad.count == expected
         assert bad.exceeded() == bool(expected)
 
@@ -33,7 +33,7 @@ def test_a_gradient_that_is_not_finite_is_bad_too_but_in_fp16_it_is_the_scalers_
 def test_the_last_bad_step_is_described_whatever_came_after_it():
     bad = BadSteps(CPU, 1)
     for step, loss in enumerate([1.0, NAN, 2.0, NAN, 3.0, 4.0]):
-        bad.note(step, step // 2, losses(loss, step), torch.arange(3) + 10 * step)
+        bad.note(step, step // 2, *losses(loss, step), torch.arange(3) + 10 * step)
     assert bad.exceeded()
     text = bad.describe(lambda step: step / 100)
     assert "at step 3 (epoch 1): loss=nan, grad_norm=3, lr=3.000e-02; 2 such steps, max_bad_steps is 1" in text
@@ -44,8 +44,8 @@ def test_the_last_bad_step_is_described_whatever_came_after_it():
 def test_steps_may_differ_in_their_losses_and_the_last_bad_one_is_described_with_its_own(bad_step):
     bad = BadSteps(CPU, 0)
     for step in range(4):
-        more = {"loss/patch": torch.tensor(step + 0.5)} if step % 2 else {}
-        bad.note(step, 0, losses(NAN if step == bad_step else 1.0) | more, torch.arange(2) + step)
+        more = {"loss/patch": step + 0.5} if step % 2 else {}
+        bad.note(step, 0, *losses(NAN if step == bad_step else 1.0, **more), torch.arange(2) + step)
     text = bad.describe(lambda _step: 0.0)
     assert f"at step {bad_step} (epoch 0)" in text and f"[{bad_step}, {bad_step + 1}]" in text
     assert (f"loss/patch={bad_step + 0.5}" in text) == bool(bad_step % 2)
@@ -54,7 +54,7 @@ def test_steps_may_differ_in_their_losses_and_the_last_bad_one_is_described_with
 def test_as_many_bad_steps_as_allowed_are_no_error():
     bad = BadSteps(CPU, 2)
     for step in range(2):
-        bad.note(step, 0, losses(NAN), torch.arange(1))
+        bad.note(step, 0, *losses(NAN), torch.arange(1))
     assert not bad.exceeded()
 
 
