@@ -28,6 +28,7 @@ CUDA = torch.device("cuda", 0)
 FAKE = FakeTensorMode()
 
 aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _COPIES = {"_to_copy", "copy_", "_foreach_copy_"}
 # their results have a shape that only the device knows
 _DATA_DEPENDENT = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
@@ -82,6 +83,10 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return _device_of(args[0])
+        if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # autograd takes such an operator apart elsewhere
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         inputs = list(_tensors(args)) + list(_tensors(kwargs.values()))
         on_cuda = any(_device_of(tensor).type == "cuda" for tensor in inputs)

@@ -43,6 +43,7 @@ PLANTED: dict[str, tuple[Callable[[], None], str | None]] = {
     "into the host": (_step(lambda loss: torch.zeros(()).copy_(loss.detach())), "copy cuda -> cpu"),
     "a constant": (_step(lambda loss: torch.tensor([1.0, 2.0], device=CUDA)), "copy cpu -> cuda"),
     "ordinary memory": (_step(lambda loss: torch.zeros(8).to(CUDA, non_blocking=True)), "of ordinary memory"),
+    "inference": (_step(torch.inference_mode()(lambda loss: torch.zeros(8).to(CUDA))), "of ordinary memory"),
     "blocking": (_step(lambda loss: torch.zeros(8).pin_memory().to(CUDA)), "of page-locked memory with blocking"),
     "nonzero": (_step(lambda loss: torch.zeros(4, device=CUDA).nonzero()), "shape depends on numbers"),
     "masked_select": (_step(lambda loss: torch.zeros(4, device=CUDA).masked_select(loss > 0)), "shape depends"),
