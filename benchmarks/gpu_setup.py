@@ -77,7 +77,7 @@ FULL = Sizes(
 )  # fmt: skip
 SMOKE = Sizes(
     image_px=32, teacher="test_vit", student="test_vit", convolutional="test_resnet", images=96, shard=24, batch=8,
-    other_batches=(), warmup=1, steps=2, short_epochs=3, loader_batches=12, curve=6, save_every=2, labelled=48,
+    other_batches=(), warmup=1, steps=2, short_epochs=3, loader_batches=12, curve=4, save_every=2, labelled=48,
 )  # fmt: skip
 
 

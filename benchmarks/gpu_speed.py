@@ -160,8 +160,11 @@ def steps(bench: Bench) -> Found:
         began = time.monotonic()
         try:
             row = measure()
-        except (ImportError, torch.OutOfMemoryError) as error:
-            left_out.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            # a peer may fail as it likes, or not be installed; a step of ours may ask for more memory than there is
+            if variant in VARIANTS and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            left_out.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
             continue
         finally:
             free_memory()

@@ -111,6 +111,17 @@ def test_the_table_names_what_does_not_hold():
     assert "| save | NOT passed | **not so: checkpoints are cheap**; share_of_time 0.05 |" in text
 
 
+def test_the_table_says_what_was_left_out_and_why():
+    text = gpu.markdown(measured({"steps": {"passed": None, "left_out": ["LightlyTrain: not installed"]}}))
+    assert text.endswith("steps: LightlyTrain: not installed.")
+
+
+def test_a_part_for_which_no_time_is_left_is_recorded_so(tmp_path):
+    bench = gpu.Bench(tmp_path, True, 0, gpu.time.monotonic())
+    found = gpu.measure(bench, ["env"], None)["parts"]["env"]
+    assert found["error"] == "no time was left for it" and found["passed"] is None
+
+
 def test_time_covered_by_kernels_counts_overlaps_once_and_gaps_not_at_all():
     assert covered_share([(0, 4), (2, 6), (8, 10)]) == 0.8
     assert covered_share([(3, 4), (0, 10)]) == 1.0
