@@ -143,7 +143,8 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
 
     # 4. The task, which is all that a step touches, and what measures the models.
     schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
-    task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache)
+    compiled = state and state.get("compiled")
+    task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache, compiled=compiled)
     has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,
@@ -154,6 +155,7 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
         k=train.knn_k,
         device=device,
         is_stopped=lambda: stop.requested,
+        precision=task.precision,
     )
 
     position, first_step = Position(), state["progress"]["step"] if state else 0
@@ -195,26 +197,28 @@ def run_epochs(run: Any, evaluation: Any) -> int:
 
     run: a training.run.Run; evaluation: a RunEvaluation of its models.
     """
-    from distillery.system.distributed import any_rank, on_main
+    from distillery.system.distributed import any_rank
     from distillery.training.build import first_images
     from distillery.training.engine import check_first_step
-    from distillery.training.run import save, train_epoch
+    from distillery.training.run import compile_step, save, train_epoch
 
     loader, position, num_epochs = run.loader, run.position, run.configs.train.num_epochs
     # set_epoch keeps this position where it lies in the epoch that is set
     loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
-    is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
-    for epoch in range(position.epoch, num_epochs):
+    is_evaluated, first_epoch = evaluate_if_due(run, evaluation), position.epoch
+    for epoch in range(first_epoch, num_epochs):
         if not is_evaluated or any_rank(run.stop.requested)[0]:
             break
         loader.set_epoch(epoch)
         if position.step == 0:
-            batch = first_images(loader, run.task)
-            check_first_step(run.task, *batch)
+            batch = first_images(loader, run.task, epoch)
+            check_first_step(run.task, batch)
             show_models(run, batch)
+        if epoch == first_epoch:
+            compile_step(run)
         train_epoch(run)
         save(run)
-        is_evaluated = on_main(lambda: evaluate_if_due(run, evaluation))
+        is_evaluated = evaluate_if_due(run, evaluation)
     run.console.close()
     return finish(run, evaluation, is_done=is_evaluated and position.epoch >= num_epochs)
 
@@ -233,28 +237,30 @@ def build_loader(configs: Configs, frozen: dict | None, *, is_plan: bool) -> Any
 
 def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     """Measure what is due at this point and not yet in the log: the baselines before the first step, the student every
-    eval_every_epochs and at the end.
+    eval_every_epochs and at the end. All ranks work on it together.
 
     Returns:
         False where a request to stop came before everything was measured.
     """
+    from distillery.system.distributed import on_main
     from distillery.training.build import first_images
 
     train, step, epoch = run.configs.train, run.position.step, run.position.epoch
     every, is_last = train.eval_every_epochs, epoch == train.num_epochs
     if not every or run.position.samples or not (epoch % every == 0 or is_last):
         return True
-    rows = [row for row in read_rows(run.log.path) if row.get("kind") == "eval" and row.get("step") == step]
+    rows = on_main(lambda: [row for row in read_rows(run.log.path) if row.get("kind") == "eval"])
+    rows = [row for row in rows if row.get("step") == step]
     # the linear probe takes seconds to minutes: for the baselines and the outcome
     is_linear = step == 0 or is_last
     with run.console.paused():
         is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
     if is_whole and not rows and step > 0 and train.tensorboard:
-        show_models(run, first_images(run.loader, run.task))
+        on_main(lambda: show_models(run, first_images(run.loader, run.task, epoch)))
     return is_whole
 
 
-def show_models(run: Any, batch: tuple) -> None:
+def show_models(run: Any, batch: Any) -> None:
     """Show in TensorBoard what the models are given for a few images, and the student's weights."""
     from distillery.report.pictures import log_models
     from distillery.system.distributed import is_main

@@ -239,12 +239,13 @@ def with_fixed_view(task: Any) -> Any:
     """An engine.Task whose teacher is given the images that its last view was made of."""
     augment, teacher, last = task.augment, task.teacher_call, {}
 
-    def remember(images: Any, global_idx: Any, epoch: int) -> Any:
+    def remember(images: Any, parameters: Any) -> Any:
         last["images"] = images
-        return augment(images, global_idx, epoch)
+        return augment.apply(images, parameters)
 
     # in a step the view is made first, then both models are called
-    task.augment, task.teacher_call = remember, lambda view: teacher(last["images"])
+    task.augment = SimpleNamespace(draw=augment.draw, apply=remember)
+    task.teacher_call = lambda view: teacher(last["images"])
     return task
 
 

@@ -33,6 +33,7 @@ from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
+from distillery.training.batches import StepLoader
 from distillery.training.engine import Position, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,9 +165,7 @@ def trainer(configs: Configs, device: torch.device, steps: int, *, stored: bool)
 
     def run() -> None:
         loader.load_state_dict({"epoch": position.epoch, "samples": 0})
-        batches = loader
-        if task.stored is not None:
-            batches = task.stored.batches(loader, epoch=position.epoch, step=position.step)
+        batches = StepLoader(task, loader, epoch=position.epoch, step=position.step)
         train_one_epoch(
             task, DevicePrefetcher(batches, device), position, stop,
             steps_in_epoch=steps, log_every=configs.train.log_every, after_step=lambda *_: None,

@@ -57,10 +57,11 @@ def test_a_tiny_run_measures_ours_beside_timm_draws_curves_and_is_not_repeated(t
 
 def test_with_a_fixed_view_the_teacher_sees_the_images_and_the_student_the_views_of_them():
     seen = []
-    augment = lambda images, global_idx, epoch: [image + 100 * epoch for image in images]  # noqa: E731
+    apply = lambda images, epoch: [image + 100 * epoch for image in images]  # noqa: E731
+    augment = SimpleNamespace(draw=None, apply=apply)
     task = with_fixed_view(SimpleNamespace(augment=augment, teacher_call=seen.append))
     for epoch in (1, 2):
-        view = task.augment([epoch, epoch + 1], None, epoch)
+        view = task.augment.apply([epoch, epoch + 1], epoch)
         assert view == [101 * epoch, 101 * epoch + 1]
         task.teacher_call(view)
     assert seen == [[1, 2], [2, 3]]

@@ -24,6 +24,7 @@ from data_loader import (
     load_labelled,
 )
 from distillery.reading import raw as raw_module
+from distillery.reading.datasets import LabelledBatches
 from distillery.system import distributed
 from distillery.system.errors import MissingFileError, RunError, UserError
 
@@ -151,6 +152,27 @@ def test_labelled_batches_hold_every_valid_row_in_order(tmp_path):
     make_test_cache(tmp_path / "unlabelled", 8)
     with pytest.raises(UserError, match="holds no labels. Name the label_column"):
         load_labelled(tmp_path / "unlabelled", 8)
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 3, 7])
+def test_shares_of_the_labelled_batches_are_the_same_batches_one_after_the_other(tmp_path, num_shares):
+    make_test_cache(tmp_path, 43, bad=(4, 20), labels=True)
+    whole = list(LabelledBatches(tmp_path, 8))
+    shares = [LabelledBatches(tmp_path, 8, (number, num_shares)) for number in range(num_shares)]
+    parts = [batch for share in shares for batch in share]
+    assert len(whole) == len(parts) == sum(map(len, shares)) == 6
+    for (images, labels), (part_images, part_labels) in zip(whole, parts, strict=True):
+        assert torch.equal(images, part_images) and torch.equal(labels, part_labels)
+    assert max(map(len, shares)) == len(shares[0]) == shares[0].num_rounds
+
+
+def test_a_reader_of_labelled_batches_that_stops_early_leaves_no_thread_behind(tmp_path):
+    make_test_cache(tmp_path, 43, labels=True)
+    before = threading.active_count()
+    batches = load_labelled(tmp_path, 4)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
 
 
 # ---- the order ---------------------------------------------------------------------------------------------------

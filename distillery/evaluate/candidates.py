@@ -12,9 +12,14 @@ from torch import Tensor
 
 from distillery.config.load import Configs
 from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
-from distillery.evaluate.features import BATCH_SIZE, compare_with_teacher, evaluate_features, extract_features
+from distillery.evaluate.features import (
+    compare_with_teacher,
+    evaluate_features,
+    extract_features,
+    labelled_batches,
+)
+from distillery.models.configured import choose_precision
 from distillery.models.weights import weights_hash
-from distillery.reading.datasets import load_labelled
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 from distillery.training.build import build_models, eval_folders
@@ -92,6 +97,7 @@ def evaluate_candidate(
     k: int,
     linear: bool,
     device: torch.device,
+    precision: str,
 ) -> tuple[dict[str, Any], Tensor]:
     """One row of `evaluate_run`, and the candidate's test features.
 
@@ -103,14 +109,19 @@ def evaluate_candidate(
         k: neighbours.
         linear: fit the linear probe.
         device: where the models run.
+        precision: as extract_features.
     """
-    train, test = (extract_features(candidate.own, load_labelled(folder, BATCH_SIZE), device) for folder in folders)
+
+    def extract(model: Callable[[Tensor], Any], folder: Path) -> tuple[Tensor, Tensor]:
+        return extract_features(model, labelled_batches(folder, device), device, precision=precision)
+
+    train, test = (extract(candidate.own, folder) for folder in folders)
     measured = evaluate_features(*train, *test, k=k, linear=linear, device=device)
     teacher_row, teacher_x = reference or (measured, test[0])
     aligned = []
     if candidate.aligned is not None:
         for model in (candidate.aligned, targets):
-            aligned.append(extract_features(model, load_labelled(folders[1], BATCH_SIZE), device)[0])
+            aligned.append(extract(model, folders[1])[0])
     row = {"model": candidate.model, "step": candidate.step, "checkpoint": candidate.checkpoint}
     agreement = compare_with_teacher(test[0], teacher_x, *aligned, device=device)
     return row | with_shares(measured, teacher_row) | agreement, test[0]
@@ -137,7 +148,8 @@ def evaluate_run(
             "and run stage 1 with the same entry to cache it."
         )
     teacher, targets, students = load_candidates(configs, checkpoints, device)
-    options = {"k": configs.train.knn_k, "linear": linear, "device": device}
+    precision = choose_precision(configs.train.precision, device)
+    options = {"k": configs.train.knn_k, "linear": linear, "device": device, "precision": precision}
     references: dict[str, tuple[dict[str, Any], Tensor]] = {}
     rows: dict[str, list[dict[str, Any]]] = {dataset: [] for dataset in folders}
     for candidate in itertools.chain([teacher], students):

@@ -1,6 +1,5 @@
 """Evaluate during a run: the baselines before the first step, then the student at intervals and at the end."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +12,17 @@ from torch import Tensor, nn
 from distillery.cache.folder import load_index
 from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED
 from distillery.evaluate.features import (
-    BATCH_SIZE,
     MAX_COMPARED_ROWS,
     compare_with_teacher,
     evaluate_features,
     extract_features,
+    labelled_batches,
 )
 from distillery.losses.targets import Targets
 from distillery.models.backbone import Backbone, Features
 from distillery.models.pair import StudentWithHeads
-from distillery.reading.datasets import load_labelled
 from distillery.system.console import ProgressLine
+from distillery.system.distributed import any_rank, copy_from_main, gather_on_main, is_main, on_main, rank, world_size
 from distillery.system.errors import Interrupted
 from distillery.system.files import make_directory, write_atomic
 from distillery.training.log import RunLog
@@ -35,6 +34,8 @@ FEATURES_DIR = "teacher_features"
 class RunEvaluation:
     """Measures a run's models on its evaluation sets.
 
+    All ranks call it together. Each extracts its share of the features; rank 0 measures them and has the files.
+
     Args:
         run_dir: the run folder; the teacher's test features are kept there.
         folders: name of an evaluation set -> caches of its train and test split.
@@ -43,7 +44,9 @@ class RunEvaluation:
         load_teacher: loads the teacher, for a run that trains without it.
         k: neighbours.
         device: where the models run.
-        is_stopped: called before each batch, because an evaluation may take minutes.
+        is_stopped: called before each batch, because an evaluation may take minutes; a request to stop on any rank ends
+            it on all of them.
+        precision: of the models' arithmetic on CUDA, as extract_features.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class RunEvaluation:
         k: int,
         device: torch.device,
         is_stopped: Callable[[], bool],
+        precision: str = "fp32",
     ) -> None:
         self.run_dir, self.folders, self.student, self.targets = run_dir, folders, student, targets
-        self.k, self.device, self.is_stopped = k, device, is_stopped
+        self.k, self.device, self.precision, self.is_stopped = k, device, precision, is_stopped
         self.load_teacher = load_teacher
 
     def record(
@@ -90,6 +94,8 @@ class RunEvaluation:
         Raises:
             Interrupted: a request to stop came; nothing of the row in hand is kept.
         """
+        # a rank's batch-norm statistics are its own until the next forward pass
+        copy_from_main(self.student.buffers())
         # where the run does without the teacher, this one is gone as soon as it has been measured
         teacher = functools.cache(self.load_teacher)
         for dataset in self.folders:
@@ -99,29 +105,47 @@ class RunEvaluation:
                     yield dataset, name, self._row(dataset, name, model, teacher, linear=linear)
 
     def _row(self, dataset: str, name: str, model: Backbone, teacher: Callable[[], Backbone], *, linear: bool) -> dict:
-        with self._ended_by_stop(model):
-            train, test = (self._extract(model, folder) for folder in self.folders[dataset])
-            row = evaluate_features(*train, *test, k=self.k, linear=linear, device=self.device)
-            if name == TEACHER:
-                self._keep(dataset, test[0])
+        train, test = (self._extract(model, folder) for folder in self.folders[dataset])
+        row = on_main(lambda: evaluate_features(*train, *test, k=self.k, linear=linear, device=self.device))
+        if name == TEACHER and is_main():
+            self._keep(dataset, test[0])
         return row | self._agreement(dataset, test[0], teacher) if name == STUDENT else row
 
-    def _agreement(self, dataset: str, student_x: Tensor, teacher: Callable[[], Backbone]) -> dict[str, Any]:
-        """compare_with_teacher on the test rows."""
-        teacher_x = self._kept(dataset)
-        if teacher_x is None:
-            with self._ended_by_stop(model := teacher()):
-                teacher_x = self._keep(dataset, self._extract(model, self.folders[dataset][1])[0])
-        aligned = ()
-        if "pooled" in self.student.heads:
-            with self._ended_by_stop(self.student):
-                projected = self._extract(self.student, self.folders[dataset][1])[0][: len(teacher_x)]
-            target = self.targets.standardise(Features(teacher_x.to(self.device), None, (0, 0))).pooled.cpu()
-            aligned = (projected, target)
-        return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
+    def _agreement(self, dataset: str, student_x: Tensor | None, teacher: Callable[[], Backbone]) -> dict[str, Any]:
+        """compare_with_teacher on the test rows; student_x: their features, on rank 0."""
+        test = self.folders[dataset][1]
+        teacher_x = self._kept(dataset) if is_main() else None
+        if not on_main(lambda: teacher_x is not None):
+            found = self._extract(teacher(), test)[0]
+            teacher_x = self._keep(dataset, found) if is_main() else None
+        projected = self._extract(self.student, test)[0] if "pooled" in self.student.heads else None
 
-    def _extract(self, model: nn.Module, folder: Path) -> tuple[Tensor, Tensor]:
-        return extract_features(model, load_labelled(folder, BATCH_SIZE), self.device)
+        def compare() -> dict[str, Any]:
+            aligned = ()
+            if projected is not None:
+                target = self.targets.standardise(Features(teacher_x.to(self.device), None, (0, 0))).pooled
+                aligned = (projected[: len(teacher_x)], target.cpu())
+            return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
+
+        return on_main(compare)
+
+    def _extract(self, model: nn.Module, folder: Path) -> tuple[Tensor | None, Tensor | None]:
+        """Features and labels of all rows on rank 0, (None, None) on the others, each of which extracts its share."""
+        batches = labelled_batches(folder, self.device, (rank(), world_size()))
+        found = torch.empty(0), torch.empty(0)
+        if len(batches) or is_main():
+            found = extract_features(
+                model, batches, self.device, precision=self.precision, before_batch=self._end_at_a_stop
+            )
+        for _ in range(len(batches), batches.num_rounds):
+            self._end_at_a_stop()  # the others have a batch more, and ask before it
+        features, labels = map(gather_on_main, found)
+        return features, labels
+
+    def _end_at_a_stop(self) -> None:
+        """Raise Interrupted on all ranks once one is asked to stop."""
+        if any_rank(self.is_stopped())[0]:
+            raise Interrupted
 
     def _keep(self, dataset: str, features: Tensor) -> Tensor:
         kept = features[:MAX_COMPARED_ROWS].contiguous()
@@ -142,17 +166,3 @@ class RunEvaluation:
     def _images_of(self, dataset: str) -> str:
         index = load_index(self.folders[dataset][1])
         return f"{index.num_samples} of {index.fingerprint}"
-
-    @contextlib.contextmanager
-    def _ended_by_stop(self, model: nn.Module) -> Iterator[None]:
-        """Inside, a request to stop raises Interrupted at the model's next batch."""
-
-        def look(*_args: Any) -> None:
-            if self.is_stopped():
-                raise Interrupted
-
-        hook = model.register_forward_pre_hook(look)
-        try:
-            yield
-        finally:
-            hook.remove()

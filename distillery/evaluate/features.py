@@ -1,5 +1,6 @@
 """Compute features of labelled images, and the row of metrics.jsonl that describes them."""
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,38 +11,117 @@ from torch import Tensor, nn
 
 from distillery.evaluate import measures
 from distillery.models.backbone import eval_mode
-from distillery.reading.datasets import load_labelled
+from distillery.reading.datasets import LabelledBatches
+from distillery.reading.loader import DevicePrefetcher
 from distillery.system.errors import UserError
 
 BATCH_SIZE = 256
 # rows of the label-free comparison with the teacher: overlap@10 depends on their number, so it is fixed
 MAX_COMPARED_ROWS = 5000
+# features wait on the device until there are so many, then go to the host in one copy: one for each batch would make
+# the host wait for every batch, and all at once might not fit beside the model
+MAX_BYTES_ON_DEVICE = 256 << 20
 
 
 def extract_features(
-    model_fn: Callable[[Tensor], Any], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
+    model_fn: Callable[[Tensor], Any],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    *,
+    precision: str = "fp32",
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Image features of every row, in order.
+
+    Where a batch does not fit into the device's memory, smaller ones are taken from there on, and a line says so.
 
     Args:
         model_fn: from normalised images [B, 3, H, W] on the device to [B, D], or to Features, whose pooled is taken. A
             module is put into eval mode for the time and then back into the mode it was in.
-        batches: (images, labels) on any device; labels int64 [B].
+        batches: (images, labels); labels int64 [B].
         device: where the model is.
+        precision: bf16, fp16 or fp32, of the model's arithmetic on CUDA; elsewhere it is float32.
+        before_batch: called before each batch; an error of it ends the work.
     Returns:
         features float32 [N, D] and labels int64 [N], on the CPU.
     Raises:
         UserError: there are no rows.
     """
-    features, labels = [], []
-    with torch.no_grad(), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
-        for images, batch_labels in batches:
-            out = model_fn(images.to(device, non_blocking=True))
-            features.append(getattr(out, "pooled", out).float().cpu())
-            labels.append(batch_labels.cpu())
+    device, features, labels = torch.device(device), _Collected(), _Collected()
+    forward = _Forward(model_fn)
+    with _no_gradients(model_fn), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
+        for images, batch_labels in DevicePrefetcher(batches, device):
+            before_batch()
+            with _autocast(device, precision):
+                features.add(forward(images))
+            labels.add(batch_labels)
     if not features:
         raise UserError("evaluation: the data set has no valid row; look at failures.jsonl of its cache")
-    return torch.cat(features), torch.cat(labels)
+    return features.on_host(), labels.on_host()
+
+
+def _no_gradients(model_fn: Callable[[Tensor], Any]) -> Any:
+    """inference_mode, but no_grad for a module that is trained: what it may keep of this forward pass (LeViT keeps its
+    attention biases) could not be saved for a backward pass.
+    """
+    is_trained = isinstance(model_fn, nn.Module) and any(p.requires_grad for p in model_fn.parameters())
+    return torch.no_grad() if is_trained else torch.inference_mode()
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    if device.type != "cuda" or precision == "fp32":
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+class _Forward:
+    """Pooled features of a batch, float32 [B, D], in memory of their own; of smaller batches where memory runs out."""
+
+    def __init__(self, model_fn: Callable[[Tensor], Any]) -> None:
+        self.model_fn, self.batch_size = model_fn, BATCH_SIZE
+
+    def __call__(self, images: Tensor) -> Tensor:
+        while True:
+            try:
+                outputs = (self.model_fn(part) for part in images.split(self.batch_size))
+                # cat copies: a view of the class token would keep all the tokens in memory
+                return torch.cat([getattr(out, "pooled", out).float() for out in outputs])
+            except torch.OutOfMemoryError:
+                size = min(self.batch_size, len(images))
+                if size == 1:
+                    raise
+                self.batch_size = size // 2
+            # not inside except: the error's traceback holds what was allocated
+            torch.cuda.empty_cache()
+            message = f"evaluation: out of memory with {size} images at a time; going on with {self.batch_size}"
+            print(message, file=sys.stderr, flush=True)
+
+
+class _Collected:
+    """Rows of batches one after the other, [N, ...]: those past MAX_BYTES_ON_DEVICE have gone to the host."""
+
+    def __init__(self) -> None:
+        self.on_device: list[Tensor] = []
+        self.moved: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.on_device or self.moved)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in the rows of a batch."""
+        self.on_device.append(rows)
+        if sum(part.nbytes for part in self.on_device) >= MAX_BYTES_ON_DEVICE:
+            self._move()
+
+    def on_host(self) -> Tensor:
+        """All of them."""
+        self._move()
+        return torch.cat(self.moved)
+
+    def _move(self) -> None:
+        if self.on_device:
+            self.moved.append(torch.cat(self.on_device).cpu())
+            self.on_device = []
 
 
 def evaluate_features(
@@ -63,7 +143,7 @@ def evaluate_features(
         test_y: int64 [M].
         k: neighbours.
         linear: fit the linear probe too (seconds to minutes).
-        device: where the k-NN is computed.
+        device: where the measures are computed.
     Returns:
         knn_top1 and linear_top1 (None where not computed) in 0..1; feature_std and effective_rank of the test rows;
         collapsed: what these two say.
@@ -76,10 +156,11 @@ def evaluate_features(
             raise UserError(f"evaluation: label {int(y.min())} in the {part} split; choose a split that has labels")
         if not x.isfinite().all():
             raise FloatingPointError(f"evaluation: {int((~x.isfinite().all(dim=1)).sum())} {part} features not finite")
-    std, rank = measures.feature_std(test_x), measures.effective_rank(test_x)
+    on_device = test_x.to(device)
+    std, rank = measures.feature_std(on_device), measures.effective_rank(on_device)
     return {
         "knn_top1": measures.knn_top1(train_x, train_y, test_x, test_y, k=k, device=device),
-        "linear_top1": measures.linear_top1(train_x, train_y, test_x, test_y) if linear else None,
+        "linear_top1": measures.linear_top1(train_x, train_y, test_x, test_y, device=device) if linear else None,
         "feature_std": std,
         "effective_rank": rank,
         "collapsed": measures.is_collapsed(std, rank),
@@ -96,9 +177,14 @@ def evaluate_on_folders(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """`evaluate_features` of one model on the caches of an evaluation set's two splits."""
-    train_x, train_y = extract_features(model_fn, load_labelled(train, BATCH_SIZE), device)
-    test_x, test_y = extract_features(model_fn, load_labelled(test, BATCH_SIZE), device)
+    parts = (extract_features(model_fn, labelled_batches(folder, device), device) for folder in (train, test))
+    (train_x, train_y), (test_x, test_y) = parts
     return evaluate_features(train_x, train_y, test_x, test_y, k=k, linear=linear, device=device)
+
+
+def labelled_batches(folder: Path, device: torch.device | str, share: tuple[int, int] = (0, 1)) -> LabelledBatches:
+    """The labelled rows of a cache for extract_features; share: as of LabelledBatches."""
+    return LabelledBatches(folder, BATCH_SIZE, share, pin_memory=torch.device(device).type == "cuda")
 
 
 def compare_with_teacher(
@@ -116,11 +202,11 @@ def compare_with_teacher(
         teacher_x: the teacher's, [N, Dt].
         projected: the student's after its head, [N, Dt], where there is a head.
         target: what it is trained towards, [N, Dt]: the teacher's, standardised where the run does so.
-        device: where neighbours are searched.
+        device: where the measures are computed.
     Returns:
         teacher_cosine (None without `projected`), cka, neighbour_overlap.
     """
-    student_x, teacher_x = student_x[:MAX_COMPARED_ROWS], teacher_x[:MAX_COMPARED_ROWS]
+    student_x, teacher_x = (features[:MAX_COMPARED_ROWS].to(device) for features in (student_x, teacher_x))
     has_head = projected is not None and target is not None
     return {
         "teacher_cosine": measures.mean_cosine(projected, target) if has_head else None,

@@ -1,16 +1,20 @@
 """Measure how good features are: k-NN and linear probe need labels; collapse and agreement with a teacher do not.
 
 In every function N is the number of rows (images), D of dimensions and C of classes. Features are float32 [N, D] and
-labels int64 [N], both on the CPU. Accuracies are fractions, 0..1.
+labels int64 [N], both on the CPU where a function takes a `device`, else both on one device. Accuracies are fractions,
+0..1.
 """
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from distillery.evaluate.probe import LogisticRegression
 
 # similarities held at once, 256 MiB in float32: chunks follow from it, results do not
 MAX_SIMILARITIES = 2**26
@@ -62,7 +66,14 @@ def knn_top1(
 
 
 def linear_top1(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, seed: int = 0, max_rows: int = 20_000
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int = 0,
+    max_rows: int = 20_000,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Accuracy of logistic regression on features standardised with the training rows' statistics.
 
@@ -76,9 +87,8 @@ def linear_top1(
         test_y: [M].
         seed: chooses the rows of the cap and of the validation split.
         max_rows: training rows used at most; the time grows with their number, D and C.
+        device: where it is fitted: by scikit-learn on the CPU, by distillery.evaluate.probe on CUDA.
     """
-    from sklearn.linear_model import LogisticRegression
-
     order = np.random.default_rng(seed).permutation(len(train_x))[:max_rows]
     x, y = train_x.numpy()[order].astype(np.float32), train_y.numpy()[order]
     if len(np.unique(y)) == 1:
@@ -88,7 +98,7 @@ def linear_top1(
     x, test = (x - mean) / std, (test_x.numpy().astype(np.float32) - mean) / std
 
     held_out = max(1, len(x) // 5)
-    probe = LogisticRegression(max_iter=PROBE_MAX_ITERATIONS, warm_start=True)
+    probe = _logistic_regression(device, warm_start=True)
     best_c, best_score = PROBE_C[0], -1.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")
@@ -97,8 +107,16 @@ def linear_top1(
                 score = probe.set_params(C=c).fit(x[held_out:], y[held_out:]).score(x[:held_out], y[:held_out])
                 if score > best_score:
                     best_c, best_score = c, score
-        final = LogisticRegression(C=best_c, max_iter=PROBE_MAX_ITERATIONS).fit(x, y)
+        final = _logistic_regression(device).set_params(C=best_c).fit(x, y)
     return float((final.predict(test) == test_y.numpy()).mean())
+
+
+def _logistic_regression(device: torch.device | str, **options: Any) -> Any:
+    if torch.device(device).type == "cuda":
+        return LogisticRegression(device, max_iter=PROBE_MAX_ITERATIONS, **options)
+    from sklearn import linear_model
+
+    return linear_model.LogisticRegression(max_iter=PROBE_MAX_ITERATIONS, **options)
 
 
 def feature_std(x: Tensor) -> float:

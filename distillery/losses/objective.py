@@ -21,7 +21,7 @@ class Objective(nn.Module):
         weights: loss name -> weight.
         options: loss name -> its options.
         stored_losses: names of those that a step on stored outputs computes; None: all.
-        stored_grid: (h, w) of stored tokens.
+        grid_at_most: (h, w) on which tokens are compared where the student has more; None: its own grid.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Objective(nn.Module):
         options: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         stored_losses: Container[str] | None = None,
-        stored_grid: tuple[int, int] | None = None,
+        grid_at_most: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.losses = bind_losses(weights, options)
         is_whole = stored_losses is None
         self.stored_losses = [loss for loss in self.losses if is_whole or loss.name in stored_losses]
-        self.stored_grid = stored_grid
+        self.grid_at_most = grid_at_most
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
         targets: the teacher's, on its own grid; second_view, queue: as of total_loss; is_stored: of stored outputs.
         """
-        outputs, targets = align(self.student(view), targets, self.stored_grid if is_stored else None)
+        outputs, targets = align(self.student(view), targets, self.grid_at_most)
         bound = self.stored_losses if is_stored else self.losses
         losses = sum_losses(outputs, targets, bound, second_view=second_view, queue=queue)
         if len(bound) < len(self.losses):

@@ -171,6 +171,11 @@ class EmbeddingQueue:
         """What has been put in so far, [K, D] with K <= size; float32."""
         return self._rows[: min(self._pushed, len(self._rows))]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `rows` grows no more."""
+        return self._pushed >= len(self._rows)
+
     @torch.no_grad()
     def push(self, features: Tensor) -> None:
         """Put in this rank's features [B, D], and those of the other ranks, in the place of the oldest."""

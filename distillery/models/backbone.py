@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillery.models.adapters import Outputs, choose_adapter, pools_by_attention
+from distillery.models.big_weights import LowWeights, build_big
 from distillery.models.builders import (
     BuiltModel,
     ModelSpec,
@@ -50,7 +51,12 @@ class Features:
 
 
 def build_backbone(
-    spec: ModelSpec, *, data_mean: Iterable[float], data_std: Iterable[float], image_size: int
+    spec: ModelSpec,
+    *,
+    data_mean: Iterable[float],
+    data_std: Iterable[float],
+    image_size: int,
+    low: LowWeights | None = None,
 ) -> "Backbone":
     """The model of a ModelSpec, for images of one data set.
 
@@ -59,15 +65,20 @@ def build_backbone(
         data_mean: what was subtracted from the images that will come.
         data_std: what they were divided by.
         image_size: their height and width in px.
+        low: what the weights of a frozen model are to be kept in: a big one gets them so, on that device, and a smaller
+            one in float32, for keep_in.
     Raises:
         UserError: unknown names, arguments that the model does not take, weights that cannot be had or do not fit, an
             input size that it cannot take, no classifier although logits are wanted, layers that it does not give, no
             blocks, or blocks whose gradients change when they are computed again.
     """
-    built = build_model(spec, image_size)
-    prepare_parameters(built.model, spec.label)
-    if spec.checkpoint is not None:
-        load_weights(built.model, spec.checkpoint, with_logits=spec.with_logits, role=spec.role)
+    built = low and build_big(spec, image_size, low)
+    dtype = low.dtype if built else torch.float32
+    if built is None:
+        built = build_model(spec, image_size)
+        prepare_parameters(built.model, spec.label)
+        if spec.checkpoint is not None:
+            load_weights(built.model, spec.checkpoint, with_logits=spec.with_logits, role=spec.role)
     built = dataclasses.replace(
         built,
         mean=tuple(spec.mean or built.mean or data_mean),
@@ -81,6 +92,7 @@ def build_backbone(
         use_cls_token=spec.use_cls_token,
         with_logits=spec.with_logits,
         out_indices=spec.out_indices,
+        dtype=dtype,
     )
     if spec.gradient_checkpointing:
         has_weights = backbone.scale.device.type != "meta"
@@ -132,10 +144,11 @@ class Backbone(nn.Module):
         use_cls_token: bool = True,
         with_logits: bool = False,
         out_indices: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.model = built.model
-        self.dtype = torch.float32
+        self.dtype = dtype
         self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
@@ -182,7 +195,7 @@ class Backbone(nn.Module):
         self.layer_grids = tuple(tuple(layer.shape[2:]) for layer in layers)
 
     def _try_adapter(self, img_size: tuple[int, int], out_indices: tuple[int, ...]) -> Outputs:
-        black = torch.zeros((1, 3, *img_size), device=self.scale.device)
+        black = torch.zeros((1, 3, *img_size), device=next(self.model.parameters()).device, dtype=self.dtype)
         with eval_mode(self.model):  # batch-norm statistics stay as they are, and no dropout draws random numbers
             self._adapter = choose_adapter(self.model, img_size, out_indices)
             return self._adapter(self.model, black, self.use_cls_token, self.with_logits)

@@ -9,6 +9,7 @@ from distillery.config.keys_data import DataConfig
 from distillery.config.keys_model import ModelConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.models.backbone import Backbone, build_backbone, memory_format_of
+from distillery.models.big_weights import BIG_MODEL, LowWeights
 from distillery.models.builders import ModelSpec, build_model
 from distillery.models.precision import LEAST_COSINE, autocast_for, least_cosines
 from distillery.system import distributed
@@ -53,6 +54,14 @@ def choose_teacher_precision(train: TrainConfig, device: torch.device) -> str:
     return choose_precision(train.precision, device) if is_auto else train.teacher_precision
 
 
+def low_weights(train: TrainConfig, device: torch.device, precision: str) -> LowWeights | None:
+    """What the teacher's weights are to be kept in, for a precision; None: in float32."""
+    is_auto = train.teacher_precision == "auto"
+    if precision == "fp32" or (is_auto and device.type == "cpu"):
+        return None
+    return LowWeights(precision, device)
+
+
 def place_teacher(
     backbone: Backbone, train: TrainConfig, device: torch.device, precision: str, images: Callable[[], Tensor]
 ) -> Backbone:
@@ -70,13 +79,19 @@ def place_teacher(
         images: gives a few images [B, 3, H, W] as Backbone takes them, on the CPU; only called for the comparison.
     """
     backbone = on_device(backbone.requires_grad_(False).eval(), device)
-    is_auto = train.teacher_precision == "auto"
-    if precision == "fp32" or (is_auto and device.type == "cpu"):
+    if low_weights(train, device, precision) is None:
         return backbone
     if device.type == "meta":  # shapes alone: nothing to compare
         backbone.keep_in(precision)
         return backbone
-    line = cast_teacher(backbone, precision, images().to(device), is_auto=is_auto)
+    if backbone.dtype != torch.float32:
+        line = (
+            f"the teacher's weights in {precision}: loaded so, and not compared with float32: of more than "
+            f"{BIG_MODEL / 1e9:g} G parameters there is no float32 copy"
+        )
+    else:
+        is_auto = train.teacher_precision == "auto"
+        line = cast_teacher(backbone, precision, images().to(device), is_auto=is_auto)
     if distributed.is_main():
         print(line, flush=True)
     return backbone
@@ -111,15 +126,20 @@ def build_student_backbone(model: ModelConfig, data: DataConfig, *, gradient_che
     return _build(ModelSpec(**model.side("student"), gradient_checkpointing=gradient_checkpointing), data)
 
 
-def build_teacher_backbone(model: ModelConfig, data: DataConfig, *, with_logits: bool = False) -> Backbone:
-    """The teacher's backbone with its published weights or checkpoint; one without is drawn from seed 0 every time."""
+def build_teacher_backbone(
+    model: ModelConfig, data: DataConfig, *, with_logits: bool = False, low: LowWeights | None = None
+) -> Backbone:
+    """The teacher's backbone with its published weights or checkpoint; one without is drawn from seed 0 every time.
+
+    low: what its weights are to be kept in, and where: a big teacher is loaded so, and any other one in float32.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a process that goes on, and stage 1, must draw the same teacher
-        return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data)
+        return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data, low)
 
 
-def _build(spec: ModelSpec, data: DataConfig) -> Backbone:
-    return build_backbone(spec, data_mean=data.mean, data_std=data.std, image_size=data.image_size)
+def _build(spec: ModelSpec, data: DataConfig, low: LowWeights | None = None) -> Backbone:
+    return build_backbone(spec, data_mean=data.mean, data_std=data.std, image_size=data.image_size, low=low)
 
 
 def download_weights(model: ModelConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Random numbers without a generator, in batches on the device: each is a hash of (seed, epoch, global_idx, draw)."""
+"""Random numbers without a generator, in batches: each is a hash of (seed, epoch, global_idx, draw)."""
 
 import torch
 from torch import Tensor

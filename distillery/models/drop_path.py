@@ -18,21 +18,34 @@ class DropPath(nn.Module):
 
     A layer that its block calls twice leaves out both for the same samples, and one that sees a sample as several rows
     (MobileViT's groups of pixels, TNT's words of a patch) leaves out all of them.
+
+    Args:
+        drop_prob: how often a branch is left out.
+        batch: holds the factors of all layers for the present batch.
+        column: this layer's.
     """
 
-    def __init__(self, drop_prob: float) -> None:
+    def __init__(self, drop_prob: float, batch: "BatchFactors", column: int) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
-        self.factors: Tensor | None = None
+        self.drop_prob, self.batch, self.column = drop_prob, batch, column
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B x rows, ...] times 0 or 1 / (1 - drop_prob), sample by sample; x itself in eval mode."""
         if not self.training:
             return x
-        factors = self.factors.to(x.dtype)
+        factors = self.batch.factors[:, self.column].to(x.dtype)
         if len(x) != len(factors):
             factors = factors.repeat_interleave(len(x) // len(factors))
         return x * factors.view(-1, *[1] * (x.ndim - 1))
+
+
+class BatchFactors:
+    """What all layers of a student read: factors, float32 [B, L], one column a layer.
+
+    One tensor that is replaced before every batch: a compiled student takes it as an input, and does not compile again.
+    """
+
+    factors: Tensor
 
 
 class StochasticDepth:
@@ -43,26 +56,27 @@ class StochasticDepth:
         from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 
         self.layers: list[DropPath] = []
+        self._batch = BatchFactors()
         for module in list(student.modules()):
             for name, child in module.named_children():
                 if isinstance(child, TimmDropPath):
                     self._replace(module, name, child.drop_prob)
                 elif isinstance(child, TorchvisionStochasticDepth) and child.mode == "row":
                     self._replace(module, name, child.p)
-        device = next(student.parameters()).device
-        self._keep = torch.tensor([1 - layer.drop_prob for layer in self.layers], device=device)
+        self._keep = torch.tensor([1 - layer.drop_prob for layer in self.layers])
 
     def _replace(self, module: nn.Module, name: str, drop_prob: float) -> None:
-        layer = DropPath(drop_prob) if drop_prob else nn.Identity()
+        layer = DropPath(drop_prob, self._batch, len(self.layers)) if drop_prob else nn.Identity()
         setattr(module, name, layer)
         if drop_prob:
             self.layers.append(layer)
 
-    def draw(self, global_idx: Tensor, *, seed: int, epoch: int) -> None:
-        """Decide for the samples of the batch that comes next, global_idx int64 [B] on the device."""
-        if not self.layers:
-            return
+    def draw(self, global_idx: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """The factors of a batch for `use`: global_idx int64 [B] -> float32 [B, L] on its device, L layers."""
         draws = draw_uniform(global_idx, seed=seed ^ _PURPOSE, epoch=epoch, count=len(self.layers))
-        factors = (draws < self._keep).float() / self._keep
-        for layer, column in zip(self.layers, factors.unbind(1), strict=True):
-            layer.factors = column
+        keep = self._keep.to(draws.device)
+        return (draws < keep).float() / keep
+
+    def use(self, factors: Tensor) -> None:
+        """Let the layers leave out what `draw` has decided for the batch that comes next; factors on their device."""
+        self._batch.factors = factors

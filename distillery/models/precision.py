@@ -44,9 +44,7 @@ class Float32Weights:
 
 
 def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> Float32Weights:
-    """Cast a raw model's weights and floating buffers in place, except those of batch norm.
-
-    weights_hash still gives the hash of the float32 weights.
+    """cast_weights, which can be undone. weights_hash still gives the hash of the float32 weights.
 
     Returns:
         What the model had before. Its memory is free as soon as the caller drops it.
@@ -57,11 +55,16 @@ def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> Float32Weights:
         [(parameter, parameter.data) for parameter in model.parameters()],
         [(m, name, value) for m in model.modules() for name, value in m._buffers.items() if value is not None],
     )
+    cast_weights(model, dtype)
+    return before
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a raw model's weights and floating buffers in place, except those of batch norm."""
     for module in model.modules():
         if not stays_in_float32(module):
             # _apply, as .to() calls it: rotary embeddings compute their frequencies again instead of rounding them
             module._apply(lambda value: value.to(dtype) if value.is_floating_point() else value, recurse=False)
-    return before
 
 
 def least_cosines(now: dict[str, Tensor], float32: dict[str, Tensor]) -> dict[str, float]:

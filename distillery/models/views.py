@@ -1,12 +1,13 @@
 """One augmented view for teacher and student, made in batches on the device, repeatable from (seed, epoch, sample).
 
 No random number generator has a state here: every draw is a hash of its address (seed, epoch, global_idx, draw). A view
-therefore does not depend on its batch, the order, the rank or the device, and can be computed again. The draws stay
-integers until the last step, so they are bit-identical on CPU and CUDA. The pixels of one view on two devices agree up
-to float32 rounding.
+therefore does not depend on its batch, the order, the rank or the device, and can be computed again.
+
+A view is made in two steps. `draw` computes its parameters, a few numbers per image, where global_idx is: on the host,
+some sixty operators on little tensors, which would cost a GPU as many kernels. `apply` works on the pixels with them.
+The pixels of one view on two devices agree up to float32 rounding.
 """
 
-import functools
 import math
 
 import torch
@@ -44,10 +45,15 @@ TO_YIQ = (LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135
 FROM_YIQ = ((1.0, 0.9562957, 0.6210244), (1.0, -0.2721221, -0.6473806), (1.0, -1.1069890, 1.7046150))
 
 
-@functools.cache
+_constants: dict[tuple[tuple, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
 def _constant(values: tuple, device: torch.device) -> Tensor:
     """Fixed numbers on a device, copied there once: each copy from ordinary memory makes the CPU wait for the GPU."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    if (values, device) not in _constants:
+        _constants[values, device] = torch.tensor(values, dtype=torch.float32, device=device)
+    return _constants[values, device]
 
 
 def crop_boxes(draws: Tensor, scale: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,24 +122,21 @@ def colour_matrices(saturation: Tensor, hue_turns: Tensor) -> Tensor:
     return (from_yiq[None, :, :, None] * half[:, None]).sum(2)
 
 
-def adjust_colours(
-    pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue_turns: Tensor
-) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image, in this order, clipped to 0..1 after each step.
+def adjust_colours(pixels: Tensor, brightness: Tensor, contrast: Tensor, matrix: Tensor) -> Tensor:
+    """Brightness, contrast, and saturation with hue of each image, in this order, clipped to 0..1 after each step.
 
     Args:
         pixels: [B, 3, H, W] in 0..1.
         brightness: factors [B], 1 keeps.
         contrast: factors [B] on the distance from the image's mean luma, 1 keeps.
-        saturation: factors [B], 1 keeps, 0 leaves grey.
-        hue_turns: [B], in turns of the colour circle, 0 keeps.
+        matrix: of saturation and hue, [B, 3, 3], from `colour_matrices`.
     """
     pixels = (pixels * brightness[:, None, None, None]).clamp_(0.0, 1.0)
     red, green, blue = pixels.unbind(1)
     mean_luma = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).mean(dim=(1, 2))[:, None, None, None]
     pixels = torch.lerp(mean_luma, pixels, contrast[:, None, None, None]).clamp_(0.0, 1.0)
     red, green, blue = pixels.unbind(1)
-    matrix = colour_matrices(saturation, hue_turns)[:, :, :, None, None]
+    matrix = matrix[:, :, :, None, None]
     channels = [matrix[:, c, 0] * red + matrix[:, c, 1] * green + matrix[:, c, 2] * blue for c in range(3)]
     return torch.stack(channels, dim=1).clamp_(0.0, 1.0)
 
@@ -201,15 +204,14 @@ class Augmentation:
         self.scale = None if random_resized_crop is None else (float(lo), float(hi))
         self.color_jitter, self.grayscale, self.blur = float(color_jitter), float(grayscale), float(blur)
         self.mean, self.std = tuple(mean), tuple(std)
+        has_colours = self.color_jitter > 0 or self.grayscale > 0
+        # columns of the parameters: mirrored; left, top, width, height; brightness, contrast, colour matrix; blur
+        self._columns = [int(hflip), 4 * (self.scale is not None), 11 * has_colours, int(self.blur > 0)]
 
     @property
     def changes_pixels(self) -> bool:
         """Whether the augmentation does more than mirror the image."""
         return self.scale is not None or max(self.color_jitter, self.grayscale, self.blur) > 0
-
-    @property
-    def _num_draws(self) -> int:
-        return NUM_DRAWS if self.changes_pixels else FLIP + 1
 
     def identity(self) -> dict:
         """All that decides the views besides (seed, epoch, sample), as plain values: for fingerprints."""
@@ -222,7 +224,6 @@ class Augmentation:
             "blur": self.blur,
         }
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, global_idx: Tensor, *, seed: int, epoch: int) -> Tensor:
         """The view of every image that belongs to (seed, epoch).
 
@@ -234,18 +235,11 @@ class Augmentation:
         Returns:
             [B, 3, H, W], normalised, of the same dtype and device; `images` itself where everything is off.
         """
-        if not self.hflip and not self.changes_pixels:
-            return images
-        global_idx = global_idx.to(images.device, non_blocking=True)
-        draws = draw_uniform(global_idx, seed=seed, epoch=epoch, count=self._num_draws)
-        return self._apply(images, draws, draws[:, FLIP] < 0.5)
+        parameters = self.draw(global_idx, seed=seed, epoch=epoch)
+        return self.apply(images, parameters.to(images.device, non_blocking=True))
 
-    @torch.no_grad()
     def views(self, images: Tensor, global_idx: Tensor, view: int | Tensor, *, seed: int) -> Tensor:
         """View number `view` of every image, of as many as one likes: those of a cache of teacher outputs.
-
-        As __call__ with the number in the place of the epoch, except that the flips are antithetic: view 1 is mirrored
-        where view 0 is not, view 3 where view 2 is not. Any even number of views has both mirror images equally often.
 
         Args:
             images: as in __call__.
@@ -255,39 +249,60 @@ class Augmentation:
         Returns:
             As __call__.
         """
-        if not self.hflip and not self.changes_pixels:
-            return images
-        global_idx = global_idx.to(images.device, non_blocking=True)
-        if isinstance(view, Tensor):
-            view = view.to(images.device, non_blocking=True)
-        else:
-            view = torch.full_like(global_idx, view)
+        parameters = self.draw_views(global_idx, view, seed=seed)
+        return self.apply(images, parameters.to(images.device, non_blocking=True))
+
+    @torch.no_grad()
+    def draw(self, global_idx: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """The parameters of the views that belong to (seed, epoch), for `apply`.
+
+        Args:
+            global_idx: each image's number in the source, int64 [B].
+            seed: the run's seed.
+            epoch: from 0.
+        Returns:
+            float32 [B, V] on global_idx's device. V depends on what is switched on, and is 0 where everything is off.
+        """
+        draws = draw_uniform(global_idx, seed=seed, epoch=epoch, count=self._num_draws)
+        return self._parameters(draws, draws[:, FLIP] < 0.5)
+
+    @torch.no_grad()
+    def draw_views(self, global_idx: Tensor, view: int | Tensor, *, seed: int) -> Tensor:
+        """The parameters of view number `view` of every image, for `apply`.
+
+        As `draw` with the number in the place of the epoch, except that the flips are antithetic: view 1 is mirrored
+        where view 0 is not, view 3 where view 2 is not. Any even number of views has both mirror images equally often.
+
+        Args:
+            global_idx: as in `draw`.
+            view: from 0; one for all images or, int64 [B] on any device, one for each.
+            seed: of the views.
+        Returns:
+            As `draw`.
+        """
+        view = view.to(global_idx.device) if isinstance(view, Tensor) else torch.full_like(global_idx, view)
         draws = draw_uniform(global_idx, seed=seed, epoch=view, count=self._num_draws)
         first_of_pair = draw_uniform(global_idx, seed=seed, epoch=view & ~1, count=FLIP + 1)[:, FLIP]
-        return self._apply(images, draws, (first_of_pair < 0.5) ^ (view & 1).bool())
+        return self._parameters(draws, (first_of_pair < 0.5) ^ (view & 1).bool())
 
-    def _apply(self, images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
-        if self.hflip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        if not self.changes_pixels:
-            return images
-        # an enclosing autocast would blur with bfloat16 weights
-        with torch.autocast(images.device.type, enabled=False):
-            return self._change_pixels(images, draws)
+    @property
+    def _num_draws(self) -> int:
+        return NUM_DRAWS if self.changes_pixels else FLIP + 1
 
-    def _change_pixels(self, images: Tensor, draws: Tensor) -> Tensor:
-        mean, std = (_constant(values, images.device)[:, None, None] for values in (self.mean, self.std))
-        pixels = images.float() * std + mean
-        if self.scale is not None:
-            pixels = crop_and_resize(pixels, *crop_boxes(draws, self.scale))
-        if self.color_jitter > 0 or self.grayscale > 0:
-            pixels = adjust_colours(pixels, *self._colour_parameters(draws))
-        if self.blur > 0:
-            max_sigma_px = max(MAX_SIGMA_PER_SIDE * max(pixels.shape[-2:]), LEAST_MAX_SIGMA_PX)
-            sigma_px = MIN_SIGMA_PX + (max_sigma_px - MIN_SIGMA_PX) * draws[:, SIGMA]
-            sigma_px = torch.where(draws[:, BLUR] < self.blur, sigma_px, 0.0)
-            pixels = gaussian_blur(pixels, sigma_px, radius_px=math.ceil(3 * max_sigma_px))
-        return ((pixels - mean) / std).to(images.dtype)
+    def _parameters(self, draws: Tensor, mirrored: Tensor) -> Tensor:
+        mirror, crop, colours, blur = self._columns
+        parts = [draws[:, :0]]
+        if mirror:
+            parts.append(mirrored[:, None].float())
+        if crop:
+            parts.append(torch.stack(crop_boxes(draws, self.scale), dim=1))
+        if colours:
+            brightness, contrast, *turn = self._colour_parameters(draws)
+            parts += [brightness[:, None], contrast[:, None], colour_matrices(*turn).flatten(1)]
+        if blur:
+            # a share of the range of sigmas, which depends on the image's size; below 0: not blurred
+            parts.append(torch.where(draws[:, BLUR] < self.blur, draws[:, SIGMA], -1.0)[:, None])
+        return torch.cat(parts, dim=1)
 
     def _colour_parameters(self, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Brightness, contrast and saturation factors and hue turns, each [B]."""
@@ -301,3 +316,36 @@ class Augmentation:
             saturation,
             MAX_HUE_TURNS * centred[:, HUE],
         )
+
+    @torch.no_grad()
+    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """The views with these parameters.
+
+        Args:
+            images: as in __call__.
+            parameters: [B, V] from `draw` or `draw_views`, on the images' device.
+        Returns:
+            As __call__.
+        """
+        mirrored, box, colours, blur = parameters.split(self._columns, dim=1)
+        if self.hflip:
+            images = torch.where(mirrored[:, :, None, None] > 0.5, images.flip(-1), images)
+        if not self.changes_pixels:
+            return images
+        # an enclosing autocast would blur with bfloat16 weights
+        with torch.autocast(images.device.type, enabled=False):
+            return self._change_pixels(images, box, colours, blur)
+
+    def _change_pixels(self, images: Tensor, box: Tensor, colours: Tensor, blur: Tensor) -> Tensor:
+        mean, std = (_constant(values, images.device)[:, None, None] for values in (self.mean, self.std))
+        pixels = images.float() * std + mean
+        if self.scale is not None:
+            pixels = crop_and_resize(pixels, *box.unbind(1))
+        if self.color_jitter > 0 or self.grayscale > 0:
+            pixels = adjust_colours(pixels, colours[:, 0], colours[:, 1], colours[:, 2:].unflatten(1, (3, 3)))
+        if self.blur > 0:
+            max_sigma_px = max(MAX_SIGMA_PER_SIDE * max(pixels.shape[-2:]), LEAST_MAX_SIGMA_PX)
+            share = blur[:, 0]
+            sigma_px = torch.where(share >= 0, MIN_SIGMA_PX + (max_sigma_px - MIN_SIGMA_PX) * share, 0.0)
+            pixels = gaussian_blur(pixels, sigma_px, radius_px=math.ceil(3 * max_sigma_px))
+        return ((pixels - mean) / std).to(images.dtype)

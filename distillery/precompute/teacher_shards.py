@@ -1,16 +1,22 @@
 """The teacher pass: run K views of every cached image through the teacher, into shards aligned with the images'.
 
-    image shards (a thread reads ahead, checksums compared) -> teacher, TEACHER_BATCH images of one view at a time ->
+    image shards (threads read ahead, checksums compared) -> teacher, a batch of one view at a time ->
     a thread writes the vectors to their places in the shard's temporary file -> hash, fsync, publish, record -> views
+
+While the device computes a batch, the thread waits for the outputs of the batch before, checks them and writes them.
 
 The shard alone decides which images share a forward pass. On one machine, a shard is therefore a pure function of the
 specification and its number. After a pass was killed, the same command goes on and produces the same bytes.
 """
 
+import contextlib
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +29,26 @@ from distillery.cache.plan import Survey
 from distillery.cache.store import encode_checksums
 from distillery.losses.targets import Moments
 from distillery.precompute.loop import MakingReport, OpenShard, ShardLoop
+from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.rows import ImageRows
 from distillery.system.files import hash_file, pwrite_all
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
-from distillery.teacher_cache.outputs import LiveTeacher, encode_features, ensure_basis, valid_features
+from distillery.teacher_cache.outputs import (
+    HostCopy,
+    LiveTeacher,
+    check_magnitudes,
+    encode_features,
+    ensure_basis,
+    forward_batch,
+    rows_of_valid,
+)
 from distillery.teacher_cache.reader import load_basis, to_device
 from distillery.teacher_cache.records import BASIS_NAME, encode_sums, mark_as_current
 from distillery.teacher_cache.survey import TeacherPlan, check_images, image_hashes, survey_teacher
+
+# beside the fields of a batch's outputs
+_MAGNITUDES = "magnitudes"
 
 
 def make_teacher_cache(
@@ -65,6 +83,7 @@ class _TeacherLoop(ShardLoop):
     def __init__(self, plan: TeacherPlan, shards: Iterable[int], teacher: LiveTeacher, **options) -> None:
         super().__init__(plan, shards, **options)
         self.teacher, self.images = teacher, ImageRows(plan.images.directory, plan.images.fingerprint)
+        self.batch_size = forward_batch(teacher.device)
         self.image_hashes: dict[int, str] = {}
         self.basis: dict[str, Tensor] | None = None
         self.basis_hash: str | None = None
@@ -72,7 +91,9 @@ class _TeacherLoop(ShardLoop):
     def survey(self) -> Survey:
         # the basis first: shards in another one count as missing
         if self.plan.uses_basis:
-            self.basis_hash = ensure_basis(self.plan, self.teacher, self.images)
+            self.basis_hash = self._within_memory(
+                lambda: ensure_basis(self.plan, self.teacher, self.images, self.batch_size)
+            )
             basis = load_basis(self.plan.directory / BASIS_NAME, self.basis_hash)
             self.basis = to_device(basis, self.teacher.device)
         self.image_hashes = image_hashes(self.plan.images.directory)
@@ -85,23 +106,50 @@ class _TeacherLoop(ShardLoop):
 
     def make(self, shards: list[int]) -> None:
         for shard_idx in self.claim(shards):
-            if not self._make(shard_idx):
+            if not self._within_memory(functools.partial(self._make, shard_idx)):
                 return
             self.published(shard_idx)
+
+    def _within_memory(self, work: Callable[[], Any]) -> Any:
+        """Do work in batches of self.batch_size; where the GPU's memory does not suffice, all of it again with half.
+
+        A shard is never made with two batch sizes: how much memory is free would decide its bytes.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+            # not inside except: the error's traceback holds what was allocated
+            torch.cuda.empty_cache()
+            print(
+                f"out of GPU memory with {2 * self.batch_size} images at a time; going on with {self.batch_size}. "
+                "Another batch size may change the last digits of the outputs.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _make(self, shard_idx: int) -> bool:
         """Compute, write and publish a shard; False when the grace after a stop request ran out on the way."""
         s = self.images.position(self.plan.images.shard_path(shard_idx).name)
+        valid = self.images.files.layout(s).valid
         shard = OpenTeacherShard(self, shard_idx, self.image_hashes[shard_idx], self.basis_hash)
+        size, device = self.batch_size, self.teacher.device
+        batches = self.images.batches(s, shard.num_rows, size, pin_memory=device.type == "cuda")
         writing: Future | None = None
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
-                for first, images, valid in self.images.batches(s, shard.num_rows):
-                    encoded = self._outputs(images, valid, shard.start + first, shard.sums)
+            with contextlib.closing(batches), ThreadPoolExecutor(1, thread_name_prefix="write-outputs") as pool:
+                starts = range(0, shard.num_rows, size)
+                for first, images in zip(starts, DevicePrefetcher(batches, device), strict=True):
+                    kept = valid[first : first + len(images)]
+                    # the device has this batch to compute while the one before is written
+                    outputs = self._outputs(images, kept, shard.start + first, shard.sums)
                     if writing is not None:
                         writing.result()
-                    writing = pool.submit(shard.write, first, encoded, valid.numpy())
-                    self.on_rows(len(valid), shards=self.num_made)
+                    writing = pool.submit(self._write, shard, first, outputs, kept)
+                    self.on_rows(len(kept), shards=self.num_made)
                     if self.grace_is_over():
                         return False
                 writing.result()
@@ -110,17 +158,28 @@ class _TeacherLoop(ShardLoop):
             shard.close()
         return True
 
-    def _outputs(self, images: Tensor, valid: Tensor, start: int, sums: dict[str, Moments]) -> dict[str, np.ndarray]:
-        """All views of a batch as they are stored: field -> [n, K, ...]; adds them to the sums."""
-        global_idx = torch.arange(start, start + len(images))
-        images, views = images.to(self.teacher.device), []
+    def _outputs(self, images: Tensor, valid: np.ndarray, start: int, sums: dict[str, Moments]) -> HostCopy:
+        """All views of a batch as they are stored: field -> [n, K, ...], on the way to the host; adds them to the sums.
+
+        With them come the magnitudes of encode_features, [K, F]. Nothing here waits for the device.
+        """
+        global_idx = torch.arange(start, start + len(images), device=self.teacher.device)
+        rows = rows_of_valid(valid, self.teacher.device)
+        views, largest = [], []
         for view in range(self.plan.spec.num_views):
             features = self.teacher.features(images, global_idx, view)
-            views.append(encode_features(features, self.plan.spec, self.basis))
-            kept = valid_features(features, valid)
+            encoded, magnitudes = encode_features(features, self.plan.spec, self.basis)
+            views.append(encoded)
+            largest.append(magnitudes)
             for name, added in sums.items():
-                added.add(kept.tensors()[name])
-        return {name: torch.stack([one[name] for one in views], dim=1).cpu().numpy() for name in views[0]}
+                added.add(features.tensors()[name][rows])
+        stacked = {name: torch.stack([one[name] for one in views], dim=1) for name in views[0]}
+        return HostCopy(stacked | {_MAGNITUDES: torch.stack(largest)})
+
+    def _write(self, shard: "OpenTeacherShard", first: int, outputs: HostCopy, valid: np.ndarray) -> None:
+        values = outputs.wait()
+        check_magnitudes(values.pop(_MAGNITUDES), self.plan.spec)
+        shard.write(first, {name: value.numpy() for name, value in values.items()}, valid)
 
 
 class OpenTeacherShard(OpenShard):

@@ -1,5 +1,6 @@
 """Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
-from distillery.reading.rows import CachedRows
+from distillery.reading.rows import CachedRows, float_batches
 from distillery.reading.shard_draws import ShardDraws
 from distillery.system.errors import UserError, stage1_command
 
@@ -67,9 +68,12 @@ class CachedTensorDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The rows `indices`, read together; a DataLoader calls this for a batch."""
-        rows = checked_rows(indices, len(self))
+        return self.fetch(*self.locate(checked_rows(indices, len(self))))
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, nth valid rows in them) of rows of the data set, int64 [n] each."""
         shards = np.searchsorted(self._ends, rows, side="right")
-        return self.fetch(shards, rows - (self._ends - self.shard_rows)[shards])
+        return shards, rows - (self._ends - self.shard_rows)[shards]
 
     def fetch(self, shards: np.ndarray, nth: np.ndarray) -> list[Any]:
         """The nth valid rows of shards, int64 [n] each, transformed."""
@@ -156,28 +160,59 @@ def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
     return rows % count
 
 
+class LabelledBatches:
+    """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row of a cache, in order.
+
+    Threads read one batch ahead. The last batch may be short.
+
+    num_rounds: batches of the largest share.
+
+    Args:
+        cache_dir: folder of a cache with labels.
+        batch_size: rows of a batch.
+        share: (number, of how many): one of so many contiguous runs of whole batches. The shares one after the other
+            are all batches, so a batch holds the same rows whatever the number of shares; the first is never smaller.
+        pin_memory: page-locked images, for copies to a GPU that the host does not wait for.
+    Raises:
+        UserError: the cache has no labels.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path, batch_size: int, share: tuple[int, int] = (0, 1), *, pin_memory: bool = False
+    ) -> None:
+        index = load_index(cache_dir)
+        if not index.labels:
+            raise UserError(
+                f"{cache_dir} holds no labels. Name the label_column in data_config.yaml, with another cache_dir, and "
+                f"run: {stage1_command()}"
+            )
+        self.dataset, self.pin_memory = CachedTensorDataset(index), pin_memory
+        starts = range(0, len(self.dataset), batch_size)
+        number, num_shares = share
+        self.num_rounds = -(-len(starts) // num_shares)
+        first, end = (-(-(number + i) * len(starts) // num_shares) for i in (0, 1))
+        self._bounds = [(start, min(len(self.dataset), start + batch_size)) for start in starts[first:end]]
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = cached_labels(self.dataset)
+        places = (self.dataset.locate(np.arange(*bounds)) for bounds in self._bounds)
+        batches = float_batches(self.dataset.rows, places, self._batch_size, pin_memory=self.pin_memory)
+        with contextlib.closing(batches):
+            for start, stop in self._bounds:
+                yield next(batches), torch.from_numpy(labels[start:stop])
+
+
 def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row in order; the last may be short.
 
     Raises:
         UserError: the cache has no labels.
     """
-    index = load_index(cache_dir)
-    if not index.labels:
-        raise UserError(
-            f"{cache_dir} holds no labels. Name the label_column in data_config.yaml, with another cache_dir, and run: "
-            f"{stage1_command()}"
-        )
-    return _labelled_batches(index, batch_size)
-
-
-def _labelled_batches(index: CacheIndex, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    dataset = CachedTensorDataset(index)
-    labels = cached_labels(dataset)
-    for start in range(0, len(dataset), batch_size):
-        stop = min(len(dataset), start + batch_size)
-        images = torch.stack(dataset.__getitems__(range(start, stop)))
-        yield images, torch.from_numpy(labels[start:stop])
+    return iter(LabelledBatches(cache_dir, batch_size))
 
 
 def cached_labels(dataset: CachedTensorDataset) -> np.ndarray:

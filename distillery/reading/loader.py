@@ -4,13 +4,16 @@ PretrainingLoader keeps the position in the order and returns batches that a Bat
 DevicePrefetcher copies the next batch to the GPU while the current step runs.
 """
 
+import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from distillery.cache.index import CacheIndex
@@ -101,6 +104,13 @@ class PretrainingLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of this process: float32 [B, 3, H, W], or as stored; with_indices: (batch, int64 [B])."""
+        return self._iterate(held=False)
+
+    def held_batches(self) -> Iterator[Any]:
+        """As __iter__, for one who holds each batch until its copies to the device are done: less pinned memory."""
+        return self._iterate(held=True)
+
+    def _iterate(self, *, held: bool) -> Iterator[Any]:
         first = self._resume_at // self.sampling.global_batch
         self._samples, self._resume_at = self._resume_at, 0
         rows = self._rows if isinstance(self._rows, CachedRows) else self._rows()
@@ -109,7 +119,7 @@ class PretrainingLoader:
         stream = BatchStream(
             self._plan(self._epoch_order(), first),
             rows,
-            self._batch_memory(rows.row_bytes),
+            self._batch_memory(rows.row_bytes, held),
             row_bytes=rows.row_bytes,
             num_threads=self.num_threads,
             ahead=self.prefetch_batches,
@@ -135,11 +145,15 @@ class PretrainingLoader:
             self._order = self.epoch, self.sampling.order(self.epoch)
         return self._order[1]
 
-    def _batch_memory(self, row_bytes: int) -> BatchMemory:
+    def _batch_memory(self, row_bytes: int, held: bool) -> BatchMemory:
         pinned = self.pin_memory and torch.cuda.is_available() and torch.cuda.is_initialized()
-        if self._memory is None or self._memory.pinned != pinned:
-            self._memory = BatchMemory(self.batch_size * row_bytes, pinned=pinned, keep=self.prefetch_batches + 4)
-        return self._memory
+        memory = self._memory
+        if memory is None or (memory.pinned, memory.held) != (pinned, held):
+            # as many as are in use at a time: a step holds one, what copies it or adds to it a few more
+            keep = self.prefetch_batches + 6
+            memory = BatchMemory(self.batch_size * row_bytes, pinned=pinned, held=held, keep=keep)
+        self._memory = memory
+        return memory
 
     def _plan(self, order: EpochOrder, first: int) -> Iterator[tuple]:
         """For each batch its rows of this rank, and this rank's rows of the windows to read ahead from then on."""
@@ -168,7 +182,9 @@ class DevicePrefetcher:
     last, not of the one already fetched.
 
     Args:
-        loader: yields tensors or tuples of tensors, in page-locked memory where copies are to overlap.
+        loader: yields tensors or tuples of them, nested or with None in the place of some, in page-locked memory where
+            copies are to overlap. From held_batches() where it has that method: their memory may be used again as
+            soon as the batch is dropped.
         device: where to.
     """
 
@@ -186,17 +202,15 @@ class DevicePrefetcher:
 
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":
-            for batch, state in self._fetched():
+            for batch, state in self._fetched(iter(self.loader)):
                 self._state = state
                 yield batch
             return
-        stream, ahead = torch.cuda.Stream(self.device), None
-        for batch, state in self._fetched():
-            with torch.cuda.stream(stream):
-                moved = _map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-                arrived = torch.cuda.Event()
-                arrived.record(stream)
-            # the host's copy may be dropped: torch's page-locked memory is not reused before the copy is done
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        copies, ahead = copies_to(index), None
+        held_batches = getattr(self.loader, "held_batches", self.loader.__iter__)
+        for batch, state in self._fetched(held_batches()):
+            moved, arrived = copies.begin(batch)
             del batch
             if ahead is not None:
                 yield self._hand_out(*ahead)
@@ -204,8 +218,7 @@ class DevicePrefetcher:
         if ahead is not None:
             yield self._hand_out(*ahead)
 
-    def _fetched(self) -> Iterator[tuple[Any, dict]]:
-        batches = iter(self.loader)
+    def _fetched(self, batches: Iterator[Any]) -> Iterator[tuple[Any, dict]]:
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -221,7 +234,7 @@ class DevicePrefetcher:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
         # the memory was allocated on the copy stream: it must not go back there while the current stream works on it
-        _map_tensors(batch, lambda tensor: tensor.record_stream(current))
+        tree_map_only(Tensor, lambda tensor: tensor.record_stream(current), batch)
         self._state = state
         return batch
 
@@ -229,5 +242,28 @@ class DevicePrefetcher:
         return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
 
 
-def _map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    return type(batch)(map(function, batch)) if isinstance(batch, tuple | list) else function(batch)
+class DeviceCopies:
+    """Copies of batches to one GPU, on a stream of their own, and the host's batches that they still read."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.stream = torch.cuda.Stream(self.device)
+        self._running: deque[tuple[torch.cuda.Event, Any]] = deque()
+
+    def begin(self, batch: Any) -> tuple[Any, "torch.cuda.Event"]:
+        """The batch on the device, and the event after which it is whole."""
+        while self._running and self._running[0][0].query():
+            self._running.popleft()
+        with torch.cuda.stream(self.stream):
+            moved = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+            arrived = torch.cuda.Event()
+            arrived.record(self.stream)
+        # dropped earlier, its memory could be filled with another batch while the GPU still reads this one
+        self._running.append((arrived, batch))
+        return moved, arrived
+
+
+@functools.cache
+def copies_to(index: int) -> DeviceCopies:
+    """Those to GPU number `index`: one stream for the whole process, as what a stream has freed no other can use."""
+    return DeviceCopies(index)

@@ -1,9 +1,8 @@
 """Read rows of a cache as tensors: CachedRows for training, ImageRows for the teacher pass."""
 
-import itertools
+import math
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,13 @@ from torch import Tensor
 from distillery.cache.folder import load_index
 from distillery.cache.index import CacheIndex
 from distillery.reading.shard_files import ShardFiles
+from distillery.reading.stream import Batch, BatchMemory, BatchStream
 from distillery.sources.pixels import normalisation_table, normalise_into
 from distillery.system.errors import MissingFileError, UserError, stage1_command
+from distillery.system.machine import usable_cpus
 
+# of float_batches; reading and casting release the GIL
+_READING_THREADS = 4
 # images of one forward pass: part of what decides the bytes, so never a setting
 TEACHER_BATCH = 64
 
@@ -87,7 +90,7 @@ class CachedRows:
 
     def fill(self, shards: np.ndarray, nth: np.ndarray, out: np.ndarray, global_idx: np.ndarray) -> None:
         """Rows (shards[i], nth[i]), int64 [n], into out, uint8 [n, row_bytes]; global_idx, int64 [n], says which."""
-        local = self.files.local_rows(shards, nth)
+        local = self._local_rows(shards, nth)
         global_idx[:] = self.index.shard_starts[shards] + local
         if self._copies:
             self.files.read(shards, local, out)
@@ -98,10 +101,13 @@ class CachedRows:
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Have the system read these rows into its page cache."""
-        self.files.advise(shards, self.files.local_rows(shards, nth), go_on)
+        self.files.advise(shards, self._local_rows(shards, nth), go_on)
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _local_rows(self, shards: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        return self.files.local_rows(shards, nth)
 
     def _scratch_rows(self, count: int) -> np.ndarray:
         """uint8 [count, stored row bytes], this thread's, the same memory each time."""
@@ -109,6 +115,44 @@ class CachedRows:
         if getattr(self._scratch, "memory", np.empty(0)).nbytes < size:
             self._scratch.memory = np.empty(size, np.uint8)
         return self._scratch.memory[:size].reshape(count, self.index.row_bytes)
+
+
+class _EveryRow(CachedRows):
+    """CachedRows named by their place in the shard, those that are not valid among them."""
+
+    def _local_rows(self, shards: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        return nth
+
+
+def float_batches(
+    rows: CachedRows, places: Iterable[tuple[np.ndarray, np.ndarray]], batch_size: int, *, pin_memory: bool = False
+) -> Iterator[Tensor]:
+    """Batches of rows as float32 [n, 3, H, W], in order, the next one read ahead by threads.
+
+    Args:
+        rows: of a cache, not raw.
+        places: for each batch (shards, nth), int64 [n] each, as rows.fill takes them.
+        batch_size: the largest n.
+        pin_memory: page-locked memory, for copies to a GPU that the host does not wait for.
+    """
+    stream = BatchStream(
+        ((place, []) for place in places),
+        rows,
+        BatchMemory(batch_size * rows.row_bytes, pinned=pin_memory),
+        row_bytes=rows.row_bytes,
+        num_threads=min(_READING_THREADS, usable_cpus()),
+        ahead=1,
+    )
+    try:
+        # map, not a loop: nothing here shall hold a batch that its consumer has dropped
+        yield from map(lambda batch: _as_images(batch, rows.index.image_shape), stream)
+    finally:
+        stream.close()
+
+
+def _as_images(batch: Batch, shape: tuple[int, ...]) -> Tensor:
+    count = len(batch.shards)
+    return batch.memory.view(torch.float32)[: count * math.prod(shape)].view(count, *shape)
 
 
 class ImageRows:
@@ -121,16 +165,12 @@ class ImageRows:
                 f"{directory}: is not the image cache of this configuration, or one without hashes, of an earlier "
                 "format: python precompute_cache.py --data_config data_config.yaml --rebuild_index upgrades it."
             )
-        self.files, self._to_float = ShardFiles(self.index), ToFloat(self.index)
+        self.rows = _EveryRow(self.index)
+        self.files = self.rows.files
 
     def position(self, shard_name: str) -> int:
         """The number of a shard among those listed."""
         return self.index.shard_names.index(shard_name)
-
-    def read(self, s: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(float32 [n, 3, H, W] normalised, valid bool [n]) of rows first..stop-1 of the s-th shard listed."""
-        local = np.arange(first, stop)
-        return self.read_rows(np.full(len(local), s), local), torch.from_numpy(self.files.layout(s).valid[first:stop])
 
     def find(self, global_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shards listed, rows in them) of images, int64 [n] each.
@@ -154,19 +194,15 @@ class ImageRows:
 
     def read_rows(self, shards: np.ndarray, local: np.ndarray) -> Tensor:
         """Rows of any shards listed, int64 [n] each, as float32 [n, 3, H, W]."""
-        stored = np.empty((len(local), self.index.row_bytes), np.uint8)
-        self.files.read(shards, local, stored)
         images = torch.empty((len(local), *self.index.image_shape))
-        self._to_float(stored, images)
+        out = images.view(len(local), -1).numpy().view(np.uint8)
+        self.rows.fill(shards, local, out, np.empty(len(local), np.int64))
         return images
 
-    def batches(self, s: int, num_rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first row, images, valid) of a shard in batches of TEACHER_BATCH, one read ahead by a thread."""
-        bounds = [(first, min(num_rows, first + TEACHER_BATCH)) for first in range(0, num_rows, TEACHER_BATCH)]
-        with ThreadPoolExecutor(1, thread_name_prefix="read-images") as pool:
-            ahead = pool.submit(self.read, s, *bounds[0])
-            for (first, _), later in itertools.zip_longest(bounds, bounds[1:]):
-                images, valid = ahead.result()
-                if later is not None:
-                    ahead = pool.submit(self.read, s, *later)
-                yield first, images, valid
+    def batches(self, s: int, num_rows: int, batch_size: int, *, pin_memory: bool = False) -> Iterator[Tensor]:
+        """float_batches of all rows of the s-th shard listed, valid or not; num_rows: how many it has."""
+        places = (
+            (np.full(stop - first, s), np.arange(first, stop))
+            for first, stop in ((first, min(num_rows, first + batch_size)) for first in range(0, num_rows, batch_size))
+        )
+        return float_batches(self.rows, places, batch_size, pin_memory=pin_memory)

@@ -1,11 +1,13 @@
 """Fill batches ahead of the consumer: reused memory, threads that fill it, batches in order.
 
-    BatchMemory   memory that is used again once the last tensor or view of a batch is gone
+    BatchMemory   memory that is used again once the last tensor or view of a batch is gone; page_locked for a GPU
     BatchStream   threads fill batches ahead of the consumer; a dead or stalled disk is an error, never a hang
 
 Threads, not processes: reads and decoders release the GIL, and processes would pay a second copy through /dev/shm.
 """
 
+import functools
+import mmap
 import queue
 import sys
 import threading
@@ -14,12 +16,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distillery.system.console import format_bytes
 from distillery.system.errors import RunError
 
 _SLOW_S = 10.0
@@ -53,23 +56,28 @@ class BatchMemory:
 
     Args:
         num_bytes: of a piece.
-        pinned: page-locked, from torch's own cache of such memory, which waits for running copies to the device.
+        pinned: page-locked, for copies to the device that the host need not wait for.
+        held: whoever takes a pinned piece holds it until the copies from it are done. It is then the device's own
+            memory, of num_bytes. Else it comes from torch's cache of such memory, which waits for running copies by
+            itself, and rounds up to a power of two.
         keep: unused pieces kept at most.
     """
 
-    def __init__(self, num_bytes: int, *, pinned: bool = False, keep: int = 8) -> None:
-        self.num_bytes, self.pinned, self.keep = num_bytes, pinned, keep
+    def __init__(self, num_bytes: int, *, pinned: bool = False, held: bool = False, keep: int = 8) -> None:
+        self.num_bytes, self.pinned, self.held, self.keep = num_bytes, pinned, held, keep
         self.num_allocated = 0
         self._free: deque[np.ndarray] = deque()
+        # a thread that takes a piece has GPU 0 as its current one, whichever this process works on
+        self._device = torch.cuda.current_device() if pinned and held else None
 
     def take(self) -> Tensor:
         """uint8 [num_bytes], contents arbitrary."""
-        if self.pinned:
+        if self.pinned and not self.held:
             return torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=True)
         try:
             piece = self._free.pop()
         except IndexError:
-            piece = np.empty(self.num_bytes, np.uint8)
+            piece = page_locked(self.num_bytes, self._device) if self.pinned else np.empty(self.num_bytes, np.uint8)
             self.num_allocated += 1
         # this view dies with the tensor's storage, whatever views of the tensor there were
         lent = piece[:]
@@ -79,6 +87,41 @@ class BatchMemory:
     def _give_back(self, piece: np.ndarray) -> None:
         if len(self._free) < self.keep:
             self._free.append(piece)
+
+
+def page_locked(num_bytes: int, device: int) -> np.ndarray:
+    """uint8 [num_bytes] that GPU number `device` reads by itself; ordinary memory, and a line, where it cannot be had.
+
+    It is unlocked when the array and its views are gone: no copy from it may be running then.
+    """
+    # whole pages, as the lock is on pages; shared ones, of which a fork makes no copy under the eyes of the GPU
+    piece = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+    cudart = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        error = cudart.cudaHostRegister(piece.ctypes.data, num_bytes, 0)
+    if int(error) == 0:
+        # the end of the process unlocks what is left
+        weakref.finalize(piece, _unlock, cudart, piece.ctypes.data, device).atexit = False
+        return piece
+    try:
+        piece = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        instead = "torch's page-locked memory is used, which takes up to twice as much"
+    except RuntimeError:
+        piece = np.empty(num_bytes, np.uint8)
+        instead = "ordinary memory is used, and each copy to the GPU makes the host wait"
+    say_once(f"{format_bytes(num_bytes)} could not be page-locked (CUDA error {int(error)}; see ulimit -l): {instead}")
+    return piece
+
+
+def _unlock(cudart: Any, address: int, device: int) -> None:
+    with torch.cuda.device(device):
+        cudart.cudaHostUnregister(address)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, the first time."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from distillery.models.pair import resample_tokens
 from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
 from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
 from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.training.batches import StepBatch
 from distillery.training.engine import Position, Task
 from distillery.training.log import RunLog
 
@@ -196,7 +197,7 @@ def nearest(features: Tensor, queries: list[int], k: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
+def model_inputs(task: Task, batch: StepBatch) -> Any:
     """What teacher and student are given for a batch's views, above each other: uint8 [2 T, N T, 3].
 
     Each model's own size and normalisation are applied, and the latter is taken back for the eye. Where the teacher's
@@ -204,11 +205,9 @@ def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
 
     Args:
         task: models and augmentation.
-        batch: normalised images [N, 3, H, W], global_idx, stored outputs, as engine.check_first_step takes them.
-        epoch: whose views.
+        batch: images normalised, [N, 3, H, W], as engine.check_first_step takes it.
     """
-    images, global_idx, *stored = batch
-    view = task.stored.view(images, global_idx, stored) if stored else task.augment(images, global_idx, epoch)
+    view = task.augment.apply(batch.images, batch.view)
     models = [getattr(task.teacher, "backbone", None), task.student.student]
     strips = [
         torch.cat([*thumbnails(model.prepare(view).float().cpu(), model.mean, model.std)], dim=1)
@@ -218,9 +217,9 @@ def model_inputs(task: Task, batch: Sequence[Tensor], epoch: int) -> Any:
     return torch.cat(strips).numpy()
 
 
-def log_models(log: RunLog, task: Task, batch: Sequence[Tensor], progress: Position, *, with_weights: bool) -> None:
+def log_models(log: RunLog, task: Task, batch: StepBatch, progress: Position, *, with_weights: bool) -> None:
     """model_inputs of a batch and, with_weights, histograms of the student's weights, into TensorBoard."""
-    log.write_image("inputs", model_inputs(task, batch, progress.epoch), progress.step)
+    log.write_image("inputs", model_inputs(task, batch), progress.step)
     if with_weights:
         weights = {f"weights/{name}": value for name, value in task.student.student.model.named_parameters()}
         log.write_histograms(weights, progress.step)

@@ -21,7 +21,7 @@ from distillery.cache.folder import load_index
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs
 from distillery.losses.total import check_tokens
-from distillery.models.configured import build_teacher_backbone, choose_teacher_precision, place_teacher
+from distillery.models.configured import build_teacher_backbone, choose_teacher_precision, low_weights, place_teacher
 from distillery.models.views import Augmentation
 from distillery.models.weights import weights_hash
 from distillery.reading.datasets import CachedTensorDataset
@@ -115,26 +115,33 @@ def build_live_teacher(
     data, train, model = configs.data, configs.train, configs.model
     configured = wanted_outputs(configs, images)
     with_logits = configured["stored"]["logits"]
-    backbone = build_teacher_backbone(model, data, with_logits=with_logits)
+    is_auto, precision = train.teacher_precision == "auto", choose_teacher_precision(train, device)
+    likely = is_auto and _recorded_precision(data.cache_path, configured, {}, fingerprint) or precision
+    low = low_weights(train, device, likely)
+    backbone = build_teacher_backbone(model, data, with_logits=with_logits, low=low)
     check_tokens(backbone, "teacher", train.distill_loss_weights, train.teacher_cache.tokens)
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
-    resolved = resolved_teacher(backbone, weights_hash(backbone.model), choose_teacher_precision(train, device))
-    if train.teacher_precision == "auto":
-        resolved |= _recorded_precision(data.cache_path, configured, resolved, fingerprint)
-    precision = resolved["precision"]
+    resolved = resolved_teacher(backbone, weights_hash(backbone.model), precision)
+    facts = {name: value for name, value in resolved.items() if name != "precision"}
+    if backbone.dtype != torch.float32:
+        precision = likely
+    elif is_auto:
+        precision = _recorded_precision(data.cache_path, configured, facts, fingerprint) or precision
     backbone = place_teacher(backbone, train, device, precision, lambda: images_to_compare(data))
     teacher = LiveTeacher(backbone, augmentation, train.teacher_cache.seed, device, precision)
-    return teacher, TeacherCacheSpec(configured, resolved)
+    return teacher, TeacherCacheSpec(configured, resolved | {"precision": precision})
 
 
-def _recorded_precision(cache_dir: Path, configured: dict, resolved: dict, fingerprint: str | None) -> dict:
-    """{"precision": of the stored outputs of this teacher, of several the ones that are read}; {} without any."""
-    facts = {name: value for name, value in resolved.items() if name != "precision"}
+def _recorded_precision(cache_dir: Path, configured: dict, facts: dict, fingerprint: str | None) -> str | None:
+    """The precision of a teacher's stored outputs, of several the ones that are read; None where there are none.
+
+    facts: what is known of the teacher beside the configuration, keys of resolved_teacher.
+    """
     try:
         folder = fitting_folders(cache_dir, configured | {"resolved": facts}, fingerprint)[0]
-    except UserError:  # there are none
-        return {}
-    return {"precision": read_teacher_index(folder)["identity"]["resolved"]["precision"]}
+    except UserError:
+        return None
+    return read_teacher_index(folder)["identity"]["resolved"]["precision"]
 
 
 def images_to_compare(data: DataConfig) -> torch.Tensor:

@@ -27,6 +27,9 @@ from distillery.teacher_cache.survey import TeacherPlan
 _SCALE_STDS = 8.0
 _SMALLEST_SCALE = 1e-12
 BASIS_IMAGES = 2048
+# images of one forward pass on a GPU, where TEACHER_BATCH would leave a small teacher waiting for its launches. As that
+# one it decides the bytes: a constant, never what the memory that happens to be free has room for
+CUDA_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -52,33 +55,70 @@ class LiveTeacher:
         return features.with_tensors({name: value.float() for name, value in features.tensors().items()})
 
 
+def forward_batch(device: torch.device) -> int:
+    """Images of one forward pass of the teacher's pass on a device."""
+    return CUDA_BATCH if device.type == "cuda" else TEACHER_BATCH
+
+
 def encode_features(
     features: Features, spec: TeacherCacheSpec, basis: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """The tensors of one view as they are stored: field -> [B, ...] of view_fields' dtype and shape.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of one view as they are stored, and how large the values are; nothing here waits for the device.
 
     Args:
         features: float32.
         spec: what is stored, in which form.
         basis: of the tokens, on their device; for the form pca.
-    Raises:
-        UserError: a value is not finite, or too large for the dtype.
+    Returns:
+        field -> [B, ...] of view_fields' dtype and shape; and the largest magnitude of each field, float32 [F], for
+        check_magnitudes. NaN where a value is NaN.
     """
     found = {"pooled": features.pooled, "logits": features.logits}
     if spec.token_grid is not None:
         found["tokens"] = resample_tokens(features.tokens, features.grid, spec.token_grid)
-    encoded = {}
+    encoded, largest = {}, []
     for name, (dtype, shape) in spec.view_fields.items():
         values = found[name]
         stored = encode_tokens(values, basis) if dtype == "int8" else values.to(getattr(torch, dtype))
-        if not (torch.isfinite(values).all() and torch.isfinite(stored).all()):
-            largest = values.abs().max().item()
-            raise UserError(
-                f"the teacher's {name} are not finite as {dtype} (largest {largest:.3g}): set teacher_cache.dtype: "
-                "float32, precision: fp32 where it is fp16, or look at the teacher's weights"
-            )
         encoded[name] = stored.reshape(len(stored), *shape)
-    return encoded
+        largest.append(values.abs().amax())
+    return encoded, torch.stack(largest)
+
+
+def check_magnitudes(largest: Tensor, spec: TeacherCacheSpec) -> None:
+    """Raise UserError where a value is not finite, or too large for its dtype.
+
+    largest: magnitudes of encode_features, [..., F], on the CPU.
+    """
+    worst = largest.flatten(0, -2).amax(0) if largest.ndim > 1 else largest
+    for value, (name, (dtype, _)) in zip(worst, spec.view_fields.items(), strict=True):
+        # rounding keeps the order: where the largest is finite as stored, all are
+        stored = value if dtype == "int8" else value.to(getattr(torch, dtype))
+        if not stored.isfinite():
+            raise UserError(
+                f"the teacher's {name} are not finite as {dtype} (largest {value.item():.3g}): set "
+                "teacher_cache.dtype: float32, precision: fp32 where it is fp16, or look at the teacher's weights"
+            )
+
+
+class HostCopy:
+    """Tensors on their way from the device to the host, while the device goes on.
+
+    On CUDA torch takes page-locked memory for them, which it uses again once they have been dropped.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: value.to("cpu", non_blocking=True) for name, value in tensors.items()}
+        self._arrived = None
+        if any(value.is_cuda for value in tensors.values()):
+            self._arrived = torch.cuda.Event(blocking=True)  # waited for asleep: decoding needs the CPU
+            self._arrived.record()
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, once they are all there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
 
 
 def fit_basis(batches: Iterable[Tensor], num_dims: int) -> dict[str, Tensor]:
@@ -112,14 +152,21 @@ def basis_bytes(basis: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def valid_features(features: Features, valid: Tensor) -> Features:
-    """The images of a batch that could be decoded; valid: bool [B] on any device."""
-    valid = valid.to(features.pooled.device)
-    return features.with_tensors({name: value[valid] for name, value in features.tensors().items()})
+def rows_of_valid(valid: np.ndarray, device: torch.device) -> Tensor:
+    """The rows of a batch whose images could be decoded, int64 [n] on the device; valid: bool [B].
+
+    Indexing with a mask on the device would make the host wait for how many there are; it knows that itself.
+    """
+    if valid.all():
+        return torch.arange(len(valid), device=device)
+    rows = torch.from_numpy(np.flatnonzero(valid))
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def ensure_basis(plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows) -> str:
+def ensure_basis(plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows, batch_size: int) -> str:
     """The hash of the token basis, which is fixed before the first shard is made; of several jobs the first decides.
+
+    batch_size: images of one forward pass.
 
     Raises:
         UserError: it has to be made, and images are missing.
@@ -128,7 +175,7 @@ def ensure_basis(plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows) -> 
     if not _is_basis(path, plan.spec):
         count = min(BASIS_IMAGES, plan.images.num_rows)
         rows = np.array([i * plan.images.num_rows // count for i in range(count)])
-        batches = (rows[first : first + TEACHER_BATCH] for first in range(0, count, TEACHER_BATCH))
+        batches = (rows[first : first + batch_size] for first in range(0, count, batch_size))
         tokens = (tokens for part in batches if len(tokens := _tokens_of(part, teacher, images)))
         _publish_basis(path, basis_bytes(fit_basis(tokens, plan.spec.view_fields["tokens"][1][1])), plan.spec)
     return file_hash(path)
@@ -145,7 +192,7 @@ def _tokens_of(rows: np.ndarray, teacher: LiveTeacher, images: ImageRows) -> Ten
         ) from error
     valid = np.array([images.files.layout(s).valid[row] for s, row in zip(shards.tolist(), local, strict=True)])
     features = teacher.features(images.read_rows(shards, local), torch.from_numpy(rows), 0)
-    return valid_features(features, torch.from_numpy(valid)).tokens
+    return features.tokens[rows_of_valid(valid, teacher.device)]
 
 
 def _is_basis(path: Path, spec: TeacherCacheSpec) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distillery.reading.rows import TEACHER_BATCH, ImageRows
 from distillery.teacher_cache.identity import TeacherCacheSpec
-from distillery.teacher_cache.outputs import LiveTeacher, encode_features
+from distillery.teacher_cache.outputs import LiveTeacher, check_magnitudes, encode_features
 from distillery.teacher_cache.reader import TeacherCache, decode_tokens, to_device
 
 # float16 storage and another batch's rounding stay above .99999, bfloat16 arithmetic on another device above .9995
@@ -75,7 +75,9 @@ def replay_views(
         stored = cache.read(global_idx, views)
         found = images.read_rows(*images.find(global_idx))
         features = teacher.features(found, torch.from_numpy(global_idx), torch.from_numpy(views))
-        for name, live in encode_features(features, spec, basis).items():
+        encoded, largest = encode_features(features, spec, basis)
+        check_magnitudes(largest.cpu(), spec)
+        for name, live in encoded.items():
             compared = zip(*pairs.T.tolist(), *_compare(stored[name], live, cache.basis), strict=True)
             for shard, row, view, cosine, ratio in compared:
                 yield Replay(names[shard], row, view, name, cosine, ratio)

@@ -1,18 +1,13 @@
 """Train on stored teacher outputs: choose the view of each sample in an epoch, and read the teacher's outputs for it.
 
     wanted_outputs       the stored outputs that the configuration names
-    StoredTargets        gives the engine the views and targets of batches that carry stored outputs
-    TargetLoader         adds to a loader's batches the stored outputs of their views, read one batch ahead
+    StoredTargets        gives the views and targets of batches that carry stored outputs
 
-A batch is (images, global_idx), or with stored outputs (images, global_idx, view int64 [B], field [B, ...], ...). Where
-a loss compares with a second view, the pooled vectors of that view come last.
+The stored outputs of a batch are a tuple of tensors: field [B, ...], ... as the cache holds them. Where a loss compares
+with a second view, the pooled vectors of that view come last.
 """
 
-import queue
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +19,7 @@ from distillery.losses.targets import Targets
 from distillery.models.backbone import Features
 from distillery.models.draws import draw_uniform, view_of_epoch
 from distillery.models.views import Augmentation
-from distillery.system.errors import RunError, UserError, teacher_command
+from distillery.system.errors import UserError, teacher_command
 from distillery.teacher_cache.identity import configured_identity
 from distillery.teacher_cache.reader import TeacherCache
 
@@ -69,7 +64,6 @@ class StoredTargets:
         self.grid = cache.grid if "tokens" in needed else None
         self.seed, self.view_seed = train.seed, train.teacher_cache.seed
         self.live_fraction = live_fraction_of(train)
-        self.accumulation_steps = train.grad_accumulation_steps
 
     def is_live(self, step: int) -> bool:
         """Whether a step runs the teacher itself on views of its own: a function of (seed, step) alone."""
@@ -78,30 +72,27 @@ class StoredTargets:
         draw = draw_uniform(torch.tensor([step]), seed=self.seed, epoch=_LIVE_STEPS, count=1)
         return draw.item() < self.live_fraction
 
-    def read(self, global_idx: Tensor, epoch: int) -> list[Tensor]:
-        """What a batch gets besides images and global_idx (int64 [B], on the CPU): each one's view, then the fields as
-        stored.
-        """
-        view = view_of_epoch(global_idx, seed=self.seed, epoch=epoch, num_views=self.cache.num_views)
+    def draw(self, global_idx: Tensor, epoch: int) -> Tensor:
+        """The parameters of an epoch's views, which Augmentation.apply takes; global_idx int64 [B]."""
+        return self._augmentation.draw_views(global_idx, self._views(global_idx, epoch), seed=self.view_seed)
+
+    def read(self, global_idx: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        """The fields of an epoch's views as stored; global_idx int64 [B], on the CPU."""
+        view = self._views(global_idx, epoch)
         values = self.cache.read_stored(global_idx.numpy(), view.numpy(), self.fields)
-        stored = [view, *(values[field] for field in self.fields)]
+        stored = [values[field] for field in self.fields]
         if self.has_second_view:
             # half way round: with four views or more never the mirror image of the first
             other = (view + self.cache.num_views // 2) % self.cache.num_views
             stored.append(self.cache.read_stored(global_idx.numpy(), other.numpy(), ["pooled"])["pooled"])
-        return stored
+        return tuple(stored)
 
-    def batches(self, loader: Any, *, epoch: int, step: int) -> "TargetLoader":
-        """The loader's batches with their stored outputs; step: the one that the loader's next batch belongs to."""
-        return TargetLoader(loader, self, epoch=epoch, step=step)
-
-    def view(self, images: Tensor, global_idx: Tensor, stored: Sequence[Tensor]) -> Tensor:
-        """The views that the stored outputs are of; images [B, 3, H, W], normalised."""
-        return self._augmentation.views(images, global_idx, stored[0], seed=self.view_seed)
+    def _views(self, global_idx: Tensor, epoch: int) -> Tensor:
+        return view_of_epoch(global_idx, seed=self.seed, epoch=epoch, num_views=self.cache.num_views)
 
     def features(self, stored: Sequence[Tensor]) -> Features:
         """The stored outputs as they came from the teacher, float32."""
-        values = dict(zip(self.fields, map(self.cache.decode, stored[1:]), strict=False))
+        values = dict(zip(self.fields, map(self.cache.decode, stored), strict=False))
         return Features(values["pooled"], values.get("tokens"), self.grid or (1, 1), values.get("logits"))
 
     def targets(self, stored: Sequence[Tensor]) -> Features:
@@ -167,90 +158,3 @@ def check_fields(cache: TeacherCache, train: TrainConfig) -> None:
             f"no loss of distill_loss_weights compares what {cache.directory} holds ({', '.join(cache.widths)}): steps "
             "on stored outputs would teach nothing. Add such a loss, as cls is, or set teacher_cache.enabled: false."
         )
-
-
-class TargetLoader:
-    """A loader's batches with the stored outputs of their views, read by a thread one batch ahead.
-
-    Batches of steps that run the teacher itself pass as they are. state_dict(): the loader's position as of the batch
-    handed out last, not of the one already fetched.
-
-    Args:
-        loader: yields (images, global_idx) in host memory.
-        stored: what to add.
-        epoch: that the loader stands in.
-        step: that its next batch belongs to.
-        stall_s: a read that takes longer is an error.
-    """
-
-    def __init__(self, loader: Any, stored: StoredTargets, *, epoch: int, step: int, stall_s: float = 60.0) -> None:
-        self.loader, self.stored, self.epoch, self.step, self.stall_s = loader, stored, epoch, step, stall_s
-        self._pins = getattr(loader, "pin_memory", False) and torch.cuda.is_available() and torch.cuda.is_initialized()
-        self._state = self._loader_state()
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def state_dict(self) -> dict:
-        """The position after the batch that was handed out last."""
-        return dict(self._state)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        wanted, found = queue.SimpleQueue(), queue.SimpleQueue()
-        _start_thread(self._read_all, wanted, found)
-        ahead: deque[tuple] = deque()
-        try:
-            for number, batch in enumerate(self.loader):
-                is_live = self.stored.is_live(self.step + number // self.stored.accumulation_steps)
-                if not is_live:
-                    wanted.put(batch[1])
-                ahead.append((batch, is_live, self._loader_state()))
-                del batch
-                if len(ahead) > 1:
-                    yield self._completed(*ahead.popleft(), found)
-            while ahead:
-                yield self._completed(*ahead.popleft(), found)
-        finally:
-            wanted.put(None)
-
-    def _completed(self, batch: tuple, is_live: bool, state: dict, found: queue.SimpleQueue) -> tuple[Tensor, ...]:
-        self._state = state
-        if is_live:
-            return tuple(batch)
-        try:
-            stored = found.get(timeout=self.stall_s)
-        except queue.Empty:
-            raise RunError(
-                f"{self.stored.cache.directory}: a read has not come back for {self.stall_s:.0f} s. The disk or "
-                "network file system that holds it does not answer; check it, then run the same command again."
-            ) from None
-        if isinstance(stored, BaseException):
-            raise stored
-        return *batch, *stored
-
-    def _read_all(self, wanted: queue.SimpleQueue, found: queue.SimpleQueue) -> None:
-        while (global_idx := wanted.get()) is not None:
-            try:
-                stored = self.stored.read(global_idx, self.epoch)
-                found.put([value.pin_memory() for value in stored] if self._pins else stored)
-            except BaseException as error:
-                found.put(error)
-
-    def _loader_state(self) -> dict:
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
-
-
-def _start_thread(work: Any, *arguments: Any) -> None:
-    """Run `work` in a thread that computes on one core and keeps nobody from ending."""
-    num_threads, is_set = torch.get_num_threads(), threading.Event()
-
-    def run() -> None:
-        # torch's own threads would compete with the training step
-        torch.set_num_threads(1)
-        is_set.set()
-        work(*arguments)
-
-    threading.Thread(target=run, name="read-targets", daemon=True).start()
-    is_set.wait()
-    # what the thread set for itself is also what every thread to come would get
-    torch.set_num_threads(num_threads)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
+from distillery.losses.objective import Objective
 from distillery.losses.registry import fields_needed, queue_size_of
 from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_tokens
@@ -24,6 +26,7 @@ from distillery.models.configured import (
     build_teacher_backbone,
     choose_precision,
     choose_teacher_precision,
+    low_weights,
     on_device,
     place_teacher,
 )
@@ -38,7 +41,9 @@ from distillery.system.files import expand_path
 from distillery.teacher_cache.opening import images_to_compare
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets, check_fields
+from distillery.training.batches import StepBatch, live_batch, stored_batch
 from distillery.training.bindings import teacher_hash
+from distillery.training.compilation import decide_compiled
 from distillery.training.engine import Ema, Schedule, Task, default_learning_rate
 
 
@@ -46,8 +51,9 @@ def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
     """The teacher, on the device and in its own precision (`teacher_precision`)."""
     train = configs.train
     with_logits = "logits" in fields_needed(train.distill_loss_weights)
-    backbone = build_teacher_backbone(configs.model, configs.data, with_logits=with_logits)
     precision = choose_teacher_precision(train, device)
+    low = low_weights(train, device, precision)
+    backbone = build_teacher_backbone(configs.model, configs.data, with_logits=with_logits, low=low)
     backbone = place_teacher(backbone, train, device, precision, lambda: images_to_compare(configs.data))
     return FrozenTeacher(backbone, train.standardise_targets, precision).to(device)
 
@@ -143,10 +149,13 @@ def build_task(
     normalized: bool,
     device: torch.device,
     cache: TeacherCache | None = None,
+    *,
+    compiled: dict[str, bool] | None = None,
 ) -> Task:
     """Everything a training step touches.
 
-    normalized: whether the loader's float batches are normalised already; cache: the teacher's stored outputs.
+    normalized: whether the loader's float batches are normalised already; cache: the teacher's stored outputs;
+    compiled: what the checkpoint says of it that the run goes on from.
     """
     data, train = configs.data, configs.train
     augmentation = Augmentation(**train.augment.model_dump(), mean=data.mean, std=data.std)
@@ -157,18 +166,26 @@ def build_task(
             return (images.float() / 255 - mean) / std
         return images.float() if normalized else (images.float() - mean) / std
 
-    depth = StochasticDepth(student)
+    stored = None if cache is None else StoredTargets(cache, teacher, augmentation, train)
+    depth = StochasticDepth(student)  # before anything holds the layers that it replaces
+    objective = Objective(
+        student,
+        train.distill_loss_weights,
+        train.loss_options,
+        stored_losses=stored and stored.loss_weights,
+        grid_at_most=stored and stored.grid,
+    )
     queue_size = queue_size_of(train.distill_loss_weights, train.loss_options)
     return Task(
         student=student,
-        student_call=_wrap_student(student, train, device),
+        objective=objective,
+        objective_call=_wrap_for_ranks(objective, device),
         teacher=teacher,
-        teacher_call=torch.compile(teacher) if train.compile_teacher else teacher,
+        teacher_call=teacher,
         optimizer=build_optimizer(student, train, device),
         schedule=schedule,
         loss_weights=train.distill_loss_weights,
-        loss_options=train.loss_options,
-        augment=lambda images, global_idx, epoch: augmentation(images, global_idx, seed=train.seed, epoch=epoch),
+        augment=augmentation,
         to_float=to_float,
         device=device,
         precision=choose_precision(train.precision, device),
@@ -178,25 +195,25 @@ def build_task(
         ema=Ema(student.student.model, train.ema_decay) if train.ema_decay else None,
         depth=depth,
         queue=queue_size and EmbeddingQueue(queue_size, teacher.widths["pooled"], device),
-        stored=None if cache is None else StoredTargets(cache, teacher, augmentation, train),
+        stored=stored,
         max_bad_steps=train.max_bad_steps,
         memory_format=memory_format_of(student, device),
+        compiled=decide_compiled(train, device, schedule.total_steps, compiled),
     )
 
 
-def _wrap_student(student: StudentWithHeads, train: TrainConfig, device: torch.device) -> nn.Module:
-    """The module that the engine calls: compiled and in DDP if configured. Checkpoints use the bare module's names."""
-    call: nn.Module = torch.compile(student) if train.compile_student else student
-    if distributed.world_size() > 1:
-        # constants need no broadcast in every forward pass, batch-norm statistics do
-        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
-        call = nn.parallel.DistributedDataParallel(
-            call,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=has_batch_norm,
-        )
-    return call
+def _wrap_for_ranks(objective: Objective, device: torch.device) -> nn.Module:
+    """What a step calls: of several ranks, DistributedDataParallel around the objective, which may be compiled."""
+    if distributed.world_size() == 1:
+        return objective
+    # constants need no broadcast in every forward pass, batch-norm statistics do
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.modules())
+    return nn.parallel.DistributedDataParallel(
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=has_batch_norm,
+    )
 
 
 def _label_warnings(train: CacheIndex, test: CacheIndex) -> list[str]:
@@ -257,17 +274,31 @@ def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | Non
     return teacher.backbone
 
 
-def first_images(loader: Any, task: Task) -> tuple[Tensor, ...]:
-    """A few images, normalised, their global_idx and their stored outputs, for engine.check_first_step."""
+def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
+    """A few images, normalised, in an epoch's views and on the device: a batch for engine.check_first_step."""
     if task.stored is None:
         images = next(spread_batches(loader.dataset, 8, 8, task.device))
-        return images, torch.arange(len(images), device=task.device)
+        return _on_device(live_batch(task, images, torch.arange(len(images)), epoch), task.device)
     batches = iter(loader)
     images, global_idx = next(batches)
     batches.close()
-    stored = task.stored.read(global_idx, epoch=0)
-    images, *others = (values[:8].to(task.device) for values in (images, global_idx, *stored))
-    return task.to_float(images), *others
+    batch = _on_device(stored_batch(task, images[:8], global_idx[:8], epoch), task.device)
+    return batch._replace(images=task.to_float(batch.images))
+
+
+def first_batches(loader: Any, task: Task, epoch: int) -> list[StepBatch]:
+    """The loader's next batch as each kind of step of the run takes it, on the device."""
+    batches = iter(loader)
+    images, global_idx = next(batches)
+    batches.close()
+    kinds = [] if task.stored is None else [stored_batch]
+    if task.stored is None or task.stored.live_fraction:
+        kinds.append(live_batch)
+    return [_on_device(make(task, images, global_idx, epoch), task.device) for make in kinds]
+
+
+def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def gather_statistics(loader: Any, task: Task) -> dict[str, Tensor]:

@@ -5,12 +5,14 @@ checkpoints/step_00000500.json    {"step", "bytes", "hash"}; a checkpoint withou
 """
 
 import contextlib
-import copy
 import json
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,15 @@ from torch import Tensor
 
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
+from distillery.system.trees import map_leaves
 from distillery.training.engine import Position, Task
+from distillery.training.watch import check_finite
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
+# keys of a state whose numbers a step computes on the device
+_NUMBERS = ("scaler", "num_bad_steps")
+# the growth interval of a scaler whose scale is never to grow: all but fp16's
+_NEVER = 2**31 - 1
 
 
 def checkpoint_dir(run_dir: Path) -> Path:
@@ -181,17 +189,56 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def copy_to_host(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples, their tensors on the CPU: what a step changes later is not in it."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        copied = copy.copy(state)  # of its own type: a state_dict carries the versions of its modules
-        copied.update({key: copy_to_host(value) for key, value in state.items()})
-        return copied
-    if isinstance(state, list | tuple):
-        return type(state)(map(copy_to_host, state))
-    return state
+class HostCopies:
+    """Copies of a state in memory of the host that is made at the first copy and used again for every other.
+
+    From a GPU they run on the current stream while the host goes on: into pinned memory (torch takes up to twice what a
+    checkpoint has), without a wait for each tensor. Fresh memory would be pageable, and the GPU would stand still.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []
+
+    def take(self, state: Any) -> tuple[Any, Callable[[], None]]:
+        """Copy a state of dicts, lists and tuples: what a step changes later is not in it.
+
+        Returns:
+            (the copy, whose tensors the next one overwrites; a function that comes back when they hold their values).
+        """
+        used, self._memory = self._memory[::-1], []
+        on_gpu = []
+
+        def copied(value: Tensor) -> Tensor:
+            memory = used.pop() if used else None
+            if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
+                memory = _host_memory(value)
+            self._memory.append(memory)
+            if value.is_cuda:
+                on_gpu.append(value)
+            return memory.copy_(value.detach(), non_blocking=True)
+
+        copy_of_state = map_leaves(state, Tensor, copied)
+        if not on_gpu:
+            return copy_of_state, lambda: None
+        event = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps: the CPU is for readers of images
+        event.record()
+        return copy_of_state, event.synchronize
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether a state may be saved, in tensors that a GPU may still be computing.
+
+    names, is_finite: of the student's weights, bool [n]; is_lost: bool scalar, there were more bad steps than allowed.
+    """
+
+    names: list[str]
+    is_finite: Tensor
+    is_lost: Tensor
 
 
 class CheckpointWriter:
@@ -206,28 +253,62 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: Path, last: Path | None, *, in_background: bool) -> None:
         self.run_dir, self.last, self.in_background = run_dir, last, in_background
+        self._copies, self._began = HostCopies(), time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-checkpoint")
-        self._writing: Future[Path] | None = None
+        self._writing: Future[Path | None] | None = None
 
-    def save(self, state: dict[str, Any], step: int, *, keep: int, protect: tuple[int, ...] = ()) -> None:
+    def minutes_since_last(self) -> float:
+        """Minutes since the last checkpoint was asked for; before the first, since this process began."""
+        return (time.monotonic() - self._began) / 60
+
+    def save(
+        self,
+        state: dict[str, Any],
+        step: int,
+        *,
+        keep: int,
+        protect: tuple[int, ...] = (),
+        proof: Proof | None = None,
+    ) -> None:
         """Write a checkpoint, or begin to; arguments as of save_checkpoint. The one before is on the disk then.
+
+        state: what state_on_device gave, and more. proof: a weight that is not finite is an error and is not written. A
+        run that is lost writes nothing either, and check_numbers says why.
 
         Raises:
             RunError: it or the one before could not be written.
+            FloatingPointError: a weight is not finite, of this one or the one before.
         """
         self.wait()
+        self._began, is_copied = time.monotonic(), lambda: None
         if self.in_background:
-            state = copy_to_host(state)
-        self._writing = self._thread.submit(save_checkpoint, self.run_dir, state, step, keep=keep, protect=protect)
+            (state, facts), is_copied = self._copies.take((state, vars(proof) if proof else None))
+            proof = facts and Proof(**facts)
+        self._writing = self._thread.submit(self._write, is_copied, state, proof, step, keep=keep, protect=protect)
         if not self.in_background:
             self.wait()
+
+    def _write(
+        self, is_copied: Callable[[], None], state: dict[str, Any], proof: Proof | None, step: int, **options: Any
+    ) -> Path | None:
+        is_copied()
+        if proof is not None:
+            if proof.is_lost:
+                return None
+            check_finite(proof.names, proof.is_finite)
+        return save_checkpoint(self.run_dir, read_numbers(state), step, **options)
 
     def wait(self) -> Path | None:
         """Come back when all is on the disk, with the newest checkpoint; errors as of save."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            self.last = writing.result()
+            self.last = writing.result() or self.last
         return self.last
+
+    def raise_if_failed(self) -> None:
+        """Raise the error of a checkpoint that could not be written, as soon as that is known; waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def close(self) -> None:
         """Let what is being written come to its end; after an error, whose message this one must not hide."""
@@ -239,7 +320,15 @@ class CheckpointWriter:
 
 
 def state_of(task: Task, position: Position) -> dict[str, Any]:
-    """Weights, optimiser, averages, random state and position, as plain values and tensors."""
+    """Weights, optimiser, averages, random state and position, as plain values and tensors; waits for the device."""
+    return read_numbers(state_on_device(task, position))
+
+
+def state_on_device(task: Task, position: Position) -> dict[str, Any]:
+    """As state_of, but nothing waits for the device: numbers that it has are tensors still, for read_numbers.
+
+    The tensors are those of the task: the next step changes them.
+    """
     return {
         "student": task.student.student.model.state_dict(),
         "heads": task.student.heads.state_dict(),
@@ -248,12 +337,39 @@ def state_of(task: Task, position: Position) -> dict[str, Any]:
         # what the next step draws is seeded by its number; this is here for those who look
         "rng": {"torch": torch.get_rng_state()},
         "progress": {"step": position.step, "epoch": position.epoch, "samples": position.samples},
-        "scaler": task.scaler.state_dict(),
+        "precision": task.precision,
+        "scaler": _scaler_state(task.scaler),
         "target_statistics": task.teacher.statistics_state(),
         "queue": task.queue.state() if task.queue else None,
-        "num_bad_steps": task.bad_steps.count.item(),
+        "num_bad_steps": task.bad_steps.count,
+        "compiled": task.compiled.as_dict(),
         "learning_rate": task.schedule.at(max(0, position.step - 1)),
     }
+
+
+def _scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """scaler.state_dict(), which would wait for the device, with the two numbers that are there as tensors."""
+    if scaler._scale is None:  # before the first step
+        return scaler.state_dict()
+    return {
+        "scale": scaler._scale,
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "_growth_tracker": scaler._growth_tracker,
+    }
+
+
+def read_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """What state_on_device gave, or a copy of it on the host, with plain numbers as a checkpoint has them."""
+    return state | {key: map_leaves(state[key], Tensor, Tensor.item) for key in _NUMBERS if key in state}
+
+
+def saved_precision_is(precision: str, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written at a precision; older ones tell by their scaler only whether it was fp16."""
+    if "precision" in state:
+        return state["precision"] == precision
+    return (state["scaler"]["growth_interval"] != _NEVER) == (precision == "fp16")
 
 
 def restore(task: Task, position: Position, state: dict[str, Any], global_batch: int) -> None:
@@ -265,7 +381,9 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
         saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
-    task.scaler.load_state_dict(state["scaler"])
+    # a scale is of its precision: fp16 would train on without any and lose its gradients, and the others would grow one
+    if saved_precision_is(task.precision, state):
+        task.scaler.load_state_dict(state["scaler"])
     task.bad_steps.count.fill_(state["num_bad_steps"])
     if state["target_statistics"]:
         task.teacher.load_statistics(state["target_statistics"])

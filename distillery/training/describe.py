@@ -1,6 +1,7 @@
 """The lines that a run prints about its models, its schedule and its memory."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +18,6 @@ from distillery.training.bindings import plan_of
 from distillery.training.build import global_batch_size, loaded_teacher
 from distillery.training.checkpoints import CheckpointWriter
 from distillery.training.engine import Position, Schedule, Task
-
-
-def compiled_graphs() -> str:
-    """How much of what is called torch.compile has really compiled, for the console."""
-    from torch._dynamo.utils import counters
-
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    return f"torch.compile: {graphs} graphs, {breaks} graph breaks" + (
-        "" if graphs else "; nothing was compiled: set compile_student and compile_teacher to false"
-    )
 
 
 def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:
@@ -66,7 +57,8 @@ def advice_on_errors(
     try:
         yield
     except FloatingPointError as error:
-        last = f". Last good checkpoint: {checkpoints.wait() or 'none yet'}" if distributed.is_main() else ""
+        checkpoints.close()  # an error of what is being written must not hide this one
+        last = f". Last good checkpoint: {checkpoints.last or 'none yet'}" if distributed.is_main() else ""
         raise RunError(f"{error}{last}") from error
     except UserError as error:
         if position.step <= first_step:
@@ -80,9 +72,28 @@ def advice_on_errors(
         checkpoints.close()
 
 
+# what the CPU's allocator, CUDA and its libraries say; torch has an error of its own for its GPU allocator alone
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|cudaErrorMemoryAllocation|"
+    r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_(\w+_)?ALLOC\w*_FAILED"
+)
+# a library that finds no room for its workspace says that it was not initialised
+_NO_WORKSPACE = re.compile(r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED")
+_SMALL_WORKSPACE = 512 << 20
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or (torch has no error of its own for that) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed, on the CPU or on the GPU, in torch or in one of CUDA's libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return True
+    return _NO_WORKSPACE.search(str(error)) is not None and _is_gpu_full()
+
+
+def _is_gpu_full() -> bool:
+    """Whether the present GPU has too little memory left for a library's workspace."""
+    with contextlib.suppress(RuntimeError):  # after some errors CUDA answers nothing any more
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _SMALL_WORKSPACE
+    return False
 
 
 def memory_advice(train: TrainConfig, image_size: int, device: torch.device, step: int) -> str:

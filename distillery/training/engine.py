@@ -1,28 +1,29 @@
 """The training step and the epoch. The engine receives objects; it knows no YAML, no paths, no names of losses."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillery.losses.registry import needs_second_view
-from distillery.losses.targets import Targets
-from distillery.losses.total import EmbeddingQueue, check_gradients, total_loss
+from distillery.losses.objective import Objective
+from distillery.losses.targets import FrozenTeacher, Targets
+from distillery.losses.total import EmbeddingQueue, check_gradients
 from distillery.models.drop_path import StochasticDepth
-from distillery.models.pair import StudentWithHeads, align
+from distillery.models.pair import StudentWithHeads
+from distillery.models.views import Augmentation
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.targets import StoredTargets
+from distillery.training.batches import StepBatch, live_batch
+from distillery.training.compilation import Compiled, eager
 from distillery.training.watch import BadSteps, RunningStatistics, StepClock
 
 # the scaler halves its factor after an overflow, from 65536 on; below this the gradient itself is at fault
 _SMALLEST_FP16_SCALE = 2.0**-10
-# added to the epoch for the draws of a sample's second view: no run has so many epochs
-SECOND_VIEW = 2**31
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,24 @@ class Task:
     """All that a training step touches.
 
     student, teacher: the modules themselves; the teacher's hold its weights only where a step runs it.
-    student_call, teacher_call: what a step calls: the module, compiled or wrapped for DDP.
-    augment: from (images, global_idx, epoch) to images.
+    objective: the student with its losses. objective_call, teacher_call: what a step calls: the module, or its DDP.
+    augment: draws and makes the view that both models see.
     to_float: from the loader's batch to normalised float32 on the device.
+    compiled: what torch.compile has been asked for.
     depth: the student's stochastic depth, where it has any.
-    stored: views and targets of batches that come with the teacher's outputs.
+    stored: targets of batches that come with the teacher's outputs.
     queue: past teacher features, where a loss compares with them.
     """
 
     student: StudentWithHeads
-    student_call: nn.Module
+    objective: Objective
+    objective_call: nn.Module
     teacher: Targets
     teacher_call: Callable[[Tensor], Any]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     loss_weights: dict[str, float]
-    loss_options: dict[str, dict]
-    augment: Callable[[Tensor, Tensor, int], Tensor]
+    augment: Augmentation
     to_float: Callable[[Tensor], Tensor]
     device: torch.device
     precision: str
@@ -105,6 +107,8 @@ class Task:
     queue: EmbeddingQueue | None = None
     max_bad_steps: int = 0
     memory_format: torch.memory_format = torch.contiguous_format
+    compiled: Compiled = Compiled()
+    view_call: Callable[[Tensor, Tensor], Tensor] = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     bad_steps: BadSteps = field(init=False)
     statistics: RunningStatistics | None = field(init=False)
@@ -115,9 +119,24 @@ class Task:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.bad_steps = BadSteps(self.device, self.max_bad_steps, gradients_count=self.precision != "fp16")
         self.statistics = RunningStatistics(self.student) if self.max_bad_steps else None
+        self.view_call = self._view_of_stored_images
+        # nothing is compiled before it is called; the shapes of a step never change
+        if self.compiled.student:
+            self.objective.compile(dynamic=False)
+            self.view_call = torch.compile(self.view_call, dynamic=False)
+        if self.compiled.teacher and isinstance(self.teacher, FrozenTeacher):
+            self.teacher.compile(dynamic=False)
+
+    def make_view(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """The view of normalised images [B, 3, H, W] that `augment` has drawn, in the student's memory format."""
+        return self.augment.apply(images, parameters).contiguous(memory_format=self.memory_format)
+
+    def _view_of_stored_images(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """make_view of images as the loader yields them."""
+        return self.make_view(self.to_float(images), parameters)
 
     def autocast(self) -> Any:
-        """Mixed precision for both models' forward passes; losses are computed in float32 outside."""
+        """Mixed precision for the student; losses are computed in float32, the teacher has a precision of its own."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
@@ -156,57 +175,73 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63)
 
 
-def forward_losses(task: Task, images: Tensor, global_idx: Tensor, epoch: int, *stored: Tensor) -> dict[str, Tensor]:
+def forward_losses(task: Task, batch: StepBatch) -> dict[str, Tensor]:
     """One view of a batch through the student, and through the teacher where its outputs have not been stored.
 
     Args:
         task: models, losses, augmentation.
-        images: as the loader yields them, [B, 3, H, W], on the device.
-        global_idx: int64 [B]; with the epoch it determines the view.
-        epoch: from 0.
-        stored: what task.stored added to the batch; nothing where the teacher is to be run.
+        batch: on the device, images as the loader yields them.
 
     Returns:
         {"loss", "loss/<name>", ...}: float32 scalars.
     """
-    return _losses_of_view(task, task.student_call, task.to_float(images), global_idx, epoch, stored)
+    # a queue that still grows would compile again in every step
+    is_growing = task.compiled and task.queue is not None and not task.queue.is_full
+    with eager() if is_growing else nullcontext():
+        losses, pooled = _losses_of_view(task, batch, task.view_call, task.objective_call)
+    if task.queue is not None:
+        task.queue.push(pooled)
+    return losses
 
 
 def _losses_of_view(
-    task: Task, student: nn.Module, images: Tensor, global_idx: Tensor, epoch: int, stored: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    view = task.stored.view(images, global_idx, stored) if stored else task.augment(images, global_idx, epoch)
-    view = view.contiguous(memory_format=task.memory_format)
-    if task.depth is not None:
-        task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
-    with task.clock.part("teacher"), task.autocast():
-        targets = task.stored.targets(stored) if stored else task.teacher_call(view)
-        second = None
-        if needs_second_view(task.loss_weights):
-            second = task.stored.second_view(stored) if stored else _second_view(task, images, global_idx, epoch)
-    with task.clock.part("student"):
-        with task.autocast():
-            outputs = student(view)
-        outputs, targets = align(outputs, targets, task.stored and task.stored.grid)
+    task: Task, batch: StepBatch, make_view: Callable[[Tensor, Tensor], Tensor], objective: nn.Module
+) -> tuple[dict[str, Tensor], Tensor]:
+    """forward_losses and the teacher's pooled targets; nothing is kept of the batch."""
+    view, second = make_view(batch.images, batch.view), None
+    if batch.depth is not None:
+        task.depth.use(batch.depth)
+    with task.clock.part("teacher"):
+        if batch.stored is not None:
+            targets = task.stored.targets(batch.stored)
+            second = task.stored.second_view(batch.stored) if task.stored.has_second_view else None
+        else:
+            targets = task.teacher_call(view)
+            if batch.second_view is not None:
+                second = task.teacher_call(make_view(batch.images, batch.second_view))
+    with task.clock.part("student"), task.autocast():
         past = None if task.queue is None else task.queue.rows
-        weights = task.stored.loss_weights if stored else task.loss_weights
-        losses = total_loss(outputs, targets, weights, task.loss_options, second_view=second, queue=past)
-        if stored and task.stored.live_fields:
-            # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
-            trained = (p.sum() for p in task.student.heads.parameters() if p.requires_grad)
-            losses["loss"] = losses["loss"] + 0 * sum(trained)
-        if task.queue is not None and task.student.training:
-            task.queue.push(targets.pooled)
-        return losses
+        is_stored = batch.stored is not None
+        losses = objective(view, targets, second_view=second, queue=past, is_stored=is_stored)
+    return losses, targets.pooled
 
 
-def _second_view(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> Any:
-    """The teacher's features of another view of each image than the student's."""
-    view = task.augment(images, global_idx, epoch + SECOND_VIEW)
-    return task.teacher_call(view.contiguous(memory_format=task.memory_format))
+def rehearse_step(task: Task, batch: StepBatch) -> None:
+    """The forward and backward pass of a step, as the step calls them; they leave no trace."""
+    with _untouched(task), _without_sync(task.objective_call):
+        losses, _ = _losses_of_view(task, batch, task.view_call, task.objective_call)
+        task.scaler.scale(losses["loss"]).backward()
 
 
-def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: int) -> dict[str, Tensor]:
+@contextmanager
+def _untouched(task: Task) -> Iterator[None]:
+    """Inside, forward and backward passes may do what they like to the student's buffers and gradients."""
+    buffers = list(task.student.buffers())
+    before = [value.clone() for value in buffers]
+    try:
+        yield
+    finally:
+        for value, old in zip(buffers, before, strict=True):
+            value.copy_(old)
+        task.optimizer.zero_grad(set_to_none=True)
+
+
+def _without_sync(module: nn.Module) -> Any:
+    """Inside, the ranks do not average their gradients."""
+    return module.no_sync() if hasattr(module, "no_sync") else nullcontext()
+
+
+def train_step(task: Task, batches: list[StepBatch], step: int, epoch: int) -> dict[str, Tensor]:
     """One optimiser step over `accumulation_steps` batches; nothing here waits for the device.
 
     Returns:
@@ -219,10 +254,9 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
         task.statistics.remember()
     names: list[str] = []
     values = torch.zeros(())
-    for number, (images, global_idx, *stored) in enumerate(batches, start=1):
-        is_last = number == len(batches)
-        with nullcontext() if is_last or not hasattr(task.student_call, "no_sync") else task.student_call.no_sync():
-            losses = forward_losses(task, images, global_idx, epoch, *stored)
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else _without_sync(task.objective_call):
+            losses = forward_losses(task, batch)
             with task.clock.part("student"):
                 task.scaler.scale(_share(losses["loss"], len(batches))).backward()
         names = [*losses, "grad_norm"]
@@ -234,7 +268,7 @@ def train_step(task: Task, batches: list[tuple[Tensor, ...]], step: int, epoch: 
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
         grad_norm = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)
         totals = dict(zip(names, torch.cat([values, grad_norm[None]]).unbind(), strict=True))
-        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch[1] for batch in batches]))
+        is_bad = task.bad_steps.note(step, epoch, totals, torch.cat([batch.global_idx for batch in batches]))
         if task.statistics is not None:
             task.statistics.undo_where(is_bad)
         _update_weights(task, grad_norm)
@@ -267,21 +301,27 @@ def _update_weights(task: Task, grad_norm: Tensor) -> None:
     task.optimizer.step()
 
 
-def check_first_step(task: Task, images: Tensor, global_idx: Tensor, *stored: Tensor) -> None:
+def check_first_step(task: Task, batch: StepBatch) -> None:
     """Every weighted loss term must be finite and have a gradient into the student, else an error names it.
 
-    images: normalised, float32 [B, 3, H, W], on the device; stored: as in forward_losses.
+    batch: on the device, images normalised, float32 [B, 3, H, W].
     """
     was_training = task.student.training
     # where some losses are computed in the steps alone that run the teacher, such a step as well
-    kinds = [stored, ()] if stored and task.stored.live_fields else [stored]
-    task.student.eval()  # the check must not touch batch-norm statistics
-    try:
-        for given in kinds:
-            terms = _losses_of_view(task, task.student, images, global_idx, 0, given)
-            check_gradients(terms, task.student.student.parameters())
-    finally:
-        task.student.train(was_training)
+    kinds = [batch]
+    if batch.stored is not None and task.stored.live_fields:
+        kinds.append(live_batch(task, batch.images, batch.global_idx, epoch=0))
+    # uncompiled: for so few images, which no step has, everything would be compiled too
+    with eager(), _untouched(task):
+        try:
+            task.student.eval()
+            for given in kinds:
+                terms, _ = _losses_of_view(task, given, task.make_view, task.objective)
+                check_gradients(terms, task.student.student.parameters())
+            task.student.train()  # dropout and stochastic depth fail here if they fail at all
+            _losses_of_view(task, batch, task.make_view, task.objective)
+        finally:
+            task.student.train(was_training)
 
 
 def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list]:
@@ -299,24 +339,30 @@ def batches_by_step(batches: Iterable, accumulation_steps: int) -> Iterator[list
 
 def train_one_epoch(
     task: Task,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Iterable[StepBatch],
     position: Position,
     stop: StopFlag,
     *,
     steps_in_epoch: int,
     log_every: int,
     after_step: Callable[[Position, dict[str, float] | None], None],
+    is_save_due: Callable[[], bool] = lambda: False,
+    save: Callable[[], None] = lambda: None,
 ) -> None:
     """Train from `position` to the end of the epoch, or until a request to stop.
 
+    All ranks stop and save together: before each step they begin to ask each other, after it they act on the answer.
+
     Args:
         task: models, optimiser, losses.
-        batches: (images, global_idx) on the device, from position.samples on; stored outputs of the teacher follow.
+        batches: on the device, from position.samples on.
         position: moved along after every step.
-        stop: looked at after every step; all ranks stop together.
+        stop: one process looks at it after every step, several before it.
         steps_in_epoch: optimiser steps of a whole epoch.
         log_every: steps between two reads of the losses from the device.
         after_step: called with the position and, every log_every steps, the row to log, else None.
+        is_save_due: looked at as stop is.
+        save: called on all ranks after a step when is_save_due was true on one; not at the epoch's end or a stop.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite.
@@ -328,8 +374,9 @@ def train_one_epoch(
         with clock.part("wait"):
             group = next(groups, None)
         assert group is not None, f"the loader ended at step {position.step}, the epoch at {epoch_end}"
+        vote = distributed.Vote(lambda: stop.requested, is_save_due)
         losses = train_step(task, group, position.step, position.epoch)
-        num_images = sum(len(batch[0]) for batch in group)
+        num_images = sum(len(batch.images) for batch in group)
         clock.count(num_images)
         is_logged = (position.step + 1) % log_every == 0
         # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it
@@ -342,8 +389,11 @@ def train_one_epoch(
         position.step += 1
         position.samples += num_images * distributed.world_size()
         after_step(position, row)
-        if distributed.any_rank(stop.requested)[0]:
+        is_stopped, is_due = vote.read()
+        if is_stopped:
             return
+        if is_due and position.step < epoch_end:
+            save()
 
 
 def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
@@ -353,7 +403,12 @@ def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 def check_numbers(task: Task) -> None:
-    """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite."""
+    """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite.
+
+    The host waits for the device here, and the device for the other ranks: for a dead one NCCL waits ten minutes. gloo
+    knows at once that it is gone, and is asked first.
+    """
+    distributed.wait_for_all()
     if distributed.any_rank(task.bad_steps.exceeded())[0]:
         raise FloatingPointError(task.bad_steps.describe(task.schedule.at))
     if task.precision == "fp16" and task.scaler.get_scale() < _SMALLEST_FP16_SCALE:

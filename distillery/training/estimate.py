@@ -23,8 +23,11 @@ from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
 from distillery.system.machine import memory_left
 from distillery.system.signals import slurm_seconds_left
+from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
+from distillery.training.compilation import eager
 from distillery.training.engine import Schedule, Task, batches_by_step, train_step
+from distillery.training.memory import fit_line
 
 # shares from which on there is something to say
 _SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05
@@ -137,10 +140,18 @@ def schedule_advice(configs: Configs, schedule: Schedule) -> list[str]:
     return lines
 
 
-def speed_advice(speed: StepSpeed, num_images: int, row_bytes: int, steps_left: int, save_every: int) -> list[str]:
+def speed_advice(
+    speed: StepSpeed,
+    num_images: int,
+    row_bytes: int,
+    steps_left: int,
+    save_every: int,
+    save_every_minutes: float | None = None,
+) -> list[str]:
     """What to change where steps wait, or take longer than this machine's memory and this job's time allow.
 
-    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints.
+    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints, of which
+    save_every_minutes brings more.
     """
     lines = []
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
@@ -158,9 +169,11 @@ def speed_advice(speed: StepSpeed, num_images: int, row_bytes: int, steps_left: 
         )
     if speed.memory_total and speed.precision == "fp32":
         lines.append("precision: fp32 leaves the tensor cores idle: auto takes bf16 where the GPU has it")
-    if save_every * speed.lasting_step_seconds > _LOSS_OF_A_KILL_S:
-        minutes = save_every * speed.lasting_step_seconds / 60
-        lines.append(f"save_every: {save_every} steps are {minutes:.0f} minutes, which a kill -9 would cost")
+    by_steps, by_clock = save_every * speed.lasting_step_seconds / 60, save_every_minutes or math.inf
+    if min(by_steps, by_clock) > _LOSS_OF_A_KILL_S / 60:
+        what = f"save_every: {save_every} steps are {by_steps:.0f} minutes"
+        what = what if by_steps <= by_clock else f"save_every_minutes: {by_clock:g} minutes"
+        lines.append(f"{what}, which a kill -9 would cost")
     seconds, seconds_left = steps_left * speed.lasting_step_seconds, slurm_seconds_left()
     if seconds > seconds_left:
         lines.append(
@@ -220,19 +233,25 @@ def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
 
 def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, steps_done: int, epoch: int) -> list[str]:
     """Lines for the console: speed, hours, memory, disk, advice. The task is trained for a few steps."""
-    speed = measure_steps(task, loader, epoch)
+    with eager():  # compiling takes longer than the plan may
+        speed = measure_steps(task, loader, epoch)
     data, train, rows, schedule = configs.data, configs.train, loader.valid_rows_per_shard, task.schedule
     steps_left = schedule.total_steps - steps_done
     row_bytes = 3 * data.image_size**2 * np.dtype(DTYPES[data.cache_dtype]).itemsize if loader.shard_names else 0
     advice = [
         *coverage_advice(configs, rows, steps_in_epoch, schedule.total_steps),
         *schedule_advice(configs, schedule),
-        *speed_advice(speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch),
+        *speed_advice(
+            speed, sum(rows), row_bytes, steps_left, train.save_every or steps_in_epoch, train.save_every_minutes
+        ),
     ]
+    if task.compiled:
+        advice.append("the run compiles its steps (compile), and is faster than these, which were not compiled")
     # one more than are kept: the new one is complete before the oldest goes
     lines = training_lines(
         speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
     )
+    lines.append(fit_line(task, train, data.image_size))
     return [*lines, *(f"advice: {text}." for text in advice)]
 
 
@@ -245,8 +264,8 @@ def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
 
 def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
     """Time a few optimiser steps of the task, after one that pays for what happens once."""
-    batches = loader if task.stored is None else task.stored.batches(loader, epoch=epoch, step=0)
-    groups = batches_by_step(DevicePrefetcher(batches, task.device), task.accumulation_steps)
+    batches = DevicePrefetcher(StepLoader(task, loader, epoch=epoch, step=0), task.device)
+    groups = batches_by_step(batches, task.accumulation_steps)
     began, steps = time.monotonic(), 0
     for step in range(1 + _NUM_STEPS):
         if step <= 1:  # the first pays for what happens once
@@ -256,7 +275,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
         if group is None:
             break
         train_step(task, group, step, epoch)
-        task.clock.count(sum(len(batch[0]) for batch in group))
+        task.clock.count(sum(len(batch.images) for batch in group))
         steps = max(1, step)
         # all together: one process that goes on would wait for the others' gradients
         if distributed.any_rank(time.monotonic() - began > _BUDGET_S)[0]:

@@ -1,5 +1,6 @@
 """Put the parts of a run together: one epoch, its checkpoints and its log."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,14 @@ from distillery.system import distributed
 from distillery.system.console import ProgressLine
 from distillery.system.signals import StopFlag
 from distillery.training import bindings
-from distillery.training.build import global_batch_size
-from distillery.training.checkpoints import CheckpointWriter, state_of
-from distillery.training.describe import compiled_graphs, describe_batch
-from distillery.training.engine import Position, Task, check_numbers, train_one_epoch
+from distillery.training.batches import StepLoader
+from distillery.training.build import first_batches, global_batch_size
+from distillery.training.checkpoints import CheckpointWriter, Proof, state_on_device
+from distillery.training.compilation import Compiled, compile_now, num_graphs
+from distillery.training.describe import describe_batch
+from distillery.training.engine import Position, Task, check_numbers, rehearse_step, train_one_epoch
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
-from distillery.training.watch import check_weights
+from distillery.training.watch import finite_weights
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,48 @@ class Run:
     stop: StopFlag
 
 
+def compile_step(run: Run) -> None:
+    """Compile what the run compiles, before its first step: a batch of every kind of step goes through it once."""
+    task, position = run.task, run.position
+    if not task.compiled:
+        return
+    run.console.message("torch.compile: compiling, which takes a minute or more")
+    batches = first_batches(run.loader, task, position.epoch)
+    run.loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
+    is_compiled, line = compile_now(lambda: [rehearse_step(task, batch) for batch in batches])
+    if not is_compiled:
+        task.compiled = Compiled()
+    run.console.message(line)
+
+
 def train_epoch(run: Run) -> None:
     """Train the rest of the current epoch, or stop early at a request to stop."""
     train, task, position, rows = run.configs.train, run.task, run.position, []
     if distributed.is_main():
         row = bindings.epoch_row(run.loader, position.epoch)
         run.log.write_epoch(position.epoch, position.epoch_start, **row)
-    epoch_end = position.epoch_start + run.steps_in_epoch
-    batches = run.loader
-    if task.stored is not None:
-        batches = task.stored.batches(run.loader, epoch=position.epoch, step=position.step)
+    epoch_end, graphs = position.epoch_start + run.steps_in_epoch, num_graphs() if task.compiled else 0
+    save_every_minutes = train.save_every_minutes or math.inf
+    batches = StepLoader(task, run.loader, epoch=position.epoch, step=position.step)
+
+    def is_due_by_steps() -> bool:
+        return bool(train.save_every) and position.step % train.save_every == 0 and position.step != epoch_end
+
+    def is_due_by_clock() -> bool:
+        # rank 0's clock decides: the others write nothing, and do not know when it did
+        return distributed.is_main() and run.checkpoints.minutes_since_last() >= save_every_minutes
+
+    def save_by_clock() -> None:
+        if not is_due_by_steps():  # after_step has just saved: several processes ask for the clock before the step
+            save(run)
 
     def after_step(position: Position, row: dict[str, float] | None) -> None:
         if row is not None:
             run.log.write("train", step=position.step, epoch=position.epoch, **row)
             rows.append(row)
+            run.checkpoints.raise_if_failed()
         run.console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
-        is_first_here = run.console.done == run.console.initial + 1
-        if is_first_here and (train.compile_student or train.compile_teacher):
-            run.console.message(compiled_graphs())
-        if train.save_every and position.step % train.save_every == 0 and position.step != epoch_end:
+        if is_due_by_steps():
             save(run)
 
     train_one_epoch(
@@ -67,20 +92,28 @@ def train_epoch(run: Run) -> None:
         steps_in_epoch=run.steps_in_epoch,
         log_every=train.log_every,
         after_step=after_step,
+        is_save_due=is_due_by_clock,
+        save=save_by_clock,
     )
+    check_numbers(task)  # of the steps since the last logged one
+    if task.compiled and num_graphs() > graphs:
+        run.console.message(f"torch.compile: {num_graphs() - graphs} graphs more, made during the epoch: please report")
     if position.step == epoch_end:
         position.next_epoch()
         run.console.message(epoch_line(position.epoch, train.num_epochs, position.step, rows))
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of this moment, or begin to; numbers that are not finite are an error instead."""
-    check_numbers(run.task)
+    """Write a checkpoint of this moment, or begin to. All ranks call it; rank 0 writes.
+
+    Nothing here waits for a GPU. The writer finds numbers that are not finite, and writes nothing then.
+    """
+    bad_steps = run.task.bad_steps
+    is_lost = distributed.any_rank_on_device(bad_steps.count > bad_steps.allowed)
     if not distributed.is_main():
         return
-    check_weights(run.task.student)
     train, cache = run.configs.train, run.task.stored and run.task.stored.cache
-    state = state_of(run.task, run.position) | {
+    state = state_on_device(run.task, run.position) | {
         "config": run.configs.as_dict(),
         "shards": run.shards,
         "teacher_hash": run.teacher_hash,
@@ -90,7 +123,8 @@ def save(run: Run) -> None:
     }
     best = run.log.best_step("knn_top1")
     protect = () if best is None else (best,)
-    run.checkpoints.save(state, run.position.step, keep=train.keep_checkpoints, protect=protect)
+    proof = Proof(*finite_weights(run.task.student), is_lost)
+    run.checkpoints.save(state, run.position.step, keep=train.keep_checkpoints, protect=protect, proof=proof)
 
 
 def open_log(configs: Configs, task: Task, position: Position, num_images: int) -> RunLog:

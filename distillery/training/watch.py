@@ -161,11 +161,20 @@ class RunningStatistics:
         return torch.cat([value.flatten() for value in self._tensors])
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raise FloatingPointError when a weight or buffer is not finite: such a student must never be saved."""
+def finite_weights(model: nn.Module) -> tuple[list[str], Tensor]:
+    """The names of a model's weights and buffers, and whether each is finite: bool [n], on its device."""
     tensors = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     # one answer for all tensors: each question of its own would make the host wait for the device
-    is_finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
-    bad = [name for name, good in zip(tensors, is_finite, strict=True) if not good]
+    return list(tensors), torch.stack([value.isfinite().all() for value in tensors.values()])
+
+
+def check_finite(names: list[str], is_finite: Tensor) -> None:
+    """Raise FloatingPointError when what finite_weights gave is not all true: such a student must never be saved."""
+    bad = [name for name, good in zip(names, is_finite.tolist(), strict=True) if not good]
     if bad:
         raise FloatingPointError(f"{len(bad)} tensors of the student are not finite, the first is {bad[0]}; not saved.")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise FloatingPointError when a weight or buffer is not finite; waits for the device."""
+    check_finite(*finite_weights(model))

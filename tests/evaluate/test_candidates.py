@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from caches import make_test_cache
 
 from distillery.config.load import Configs, dump_configs, load_configs
 from distillery.evaluate import __main__
+from distillery.evaluate import features as features_module
 from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table, load_candidates
 from distillery.evaluate.features import compare_with_teacher, evaluate_features, evaluate_on_folders, extract_features
 from distillery.models.backbone import Features
@@ -104,6 +106,91 @@ def test_a_module_is_evaluated_in_eval_mode_and_left_in_the_mode_it_was_in(train
 def test_a_data_set_without_a_valid_row_is_an_error():
     with pytest.raises(UserError, match="no valid row"):
         extract_features(lambda x: x, [], "cpu")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(capsys):
+    given, images = batches(rows=30, batch_size=16)
+
+    def model(part):
+        if len(part) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return part.flatten(1)
+
+    features, labels = extract_features(model, given, "cpu")
+    assert torch.equal(features, images.flatten(1))
+    assert labels.tolist() == [i % 3 for i in range(30)]
+    # once: what is found for the first batch holds for the next
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluation: out of memory with 16 images at a time; going on with 8",
+        "evaluation: out of memory with 8 images at a time; going on with 4",
+    ]
+
+
+def test_a_single_image_that_does_not_fit_into_memory_is_an_error():
+    def model(_part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        extract_features(model, batches()[0], "cpu")
+
+
+def test_features_that_leave_the_device_in_several_copies_are_the_same(monkeypatch):
+    given, images = batches(rows=30, batch_size=4)
+    monkeypatch.setattr(features_module, "MAX_BYTES_ON_DEVICE", 2 * 4 * 48 * 4)
+    features, labels = extract_features(lambda x: x.flatten(1), given, "cpu")
+    assert torch.equal(features, images.flatten(1))
+    assert labels.tolist() == [i % 3 for i in range(30)]
+
+
+class Keeping(torch.nn.Module):
+    """A module that keeps a tensor of its first forward pass, and multiplies with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.kept = torch.nn.Parameter(torch.ones(3)), None
+
+    def forward(self, images):
+        if self.kept is None:
+            self.kept = torch.ones_like(images[:1].mean((2, 3)))
+        return images.mean((2, 3)) * self.weight * self.kept
+
+
+def test_what_a_student_keeps_of_an_evaluation_can_be_trained_with():
+    model, (given, images) = Keeping(), batches()
+    features, labels = extract_features(model, given, "cpu")
+    model(images).sum().backward()
+    assert model.weight.grad is not None
+    assert not features.is_inference() and not labels.is_inference()
+
+
+def test_a_frozen_model_runs_in_inference_mode_and_its_features_leave_it():
+    model, (given, _) = Keeping().requires_grad_(False), batches()
+    features, _ = extract_features(model, given, "cpu")
+    assert model.kept.is_inference() and not features.is_inference()
+
+
+@pytest.mark.parametrize(
+    "device, precision, expected",
+    [("cuda", "bf16", [torch.bfloat16]), ("cuda", "fp16", [torch.float16]), ("cuda", "fp32", []), ("cpu", "bf16", [])],
+)
+def test_the_runs_precision_holds_on_a_gpu_and_the_cpu_stays_in_float32(monkeypatch, device, precision, expected):
+    entered = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: entered.append(dtype) or nullcontext())
+    with features_module._autocast(torch.device(device), precision):
+        pass
+    assert entered == expected
+
+
+def test_an_error_before_a_batch_ends_the_work_before_the_model_sees_it():
+    seen = []
+
+    def stop():
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(lambda x: seen.append(len(x)) or x.flatten(1), batches()[0], "cpu", before_batch=stop)
+    assert seen == [4, 4]
 
 
 def test_a_row_has_the_fields_of_metrics_jsonl():

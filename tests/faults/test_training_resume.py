@@ -21,7 +21,7 @@ POINTS = {
     "before the first step": (engine, "check_first_step", 1),
     "in the first step": (engine, "forward_losses", 1),
     "between the two batches of a step": (engine, "forward_losses", 6),
-    "after the last step of an epoch": (run_module, "check_weights", 3),
+    "after the last step of an epoch": (run_module, "finite_weights", 3),
     "in the last step": (engine, "forward_losses", 20),
     "in the evaluation before the first step": (during, "extract_features", 2),
     "in the evaluation between two epochs": (during, "extract_features", 6),

@@ -5,7 +5,8 @@ import torchvision
 from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
-from distillery.models.drop_path import DropPath, StochasticDepth
+from distillery.models.drop_path import BatchFactors, DropPath, StochasticDepth
+from distillery.models.gradient_checkpointing import use_gradient_checkpointing
 
 
 def student(rate: float = 0.5) -> nn.Module:
@@ -20,7 +21,7 @@ def images(count: int) -> torch.Tensor:
 def outputs(
     model: nn.Module, depth: StochasticDepth, x: torch.Tensor, rows: torch.Tensor, epoch: int = 0
 ) -> torch.Tensor:
-    depth.draw(rows, seed=3, epoch=epoch)
+    depth.use(depth.draw(rows, seed=3, epoch=epoch))
     return model(x)
 
 
@@ -73,12 +74,13 @@ def test_another_epoch_or_sample_draws_anew():
 def test_branches_are_kept_as_often_as_the_rate_says_and_scaled_to_the_same_mean(rate):
     model = nn.Sequential(TimmDropPath(rate), nn.Linear(1, 1), TimmDropPath(rate))
     depth = StochasticDepth(model)
-    depth.draw(torch.arange(20_000), seed=0, epoch=0)
-    for layer in depth.layers:
-        kept = (layer.factors > 0).float().mean().item()
+    factors = depth.draw(torch.arange(20_000), seed=0, epoch=0)
+    assert factors.shape == (20_000, len(depth.layers)) == (20_000, 2)
+    for column in factors.unbind(1):
+        kept = (column > 0).float().mean().item()
         assert abs(kept - (1 - rate)) < 0.015
-        assert abs(layer.factors.mean().item() - 1) < 0.03
-    together = (depth.layers[0].factors > 0) & (depth.layers[1].factors > 0)
+        assert abs(column.mean().item() - 1) < 0.03
+    together = (factors > 0).all(1)
     assert abs(together.float().mean().item() - (1 - rate) ** 2) < 0.015  # layers draw independently
 
 
@@ -90,7 +92,7 @@ def test_in_eval_mode_and_without_a_rate_nothing_changes():
     assert model.state_dict().keys() == reference.state_dict().keys()
     plain = student(rate=0.0)
     assert StochasticDepth(plain).layers == []
-    StochasticDepth(plain).draw(torch.arange(4), seed=0, epoch=0)
+    assert StochasticDepth(plain).draw(torch.arange(4), seed=0, epoch=0).shape == (4, 0)
 
 
 def test_layers_of_timm_and_torchvision_are_replaced():
@@ -103,8 +105,36 @@ def test_layers_of_timm_and_torchvision_are_replaced():
 
 
 def test_the_type_of_the_activations_stays():
-    layer = DropPath(0.5)
-    layer.factors = torch.tensor([0.0, 2.0])
+    batch = BatchFactors()
+    batch.factors = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    layer = DropPath(0.5, batch, 1)
     out = layer(torch.ones(2, 3, 4, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert out[:, 0, 0].tolist() == [0.0, 2.0]
+
+
+def test_a_block_that_is_computed_again_leaves_out_the_same_samples():
+    gradients = []
+    for again in (False, True):
+        model = student()
+        if again:
+            use_gradient_checkpointing(model, "student")
+        depth = StochasticDepth(model)
+        outputs(model, depth, images(8), torch.arange(8)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_student_takes_the_factors_as_an_input_and_compiles_once():
+    graphs, model = [], student()
+    depth = StochasticDepth(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+    for epoch in range(3):
+        x, rows = images(8), torch.arange(8)
+        found = outputs(compiled, depth, x, rows, epoch)
+        torch.testing.assert_close(found, outputs(model, depth, x, rows, epoch))
+        if epoch == 0:
+            first = len(graphs)
+    assert len(graphs) == first > 0

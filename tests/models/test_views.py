@@ -183,6 +183,36 @@ def test_a_strength_outside_0_to_1_is_refused(name):
         build(**{name: 1.5})
 
 
+# draw and apply
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_a_view_is_its_parameters_applied_and_they_are_those_that_the_augmentation_uses(name):
+    augment, images, idx = build(**SETTINGS[name]), random_images(9), torch.arange(9) * 7
+    parameters = augment.draw(idx, seed=3, epoch=2)
+    expected = {"hflip": 1, "random_resized_crop": 4, "color_jitter": 11, "grayscale": 11, "blur": 1, "everything": 17}
+    assert parameters.shape == (9, expected[name]) and parameters.dtype == torch.float32
+    assert torch.equal(augment.apply(images, parameters), augment(images, idx, seed=3, epoch=2))
+    of_view = augment.draw_views(idx, 1, seed=3)
+    assert torch.equal(augment.apply(images, of_view), augment.views(images, idx, 1, seed=3))
+
+
+def test_with_everything_off_there_is_nothing_to_draw():
+    assert build(hflip=False).draw(torch.arange(4), seed=0, epoch=0).shape == (4, 0)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_applying_parameters_is_one_graph_whatever_they_are(name):
+    graphs, augment, images = [], build(**SETTINGS[name]), random_images(4)
+    torch._dynamo.reset()
+    backend = lambda graph, _inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    compiled = torch.compile(augment.apply, backend=backend, fullgraph=True)
+    for epoch in range(3):
+        parameters = augment.draw(torch.arange(4), seed=0, epoch=epoch)
+        torch.testing.assert_close(compiled(images, parameters), augment.apply(images, parameters))
+    assert len(graphs) == 1
+
+
 # views by number
 
 
@@ -320,8 +350,8 @@ def test_a_crop_shows_what_is_in_its_box():
 
 def test_colours_at_neutral_parameters_are_kept():
     pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    one, zero = torch.ones(4), torch.zeros(4)
-    torch.testing.assert_close(adjust_colours(pixels, one, one, one, zero), pixels, atol=1e-5, rtol=0)
+    one, matrix = torch.ones(4), colour_matrices(torch.ones(4), torch.zeros(4))
+    torch.testing.assert_close(adjust_colours(pixels, one, one, matrix), pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("turns", [-0.1, -0.05, 0.05, 0.1])

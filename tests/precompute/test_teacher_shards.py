@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import threading
 from dataclasses import replace
@@ -13,10 +14,18 @@ from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.cache.store import record_path
+from distillery.models.backbone import Features
 from distillery.precompute import teacher_shards
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
-from distillery.teacher_cache.outputs import fit_basis
+from distillery.teacher_cache.outputs import (
+    HostCopy,
+    LiveTeacher,
+    check_magnitudes,
+    encode_features,
+    fit_basis,
+    rows_of_valid,
+)
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.records import TEACHER_SHARDS, statistics_of
@@ -130,6 +139,124 @@ def test_a_shard_larger_than_a_batch_is_aligned_with_its_images(tmp_path):
     stored = found.read(global_idx, np.ones(149, np.int64))["pooled"]
     live = teacher.features(rows.read_rows(*rows.find(global_idx)), torch.from_numpy(global_idx), 1).pooled
     torch.testing.assert_close(stored, live, rtol=2e-3, atol=1e-4)
+
+
+def test_while_a_batch_is_written_the_next_one_is_computed(reference, work, monkeypatch):
+    launched, seen = threading.Semaphore(0), []
+
+    class Copy(HostCopy):
+        """Outputs that arrive once the batch after them has been launched, or the shard has no more."""
+
+        def __init__(self, tensors):
+            super().__init__(tensors)
+            launched.release()
+
+        def wait(self):
+            is_last = len(seen) % 2
+            # this batch, and the next
+            seen.append(all(launched.acquire(timeout=10) for _ in range(0 if is_last else 2)))
+            return super().wait()
+
+    monkeypatch.setattr(teacher_shards, "HostCopy", Copy)
+    monkeypatch.setattr(teacher_shards, "forward_batch", lambda device: 4)
+    run_pass(*work)
+    assert seen == [True] * 10  # two batches in each of five shards
+    assert folder_bytes(work[0].directory).keys() == folder_bytes(reference.directory).keys()
+
+
+def test_where_memory_runs_out_whole_shards_are_made_in_half_the_batch(images, monkeypatch, capsys):
+    teacher, calls = live_teacher(), []
+    plan = teacher_plan(images, teacher, tokens="pca")
+    forward = LiveTeacher.features
+
+    def features(self, batch, *arguments):
+        calls.append(len(batch))
+        # in the second batch of the second shard another program has taken memory
+        if len(batch) > 2 and len(calls) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, *arguments)
+
+    monkeypatch.setattr(LiveTeacher, "features", features)
+    monkeypatch.setattr(teacher_shards, "forward_batch", lambda device: 4)
+    report = run_pass(plan, teacher)
+    assert (report.shards_made, report.shards_left) == (5, 0)
+    assert capsys.readouterr().err.startswith("out of GPU memory with 4 images at a time; going on with 2")
+    assert list(find_teacher_problems(plan.directory)) == []
+    # the basis takes 10 batches, the first shard 2 of 2 views each; the second shard is begun again
+    assert calls == [4] * (10 + 4 + 2 + 1) + [2] * (4 * 4 * 2)
+
+
+def test_one_image_that_does_not_fit_into_memory_is_an_error(work, monkeypatch):
+    def features(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LiveTeacher, "features", features)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_pass(*work)
+    assert not list(work[0].directory.glob("*.pt"))
+    assert not list(work[0].directory.glob(".*"))
+
+
+class DeviceTensor:
+    """Stands in for a tensor on the GPU: notes what is asked of it."""
+
+    is_cuda = True
+
+    def __init__(self, value, noted):
+        self.value, self.noted = value, noted
+
+    def to(self, device, *, non_blocking):
+        self.noted.append(("copy", device, non_blocking))
+        return self.value
+
+
+def test_outputs_are_copied_without_a_wait_and_read_after_the_event_that_follows_them(monkeypatch):
+    noted = []
+
+    class Event:
+        def __init__(self, *, blocking):
+            assert blocking
+
+        def record(self):
+            noted.append("record")
+
+        def synchronize(self):
+            noted.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    a, b = torch.arange(3), torch.arange(4)
+    copy = HostCopy({"a": DeviceTensor(a, noted), "b": DeviceTensor(b, noted)})
+    assert noted == [("copy", "cpu", True), ("copy", "cpu", True), "record"]
+    found = copy.wait()
+    assert noted[3:] == ["synchronize"]
+    assert found["a"] is a and found["b"] is b
+
+
+@pytest.mark.parametrize("dtype, largest, fits", [
+    ("float16", 65503.0, True), ("float16", 65520.0, False), ("bfloat16", 3e38, True), ("float32", 3e38, True),
+    ("float32", math.inf, False), ("float16", math.nan, False), ("bfloat16", -math.nan, False),
+])  # fmt: skip
+def test_one_magnitude_of_a_field_says_what_every_value_says(images, dtype, largest, fits):
+    teacher = live_teacher()
+    spec = teacher_plan(images, teacher, dtype=dtype).spec
+    pooled = torch.zeros(5, 6)
+    pooled[3, 2] = largest
+    encoded, magnitudes = encode_features(Features(pooled, None, (1, 1)), spec, None)
+    assert bool(encoded["pooled"].isfinite().all()) == fits
+    # of two views, the second
+    magnitudes = torch.stack([torch.zeros_like(magnitudes), magnitudes])
+    if fits:
+        check_magnitudes(magnitudes, spec)
+    else:
+        with pytest.raises(UserError, match=f"the teacher's pooled are not finite as {dtype}"):
+            check_magnitudes(magnitudes, spec)
+
+
+@pytest.mark.parametrize("valid", [[True] * 4, [True, False, False, True], [False] * 4])
+def test_the_rows_that_count_are_those_of_the_mask(valid):
+    values = torch.arange(4.0)
+    rows = rows_of_valid(np.array(valid), torch.device("cpu"))
+    assert torch.equal(values[rows], values[torch.tensor(valid)])
 
 
 @pytest.mark.gpu

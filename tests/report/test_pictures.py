@@ -25,6 +25,7 @@ from distillery.report.pictures import (
     write_pictures,
 )
 from distillery.system.errors import UserError
+from distillery.training.batches import StepBatch
 
 
 class Grid(nn.Module):
@@ -163,12 +164,11 @@ def test_the_inputs_of_both_models_are_shown_as_they_get_them():
     images = torch.rand(3, 3, 8, 8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     task = SimpleNamespace(
-        stored=None,
-        augment=lambda images, global_idx, epoch: images.flip(3),
+        augment=SimpleNamespace(apply=lambda images, _parameters: images.flip(3)),
         teacher=SimpleNamespace(backbone=backbone(0, size=16, mean=(0.5, 0.5, 0.5))),
         student=SimpleNamespace(student=backbone(1)),
     )
-    strip = model_inputs(task, ((images - mean) / std, torch.arange(3)), 0)
+    strip = model_inputs(task, StepBatch((images - mean) / std, torch.arange(3), torch.zeros(3, 0)))
     assert strip.shape == (2 * TILE_PX, 3 * TILE_PX, 3) and strip.dtype == np.uint8
     expected = thumbnails((images.flip(3) - mean) / std, MEAN, STD)[0].numpy()
     assert np.abs(strip[TILE_PX:, :TILE_PX].astype(int) - expected.astype(int)).max() <= 1

@@ -17,10 +17,11 @@ import pytest
 import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
-from distillery.evaluate import during
+from distillery.evaluate import during, features
 from distillery.report import page, pictures
 from distillery.system import distributed, meeting
-from distillery.training import checkpoints, engine
+from distillery.training import checkpoints, engine, watch
+from distillery.training import run as run_module
 
 # one process with batches of 8; stochastic depth, averaged weights and two batches a step
 SETTINGS = {"num_epochs": 2, "max_steps_per_epoch": 4, "save_every": 0, "log_every": 1, "eval_every_epochs": 1,
@@ -101,7 +102,7 @@ def note_rows(folder: Path, rank: int) -> None:
 
     def noting(task, batches, number, epoch):
         with open(folder / f"{rank}.jsonl", "a") as file:
-            file.write(json.dumps([number, torch.cat([rows for _, rows in batches]).tolist()]) + "\n")
+            file.write(json.dumps([number, torch.cat([batch.global_idx for batch in batches]).tolist()]) + "\n")
         return step(task, batches, number, epoch)
 
     engine.train_step = noting
@@ -156,7 +157,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step_and_another_number_of_proces
 ):
     def hit(rank: int) -> None:
         if rank == signalled % before:
-            at_call(engine, "train_step", 3, send(signal.SIGUSR1))
+            # one process stops after the step in hand; several have asked each other before it, and stop a step later
+            at_call(engine, "train_step", 3 if before == 1 else 2, send(signal.SIGUSR1))
 
     first = runs.start("run", before, batch_size=8 // before, before=hit)
     assert [run.wait() for run in first] == [75] * before, first[-1].text
@@ -179,6 +181,15 @@ def test_another_product_of_batch_and_processes_is_refused_with_the_arithmetic_o
     assert not any("Traceback" in text for text in texts)
 
 
+def in_batches_of(size: int):
+    """Evaluation in batches of so few rows that each process has some."""
+
+    def prepare(_rank: int) -> None:
+        features.BATCH_SIZE = size
+
+    return prepare
+
+
 def fail() -> None:
     raise ZeroDivisionError("this rank is broken")
 
@@ -190,11 +201,17 @@ def fail() -> None:
         (0, engine, "train_step", 1),
         (1, engine, "check_first_step", 1),
         (0, during, "evaluate_features", 3),
+        (1, during, "extract_features", 2),
         (0, checkpoints, "save_checkpoint", 1),
     ],
 )
 def test_one_process_that_fails_ends_all_within_seconds_and_its_traceback_is_shown(runs, rank, module, name, call):
-    both = runs.start("run", 2, batch_size=4, before=lambda r: at_call(module, name, call, fail) if r == rank else None)
+    def hit(r: int) -> None:
+        in_batches_of(12)(r)
+        if r == rank:
+            at_call(module, name, call, fail)
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
     statuses = [run.wait(timeout_s=30) for run in both]
     assert statuses == [1, 1]
     assert "ZeroDivisionError: this rank is broken" in both[rank].text
@@ -211,6 +228,95 @@ def test_one_process_that_is_killed_ends_the_other_within_seconds(runs):
     assert both[0].wait(timeout_s=30) == 1
     assert time.monotonic() - gone < 10
     assert "another process of this run has ended" in both[0].text
+
+
+def note_calls(folder: Path, rank: int, owner: object, name: str) -> None:
+    """Append a function's name to a file of this process's own at every call."""
+    function = getattr(owner, name)
+
+    def noting(*args, **kwargs):
+        with open(folder / f"calls.{rank}", "a") as file:
+            file.write(f"{name}\n")
+        return function(*args, **kwargs)
+
+    setattr(owner, name, noting)
+
+
+def test_before_any_number_is_read_from_a_device_all_are_asked_whether_they_live(runs):
+    def note(rank: int) -> None:
+        note_calls(runs.folder, rank, distributed, "wait_for_all")
+        note_calls(runs.folder, rank, watch.BadSteps, "exceeded")
+        note_calls(runs.folder, rank, engine, "read_losses")
+        note_calls(runs.folder, rank, engine, "train_step")
+
+    runs.run("run", 2, batch_size=4, num_epochs=1, eval_every_epochs=0, before=note)
+    for rank in range(2):
+        calls = (runs.folder / f"calls.{rank}").read_text().split()
+        step = ["train_step", "wait_for_all", "exceeded", "read_losses"]
+        assert calls[:16] == 4 * step
+
+
+def test_a_process_that_dies_ends_the_other_before_it_waits_for_a_device_that_waits_for_the_dead(runs):
+    def hit(rank: int) -> None:
+        step = engine.train_step
+        # a GPU's step gives control back at once, whatever becomes of its collectives; reading a number then hangs
+        at_step_3 = {True: send(signal.SIGKILL), False: lambda: setattr(watch.BadSteps, "exceeded", hang)}[rank == 1]
+
+        def ahead(task, batches, number, epoch):
+            if number == 2:
+                at_step_3()
+                return {"loss": torch.tensor(1.0)}
+            return step(task, batches, number, epoch)
+
+        engine.train_step = ahead
+
+    def hang(_bad_steps) -> bool:
+        os.write(1, b"reads a number\n")
+        time.sleep(600)
+        return False
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
+    assert both[1].wait() == -signal.SIGKILL
+    gone = time.monotonic()
+    assert both[0].wait(timeout_s=30) == 1
+    assert time.monotonic() - gone < 10
+    assert "another process of this run has ended" in both[0].text
+    assert "reads a number" not in both[0].text
+
+
+def note_saves(folder: Path, rank: int) -> None:
+    """Append the step at which this process is asked to save to a file of its own."""
+    save = run_module.save
+
+    def noting(run):
+        with open(folder / f"saves.{rank}", "a") as file:
+            file.write(f"{run.position.step}\n")
+        return save(run)
+
+    run_module.save = noting
+
+
+def slow_steps(seconds: float) -> None:
+    step = engine.train_step
+    engine.train_step = lambda *arguments: (time.sleep(seconds), step(*arguments))[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_save_every_minutes_saves_in_mid_epoch_and_all_processes_go_by_the_clock_of_the_first(alone, runs, processes):
+    def hit(rank: int) -> None:
+        slow_steps(0.2)
+        note_saves(runs.folder, rank)
+        if rank:  # a clock that always calls for a checkpoint
+            checkpoints.CheckpointWriter.minutes_since_last = lambda _writer: 1e9
+
+    settings = {"batch_size": 8 // processes, "max_steps_per_epoch": 12, "num_epochs": 1, "eval_every_epochs": 0}
+    runs.run("run", processes, save_every_minutes=0.01, keep_checkpoints=20, before=hit, **settings)
+    steps = [[int(line) for line in (runs.folder / f"saves.{rank}").read_text().split()] for rank in range(processes)]
+    assert steps[0] == steps[-1]
+    *by_clock, at_the_end = steps[0]
+    assert at_the_end == 12 and by_clock
+    names = sorted(path.stem for path in (runs.folder / "run" / "checkpoints").glob("*.pt"))
+    assert names == [f"step_{step:08d}" for step in steps[0]]
 
 
 def test_a_plan_on_two_processes_goes_on_without_outputs_that_rank_0_does_not_find(runs):
@@ -232,13 +338,41 @@ def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
     runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
 
 
+def test_an_evaluation_split_over_two_processes_has_the_figures_of_one(runs):
+    # 32 test rows: two batches on the first process, one on the second
+    for name, processes in (("one", 1), ("two", 2)):
+        runs.run(name, processes, batch_size=8 // processes, num_epochs=1, before=in_batches_of(12))
+    one, two = (
+        [{key: value for key, value in row.items() if key != "time"} for row in runs.rows(name, "eval")]
+        for name in ("one", "two")
+    )
+    # before the first step the weights are the same: so is everything to the last bit
+    assert [row["model"] for row in one] == ["untrained", "teacher", "student"]
+    assert two[:2] == one[:2]
+    assert two[2].keys() == one[2].keys() and two[2]["knn_top1"] == one[2]["knn_top1"]
+    kept = [(runs.folder / name / during.FEATURES_DIR / "small.safetensors").read_bytes() for name in ("one", "two")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_in_an_evaluation_ends_it_on_both(runs, rank):
+    def hit(r: int) -> None:
+        in_batches_of(12)(r)
+        if r == rank:
+            at_call(during, "extract_features", 2, send(signal.SIGTERM))
+
+    both = runs.start("run", 2, batch_size=4, before=hit)
+    assert [run.wait(timeout_s=60) for run in both] == [75, 75], both[0].text
+    assert runs.rows("run", "eval") == []
+
+
 def test_nan_on_one_process_stops_both_and_names_the_images(runs):
     def hit(rank: int) -> None:
         if rank == 1:
             losses = engine.forward_losses
 
-            def broken(task, images, global_idx, epoch):
-                found = losses(task, images, global_idx, epoch)
+            def broken(task, batch):
+                found = losses(task, batch)
                 return {name: value * float("nan") for name, value in found.items()} if step["number"] == 2 else found
 
             step = {"number": 0}

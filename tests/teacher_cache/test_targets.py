@@ -12,6 +12,7 @@ from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, te
 
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
+from distillery.losses.objective import Objective
 from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.models import configured
 from distillery.models.draws import view_of_epoch
@@ -24,8 +25,9 @@ from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache import opening
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.teacher_cache.survey import images_for_training
-from distillery.teacher_cache.targets import StoredTargets, TargetLoader, check_fields
+from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training import build
+from distillery.training.batches import StepLoader, live_batch, stored_batch
 from distillery.training.engine import Position, check_first_step, forward_losses, train_step
 from tests.training.test_engine import MEAN, STD, build_task, images_of, run_epoch
 
@@ -80,8 +82,25 @@ def stored_task(mode: str = "cached", *, token_grid=None, with_tokens=True, conf
         targets = Targets(cache.widths, True)
         targets.load_statistics(cache.statistics)
         task.teacher_call, task.teacher = None, targets
-    task.stored = StoredTargets(cache, targets, AUGMENTATION, config or train_config(mode))
+    config = config or train_config(mode)
+    task.stored = stored = StoredTargets(cache, targets, AUGMENTATION, config)
+    task.objective = task.objective_call = Objective(
+        task.student, task.loss_weights, stored_losses=stored.loss_weights, grid_at_most=stored.grid
+    )
+    task.augment, task.accumulation_steps = AUGMENTATION, config.grad_accumulation_steps
     return task
+
+
+class StoredViews:
+    """Draws, for an epoch, the view of each image whose outputs stored steps of that epoch take."""
+
+    apply = AUGMENTATION.apply
+
+    @staticmethod
+    def draw(rows, *, seed, epoch):
+        return AUGMENTATION.draw_views(
+            rows, view_of_epoch(rows, seed=3, epoch=epoch, num_views=NUM_VIEWS), seed=VIEW_SEED
+        )
 
 
 class Loader:
@@ -102,18 +121,17 @@ class Loader:
 
 def epoch_of(task, epoch: int, start: int = 0, step: int | None = None):
     first = 4 * epoch + start if step is None else step
-    return task.stored.batches(Loader(start, epoch), epoch=epoch, step=first)
+    return StepLoader(task, Loader(start, epoch), epoch=epoch, step=first)
 
 
 def test_a_batch_comes_with_the_outputs_of_the_view_that_the_student_sees():
     task = stored_task()
     teacher = build_task().teacher
     for epoch in range(2):
-        for images, global_idx, *stored in epoch_of(task, epoch):
-            view = task.stored.view(images, global_idx, stored)
+        for batch in epoch_of(task, epoch):
             with torch.no_grad():
-                live = teacher(view)
-            found = task.stored.targets(stored)
+                live = teacher(AUGMENTATION.apply(batch.images, batch.view))
+            found = task.stored.targets(batch.stored)
             torch.testing.assert_close(found.pooled, live.pooled, atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(found.tokens, live.tokens, atol=1e-4, rtol=1e-3)
             assert found.grid == live.grid
@@ -133,13 +151,12 @@ def test_as_many_epochs_as_views_ask_for_each_view_of_each_image_once():
 def test_the_losses_on_stored_outputs_are_those_of_the_live_teacher_on_the_same_views():
     # the teacher's grid is that of this student: where it is coarser, live steps enlarge it, stored tokens never are
     stored, live = stored_task(student_name="test_resnet"), build_task(student_name="test_resnet")
-    live.augment = lambda images, rows, epoch: AUGMENTATION.views(
-        images, rows, view_of_epoch(rows, seed=3, epoch=epoch, num_views=NUM_VIEWS), seed=VIEW_SEED
-    )
+    live.augment = StoredViews
     for epoch in range(2):
-        for images, rows, *others in epoch_of(stored, epoch):
-            found = forward_losses(stored, images, rows, epoch, *others)
-            for name, value in forward_losses(live, images, rows, epoch).items():
+        for batch in epoch_of(stored, epoch):
+            found = forward_losses(stored, batch)
+            same = live_batch(live, batch.images, batch.global_idx, epoch)
+            for name, value in forward_losses(live, same).items():
                 torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
 
 
@@ -166,58 +183,54 @@ def test_steps_of_the_live_teacher_are_a_function_of_the_seed_and_the_step():
 
 def test_a_live_step_reads_nothing_and_runs_the_teacher_on_a_view_of_its_own():
     task = stored_task("hybrid", config=train_config("hybrid", live_fraction=0.5))
-    seen = []
-    task.augment = lambda images, rows, epoch: seen.append(epoch) or images
-    lengths = []
+    found = []
     for step, batch in enumerate(epoch_of(task, 0)):
-        lengths.append(len(batch))
+        found.append(batch.stored is None)
         train_step(task, [batch], step, 0)
+        if batch.stored is None:
+            assert torch.equal(batch.view, AUGMENTATION.draw(batch.global_idx, seed=task.seed, epoch=0))
     live = [task.stored.is_live(step) for step in range(4)]
     assert 0 < sum(live) < 4  # else this seed shows nothing
-    assert lengths == [2 if is_live else 5 for is_live in live]
-    assert len(seen) == sum(live) and len(task.stored.cache.asked) == 4 - sum(live)
+    assert found == live
+    assert len(task.stored.cache.asked) == 4 - sum(live)
 
 
 def test_the_batches_of_an_accumulated_step_are_all_live_or_all_stored():
     config = train_config("hybrid", grad_accumulation_steps=2)
     task = stored_task("hybrid", config=config)
-    lengths = [len(batch) for batch in epoch_of(task, 0, step=10)]
-    assert lengths == [2 if task.stored.is_live(step) else 5 for step in (10, 10, 11, 11)]
+    found = [batch.stored is None for batch in epoch_of(task, 0, step=10)]
+    assert found == [task.stored.is_live(step) for step in (10, 10, 11, 11)]
 
 
 def test_tokens_on_a_coarser_grid_are_compared_there_and_the_student_is_pooled_by_area():
     task = stored_task(token_grid=(1, 1), student_name="test_vit")
     batch = next(iter(epoch_of(task, 0)))
-    view = task.stored.view(*batch[:2], batch[2:])
-    outputs = task.student(view)
+    outputs = task.student(AUGMENTATION.apply(batch.images, batch.view))
     assert outputs.grid == (2, 2)
-    student, teacher = align(outputs, task.stored.targets(batch[2:]), task.stored.grid)
+    student, teacher = align(outputs, task.stored.targets(batch.stored), task.stored.grid)
     assert student.grid == teacher.grid == (1, 1)
     torch.testing.assert_close(student.tokens, outputs.tokens.mean(1, keepdim=True))
-    check_first_step(task, *batch)
+    check_first_step(task, batch)
 
 
 def test_live_steps_of_a_run_on_coarse_tokens_compare_on_the_coarse_grid_as_well():
     task = stored_task("hybrid", token_grid=(1, 1), config=train_config("hybrid", live_fraction=1.0))
-    task.augment = lambda images, rows, epoch: AUGMENTATION.views(images, rows, 0, seed=VIEW_SEED)
+    task.augment = StoredViews
     images, rows = images_of(range(8)), torch.arange(8)
-    live = train_step(task, [(images, rows)], 0, 0)
+    live = train_step(task, [live_batch(task, images, rows, 0)], 0, 0)
     other = stored_task("hybrid", token_grid=(1, 1))
-    values = other.stored.cache.read_stored(rows.numpy(), np.zeros(8, np.int64), ["pooled", "tokens"])
-    stored = [torch.zeros(8, dtype=torch.int64), *(values[field] for field in other.stored.fields)]
-    torch.testing.assert_close(
-        train_step(other, [(images, rows, *stored)], 0, 0)["loss/patch"], live["loss/patch"], atol=1e-4, rtol=1e-3
-    )
+    found = train_step(other, [stored_batch(other, images, rows, 0)], 0, 0)
+    torch.testing.assert_close(found["loss/patch"], live["loss/patch"], atol=1e-4, rtol=1e-3)
 
 
 def test_the_check_of_the_first_step_looks_at_stored_outputs():
     task = stored_task()
     batch = next(iter(epoch_of(task, 0)))
-    check_first_step(task, *batch)
+    check_first_step(task, batch)
     for parameter in task.student.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
     with pytest.raises(UserError, match="loss/patch"):
-        check_first_step(task, *batch)
+        check_first_step(task, batch)
 
 
 def test_a_patch_loss_without_stored_tokens_is_refused_with_the_command():
@@ -245,7 +258,7 @@ def test_in_hybrid_mode_what_is_not_stored_is_compared_in_the_steps_that_run_the
 def test_every_parameter_has_a_gradient_in_every_step_as_distributed_training_wants_it():
     task, seen = pooled_only_task(), set()
     for step, batch in enumerate(epoch_of(task, 0)):
-        forward_losses(task, *batch[:2], 0, *batch[2:])["loss"].backward()
+        forward_losses(task, batch)["loss"].backward()
         gradients = [p.grad for p in task.student.parameters() if p.requires_grad]
         assert all(gradient is not None for gradient in gradients)
         patch_head = [p.grad.abs().sum().item() for p in task.student.heads["tokens"].parameters()]
@@ -257,13 +270,12 @@ def test_every_parameter_has_a_gradient_in_every_step_as_distributed_training_wa
 
 def test_the_first_step_checks_the_losses_of_both_kinds_of_steps():
     task = pooled_only_task()
-    images, global_idx, *stored = next(iter(epoch_of(task, 1)))
-    stored = stored or task.stored.read(global_idx, epoch=0)
-    check_first_step(task, images, global_idx, *stored)
+    batch = stored_batch(task, images_of(range(8)), torch.arange(8), 0)
+    check_first_step(task, batch)
     for parameter in task.student.heads["tokens"].parameters():
         torch.nn.init.zeros_(parameter)
     with pytest.raises(UserError, match="loss/patch .* has no gradient into the student"):
-        check_first_step(task, images, global_idx, *stored)
+        check_first_step(task, batch)
 
 
 def test_a_run_whose_stored_steps_would_teach_nothing_is_refused():
@@ -334,7 +346,7 @@ def test_only_fields_that_a_loss_compares_are_read():
     task = stored_task(config=train_config(weights={"cls": 1.0}), weights={"cls": 1.0})
     assert task.stored.fields == ["pooled"]
     batch = next(iter(epoch_of(task, 0)))
-    assert len(batch) == 4
+    assert len(batch.stored) == 1
     train_step(task, [batch], 0, 0)
 
 
@@ -356,12 +368,14 @@ def test_a_loss_on_a_second_view_gets_the_outputs_of_another_stored_view():
     weights = {"cls": 1.0, "barlow": 0.1}
     task = stored_task(config=train_config(weights=weights), weights=weights)
     teacher = build_task().teacher
-    for images, rows, *stored in epoch_of(task, 0):
-        other = (stored[0] + NUM_VIEWS // 2) % NUM_VIEWS
+    for batch in epoch_of(task, 0):
+        first = view_of_epoch(batch.global_idx, seed=3, epoch=0, num_views=NUM_VIEWS)
+        other = (first + NUM_VIEWS // 2) % NUM_VIEWS
         with torch.no_grad():
-            live = teacher(AUGMENTATION.views(images, rows, other, seed=VIEW_SEED))
-        torch.testing.assert_close(task.stored.second_view(stored).pooled, live.pooled, atol=1e-4, rtol=1e-3)
-    losses = train_step(task, [(images, rows, *stored)], 0, 0)
+            live = teacher(AUGMENTATION.views(batch.images, batch.global_idx, other, seed=VIEW_SEED))
+        found = task.stored.second_view(batch.stored)
+        torch.testing.assert_close(found.pooled, live.pooled, atol=1e-4, rtol=1e-3)
+    losses = train_step(task, [batch], 0, 0)
     assert torch.isfinite(losses["loss/barlow"])
 
 
@@ -395,7 +409,7 @@ def test_a_read_that_does_not_come_back_is_an_error_that_names_the_folder():
     task = stored_task()
     task.stored.cache.read_stored = lambda *_args: time.sleep(5)
     with pytest.raises(RunError, match=r"teacher/0123456789ab: a read has not come back"):
-        list(TargetLoader(Loader(), task.stored, epoch=0, step=0, stall_s=0.05))
+        list(StepLoader(task, Loader(), epoch=0, step=0, stall_s=0.05))
 
 
 def test_the_position_is_that_of_the_batch_handed_out_last():

@@ -38,7 +38,7 @@ def machine(monkeypatch):
 
 
 def advice(config=WHOLE, *, num_images=NUM_IMAGES, steps_in_epoch=7812, total_steps=78_120, warmup_steps=2500,
-           save_every=100, speed=SPEED):  # fmt: skip
+           save_every=100, save_every_minutes=None, speed=SPEED):  # fmt: skip
     sections = [
         {key: value for key, value in config.items() if (key in DataConfig.model_fields) == is_data}
         for is_data in (True, False)
@@ -48,7 +48,7 @@ def advice(config=WHOLE, *, num_images=NUM_IMAGES, steps_in_epoch=7812, total_st
     lines = [
         *coverage_advice(configs, rows, steps_in_epoch, total_steps),
         *schedule_advice(configs, Schedule(1e-3, 1e-6, warmup_steps, total_steps)),
-        *speed_advice(speed, num_images, 150_528, total_steps, save_every),
+        *speed_advice(speed, num_images, 150_528, total_steps, save_every, save_every_minutes),
     ]
     return "\n".join(lines)
 
@@ -93,6 +93,12 @@ def test_a_run_that_ends_before_it_has_seen_everything_is_told_how_many_epochs_w
 )
 def test_what_a_careful_colleague_would_say(keys, changes, expected):
     assert expected in advice(WHOLE | keys, **changes)
+
+
+def test_checkpoints_by_the_clock_count_as_well():
+    assert advice(save_every=30_000, save_every_minutes=10) == ""
+    text = advice(save_every=30_000, save_every_minutes=45)
+    assert "save_every_minutes: 45 minutes, which a kill -9 would cost" in text
 
 
 def test_the_machines_memory_and_the_jobs_time_are_compared(monkeypatch):

@@ -6,7 +6,7 @@ from torch import nn
 
 from distillery.training.engine import Position, check_numbers, train_step
 from distillery.training.watch import BadSteps, RunningStatistics, check_weights
-from tests.training.test_engine import batches, build_task, images_of, run_epoch
+from tests.training.test_engine import batches, build_task, run_epoch
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -61,7 +61,7 @@ def test_as_many_bad_steps_as_allowed_are_no_error():
 def broken_image(batch: int) -> list:
     """Three batches, with a NaN in one image of one of them."""
     data = batches(3)
-    data[batch][0][4, 0, 7, 7] = NAN
+    data[batch].images[4, 0, 7, 7] = NAN
     return data
 
 
@@ -145,7 +145,7 @@ def test_an_fp16_scaler_that_never_comes_to_an_end_is_an_error():
     task.student.heads["pooled"][0].weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match="fp16.*use precision: bf16"):
         for step in range(40):
-            train_step(task, [(images_of(range(2)), torch.arange(2))], step, 0)
+            train_step(task, batches(1, size=2), step, 0)
             check_numbers(task)
 
 

@@ -5,15 +5,17 @@ import pytest
 import torch
 from torch import nn
 
+from distillery.losses.objective import Objective
 from distillery.losses.targets import FrozenTeacher
 from distillery.losses.total import EmbeddingQueue
 from distillery.models.backbone import Features, ModelSpec, build_backbone
 from distillery.models.pair import StudentWithHeads
+from distillery.models.views import Augmentation
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
+from distillery.training.batches import SECOND_VIEW, StepBatch, live_batch
 from distillery.training.checkpoints import restore, state_of
 from distillery.training.engine import (
-    SECOND_VIEW,
     Ema,
     Position,
     Schedule,
@@ -27,6 +29,7 @@ from distillery.training.engine import (
 from distillery.training.watch import check_weights
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+AS_THEY_ARE = Augmentation(hflip=False, mean=MEAN, std=STD)
 
 
 def backbone(name: str, **kwargs):
@@ -40,16 +43,18 @@ def build_task(*, student_name: str = "test_vit", weights=None, accumulation_ste
     student = StudentWithHeads(backbone(student_name, kwargs={"img_size": 32} if "vit" in student_name else None),
                                teacher.widths, {"pooled", "tokens"})  # fmt: skip
     teacher.gather_statistics([images_of(range(16))])
+    weights = weights or {"cls": 1.0, "patch": 0.5}
+    objective = Objective(student, weights)
     settings = {
         "student": student,
-        "student_call": student,
+        "objective": objective,
+        "objective_call": objective,
         "teacher": teacher,
         "teacher_call": teacher,
         "optimizer": torch.optim.AdamW(student.parameters(), lr=0.0),
         "schedule": Schedule(1e-3, 1e-6, 2, 20),
-        "loss_weights": weights or {"cls": 1.0, "patch": 0.5},
-        "loss_options": {},
-        "augment": lambda images, global_idx, epoch: images,
+        "loss_weights": weights,
+        "augment": AS_THEY_ARE,
         "to_float": lambda images: images,
         "device": torch.device("cpu"),
         "precision": "fp32",
@@ -65,8 +70,14 @@ def images_of(rows) -> torch.Tensor:
     return torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(row)) for row in rows])
 
 
-def batches(num: int, size: int = 8):
-    return [(images_of(range(k * size, (k + 1) * size)), torch.arange(k * size, (k + 1) * size)) for k in range(num)]
+def batch_of(images: torch.Tensor, rows: torch.Tensor) -> StepBatch:
+    """A batch of images as they are, without stochastic depth."""
+    return StepBatch(images, rows, AS_THEY_ARE.draw(rows, seed=0, epoch=0))
+
+
+def batches(num: int, size: int = 8) -> list[StepBatch]:
+    rows = [range(k * size, (k + 1) * size) for k in range(num)]
+    return [batch_of(images_of(of_batch), torch.tensor(of_batch)) for of_batch in rows]
 
 
 def run_epoch(task: Task, position: Position, data, steps: int, log_every: int = 1, after=None) -> list[dict]:
@@ -119,10 +130,9 @@ def test_a_few_steps_bring_the_loss_down():
 
 
 def test_accumulated_halves_equal_the_whole_batch():
-    images, rows = batches(1, size=8)[0]
     whole, halves = build_task(), build_task(accumulation_steps=2)
-    train_step(whole, [(images, rows)], 0, 0)
-    train_step(halves, [(images[:4], rows[:4]), (images[4:], rows[4:])], 0, 0)
+    train_step(whole, batches(1, size=8), 0, 0)
+    train_step(halves, batches(2, size=4), 0, 0)
     for a, b in zip(whole.student.parameters(), halves.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -166,7 +176,7 @@ def test_bf16_trains_in_float32_weights():
 def test_first_step_check_passes_for_a_working_task_and_leaves_no_trace():
     task = build_task(student_name="test_resnet")
     before = {name: value.clone() for name, value in task.student.state_dict().items()}
-    check_first_step(task, *batches(1)[0])
+    check_first_step(task, batches(1)[0])
     assert all(torch.equal(value, before[name]) for name, value in task.student.state_dict().items())
     assert all(value.grad is None for value in task.student.parameters())
     assert task.student.training
@@ -177,7 +187,7 @@ def test_first_step_check_names_a_term_that_cannot_teach():
     for parameter in task.student.heads["tokens"].parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(UserError, match="loss/patch"):
-        check_first_step(task, *batches(1)[0])
+        check_first_step(task, batches(1)[0])
 
 
 def bad_teacher(task: Task, at_image: float):
@@ -262,7 +272,7 @@ def queue_task() -> Task:
 
 def test_a_queue_is_filled_with_the_targets_of_the_steps_and_not_by_the_first_step_check():
     task, data = queue_task(), batches(3)
-    check_first_step(task, *data[0])
+    check_first_step(task, data[0])
     assert len(task.queue.rows) == 0
     train_step(task, data[:1], 0, 0)
     assert torch.equal(task.queue.rows, task.teacher(data[0][0]).pooled)
@@ -289,14 +299,18 @@ def test_a_run_with_a_queue_resumes_to_the_same_bits(tmp_path):
 def test_a_second_view_is_drawn_under_a_number_of_its_own_and_only_for_losses_that_need_it(weight, epochs):
     drawn, seen = [], []
 
-    def augment(images, global_idx, epoch):
-        drawn.append(epoch)
-        return images + (epoch >= SECOND_VIEW)
+    class Augment:
+        def draw(self, global_idx, *, seed, epoch):
+            drawn.append(epoch)
+            return torch.full((len(global_idx), 1), float(epoch >= SECOND_VIEW))
 
-    task = build_task(weights={"cls": 1.0, "barlow": weight}, augment=augment)
+        def apply(self, images, parameters):
+            return images + parameters[:, :, None, None]
+
+    task = build_task(weights={"cls": 1.0, "barlow": weight}, augment=Augment())
     task.teacher_call = lambda view: seen.append(view[0, 0, 0, 0].item()) or task.teacher(view)
-    images, rows = batches(1)[0]
-    losses = train_step(task, [(images, rows)], 0, 3)
+    images, rows = images_of(range(8)), torch.arange(8)
+    losses = train_step(task, [live_batch(task, images, rows, 3)], 0, 3)
     assert sorted(drawn) == epochs
     first = images[0, 0, 0, 0].item()
     assert sorted(seen) == pytest.approx([first, first + 1][: len(epochs)])

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from distillery.config.load import load_configs
 from distillery.losses.targets import Targets
@@ -20,9 +20,9 @@ from distillery.models import pair, views
 from distillery.models.backbone import Features
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets
-from distillery.training import build, describe
-from distillery.training.checkpoints import state_of
-from distillery.training.engine import Position, Schedule, train_step
+from distillery.training import build
+from distillery.training.batches import StepBatch, live_batch
+from distillery.training.engine import Schedule, train_step
 
 CUDA = torch.device("cuda", 0)
 
@@ -46,6 +46,11 @@ class Copies(TorchDispatchMode):
         return out
 
 
+def clear_constants():
+    views._constants.clear()
+    pair._resampling_matrix_once.cache_clear()
+
+
 @pytest.fixture
 def pretended_cuda(monkeypatch):
     """torch thinks that there is a GPU with bfloat16; caches of tensors are emptied, that no fake one stays."""
@@ -53,11 +58,9 @@ def pretended_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     # the clock's events; only reading them, once every log_every steps, makes the host wait
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: None))
-    for cached in (views._constant, pair._resampling_matrix_once):
-        cached.cache_clear()
+    clear_constants()
     yield
-    for cached in (views._constant, pair._resampling_matrix_once):
-        cached.cache_clear()
+    clear_constants()
 
 
 def move_to_fake(model: nn.Module) -> None:
@@ -70,6 +73,10 @@ def move_to_fake(model: nn.Module) -> None:
         for name, value in module._buffers.items():
             if value is not None:
                 module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+
+
+def on_gpu(batch: StepBatch) -> StepBatch:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(CUDA), batch)
 
 
 def give_gradients(student: nn.Module) -> None:
@@ -99,7 +106,7 @@ def test_a_step_of_the_default_pair_stays_on_the_gpu_and_never_makes_the_host_wa
         assert task.precision == "bf16"
         monkeypatch.setattr(torch.Tensor, "backward", lambda *_args: give_gradients(student))
         teacher.register_forward_hook(lambda _m, _i, out: types.update(teacher=out.tokens.dtype))
-        batch = torch.zeros((4, 3, 224, 224), dtype=dtype, device=CUDA), torch.arange(4, device=CUDA)
+        batch = on_gpu(live_batch(task, torch.zeros((4, 3, 224, 224), dtype=dtype), torch.arange(4), 0))
         train_step(task, [batch, batch], 0, 0)  # constants go to the device once
         with Copies() as copies:
             for step in (1, 2):
@@ -127,13 +134,14 @@ def test_views_and_targets_of_stored_outputs_stay_on_the_gpu(pretended_cuda):
         move_to_fake(targets)
         augmentation = views.Augmentation(**settings["augment"], mean=data.mean, std=data.std)
         stored = StoredTargets(cache, targets, augmentation, configs.train)
-        images, rows = torch.zeros((4, 3, 224, 224), device=CUDA), torch.arange(4, device=CUDA)
+        images, rows = torch.zeros((4, 3, 224, 224), device=CUDA), torch.arange(4)
+        view = stored.draw(rows, 0).to(CUDA)
         pooled = torch.zeros((4, 768), dtype=torch.float16, device=CUDA)
-        batch = [rows % 4, pooled, torch.zeros((4, 64, 256), dtype=torch.int8, device=CUDA)]
-        stored.view(images, rows, batch)  # constants go to the device once
+        batch = [pooled, torch.zeros((4, 64, 256), dtype=torch.int8, device=CUDA)]
+        augmentation.apply(images, view)  # constants go to the device once
         stored.targets(batch)
         with Copies() as copies:
-            found = stored.view(images, rows, batch), *stored.targets(batch).tensors().values()
+            found = augmentation.apply(images, view), *stored.targets(batch).tensors().values()
     assert copies.waits == []
     assert {value.device for value in found} == {CUDA}
     assert found[2].shape == (4, 64, 768)
@@ -146,37 +154,6 @@ def small_configs(**train):
     return load_configs({"dataset_name": "parquet", "cache_dir": "none", "image_size": 32}, settings, model)
 
 
-def test_compiling_compiles_what_is_called_once_and_leaves_no_trace_in_a_checkpoint(monkeypatch):
-    graphs = []
-
-    def count(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(build.torch, "compile", functools.partial(torch.compile, backend=count))
-    torch._dynamo.reset()
-    counters.clear()
-    configs, cpu = small_configs(standardise_targets=False), torch.device("cpu")
-    teacher, student = build.build_models(configs, cpu)
-    task = build.build_task(configs, teacher, student, Schedule(1e-3, 1e-6, 1, 10), True, cpu)
-    for step in range(3):
-        images = torch.randn(4, 3, 32, 32)
-        losses = train_step(task, [(images, torch.arange(4) + 4 * step)], step, step)
-        assert torch.isfinite(losses["loss"])
-        if step == 0:
-            after_one_step = len(graphs)
-    convolutions = [node for graph in graphs for node in graph.graph.nodes if "conv" in str(node.target)]
-    attentions = [node for graph in graphs for node in graph.graph.nodes if "attention" in str(node.target)]
-    assert convolutions and attentions  # the bodies of both models are in the graphs, not only what surrounds them
-    assert after_one_step == len(graphs) >= 2  # later steps, other epochs and draws do not compile again
-    assert sum(counters["graph_break"].values()) == 0
-    assert describe.compiled_graphs() == f"torch.compile: {len(graphs)} graphs, 0 graph breaks"
-    state = state_of(task, Position())
-    names = [*state["student"], *state["heads"], *state["ema"]]
-    assert not any("_orig_mod" in name or name.startswith("module.") for name in names)
-    assert state["student"].keys() == student.student.model.state_dict().keys()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -185,7 +162,7 @@ def test_on_a_gpu_torch_sees_no_synchronisation_inside_the_step(precision):
     teacher, student = build.build_models(configs, CUDA)
     teacher.gather_statistics([torch.randn(16, 3, 32, 32, device=CUDA)])
     task = build.build_task(configs, teacher, student, Schedule(1e-3, 1e-6, 1, 10), True, CUDA)
-    batch = torch.randn(4, 3, 32, 32, device=CUDA), torch.arange(4, device=CUDA)
+    batch = on_gpu(live_batch(task, torch.randn(4, 3, 32, 32), torch.arange(4), 0))
     train_step(task, [batch], 0, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -193,5 +170,5 @@ def test_on_a_gpu_torch_sees_no_synchronisation_inside_the_step(precision):
             losses = train_step(task, [batch], step, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(teacher(batch[0]), Features)
+    assert isinstance(teacher(batch.images), Features)
     assert torch.isfinite(losses["loss"])

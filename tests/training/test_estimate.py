@@ -125,6 +125,7 @@ def test_the_dry_run_of_stage_2_plans_and_writes_nothing(place, tmp_path):
     done = mine.distill("--dry_run", "--set", f"cache_dir={mine.folder / 'cache'}", *new)
     assert done.returncode == 0, done.stderr
     assert "steps on images of the run took" in done.stdout
+    assert "batch_size up to" in done.stdout
     assert "time: about" in done.stdout and "memory:" in done.stdout and "advice:" in done.stdout
     done = mine.distill("--dry_run", "--set", f"cache_dir={tmp_path / 'none'}", *new)
     assert done.returncode == 0, done.stderr

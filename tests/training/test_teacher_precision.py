@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery.config.load import load_configs
+from distillery.models import big_weights
 from distillery.models.weights import weights_hash
 from distillery.training import build
 from distillery.training.bindings import teacher_hash
@@ -15,9 +16,9 @@ from distillery.training.engine import Schedule, train_step
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def configs_of(**train):
+def configs_of(teacher_checkpoint: str | None = None, **train):
     model = {"teacher_name": "test_vit", "teacher_pretrained": False, "teacher_img_size": 32,
-             "student_name": "test_resnet"}  # fmt: skip
+             "teacher_checkpoint": teacher_checkpoint, "student_name": "test_resnet"}  # fmt: skip
     settings = {"checkpoint_dir": "none", **train}
     return load_configs({"dataset_name": "parquet", "cache_dir": "none", "image_size": 32}, settings, model)
 
@@ -47,6 +48,21 @@ def test_what_a_teacher_says_on_a_cpu_with_auto_is_what_autocast_makes_of_float3
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = teacher.backbone(images).tokens
     assert torch.equal(teacher(images).tokens, expected)
+
+
+def test_a_big_teacher_is_loaded_in_its_precision_and_a_line_says_why_it_is_not_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(big_weights, "BIG_MODEL", 1)
+    usual = build.build_teacher(configs_of(), CPU)
+    torch.save(usual.backbone.model.state_dict(), tmp_path / "weights.pt")
+    configs = configs_of(teacher_precision="bf16", teacher_checkpoint=str(tmp_path / "weights.pt"))
+    capsys.readouterr()
+    teacher = build.build_teacher(configs, CPU)
+    assert capsys.readouterr().out.startswith("the teacher's weights in bf16: loaded so, and not compared with float32")
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert teacher_hash(teacher, None) == teacher_hash(usual, None)
+    images = torch.randn(4, 3, 32, 32)
+    assert nn.functional.cosine_similarity(teacher(images).pooled.float(), usual(images).pooled).min() > 0.999
 
 
 class Casts(TorchDispatchMode):
