@@ -308,7 +308,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "share_of_ceiling": ("of the GEMM ceiling", "{:.0%}".format),
     "busy_share": ("busy", "{:.0%}".format),
     "peak_memory_gb": ("memory, GB", "{:.1f}".format),
-    "first_steps_s": ("compiling, s", "{:.0f}".format),
+    "compile_s": ("compiling, s", "{:.0f}".format),
 }
 
 
