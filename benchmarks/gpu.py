@@ -24,6 +24,7 @@ does not hold that should. The models are untrained; the images are made for the
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -225,6 +226,8 @@ def measure(bench: Bench, names: Sequence[str], out: Path | None) -> dict:
 
 def run_part(measure_part: Callable, bench: Bench, until: float) -> dict[str, Any]:
     """What a part finds in a process of its own, ended at time.monotonic() `until`; with "error" where it fails."""
+    if time.monotonic() >= until:
+        return {"error": "no time was left for it"}
     path = bench.folder / "found.json"
     path.unlink(missing_ok=True)
     process = FORK.Process(target=_keep_found, args=(measure_part, bench, path))
@@ -232,7 +235,9 @@ def run_part(measure_part: Callable, bench: Bench, until: float) -> dict[str, An
     process.join(max(0.0, until - time.monotonic()))
     is_late = process.is_alive()
     if is_late:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # its group, which it makes as soon as it runs
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     found = json.loads(path.read_text()) if path.exists() else {}
     if is_late:
@@ -303,7 +308,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "share_of_ceiling": ("of the GEMM ceiling", "{:.0%}".format),
     "busy_share": ("busy", "{:.0%}".format),
     "peak_memory_gb": ("memory, GB", "{:.1f}".format),
-    "first_steps_s": ("compiling, s", "{:.0f}".format),
+    "compile_s": ("compiling, s", "{:.0f}".format),
 }
 
 
@@ -329,6 +334,8 @@ def markdown(result: dict) -> str:
         for name, row in steps.items():
             cells = ["" if row.get(key) is None else show(row[key]) for key, (_, show) in COLUMNS.items()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, found in result["parts"].items():
+        lines += [f"\n{name}: {text}." for text in (*found.get("note", []), *found.get("left_out", []))]
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ from distillery.system.errors import run_command
 from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
+from distillery.training.batches import StepLoader
 from distillery.training.engine import Position, batches_by_step, train_one_epoch, train_step
+from distillery.training.run import compile_step
 
 # a process is forked where nothing has touched CUDA yet: it then has torch and timm without importing them again
 FORK = multiprocessing.get_context("fork")
@@ -77,7 +80,7 @@ FULL = Sizes(
 )  # fmt: skip
 SMOKE = Sizes(
     image_px=32, teacher="test_vit", student="test_vit", convolutional="test_resnet", images=96, shard=24, batch=8,
-    other_batches=(), warmup=1, steps=2, short_epochs=3, loader_batches=12, curve=6, save_every=2, labelled=48,
+    other_batches=(), warmup=1, steps=2, short_epochs=3, loader_batches=12, curve=4, save_every=2, labelled=48,
 )  # fmt: skip
 
 
@@ -127,10 +130,10 @@ class Bench:
                 "image_size": sizes.image_px, "cache_dir": str(self.folder / f"cache_{dtype}"), "cache_dtype": dtype,
                 "cache_shard_size": sizes.shard, **(data or {}),
             },
-            # the length of a real run: what `compile: auto` decides by
+            # a long run at any batch size: what `compile: auto` decides by
             "train": {
                 "batch_size": sizes.batch, "checkpoint_dir": str(self.folder / "run"), "tensorboard": False,
-                "max_steps_per_epoch": None, "num_epochs": 4 if self.is_smoke else 1000,
+                "max_steps_per_epoch": None, "num_epochs": 4 if self.is_smoke else 10_000,
                 "teacher_cache": {"views": 2}, **(train or {}),
             },
             "model": {
@@ -243,7 +246,10 @@ def write_images(path: Path, count: int, *, seed: int = 0, classes: int = 0) -> 
 
 
 class Trainer:
-    """The objects of a run and its own steps, as distill_trainer.py puts them together."""
+    """The objects of a run and its own steps, as distill_trainer.py puts them together.
+
+    compile_s: what compiling took, s; messages: what the trainer says of it.
+    """
 
     def __init__(self, configs: Configs, device: torch.device) -> None:
         self.configs, self.device, self.position = configs, device, Position()
@@ -259,12 +265,14 @@ class Trainer:
             teacher.gather_statistics(build.spread_batches(self.loader.dataset, 256, 64, device))
         else:
             teacher.load_statistics(build.stored_statistics(self.loader, self.task))
+        self.messages: list[str] = []
+        console = SimpleNamespace(message=self.messages.append)
+        run = SimpleNamespace(task=self.task, loader=self.loader, position=self.position, console=console)
+        self.compile_s = seconds_of(lambda: compile_step(run))
 
     def _batches(self) -> DevicePrefetcher:
         self.loader.load_state_dict({"epoch": self.position.epoch, "samples": 0})
-        batches = self.loader
-        if self.task.stored is not None:
-            batches = self.task.stored.batches(self.loader, epoch=self.position.epoch, step=self.position.step)
+        batches = StepLoader(self.task, self.loader, epoch=self.position.epoch, step=self.position.step)
         return DevicePrefetcher(batches, self.device)
 
     def groups(self) -> Iterator[list]:

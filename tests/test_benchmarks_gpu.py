@@ -1,15 +1,19 @@
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_checks import largest_difference
-from benchmarks.gpu_setup import covered_share
+from benchmarks.gpu_checks import host_waits, largest_difference
+from benchmarks.gpu_setup import covered_share, host_milliseconds, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA = torch.device("cuda", 0)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -109,6 +113,61 @@ def test_the_table_names_what_does_not_hold():
     part = {"share_of_time": 0.05, "passed": False, "checks": [{"check": "checkpoints are cheap", "holds": False}]}
     text = gpu.markdown(measured({"save": part}))
     assert "| save | NOT passed | **not so: checkpoints are cheap**; share_of_time 0.05 |" in text
+
+
+def test_the_table_says_what_was_left_out_and_why():
+    text = gpu.markdown(measured({"steps": {"passed": None, "left_out": ["LightlyTrain: not installed"]}}))
+    assert text.endswith("steps: LightlyTrain: not installed.")
+
+
+def test_a_part_for_which_no_time_is_left_is_recorded_so(tmp_path):
+    bench = gpu.Bench(tmp_path, True, 0, gpu.time.monotonic())
+    found = gpu.measure(bench, ["env"], None)["parts"]["env"]
+    assert found["error"] == "no time was left for it" and found["passed"] is None
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """A GPU whose clock goes on by 2 ms with every call of what is timed; returns the log of what it was asked for."""
+    log = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = 2.0 * log.count("run")
+
+        def elapsed_time(self, later: "Event") -> float:
+            assert log[-1] == "synchronize"
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_device: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", log.append)
+    return log
+
+
+def test_on_cuda_a_time_is_that_between_events_and_the_host_waits_before_and_after_alone(pretended_cuda):
+    assert milliseconds(lambda: pretended_cuda.append("run"), CUDA, 3, warmup=2) == 2.0
+    assert pretended_cuda == ["run", "run", "synchronize", "run", "run", "run", "synchronize"]
+
+
+def test_the_hosts_time_is_taken_on_an_idle_device(pretended_cuda):
+    assert host_milliseconds(lambda: pretended_cuda.append("run"), CUDA, 2) >= 0
+    assert pretended_cuda == ["synchronize", "run", "synchronize", "run", "synchronize"]
+
+
+@pytest.mark.parametrize("waits", [None, "called a synchronizing CUDA operation"])
+def test_a_step_that_waits_for_the_gpu_is_found_and_the_mode_is_put_back(pretended_cuda, waits):
+    def step(_group: object) -> None:
+        if "error" in pretended_cuda and waits is not None:
+            raise RuntimeError(waits)
+
+    trainer = SimpleNamespace(step=step, groups_without_end=lambda: itertools.repeat([]))
+    assert host_waits(trainer, CUDA, 2)["waits"] == waits
+    modes = [entry for entry in pretended_cuda if entry != "synchronize"]
+    assert modes == ["error", "default"]
 
 
 def test_time_covered_by_kernels_counts_overlaps_once_and_gaps_not_at_all():
