@@ -63,7 +63,6 @@ class StochasticDepth:
                     self._replace(module, name, child.drop_prob)
                 elif isinstance(child, TorchvisionStochasticDepth) and child.mode == "row":
                     self._replace(module, name, child.p)
-        self._keep = torch.tensor([1 - layer.drop_prob for layer in self.layers])
 
     def _replace(self, module: nn.Module, name: str, drop_prob: float) -> None:
         layer = DropPath(drop_prob, self._batch, len(self.layers)) if drop_prob else nn.Identity()
@@ -74,7 +73,7 @@ class StochasticDepth:
     def draw(self, global_idx: Tensor, *, seed: int, epoch: int) -> Tensor:
         """The factors of a batch for `use`: global_idx int64 [B] -> float32 [B, L] on its device, L layers."""
         draws = draw_uniform(global_idx, seed=seed ^ _PURPOSE, epoch=epoch, count=len(self.layers))
-        keep = self._keep.to(draws.device)
+        keep = torch.tensor([1 - layer.drop_prob for layer in self.layers], device=draws.device)
         return (draws < keep).float() / keep
 
     def use(self, factors: Tensor) -> None:

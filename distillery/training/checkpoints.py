@@ -365,13 +365,6 @@ def read_numbers(state: dict[str, Any]) -> dict[str, Any]:
     return state | {key: map_leaves(state[key], Tensor, Tensor.item) for key in _NUMBERS if key in state}
 
 
-def saved_precision_is(precision: str, state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written at a precision; older ones tell by their scaler only whether it was fp16."""
-    if "precision" in state:
-        return state["precision"] == precision
-    return (state["scaler"]["growth_interval"] != _NEVER) == (precision == "fp16")
-
-
 def restore(task: Task, position: Position, state: dict[str, Any], global_batch: int) -> None:
     """Put a task and its position where `state` was taken; global_batch: images per optimiser step."""
     task.student.student.model.load_state_dict(state["student"])
@@ -381,8 +374,8 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
         saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
-    # a scale is of its precision: fp16 would train on without any and lose its gradients, and the others would grow one
-    if saved_precision_is(task.precision, state):
+    # fp16 alone has a scale; other precisions' checkpoints have none, or, those of earlier versions, one that never grows
+    if task.scaler.is_enabled() and state["scaler"].get("growth_interval", _NEVER) != _NEVER:
         task.scaler.load_state_dict(state["scaler"])
     task.bad_steps.count.fill_(state["num_bad_steps"])
     if state["target_statistics"]:

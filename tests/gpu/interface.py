@@ -47,11 +47,12 @@ class Made:
 
 @dataclass
 class Outputs:
-    """The teacher of stage 1, what it is to store, and the cache that reads it."""
+    """The teacher of stage 1, what it is to store, the cache that reads it, and its token basis on the device."""
 
     teacher: FrozenTeacher
     spec: TeacherCacheSpec
     cache: "ImaginedCache"
+    basis: dict[str, Tensor] | None = None
 
 
 class ImaginedCache(TeacherCache):
@@ -99,12 +100,11 @@ def make_task(data: Mapping, train: Mapping, model: Mapping, overrides: Sequence
             move_to_fake(module)
         if cache is not None and cache.basis is not None:
             cache.basis = {name: torch.zeros(value.shape) for name, value in cache.basis.items()}
+            outputs.basis = to_device(cache.basis, CUDA)
         teacher.has_statistics = True
         schedule = Schedule(learning_rate=1e-3, min_lr=1e-6, warmup_steps=1, total_steps=1000)
         normalized = configs.data.cache_dtype != "uint8"
         task = build.build_task(configs, teacher, student, schedule, normalized, CUDA, cache)
-    # what the host draws has numbers
-    task.depth._keep = torch.tensor([1 - layer.drop_prob for layer in task.depth.layers])
     return Made(configs, task, outputs)
 
 
@@ -152,9 +152,9 @@ def teacher_pass(made: Made) -> dict[str, Tensor]:
         device=CUDA,
         precision=outputs.spec.resolved["precision"],
     )
-    images = torch.zeros(train.batch_size, 3, data.image_size, data.image_size)
-    features = teacher.features(images, torch.arange(train.batch_size), 1)
-    return encode_features(features, outputs.spec, to_device(outputs.cache.basis, CUDA))
+    images = torch.zeros(train.batch_size, 3, data.image_size, data.image_size, device=CUDA)
+    features = teacher.features(images, torch.arange(train.batch_size, device=CUDA), 1)
+    return encode_features(features, outputs.spec, outputs.basis)[0]
 
 
 def forget_constants() -> None:

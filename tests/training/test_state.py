@@ -26,10 +26,6 @@ def resumed(state: dict, precision: str):
     return task
 
 
-def scaler_of(task) -> tuple[float, int]:
-    return task.scaler.get_scale(), task.scaler.get_growth_interval()
-
-
 def test_numbers_of_the_device_are_tensors_until_they_are_read_and_plain_numbers_in_a_checkpoint():
     task = trained("fp16")
     state = state_on_device(task, Position())
@@ -42,22 +38,30 @@ def test_numbers_of_the_device_are_tensors_until_they_are_read_and_plain_numbers
     assert list(plain) == list(state_of(task, Position()))
 
 
+# of a checkpoint from before, in which every precision had a scaler
+OLD_SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": NEVER, "_growth_tracker": 9}
+
+
 @pytest.mark.parametrize("before", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("now", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_scale_is_taken_up_at_the_precision_it_belongs_to_alone(before, now, is_old):
     state = state_of(trained(before), Position())
     assert state["precision"] == before
-    # unlike what a task begins with
-    state["scaler"] |= {"scale": 512.0, "_growth_tracker": 7}
+    if before == "fp16":  # unlike what a task begins with
+        state["scaler"] |= {"scale": 512.0, "_growth_tracker": 7}
+    elif is_old:
+        state["scaler"] = dict(OLD_SCALER)
     if is_old:
         del state["precision"]
-    task = resumed(state, now)
-    fresh = (65536.0, 2000) if now == "fp16" else (1.0, NEVER)
-    is_alike = (before == "fp16") == (now == "fp16")
-    is_taken = is_alike if is_old else before == now
-    assert scaler_of(task) == ((512.0, fresh[1]) if is_taken else fresh)
-    assert task.scaler.state_dict()["_growth_tracker"] == (7 if is_taken else 0)
+    scaler = resumed(state, now).scaler
+    assert scaler.is_enabled() == (now == "fp16")
+    if now != "fp16":
+        assert scaler.get_scale() == 1
+    elif before == "fp16":
+        assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == (512.0, 7)
+    else:
+        assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == (65536.0, 0)
 
 
 def test_fp16_resumed_from_bf16_has_gradients_that_do_not_vanish_and_a_scale_that_grows():

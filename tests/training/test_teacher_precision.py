@@ -10,6 +10,7 @@ from distillery.config.load import load_configs
 from distillery.models import big_weights
 from distillery.models.weights import weights_hash
 from distillery.training import build
+from distillery.training.batches import live_batch
 from distillery.training.bindings import teacher_hash
 from distillery.training.engine import Schedule, train_step
 
@@ -29,10 +30,10 @@ def test_a_step_on_the_cpu_with_a_teacher_in_bf16_computes_losses_in_float32(pre
     teacher, student = build.build_models(configs, CPU)
     assert teacher.backbone.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
-    batch = torch.randn(8, 3, 32, 32), torch.arange(8)
-    teacher.gather_statistics([batch[0]])
+    images = torch.randn(8, 3, 32, 32)
+    teacher.gather_statistics([images])
     task = build.build_task(configs, teacher, student, Schedule(1e-3, 1e-6, 1, 10), True, CPU)
-    losses = train_step(task, [batch], 0, 0)
+    losses = train_step(task, [live_batch(task, images, torch.arange(8), 0)], 0, 0)
     assert {value.dtype for value in losses.values()} == {torch.float32}
     assert all(torch.isfinite(value) for value in losses.values())
 
