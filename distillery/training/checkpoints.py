@@ -374,7 +374,7 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
         saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
-    # fp16 alone has a scale; other precisions' checkpoints have none, or, those of earlier versions, one that never grows
+    # fp16 alone has a scale; checkpoints of other precisions have none, or (of earlier versions) one that never grows
     if task.scaler.is_enabled() and state["scaler"].get("growth_interval", _NEVER) != _NEVER:
         task.scaler.load_state_dict(state["scaler"])
     task.bad_steps.count.fill_(state["num_bad_steps"])
