@@ -64,7 +64,8 @@ def cosine_smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> 
 
     Source: UNIC, arXiv:2408.05088, section 3; also DUNE, arXiv:2503.14405.
     """
-    return 0.5 * cosine(student, teacher) + 0.5 * smooth_l1(student, teacher, beta=beta)
+    student, teacher = student.float(), teacher.float()  # once for both
+    return 0.5 * (cosine(student, teacher) + smooth_l1(student, teacher, beta=beta))
 
 
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:

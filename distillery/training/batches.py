@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distillery.losses.registry import needs_second_view
+from distillery.models.precision import LOW_TYPES
 from distillery.reading.stream import BatchMemory
 from distillery.system.errors import RunError
 
@@ -42,7 +43,7 @@ class StepBatch(NamedTuple):
     global_idx: int64 [B], each image's place in the source.
     view: float32 [B, V], the parameters of the view that both models see, for Augmentation.apply.
     second_view: those of the view that the teacher alone sees; None where no loss compares with it, or it is stored.
-    depth: float32 [B, L], the factors of the student's stochastic depth; None where the student has none.
+    depth: [B, L], the factors of the student's stochastic depth, in the step's precision; None where it has none.
     stored: the teacher's outputs, as StoredTargets.read gives them; None where the step runs the teacher.
     """
 
@@ -71,7 +72,8 @@ def stored_batch(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> 
 def _depth(task: Task, global_idx: Tensor, epoch: int) -> Tensor | None:
     if task.depth is None or not task.depth.layers:
         return None
-    return task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
+    factors = task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
+    return factors.to(LOW_TYPES.get(task.precision, factors.dtype))  # what autocast computes the branches in
 
 
 class StepLoader:

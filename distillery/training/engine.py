@@ -14,7 +14,7 @@ from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_gradients
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
-from distillery.models.precision import LOW_TYPES, autocast_for
+from distillery.models.precision import autocast_for
 from distillery.models.views import Augmentation
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
@@ -199,7 +199,7 @@ def _losses_of_view(
     """forward_losses and the teacher's pooled targets; nothing is kept of the batch."""
     view, second = make_view(batch.images, batch.view), None
     if batch.depth is not None:
-        task.depth.use(batch.depth.to(LOW_TYPES.get(task.precision, torch.float32)))
+        task.depth.use(batch.depth)
     with task.clock.part("teacher"):
         if batch.stored is not None:
             targets = task.stored.targets(batch.stored)

@@ -106,7 +106,7 @@ class BadSteps:
         is_bad = ~(counted.abs() < math.inf).all()  # isfinite() takes four kernels
         self._first_steps.setdefault(epoch, step)
         place = torch.full((1,), step, dtype=torch.float64, device=rows.device)
-        now = torch.cat([is_bad.double()[None], place, values.double()])
+        now = torch.cat([is_bad[None], place, values])  # float64, in one kernel
         before, rows_before = self._last.get(tuple(names), (now, rows))
         self._last[tuple(names)] = torch.where(is_bad, now, before), torch.where(is_bad, rows, rows_before)
         self.count += is_bad
