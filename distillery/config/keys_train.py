@@ -109,10 +109,11 @@ class TrainConfig(StrictModel):
     )
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="bf16, fp16 or fp32; auto: bf16 where CUDA has it, else fp32"
+        "auto",
+        description="auto, bf16, fp16 or fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU",
     )
     teacher_precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="weights of the frozen teacher: bf16, fp16 or fp32; auto: as precision"
+        "auto", description="the frozen teacher's weights: auto (as precision), bf16, fp16 or fp32"
     )
     compile: Choice = Field(
         "auto",
