@@ -77,7 +77,7 @@ def _kept_bytes(task: Task, count: int, image_size: int, precision: str) -> int:
     """Bytes of the tensors that the student's forward pass keeps for the backward pass, without its weights."""
     images = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     if task.depth is not None:
-        task.depth.draw(torch.arange(count, device=task.device), seed=task.seed, epoch=0)
+        task.depth.use(task.depth.draw(torch.arange(count, device=task.device), seed=task.seed, epoch=0))
     weights = {value.untyped_storage().data_ptr() for value in task.student.parameters()}
     kept: dict[int, int] = {}
 
