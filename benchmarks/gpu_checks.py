@@ -6,6 +6,7 @@ Each is a generator of (name, value): what it has found so far is kept when it i
 import contextlib
 import functools
 import itertools
+import math
 import os
 import socket
 import statistics
@@ -37,6 +38,19 @@ from distillery.evaluate.features import evaluate_on_folders
 from distillery.reading.loader import DevicePrefetcher
 from distillery.training.build import eval_folders
 
+# name of a step in which the host may not wait -> changes of the default train configuration
+RESNET = "ResNet student"
+WATCHED: dict[str, dict] = {
+    "live": EAGER,
+    "cached": EAGER | VARIANTS["cached"],
+    "hybrid": EAGER | VARIANTS["hybrid"],
+    "fp16": EAGER | {"precision": "fp16"},
+    RESNET: EAGER,
+    "compiled": {"compile": True},
+}
+# name of a run whose losses are compared with those of the first -> changes as well
+EXACT = {"precision": "fp32", "teacher_precision": "fp32"}
+CURVES: dict[str, dict] = {"float32": EAGER | EXACT, "bf16": EAGER | {"precision": "bf16"}} | VARIANTS
 # for the other process to notice
 PATIENCE_S = 120.0
 
@@ -101,17 +115,10 @@ class HostReads(TorchDispatchMode):
 def safety(bench: Bench) -> Found:
     """No step makes the host wait, no byte is wrong, and a killed run goes on as if nothing had happened."""
     yield "resume", resume(bench)
-    device, stored = bench.device(), EAGER | VARIANTS["cached"]
-    variants: dict[str, dict] = {
-        "live": {"train": EAGER},
-        "cached": {"train": stored},
-        "hybrid": {"train": EAGER | VARIANTS["hybrid"]},
-        "fp16": {"train": EAGER | {"precision": "fp16"}},
-        "ResNet student": {"train": EAGER, "model": {"student_name": bench.sizes.convolutional}},
-        "compiled": {"train": {"compile": True}},
-    }
-    for name, changes in variants.items():
-        yield name, host_waits(Trainer(bench.configs(**changes), device), device, bench.sizes.steps)
+    device = bench.device()
+    for name, train in WATCHED.items():
+        model = {"student_name": bench.sizes.convolutional} if name == RESNET else {}
+        yield name, host_waits(Trainer(bench.configs(train=train, model=model), device), device, bench.sizes.steps)
         free_memory()
     yield "known values", known_values(bench, device)
     if not bench.on_cuda:
@@ -214,7 +221,7 @@ def resume(bench: Bench) -> dict[str, Any]:
     return {
         "killed_after_step": killed_at,
         "rows": len(pairs),
-        "largest_difference": max(differences),
+        "largest_difference": worst(differences),
         # on CUDA some kernels add in no fixed order, and what that changes grows with every step
         "tolerance": 0.02 if bench.on_cuda else 0.0,
         "went_on": "starting a new run" not in again.path.read_text(),
@@ -256,9 +263,8 @@ def features_of(trainer: Trainer, images: Tensor) -> Tensor:
 def numbers(bench: Bench) -> Found:
     """What lower precision and compilation change: the teacher's features, and the loss of every variant."""
     device, sizes = bench.device(), bench.sizes
-    exact = {"precision": "fp32", "teacher_precision": "fp32"}
     features: dict[str, dict[str, Tensor]] = {}
-    for name, changes in {"float32": exact, "bf16": {"precision": "bf16"}}.items():
+    for name, changes in {"float32": EXACT, "bf16": {"precision": "bf16"}}.items():
         trainer = Trainer(bench.configs(train=EAGER | changes), device)
         with torch.no_grad(), trainer.task.autocast():
             found = trainer.task.teacher.backbone(trainer.views(sizes.batch)).tensors()
@@ -272,10 +278,9 @@ def numbers(bench: Bench) -> Found:
             for field, value in features["float32"].items()
         },
     )
-    variants = {"float32": EAGER | exact, "bf16": EAGER | {"precision": "bf16"}} | VARIANTS
     learning = {"learning_rate": 1e-3, "warmup_epochs": 0}  # a long run's warm-up would hardly move the student
     reference: list[float] = []
-    for name, changes in variants.items():
+    for name, changes in CURVES.items():
         if bench.seconds_left() < 0.1 * PATIENCE_S and not bench.is_smoke:
             yield "note", [f"{name} and those after it: no time left"]
             return
@@ -299,7 +304,12 @@ def numbers(bench: Bench) -> Found:
 def largest_difference(reference: list[float], curve: list[float]) -> float:
     """The largest relative difference of two loss curves, each averaged over ten steps at a time."""
     means = [[statistics.mean(values[i : i + 10]) for i in range(0, len(values), 10)] for values in (reference, curve)]
-    return max(abs(one - other) / abs(one) for one, other in zip(*means, strict=True))
+    return worst([abs(one - other) / abs(one) for one, other in zip(*means, strict=True)])
+
+
+def worst(differences: list[float]) -> float:
+    """The largest of them, infinite where one is not finite: max() may pass over a NaN."""
+    return max(value if math.isfinite(value) else math.inf for value in differences)
 
 
 # ---- ddp ---------------------------------------------------------------------------------------------------------

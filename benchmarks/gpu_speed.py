@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict] = {
     "cached": {"teacher_cache": {"views": 2, "enabled": True}},
     "hybrid": {"teacher_cache": {"views": 2, "enabled": True, "mode": "hybrid", "live_fraction": 0.5}},
 }
+# the peers' steps
+TIMM, LIGHTLY = "timm FeatureDistillationTask", "LightlyTrain distillationv3, with its loader"
 # batches that a timing goes round in
 KEPT_STEPS = 4
 
@@ -146,8 +148,8 @@ def steps(bench: Bench) -> Found:
             measure = functools.partial(variant_step, bench, device, changes | {"batch_size": batch})
             contenders.append((name + where, batch, measure))
         if batch == sizes.batch:
-            contenders.append(("timm FeatureDistillationTask", batch, lambda: timm_step(bench, device)))
-            contenders.append(("LightlyTrain distillationv3", batch, lambda: lightly_step(bench, device)))
+            contenders.append((TIMM, batch, lambda: timm_step(bench, device)))
+            contenders.append((LIGHTLY, batch, lambda: lightly_step(bench, device)))
     # seconds that a variant took, which it will take again with another batch
     left_out, took_s = [], {}
     for name, batch, measure in contenders:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_checks import host_waits, largest_difference
+from benchmarks.gpu_checks import CURVES, WATCHED, host_waits, largest_difference, worst
 from benchmarks.gpu_setup import covered_share, host_milliseconds, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def test_the_smoke_run_measures_every_part_and_writes_one_json_and_one_table(tmp
         assert measured and all(number > 0 for number in measured), name
         assert f"| {name} |" in done.stdout
     rows = {name: row for name, row in result["parts"]["steps"].items() if isinstance(row, dict)}
-    assert rows.keys() >= {*gpu.gpu_speed.VARIANTS, "timm FeatureDistillationTask"}
+    assert rows.keys() >= {*gpu.gpu_speed.VARIANTS, gpu.gpu_speed.TIMM}
     assert all(row["step_ms"] > 0 for row in rows.values())
     assert {result["parts"][name]["passed"] for name in ("safety", "numbers", "eval", "ddp")} == {True}
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
@@ -89,8 +89,11 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatc
     "found, on_cuda, expected",
     [
         ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, True, [True, None, True]),
-        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.4}, "timm x": {"step_ms": 15.0}}, True,
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.4}, gpu.gpu_speed.TIMM: {"step_ms": 15.0}}, True,
          [False, False, None]),
+        # a whole run's time says nothing of a step
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, gpu.gpu_speed.LIGHTLY: {"step_ms": 15.0}}, True,
+         [True, None, None]),
         ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, False, [None] * 3),
         ({}, True, [None] * 3),
     ],
@@ -178,3 +181,54 @@ def test_time_covered_by_kernels_counts_overlaps_once_and_gaps_not_at_all():
 def test_loss_curves_are_compared_in_means_of_ten_steps():
     assert largest_difference([1.0] * 20, [1.0] * 20) == 0.0
     assert largest_difference([1.0] * 20, [0.0, 2.0] * 5 + [1.1] * 10) == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_is_a_difference_without_end():
+    nan, inf = float("nan"), float("inf")
+    assert largest_difference([1.0] * 20, [1.0] * 10 + [nan] * 10) == inf
+    assert largest_difference([nan] * 10, [nan] * 10) == inf
+    assert worst([0.1, nan, 0.2]) == worst([nan, 0.1]) == worst([inf]) == inf
+
+
+def answer(part: str, text: str, found: dict) -> bool | None:
+    """What a part's condition, of which text is the beginning, says of figures on CUDA."""
+    rows = gpu.check(gpu.PARTS[part], found, on_cuda=True, is_smoke=False)
+    (row,) = (row for row in rows if row["check"].startswith(text))
+    return row["holds"]
+
+
+def without_last(found: dict) -> dict:
+    return dict(list(found.items())[:-1])
+
+
+def test_that_no_step_waits_is_said_only_of_steps_that_were_all_measured():
+    found = {name: {"waits": None} for name in WATCHED}
+    assert answer("safety", "no step makes", found) is True
+    assert answer("safety", "no step makes", without_last(found)) is None
+    assert answer("safety", "no step makes", {}) is None
+    assert answer("safety", "no step makes", without_last(found) | {"live": {"waits": "a line"}}) is False
+
+
+def test_loss_curves_agree_only_where_all_of_them_are_there():
+    found = {name: {"largest_difference": 0.01} for name in CURVES}
+    found["cached"]["largest_difference"] = 0.1
+    assert answer("numbers", "loss curves", found) is True
+    assert answer("numbers", "loss curves", without_last(found)) is None
+    assert answer("numbers", "loss curves", {}) is None
+    assert answer("numbers", "loss curves", found | {"bf16": {"largest_difference": 0.1}}) is False
+    assert answer("numbers", "loss curves", found | {"bf16": {"largest_difference": float("inf")}}) is False
+
+
+@pytest.mark.parametrize(
+    "cosines, expected",
+    [
+        ({"pooled": 0.999, "tokens": 0.995}, True),
+        ({"pooled": 0.999}, None),
+        ({}, None),
+        ({"pooled": 0.999, "tokens": float("nan")}, False),
+        ({"pooled": float("nan"), "tokens": 0.999}, False),
+        ({"tokens": 0.9}, False),
+    ],
+)
+def test_each_cosine_of_the_teacher_must_be_there_and_high(cosines, expected):
+    assert answer("numbers", "cosine", {"teacher_cosine": cosines}) is expected
