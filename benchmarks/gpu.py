@@ -147,7 +147,7 @@ PARTS = {
     ),
     "pass": Part(
         gpu_speed.teacher_pass, 0.05, (IMAGES,),
-        (Condition("over 85 % of the bare teacher's images/s", lambda found: found["busy_share"] > 0.85),),
+        (Condition("over 85 % of the bare teacher's images/s", lambda found: found["share_of_bare"] > 0.85),),
     ),
     "numbers": Part(
         gpu_checks.numbers, 0.09, (IMAGES, OUTPUTS),

@@ -75,7 +75,7 @@ class Sizes:
 
 FULL = Sizes(
     image_px=224, teacher="vit_base_patch14_dinov2.lvd142m", student="vit_small_patch16_224",
-    convolutional="resnet18", images=4096, shard=512, batch=64, other_batches=(256, 512, 128), warmup=3, steps=20,
+    convolutional="resnet18", images=4096, shard=2048, batch=64, other_batches=(256, 512, 128), warmup=3, steps=20,
     short_epochs=40, loader_batches=2000, curve=100, save_every=16, labelled=2048,
 )  # fmt: skip
 SMOKE = Sizes(

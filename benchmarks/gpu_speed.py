@@ -29,10 +29,12 @@ from benchmarks.gpu_setup import (
     rows_of,
 )
 from distillery.config.keys_train import TrainConfig
+from distillery.models.precision import autocast_for
 from distillery.precompute.jobs import open_jobs
 from distillery.precompute.teacher_job import build_teacher_job
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.system.signals import StopFlag
+from distillery.teacher_cache.outputs import forward_batch
 
 Found = Iterator[tuple[str, Any]]
 
@@ -336,7 +338,7 @@ def save(bench: Bench) -> Found:
 
 
 def teacher_pass(bench: Bench) -> Found:
-    """Stage 1's --teacher, from its first batch to its last, beside the teacher alone on batches that are there."""
+    """Stage 1's --teacher, from its first batch to its last, beside the teacher alone on a random batch of that size."""
     sizes = bench.sizes
     # views of another seed: none of them has been made
     configs = bench.configs(train={"teacher_cache": {"enabled": True, "views": 2, "seed": 1}})
@@ -350,11 +352,12 @@ def teacher_pass(bench: Bench) -> Found:
     )  # fmt: skip
     passes = sum(count for _, count in marks[1:]) * job.plan.spec.num_views
     rate = passes / (marks[-1][0] - marks[0][0])
-    view = torch.zeros((sizes.batch, 3, sizes.image_px, sizes.image_px), device=device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.teacher.precision)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    # a shard may have fewer images than a batch
+    view = torch.randn((min(forward_batch(device), sizes.shard), 3, sizes.image_px, sizes.image_px), device=device)
+    with torch.inference_mode(), autocast_for(job.teacher.precision, device.type):
         batch_ms = milliseconds(lambda: job.teacher.backbone(view), device, sizes.steps, warmup=sizes.warmup)
+    yield "batch", len(view)
     yield "images_per_second", rate
     yield "bare_images_per_second", 1000 * len(view) / batch_ms
     yield "bare_batch_ms", batch_ms
-    yield "busy_share", rate * batch_ms / 1000 / len(view)
+    yield "share_of_bare", rate * batch_ms / 1000 / len(view)

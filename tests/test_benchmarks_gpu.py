@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,26 @@ def test_loss_curves_agree_only_where_all_of_them_are_there():
 )
 def test_each_cosine_of_the_teacher_must_be_there_and_high(cosines, expected):
     assert answer("numbers", "cosine", {"teacher_cosine": cosines}) is expected
+
+
+def test_a_pass_is_judged_by_its_share_of_the_bare_teacher_alone():
+    assert answer("pass", "over 85 %", {"share_of_bare": 0.9}) is True
+    assert answer("pass", "over 85 %", {"busy_share": 0.9}) is None
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", ["", "-m gpu", "tests/gpu", "benchmarks.gpu"])
+def test_make_gpu_runs_all_and_fails_in_the_end_where_one_fails(tmp_path, failing):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/log\ncase "$*" in *"{failing or "nothing"}"*) exit 3;; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-o", "install", "gpu", f"BIN={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(failing), done.stdout + done.stderr
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(" --")[0] for line in log] == [
+        "-m pytest -m gpu -rs",
+        "-m pytest tests/gpu",
+        "-m benchmarks.gpu",
+    ]
