@@ -12,6 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu_checks import CURVES, WATCHED, host_waits, largest_difference, worst
 from benchmarks.gpu_setup import covered_share, host_milliseconds, milliseconds
+from benchmarks.gpu_speed import CheckpointCost, cost_of_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -256,3 +257,28 @@ def test_make_gpu_runs_all_and_fails_in_the_end_where_one_fails(tmp_path, failin
         "-m pytest tests/gpu",
         "-m benchmarks.gpu",
     ]
+
+
+@pytest.mark.parametrize("write_steps, steps", [(0, 4), (3, 4), (9, 9)])
+def test_a_checkpoint_is_timed_until_it_is_written_and_no_save_waits_for_another(monkeypatch, write_steps, steps):
+    clock, log, step_s = [0.0], [], 2.0
+    checkpoints = SimpleNamespace(last=None)
+
+    def step() -> None:
+        log.append("step")
+        clock[0] += step_s + 0.5 * (checkpoints.last is None)
+
+    def save() -> None:
+        log.append("save")
+        clock[0] += 1.0
+
+    def raise_if_failed() -> None:
+        if log.count("step") >= max(1, write_steps):
+            checkpoints.last = "new"
+
+    checkpoints.raise_if_failed = raise_if_failed
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock[0])
+    found = cost_of_checkpoint(step, save, checkpoints, lambda: log.append("wait"), 4)
+    assert log == ["wait", "save", *["step"] * steps, "wait", *["step"] * steps, "wait"]
+    slowed = max(1, write_steps)
+    assert found == CheckpointCost(steps, 1.0 + 2.0 * steps + 0.5 * slowed, 2.0 * steps, 1.0 + 2.5 * slowed)
