@@ -70,8 +70,8 @@ class Part:
     conditions: tuple[Condition, ...] = ()
 
 
-def _all_hold(names: Iterable[str], holds: Callable[[str], bool]) -> bool | None:
-    """False where one does not hold; None where all do but those that were not measured, whose KeyError says so."""
+def _all_hold(names: Iterable[str], holds: Callable[[str], bool | None]) -> bool | None:
+    """False where one does not hold; None where all do but those not measured, which a KeyError or None says."""
     answers = []
     for name in names:
         try:
@@ -85,6 +85,13 @@ def _all_hold(names: Iterable[str], holds: Callable[[str], bool]) -> bool | None
 
 def _no_step_waits(found: dict) -> bool | None:
     return _all_hold(gpu_checks.WATCHED, lambda name: found[name]["waits"] is None)
+
+
+def _all_is_pinned(found: dict) -> bool | None:
+    def is_pinned(name: str) -> bool | None:
+        return not found[name]["pageable"] if found[name]["copied"] else None
+
+    return _all_hold((*gpu_checks.WATCHED, "known values"), is_pinned)
 
 
 def _curves_agree(found: dict) -> bool | None:
@@ -124,6 +131,7 @@ PARTS = {
                 lambda found: found["resume"]["largest_difference"] <= found["resume"]["tolerance"], True,
             ),
             Condition("no step makes the host wait for the GPU", _no_step_waits),
+            Condition("the host's memory that is copied from is pinned", _all_is_pinned),
             Condition("copies were held up on their stream", lambda found: found["known values"]["copies_held_up"] > 0),
             Condition("no wrong byte", lambda found: found["known values"]["wrong_bytes"] == 0, True),
         ),

@@ -4,7 +4,6 @@ Each is a generator of (name, value): what it has found so far is kept when it i
 """
 
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -12,6 +11,7 @@ import socket
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_setup import (
     Bench,
@@ -35,7 +36,7 @@ from benchmarks.gpu_setup import (
 )
 from benchmarks.gpu_speed import EAGER, VARIANTS, Found
 from distillery.evaluate.features import evaluate_on_folders
-from distillery.reading.loader import DevicePrefetcher
+from distillery.reading.loader import DeviceCopies, DevicePrefetcher
 from distillery.training.build import eval_folders
 
 # name of a step in which the host may not wait -> changes of the default train configuration
@@ -129,12 +130,12 @@ def safety(bench: Bench) -> Found:
 
 
 def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, Any]:
-    """Steps in which waiting for the GPU is an error; on the CPU the numbers that the host reads are counted."""
+    """Steps in which waiting for the GPU is an error; on the CPU the numbers that the host reads are counted.
+
+    torch does not call it waiting where a copy that need not be waited for comes from pageable memory, and CUDA then
+    waits: such tensors are counted among those handed to the copies.
+    """
     groups = trainer.groups_without_end()
-    # what happens once: constants, the optimiser's state, compilation, for both kinds of a hybrid run's batches
-    for _ in range(5):
-        trainer.step(next(groups))
-    synchronize(device)
     waits, reads = None, HostReads()
 
     def run() -> None:
@@ -142,6 +143,11 @@ def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, 
             trainer.step(next(groups))
 
     with contextlib.ExitStack() as stack:
+        copied = stack.enter_context(watched_copies())
+        # what happens once: constants, the optimiser's state, compilation, for both kinds of a hybrid run's batches
+        for _ in range(5):
+            trainer.step(next(groups))
+        synchronize(device)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")
@@ -152,10 +158,24 @@ def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, 
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
-            return {"waits": str(error).splitlines()[0]}
+            return {"waits": str(error).splitlines()[0], **copied}
     synchronize(device)
-    found = {"waits": waits, "host_ms": 1000 * took_s / steps}
+    found = {"waits": waits, "host_ms": 1000 * took_s / steps, **copied}
     return found if device.type == "cuda" else found | {"host_reads_per_step": reads.count / steps}
+
+
+@contextlib.contextmanager
+def watched_copies() -> Iterator[Counter]:
+    """Inside, counts tensors of the host that are handed to the copies to the device: "copied"; of them, "pageable"."""
+    begin, counts = DeviceCopies.begin, Counter(copied=0, pageable=0)
+
+    def watched(copies: DeviceCopies, batch: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_cuda]
+        counts.update(copied=len(tensors), pageable=sum(not tensor.is_pinned() for tensor in tensors))
+        return begin(copies, batch)
+
+    with mock.patch.object(DeviceCopies, "begin", watched):
+        yield counts
 
 
 def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
@@ -169,7 +189,7 @@ def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda" and torch.rand((), generator=draws) < 0.5:
             torch.cuda._sleep(int(2e6 * torch.rand((), generator=draws)))  # up to a millisecond
 
-    with held_up_copies(hold_up) as copies:
+    with held_up_copies(hold_up) as copies, watched_copies() as copied:
         while done < bench.sizes.loader_batches:
             trainer.loader.load_state_dict({"epoch": trainer.position.epoch, "samples": 0})
             for batch in DevicePrefetcher(trainer.loader, device):
@@ -180,7 +200,7 @@ def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
             trainer.position.next_epoch()
     count = int(wrong)
     batch_ms = 1000 * (time.perf_counter() - began) / done
-    return {"batches": done, "wrong_bytes": count, "batch_ms": batch_ms, "copies_held_up": next(copies)}
+    return {"batches": done, "wrong_bytes": count, "batch_ms": batch_ms, "copies_held_up": next(copies), **copied}
 
 
 @contextlib.contextmanager
@@ -241,23 +261,17 @@ def evaluation(bench: Bench) -> Found:
         configs = bench.configs(train=EAGER | {"precision": precision}, data=data)
         trainer = Trainer(configs, device)
         (folders,) = eval_folders(configs.data).values()
-        features = functools.partial(features_of, trainer)
+        model = trainer.task.teacher.backbone
         for _ in range(2):  # the first time pays for what happens once
             began = time.perf_counter()
-            accuracies[name] = evaluate_on_folders(features, *folders, k=5, device=device)["knn_top1"]
-            took_s = time.perf_counter() - began
+            row = evaluate_on_folders(model, *folders, k=5, device=device, precision=precision)
+            took_s, accuracies[name] = time.perf_counter() - began, row["knn_top1"]
         images = 2 * bench.sizes.labelled
         yield name, {"images_per_second": images / took_s, "image_ms": 1000 * took_s / images,
                      "knn_top1": accuracies[name]}  # fmt: skip
-        del trainer, features
+        del trainer, model
         free_memory()
     yield "knn_difference", abs(accuracies["bf16"] - accuracies["float32"])
-
-
-def features_of(trainer: Trainer, images: Tensor) -> Tensor:
-    """The teacher's features [B, D], in the trainer's precision."""
-    with trainer.task.autocast():
-        return trainer.task.teacher.backbone(images).pooled
 
 
 def numbers(bench: Bench) -> Found:

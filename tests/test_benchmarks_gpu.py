@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_checks import CURVES, WATCHED, host_waits, largest_difference, worst
+from benchmarks import gpu, gpu_checks
+from benchmarks.gpu_checks import CURVES, WATCHED, host_waits, largest_difference, watched_copies, worst
 from benchmarks.gpu_setup import covered_share, host_milliseconds, milliseconds
 from benchmarks.gpu_speed import CheckpointCost, cost_of_checkpoint
+from distillery.reading.loader import DeviceCopies
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -110,7 +111,7 @@ def test_wrong_bytes_and_other_losses_fail_on_a_cpu_too():
              "known values": {"wrong_bytes": 3, "copies_held_up": 0}}  # fmt: skip
     rows = gpu.check(gpu.PARTS["safety"], found, on_cuda=False, is_smoke=True)
     assert {row["check"].split(" ")[0]: row["holds"] for row in rows} == {
-        "a": True, "its": False, "no": False, "copies": None,
+        "a": True, "its": False, "no": False, "the": None, "copies": None,
     }  # fmt: skip
 
 
@@ -282,3 +283,43 @@ def test_a_checkpoint_is_timed_until_it_is_written_and_no_save_waits_for_another
     assert log == ["wait", "save", *["step"] * steps, "wait", *["step"] * steps, "wait"]
     slowed = max(1, write_steps)
     assert found == CheckpointCost(steps, 1.0 + 2.0 * steps + 0.5 * slowed, 2.0 * steps, 1.0 + 2.5 * slowed)
+
+
+def test_pageable_memory_is_seen_where_it_is_handed_to_the_copies(monkeypatch):
+    pinned, pageable, begun = torch.ones(2), torch.zeros(2), []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor is pinned)
+    monkeypatch.setattr(DeviceCopies, "begin", lambda _copies, batch: begun.append(batch))
+    copies = DeviceCopies.__new__(DeviceCopies)
+    with watched_copies() as counts:
+        copies.begin((pinned, (None, pinned)))
+        assert counts == {"copied": 2, "pageable": 0}
+        copies.begin((pinned, pageable))
+        assert counts == {"copied": 4, "pageable": 1}
+    copies.begin((pageable,))
+    assert counts["pageable"] == 1 and len(begun) == 3
+
+
+def test_that_all_memory_is_pinned_is_said_only_where_copies_were_seen():
+    found = {name: {"copied": 9, "pageable": 0} for name in (*WATCHED, "known values")}
+    assert answer("safety", "the host's memory", found) is True
+    assert answer("safety", "the host's memory", without_last(found)) is None
+    assert answer("safety", "the host's memory", found | {"live": {"copied": 0, "pageable": 0}}) is None
+    assert answer("safety", "the host's memory", found | {"live": {"copied": 9, "pageable": 1}}) is False
+
+
+def test_features_are_extracted_in_the_precision_that_is_measured(monkeypatch):
+    backbone, asked = object(), []
+
+    def evaluate(model, *folders, precision, **_options):
+        asked.append((model, folders, precision))
+        return {"knn_top1": 0.5 if precision == "bf16" else 0.75}
+
+    task = SimpleNamespace(teacher=SimpleNamespace(backbone=backbone))
+    monkeypatch.setattr(gpu_checks, "Trainer", lambda _configs, _device: SimpleNamespace(task=task))
+    monkeypatch.setattr(gpu_checks, "eval_folders", lambda _data: {"made": ("train", "test")})
+    monkeypatch.setattr(gpu_checks, "evaluate_on_folders", evaluate)
+    bench = SimpleNamespace(folder=Path("x"), device=lambda: CUDA)
+    bench.sizes, bench.configs = SimpleNamespace(labelled=8), lambda **_changes: SimpleNamespace(data=None)
+    found = dict(gpu_checks.evaluation(bench))
+    assert asked == [(backbone, ("train", "test"), precision) for precision in ("fp32", "fp32", "bf16", "bf16")]
+    assert found["knn_difference"] == 0.25
