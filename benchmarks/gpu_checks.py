@@ -36,7 +36,7 @@ from benchmarks.gpu_setup import (
 )
 from benchmarks.gpu_speed import EAGER, VARIANTS, Found
 from distillery.evaluate.features import evaluate_on_folders
-from distillery.reading.loader import DeviceCopies, DevicePrefetcher
+from distillery.reading.loader import DeviceCopies
 from distillery.training.build import eval_folders
 
 # name of a step in which the host may not wait -> changes of the default train configuration
@@ -191,8 +191,7 @@ def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
 
     with held_up_copies(hold_up) as copies, watched_copies() as copied:
         while done < bench.sizes.loader_batches:
-            trainer.loader.load_state_dict({"epoch": trainer.position.epoch, "samples": 0})
-            for batch in DevicePrefetcher(trainer.loader, device):
+            for (batch,) in trainer.groups():
                 hold_up()
                 images, rows = images_and_rows(batch)
                 wrong += (images != expected[rows]).sum()
