@@ -166,7 +166,7 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
         if state is not None:
             bindings.check_same_teacher(run_dir, state, teacher_hash, cache)
             restore(task, position, state, build.global_batch_size(train))
-            notes += describe.describe_new_schedule(state, train, schedule)
+            notes += describe.describe_changes(state, train, task)
         elif train.standardise_targets and not arguments.dry_run:
             # rank 0 gathers, so that all ranks have the same numbers to the last bit
             teacher.load_statistics(on_main(lambda: build.gather_statistics(loader, task)))

@@ -1,5 +1,6 @@
 """Compute features of labelled images, and the row of metrics.jsonl that describes them."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -9,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillery.cache.folder import load_index
 from distillery.evaluate import measures
 from distillery.models.backbone import eval_mode
 from distillery.reading.datasets import LabelledBatches
 from distillery.reading.loader import DevicePrefetcher
+from distillery.system.allocation import is_out_of_gpu_memory
 from distillery.system.errors import UserError
 
 BATCH_SIZE = 256
+# of the images of a batch on a GPU, three of which are there at a time
+MAX_BATCH_BYTES = 256 << 20
 # rows of the label-free comparison with the teacher: overlap@10 depends on their number, so it is fixed
 MAX_COMPARED_ROWS = 5000
 # features wait on the device until there are so many, then go to the host in one copy: one for each batch would make
@@ -40,7 +45,8 @@ def extract_features(
             module is put into eval mode for the time and then back into the mode it was in.
         batches: (images, labels); labels int64 [B].
         device: where the model is.
-        precision: bf16, fp16 or fp32, of the model's arithmetic on CUDA; elsewhere it is float32.
+        precision: bf16, fp16 or fp32, of the model's arithmetic on CUDA, where it has no precision of its own (a
+            teacher's Backbone.precision); elsewhere it is float32.
         before_batch: called before each batch; an error of it ends the work.
     Returns:
         features float32 [N, D] and labels int64 [N], on the CPU.
@@ -86,9 +92,9 @@ class _Forward:
                 outputs = (self.model_fn(part) for part in images.split(self.batch_size))
                 # cat copies: a view of the class token would keep all the tokens in memory
                 return torch.cat([getattr(out, "pooled", out).float() for out in outputs])
-            except torch.OutOfMemoryError:
+            except Exception as error:
                 size = min(self.batch_size, len(images))
-                if size == 1:
+                if size == 1 or not is_out_of_gpu_memory(error):
                     raise
                 self.batch_size = size // 2
             # not inside except: the error's traceback holds what was allocated
@@ -175,16 +181,23 @@ def evaluate_on_folders(
     k: int = 20,
     linear: bool = False,
     device: torch.device | str = "cpu",
+    precision: str = "fp32",
 ) -> dict[str, Any]:
-    """`evaluate_features` of one model on the caches of an evaluation set's two splits."""
-    parts = (extract_features(model_fn, labelled_batches(folder, device), device) for folder in (train, test))
-    (train_x, train_y), (test_x, test_y) = parts
+    """`evaluate_features` of a model on the caches of a set's two splits; precision: as of extract_features."""
+    (train_x, train_y), (test_x, test_y) = (
+        extract_features(model_fn, labelled_batches(folder, device), device, precision=precision)
+        for folder in (train, test)
+    )
     return evaluate_features(train_x, train_y, test_x, test_y, k=k, linear=linear, device=device)
 
 
 def labelled_batches(folder: Path, device: torch.device | str, share: tuple[int, int] = (0, 1)) -> LabelledBatches:
     """The labelled rows of a cache for extract_features; share: as of LabelledBatches."""
-    return LabelledBatches(folder, BATCH_SIZE, share, pin_memory=torch.device(device).type == "cuda")
+    if torch.device(device).type != "cuda":
+        return LabelledBatches(folder, BATCH_SIZE, share)
+    image_bytes = 4 * math.prod(load_index(folder).image_shape)
+    size = max(1, min(BATCH_SIZE, MAX_BATCH_BYTES // image_bytes))
+    return LabelledBatches(folder, size, share, pin_memory=True)
 
 
 def compare_with_teacher(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from distillery.models.backbone import Backbone, Features
-from distillery.models.precision import autocast_for
 from distillery.system.errors import UserError
 
 # a channel that varies less than this share of the root mean square over channels carries no signal
@@ -259,8 +258,8 @@ class FrozenTeacher(Targets):
 
     def __init__(self, backbone: Backbone, method: bool | str = True, precision: str = "fp32") -> None:
         super().__init__(backbone.widths, method)
-        self.precision = precision
         self.backbone = backbone.requires_grad_(False)
+        self.backbone.precision = precision
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
@@ -270,9 +269,7 @@ class FrozenTeacher(Targets):
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
     def forward(self, images: Tensor) -> Features:
         """Targets for images [B, 3, H, W] as Backbone takes them; those that are standardised in float32."""
-        with autocast_for(self.precision, images.device.type):
-            features = self.backbone(images)
-        return self.standardise(features)
+        return self.standardise(self.backbone(images))
 
     @torch.no_grad()
     def gather_statistics(self, batches: Iterable[Tensor]) -> None:

@@ -172,6 +172,11 @@ class EmbeddingQueue:
         return self._rows[: min(self._pushed, len(self._rows))]
 
     @property
+    def all_rows(self) -> Tensor:
+        """As `rows` will be once the queue is full, [size, D]; places not yet put in are zero."""
+        return self._rows[:]
+
+    @property
     def is_full(self) -> bool:
         """Whether `rows` grows no more."""
         return self._pushed >= len(self._rows)

@@ -21,7 +21,7 @@ from distillery.models.builders import (
     short_error,
 )
 from distillery.models.gradient_checkpointing import use_gradient_checkpointing
-from distillery.models.precision import LOW_TYPES, Float32Weights, keep_weights_in
+from distillery.models.precision import LOW_TYPES, Float32Weights, autocast_for, keep_weights_in
 from distillery.models.weights import load_weights
 from distillery.system.errors import UserError
 
@@ -131,7 +131,8 @@ class Backbone(nn.Module):
 
     `model` is the raw module, and all there is in the state dict; `img_size` (height, width) in px, `grid` (h, w) and
     the widths are read from what it gives for one black image. Of a model without patch tokens `token_width` is None.
-    `dtype` is the type of its weights: float32, or what keep_in has made of them.
+    `dtype` is the type of its weights: float32, or what keep_in has made of them. `precision` is what float32 weights
+    are computed in: bf16, fp16 or fp32 whatever autocast surrounds them; None: what the surrounding autocast says.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = built.model
         self.dtype = dtype
+        self.precision: str | None = None
         self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
@@ -271,10 +273,11 @@ class Backbone(nn.Module):
         if images.is_cuda:
             # the caller's view may suit another model: a CNN and a ViT see the same one
             images = images.contiguous(memory_format=self._format_on_gpu)
-        if self.dtype == torch.float32:
+        if self.dtype != torch.float32:
+            with torch.autocast(images.device.type, enabled=False):
+                return self._features(images.to(self.dtype))
+        with contextlib.nullcontext() if self.precision is None else autocast_for(self.precision, images.device.type):
             return self._features(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self._features(images.to(self.dtype))
 
     def _features(self, images: Tensor) -> Features:
         pooled, spatial, logits, layers = self._adapter(self.model, images, self.use_cls_token, self.with_logits)

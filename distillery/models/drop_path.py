@@ -33,19 +33,27 @@ class DropPath(nn.Module):
         """x [B x rows, ...] times 0 or 1 / (1 - drop_prob), sample by sample; x itself in eval mode."""
         if not self.training:
             return x
-        factors = self.batch.factors[:, self.column].to(x.dtype)
+        factors = self.batch.of_type(x.dtype)[:, self.column]
         if len(x) != len(factors):
             factors = factors.repeat_interleave(len(x) // len(factors))
         return x * factors.view(-1, *[1] * (x.ndim - 1))
 
 
 class BatchFactors:
-    """What all layers of a student read: factors, float32 [B, L], one column a layer.
+    """What all layers of a student read: the factors of a batch, [B, L], one column a layer.
 
-    One tensor that is replaced before every batch: a compiled student takes it as an input, and does not compile again.
+    Tensors that are replaced before every batch: a compiled student takes them as inputs, and does not compile again.
+
+    factors: float32; low: the same in the type that autocast computes most branches in (some stay in float32, as those
+    behind a LayerScale): cast once for all layers.
     """
 
     factors: Tensor
+    low: Tensor
+
+    def of_type(self, dtype: torch.dtype) -> Tensor:
+        """The factors in a branch's type."""
+        return self.low if dtype == self.low.dtype else self.factors.to(dtype)
 
 
 class StochasticDepth:
@@ -76,6 +84,9 @@ class StochasticDepth:
         keep = torch.tensor([1 - layer.drop_prob for layer in self.layers], device=draws.device)
         return (draws < keep).float() / keep
 
-    def use(self, factors: Tensor) -> None:
-        """Let the layers leave out what `draw` has decided for the batch that comes next; factors on their device."""
-        self._batch.factors = factors
+    def use(self, factors: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Let the layers leave out what `draw` has decided for the batch that comes next.
+
+        factors: on the layers' device; dtype: that autocast computes in.
+        """
+        self._batch.factors, self._batch.low = factors, factors.to(dtype)

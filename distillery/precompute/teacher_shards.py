@@ -6,7 +6,8 @@
 While the device computes a batch, the thread waits for the outputs of the batch before, checks them and writes them.
 
 The shard alone decides which images share a forward pass. On one machine, a shard is therefore a pure function of the
-specification and its number. After a pass was killed, the same command goes on and produces the same bytes.
+specification and its number. After a pass was killed, the same command goes on and produces the same bytes; on a GPU,
+as long as the same number of images fits into its memory at a time.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from distillery.losses.targets import Moments
 from distillery.precompute.loop import MakingReport, OpenShard, ShardLoop
 from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.rows import ImageRows
+from distillery.system.allocation import is_out_of_gpu_memory
 from distillery.system.files import hash_file, pwrite_all
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
@@ -118,8 +120,8 @@ class _TeacherLoop(ShardLoop):
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except Exception as error:
+                if self.batch_size == 1 or not is_out_of_gpu_memory(error):
                     raise
                 self.batch_size //= 2
             # not inside except: the error's traceback holds what was allocated

@@ -198,12 +198,21 @@ class LabelledBatches:
         return len(self._bounds)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._iterate(held=False)
+
+    def held_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As iterating, for a consumer that holds a batch until its copy to the device is done (BatchMemory)."""
+        return self._iterate(held=True)
+
+    def _iterate(self, *, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         labels = cached_labels(self.dataset)
         places = (self.dataset.locate(np.arange(*bounds)) for bounds in self._bounds)
-        batches = float_batches(self.dataset.rows, places, self._batch_size, pin_memory=self.pin_memory)
+        pinned = self.pin_memory
+        batches = float_batches(self.dataset.rows, places, self._batch_size, pin_memory=pinned, held=pinned and held)
         with contextlib.closing(batches):
             for start, stop in self._bounds:
-                yield next(batches), torch.from_numpy(labels[start:stop])
+                of_batch = torch.from_numpy(labels[start:stop])
+                yield next(batches), of_batch.pin_memory() if pinned else of_batch
 
 
 def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -175,6 +175,11 @@ class PretrainingLoader:
             yield order.rows(start, stop), windows
 
 
+def held_batches(loader: Any) -> Iterator[Any]:
+    """A loader's batches for one who holds each until its copies to the device are done, where that matters."""
+    return getattr(loader, "held_batches", loader.__iter__)()
+
+
 class DevicePrefetcher:
     """A loader's batches on the device, copied one ahead on a stream of their own; on the CPU it hands them through.
 
@@ -208,8 +213,7 @@ class DevicePrefetcher:
             return
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         copies, ahead = copies_to(index), None
-        held_batches = getattr(self.loader, "held_batches", self.loader.__iter__)
-        for batch, state in self._fetched(held_batches()):
+        for batch, state in self._fetched(held_batches(self.loader)):
             moved, arrived = copies.begin(batch)
             del batch
             if ahead is not None:

@@ -125,7 +125,12 @@ class _EveryRow(CachedRows):
 
 
 def float_batches(
-    rows: CachedRows, places: Iterable[tuple[np.ndarray, np.ndarray]], batch_size: int, *, pin_memory: bool = False
+    rows: CachedRows,
+    places: Iterable[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    *,
+    pin_memory: bool = False,
+    held: bool = False,
 ) -> Iterator[Tensor]:
     """Batches of rows as float32 [n, 3, H, W], in order, the next one read ahead by threads.
 
@@ -134,11 +139,12 @@ def float_batches(
         places: for each batch (shards, nth), int64 [n] each, as rows.fill takes them.
         batch_size: the largest n.
         pin_memory: page-locked memory, for copies to a GPU that the host does not wait for.
+        held: as BatchMemory has it.
     """
     stream = BatchStream(
         ((place, []) for place in places),
         rows,
-        BatchMemory(batch_size * rows.row_bytes, pinned=pin_memory),
+        BatchMemory(batch_size * rows.row_bytes, pinned=pin_memory, held=held),
         row_bytes=rows.row_bytes,
         num_threads=min(_READING_THREADS, usable_cpus()),
         ahead=1,

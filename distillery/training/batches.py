@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distillery.losses.registry import needs_second_view
-from distillery.models.precision import LOW_TYPES
+from distillery.reading.loader import held_batches
 from distillery.reading.stream import BatchMemory
 from distillery.system.errors import RunError
 
@@ -43,7 +43,7 @@ class StepBatch(NamedTuple):
     global_idx: int64 [B], each image's place in the source.
     view: float32 [B, V], the parameters of the view that both models see, for Augmentation.apply.
     second_view: those of the view that the teacher alone sees; None where no loss compares with it, or it is stored.
-    depth: [B, L], the factors of the student's stochastic depth, in the step's precision; None where it has none.
+    depth: float32 [B, L], the factors of the student's stochastic depth; None where the student has none.
     stored: the teacher's outputs, as StoredTargets.read gives them; None where the step runs the teacher.
     """
 
@@ -72,8 +72,7 @@ def stored_batch(task: Task, images: Tensor, global_idx: Tensor, epoch: int) -> 
 def _depth(task: Task, global_idx: Tensor, epoch: int) -> Tensor | None:
     if task.depth is None or not task.depth.layers:
         return None
-    factors = task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
-    return factors.to(LOW_TYPES.get(task.precision, factors.dtype))  # what autocast computes the branches in
+    return task.depth.draw(global_idx, seed=task.seed, epoch=epoch)
 
 
 class StepLoader:
@@ -105,7 +104,7 @@ class StepLoader:
 
     def held_batches(self) -> Iterator[StepBatch]:
         """As __iter__, for one who holds each batch until its copies to the device are done; in pinned memory."""
-        batches = getattr(self.loader, "held_batches", self.loader.__iter__)()
+        batches = held_batches(self.loader)
         return self._batches(batches, pin=getattr(self.loader, "pin_memory", False))
 
     def _batches(self, batches: Iterator[tuple[Tensor, Tensor]], *, pin: bool) -> Iterator[StepBatch]:

@@ -33,6 +33,7 @@ from distillery.models.configured import (
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
 from distillery.models.views import Augmentation
+from distillery.reading.loader import held_batches
 from distillery.reading.shard_draws import rows_of_draw
 from distillery.sources.evaluation import label_warnings
 from distillery.system import distributed
@@ -279,7 +280,7 @@ def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
     if task.stored is None:
         images = next(spread_batches(loader.dataset, 8, 8, task.device))
         return _on_device(live_batch(task, images, torch.arange(len(images)), epoch), task.device)
-    batches = iter(loader)
+    batches = held_batches(loader)
     images, global_idx = next(batches)
     batches.close()
     batch = _on_device(stored_batch(task, images[:8], global_idx[:8], epoch), task.device)
@@ -288,7 +289,7 @@ def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
 
 def first_batches(loader: Any, task: Task, epoch: int) -> list[StepBatch]:
     """The loader's next batch as each kind of step of the run takes it, on the device."""
-    batches = iter(loader)
+    batches = held_batches(loader)
     images, global_idx = next(batches)
     batches.close()
     kinds = [] if task.stored is None else [stored_batch]

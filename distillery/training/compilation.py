@@ -39,9 +39,11 @@ def decide_compiled(
         train: the keys.
         device: `auto` compiles on CUDA alone.
         total_steps: of the whole run: `auto` compiles where these win back what compiling takes.
-        saved: as_dict() of the run that goes on: what `auto` once came to stays, so that its numbers do not change.
+        saved: as_dict() of the run that goes on: on CUDA what `auto` once came to stays, so that its numbers do not
+            change.
     """
     is_long = device.type == "cuda" and total_steps >= PAYS_FROM_STEPS
+    saved = saved if device.type == "cuda" else None
     chosen = {}
     for part, own in (("student", train.compile_student), ("teacher", train.compile_teacher)):
         wanted = train.compile if own is None else own
@@ -54,13 +56,13 @@ def eager() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
-def compile_now(rehearse: Callable[[], None]) -> tuple[bool, str]:
-    """Let torch.compile do its work before the first step; where it fails, everything runs uncompiled from then on.
+def compile_now(rehearse: Callable[[], None]) -> str:
+    """Let torch.compile do its work before the first step; where it fails, this process runs uncompiled from then on.
 
     Args:
-        rehearse: runs every kind of step once, without averaging over the ranks.
+        rehearse: runs every kind of step once, without a word to the other ranks. All ranks compile, or none.
     Returns:
-        Whether it is compiled now, on every rank, and a line for the console.
+        A line for the console.
     """
     began, error = time.monotonic(), None
     try:
@@ -70,10 +72,10 @@ def compile_now(rehearse: Callable[[], None]) -> tuple[bool, str]:
     if any_rank(error is not None)[0]:
         torch.compiler.set_stance("force_eager")
         why = "on another rank" if error is None else " ".join(str(error).split("\n\n")[0].split())[:300]
-        return False, f"torch.compile failed ({why}): the run goes on uncompiled. compile: false leaves the attempt out"
+        return f"torch.compile failed ({why}): the run goes on uncompiled. compile: false leaves the attempt out"
     breaks = graph_breaks()
     text = f"torch.compile: {num_graphs()} graphs in {time.monotonic() - began:.0f} s, {breaks} graph breaks"
-    return True, text if num_graphs() else f"{text}; nothing was compiled: set compile: false"
+    return text if num_graphs() else f"{text}; nothing was compiled: set compile: false"
 
 
 def num_graphs() -> int:

@@ -1,7 +1,6 @@
 """The lines that a run prints about its models, its schedule and its memory."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.models.configured import choose_precision
 from distillery.system import distributed
+from distillery.system.allocation import is_out_of_memory
 from distillery.system.console import format_bytes
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.estimate import describe_cache, describe_saving
@@ -37,12 +37,15 @@ def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: 
     return lines
 
 
-def describe_new_schedule(state: dict[str, Any], train: TrainConfig, schedule: Schedule) -> list[str]:
-    """A note for the user where a run goes on with another num_epochs than its checkpoint `state` has."""
-    if state["config"]["train"]["num_epochs"] == train.num_epochs:
-        return []
-    before, now = state["learning_rate"], schedule.at(state["progress"]["step"])
-    return [f"num_epochs changed: a new schedule; the learning rate goes from {before:.3g} to {now:.3g}"]
+def describe_changes(state: dict[str, Any], train: TrainConfig, task: Task) -> list[str]:
+    """Notes for the user where a run goes on with another num_epochs or precision than its checkpoint `state` has."""
+    notes = []
+    if state["config"]["train"]["num_epochs"] != train.num_epochs:
+        before, now = state["learning_rate"], task.schedule.at(state["progress"]["step"])
+        notes.append(f"num_epochs changed: a new schedule; the learning rate goes from {before:.3g} to {now:.3g}")
+    if (before := state.get("precision", task.precision)) != task.precision:
+        notes.append(f"the run was computed in {before} so far, and goes on in {task.precision} on this device")
+    return notes
 
 
 @contextlib.contextmanager
@@ -70,30 +73,6 @@ def advice_on_errors(
         raise RunError(memory_advice(configs.train, configs.data.image_size, device, position.step)) from error
     finally:
         checkpoints.close()
-
-
-# what the CPU's allocator, CUDA and its libraries say; torch has an error of its own for its GPU allocator alone
-_OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|out of memory|cudaErrorMemoryAllocation|"
-    r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_(\w+_)?ALLOC\w*_FAILED"
-)
-# a library that finds no room for its workspace says that it was not initialised
-_NO_WORKSPACE = re.compile(r"CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED")
-_SMALL_WORKSPACE = 512 << 20
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the CPU or on the GPU, in torch or in one of CUDA's libraries."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        return True
-    return _NO_WORKSPACE.search(str(error)) is not None and _is_gpu_full()
-
-
-def _is_gpu_full() -> bool:
-    """Whether the present GPU has too little memory left for a library's workspace."""
-    with contextlib.suppress(RuntimeError):  # after some errors CUDA answers nothing any more
-        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _SMALL_WORKSPACE
-    return False
 
 
 def memory_advice(train: TrainConfig, image_size: int, device: torch.device, step: int) -> str:

@@ -14,7 +14,7 @@ from distillery.losses.targets import FrozenTeacher, Targets
 from distillery.losses.total import EmbeddingQueue, check_gradients
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
-from distillery.models.precision import autocast_for
+from distillery.models.precision import LOW_TYPES, autocast_for
 from distillery.models.views import Augmentation
 from distillery.system import distributed
 from distillery.system.signals import StopFlag
@@ -187,19 +187,24 @@ def forward_losses(task: Task, batch: StepBatch) -> dict[str, Tensor]:
     # a queue that still grows would compile again in every step
     is_growing = task.compiled and task.queue is not None and not task.queue.is_full
     with eager() if is_growing else nullcontext():
-        losses, pooled = _losses_of_view(task, batch, task.view_call, task.objective_call)
+        past = None if task.queue is None else task.queue.rows
+        losses, pooled = _losses_of_view(task, batch, task.view_call, task.objective_call, past)
     if task.queue is not None:
         task.queue.push(pooled)
     return losses
 
 
 def _losses_of_view(
-    task: Task, batch: StepBatch, make_view: Callable[[Tensor, Tensor], Tensor], objective: nn.Module
+    task: Task,
+    batch: StepBatch,
+    make_view: Callable[[Tensor, Tensor], Tensor],
+    objective: nn.Module,
+    past: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """forward_losses and the teacher's pooled targets; nothing is kept of the batch."""
+    """forward_losses and the teacher's pooled targets; nothing is kept of the batch. past: rows of the queue."""
     view, second = make_view(batch.images, batch.view), None
     if batch.depth is not None:
-        task.depth.use(batch.depth)
+        task.depth.use(batch.depth, LOW_TYPES.get(task.precision, torch.float32))
     with task.clock.part("teacher"):
         if batch.stored is not None:
             targets = task.stored.targets(batch.stored)
@@ -209,16 +214,19 @@ def _losses_of_view(
             if batch.second_view is not None:
                 second = task.teacher_call(make_view(batch.images, batch.second_view))
     with task.clock.part("student"), task.autocast():
-        past = None if task.queue is None else task.queue.rows
         is_stored = batch.stored is not None
         losses = objective(view, targets, second_view=second, queue=past, is_stored=is_stored)
     return losses, targets.pooled
 
 
 def rehearse_step(task: Task, batch: StepBatch) -> None:
-    """The forward and backward pass of a step, as the step calls them; they leave no trace."""
-    with _untouched(task), _without_sync(task.objective_call):
-        losses, _ = _losses_of_view(task, batch, task.view_call, task.objective_call)
+    """The forward and backward pass of a step, as the step calls them; they leave no trace, on this rank alone.
+
+    A queue is as full as it will be in most steps.
+    """
+    past = None if task.queue is None else task.queue.all_rows
+    with _untouched(task), _alone(task.objective_call):
+        losses, _ = _losses_of_view(task, batch, task.view_call, task.objective_call, past)
         task.scaler.scale(losses["loss"]).backward()
 
 
@@ -233,6 +241,20 @@ def _untouched(task: Task) -> Iterator[None]:
         for value, old in zip(buffers, before, strict=True):
             value.copy_(old)
         task.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Inside, the ranks share nothing: neither gradients nor the buffers of batch norm. One of them may fail."""
+    if not isinstance(module, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    module.require_forward_param_sync = False
+    try:
+        with module.no_sync():
+            yield
+    finally:
+        module.require_forward_param_sync = True  # a forward pass within no_sync has unset it
 
 
 def _without_sync(module: nn.Module) -> Any:

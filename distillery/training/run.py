@@ -13,7 +13,7 @@ from distillery.training import bindings
 from distillery.training.batches import StepLoader
 from distillery.training.build import first_batches, global_batch_size
 from distillery.training.checkpoints import CheckpointWriter, Proof, state_on_device
-from distillery.training.compilation import Compiled, compile_now, num_graphs
+from distillery.training.compilation import compile_now, num_graphs
 from distillery.training.describe import describe_batch
 from distillery.training.engine import Position, Task, check_numbers, rehearse_step, train_one_epoch
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
@@ -48,10 +48,7 @@ def compile_step(run: Run) -> None:
     run.console.message("torch.compile: compiling, which takes a minute or more")
     batches = first_batches(run.loader, task, position.epoch)
     run.loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
-    is_compiled, line = compile_now(lambda: [rehearse_step(task, batch) for batch in batches])
-    if not is_compiled:
-        task.compiled = Compiled()
-    run.console.message(line)
+    run.console.message(compile_now(lambda: [rehearse_step(task, batch) for batch in batches]))
 
 
 def train_epoch(run: Run) -> None:
@@ -108,6 +105,8 @@ def save(run: Run) -> None:
 
     Nothing here waits for a GPU. The writer finds numbers that are not finite, and writes nothing then.
     """
+    # of a rank that has died gloo tells here; a write that had begun would wait for a GPU that waits for that rank
+    distributed.wait_for_all()
     bad_steps = run.task.bad_steps
     is_lost = distributed.any_rank_on_device(bad_steps.count > bad_steps.allowed)
     if not distributed.is_main():

@@ -3,8 +3,8 @@ import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
 from distillery.config.load import load_train_config
-from distillery.losses.targets import Moments, Targets, equalising_rotation, hadamard, phi_s_rotation
-from distillery.models.backbone import Features
+from distillery.losses.targets import FrozenTeacher, Moments, Targets, equalising_rotation, hadamard, phi_s_rotation
+from distillery.models.backbone import Features, ModelSpec, build_backbone
 from distillery.system.errors import UserError
 
 
@@ -153,3 +153,19 @@ def test_the_key_takes_a_bool_or_phi_s(value):
 def test_another_word_in_the_key_is_refused_with_what_it_takes():
     with pytest.raises(UserError, match="standardise_targets.*expected true, false or phi_s"):
         load_train_config({"checkpoint_dir": "x", "standardise_targets": "zca"})
+
+
+def test_a_teacher_that_is_evaluated_runs_in_the_precision_that_it_teaches_in():
+    spec = ModelSpec(source="timm", name="test_vit", pretrained=False, kwargs={"img_size": 32})
+    backbone = build_backbone(spec, data_mean=(0.5,) * 3, data_std=(0.25,) * 3, image_size=32)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        plain = backbone.eval()(images).pooled
+        FrozenTeacher(backbone, precision="bf16")
+        own = backbone(images).pooled
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(backbone(images).pooled, own)
+        assert not torch.equal(own, plain)
+        FrozenTeacher(backbone, precision="fp32")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(backbone(images).pooled, plain)

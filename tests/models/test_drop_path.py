@@ -106,11 +106,13 @@ def test_layers_of_timm_and_torchvision_are_replaced():
 
 def test_the_type_of_the_activations_stays():
     batch = BatchFactors()
-    batch.factors = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
-    layer = DropPath(0.5, batch, 1)
-    out = layer(torch.ones(2, 3, 4, dtype=torch.bfloat16))
-    assert out.dtype == torch.bfloat16
-    assert out[:, 0, 0].tolist() == [0.0, 2.0]
+    batch.factors = torch.tensor([[1.0, 0.0], [1.0, 1 / 0.9]])
+    batch.low = batch.factors.bfloat16()
+    layer = DropPath(0.1, batch, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        out = layer(torch.ones(2, 3, 4, dtype=dtype))
+        assert out.dtype == dtype
+        assert torch.equal(out[:, 0, 0], batch.factors[:, 1].to(dtype))  # float32 is not rounded on its way
 
 
 def test_a_block_that_is_computed_again_leaves_out_the_same_samples():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distillery.training.engine import Position, check_numbers, train_step
-from distillery.training.watch import BadSteps, RunningStatistics, check_weights
+from distillery.training.watch import BadSteps, RunningStatistics, check_finite, finite_weights
 from tests.training.test_engine import batches, build_task, run_epoch
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_a_nan_in_one_image_is_skipped_and_reaches_neither_weights_nor_running_s
     for step in range(3):
         train_step(task, [data[step]], step, 0)
         statistics[step] = {name: value.clone() for name, value in task.student.state_dict().items()}
-        check_weights(task.student)
+        check_finite(*finite_weights(task.student))
     assert task.bad_steps.count == 1
     floats = [name for name, value in statistics[0].items() if value.is_floating_point()]
     assert all(torch.equal(statistics[1][name], statistics[0][name]) for name in floats)
@@ -91,7 +91,7 @@ def test_a_bad_step_is_left_out_by_the_optimiser_and_good_ones_are_taken(fused):
     assert all(torch.equal(a, b) for a, b in zip(weights, task.student.parameters(), strict=True))
     train_step(task, batches(1), 1, 0)
     assert any(not torch.equal(a, b) for a, b in zip(weights, task.student.parameters(), strict=True))
-    check_weights(task.student)
+    check_finite(*finite_weights(task.student))
     steps = {value["step"].item() for value in task.optimizer.state.values()}
     assert steps == {1.0}
 
@@ -123,7 +123,7 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_stops_the_run():
     weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FloatingPointError, match=r"step 0 \(epoch 0\): loss=[\d.]+, .*grad_norm="):
         run_epoch(task, Position(), batches(2), steps=2)
-    check_weights(task.student)
+    check_finite(*finite_weights(task.student))
 
 
 def test_a_skipped_step_of_the_fp16_scaler_is_no_error_and_later_steps_train():
@@ -151,8 +151,8 @@ def test_an_fp16_scaler_that_never_comes_to_an_end_is_an_error():
 
 def test_each_tensor_that_is_not_finite_is_counted_and_the_first_is_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    check_weights(model)
+    check_finite(*finite_weights(model))
     model[1].running_var[0] = math.inf
     model[1].running_mean[1] = NAN
     with pytest.raises(FloatingPointError, match="2 tensors of the student .* the first is 1.running_mean"):
-        check_weights(model)
+        check_finite(*finite_weights(model))

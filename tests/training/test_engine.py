@@ -26,7 +26,7 @@ from distillery.training.engine import (
     train_one_epoch,
     train_step,
 )
-from distillery.training.watch import check_weights
+from distillery.training.watch import check_finite, finite_weights
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 AS_THEY_ARE = Augmentation(hflip=False, mean=MEAN, std=STD)
@@ -214,7 +214,7 @@ def test_nan_never_reaches_the_weights_and_max_bad_steps_skips_it():
     position = Position()
     run_epoch(task, position, data, steps=3)
     assert position.step == 3
-    check_weights(task.student)
+    check_finite(*finite_weights(task.student))
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -222,7 +222,7 @@ def test_weights_that_are_not_finite_are_refused():
     with torch.no_grad():
         model.weight[0, 0] = math.inf
     with pytest.raises(FloatingPointError, match="weight; not saved"):
-        check_weights(model)
+        check_finite(*finite_weights(model))
 
 
 def test_an_epoch_counts_steps_and_samples_and_logs_every_so_often():

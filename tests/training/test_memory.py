@@ -4,7 +4,9 @@ from torch import nn
 
 from distillery.config.load import load_configs
 from distillery.training import memory
+from distillery.training.engine import train_step
 from distillery.training.memory import GB, activation_bytes, fit_line, largest_batch, student_bytes, teacher_bytes
+from tests.training.test_compilation import compiled_task, raw_batch
 from tests.training.test_engine import build_task
 
 
@@ -69,3 +71,9 @@ def test_a_run_on_stored_outputs_has_no_teacher_to_hold():
     task.teacher = nn.Identity()
     assert fit_line(task, train_config(), 32).startswith("fits: student with AdamW")
     assert torch.is_grad_enabled()
+
+
+def test_a_student_that_leaves_out_branches_is_measured_after_a_step_of_another_batch_size():
+    task = compiled_task(compile=False, model={"drop_path_rate": 0.2})
+    train_step(task, [raw_batch(task, 0, size=8)], 0, 0)
+    assert "(computed;" in fit_line(task, train_config(), 32)

@@ -82,7 +82,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [value for value in args if isinstance(value, Tensor)]
-        if any(value.is_cuda for value in tensors) and not (isinstance(out, Tensor) and out.is_cuda):
+        is_number = isinstance(out, bool | int | float) or isinstance(out, Tensor) and not out.is_cuda
+        if is_number and any(value.is_cuda for value in tensors):
             self.found.append(str(func))
         return out
 

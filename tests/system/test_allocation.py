@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distillery.training.describe import is_out_of_memory
+from distillery.system.allocation import is_out_of_memory
 
 
 @pytest.mark.parametrize(
