@@ -44,11 +44,14 @@ test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)
 	printf '%s\n' $(FORKING) | xargs -P 2 -n 1 $(BIN)/python -m pytest
 
-# without CUDA the tests marked gpu are skipped, and the benchmark says that there is nothing to measure
+# without CUDA the tests marked gpu are skipped, and the benchmark says that there is nothing to measure; a test that
+# fails does not keep the others from running
 gpu: install
-	$(BIN)/python -m pytest -m gpu -rs
-	$(BIN)/python -m pytest tests/gpu
-	$(BIN)/python -m benchmarks.gpu --minutes 9 --out gpu.json
+	status=0; \
+	$(BIN)/python -m pytest -m gpu -rs || status=1; \
+	$(BIN)/python -m pytest tests/gpu || status=1; \
+	$(BIN)/python -m benchmarks.gpu --minutes 9 --out gpu.json || status=1; \
+	exit $$status
 
 # hours of bad luck at ten times the scale of make test: kills, flipped bits, full disks, writers stopped and killed beside each other;
 # the seed is printed, FAULTS_SEED repeats it, FAULTS_SCALE=100 goes on for the night

@@ -4,13 +4,14 @@ Each is a generator of (name, value): what it has found so far is kept when it i
 """
 
 import contextlib
-import functools
 import itertools
+import math
 import os
 import socket
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_setup import (
     Bench,
@@ -34,9 +36,22 @@ from benchmarks.gpu_setup import (
 )
 from benchmarks.gpu_speed import EAGER, VARIANTS, Found
 from distillery.evaluate.features import evaluate_on_folders
-from distillery.reading.loader import DevicePrefetcher
+from distillery.reading.loader import DeviceCopies
 from distillery.training.build import eval_folders
 
+# name of a step in which the host may not wait -> changes of the default train configuration
+RESNET = "ResNet student"
+WATCHED: dict[str, dict] = {
+    "live": EAGER,
+    "cached": EAGER | VARIANTS["cached"],
+    "hybrid": EAGER | VARIANTS["hybrid"],
+    "fp16": EAGER | {"precision": "fp16"},
+    RESNET: EAGER,
+    "compiled": {"compile": True},
+}
+# name of a run whose losses are compared with those of the first -> changes as well
+EXACT = {"precision": "fp32", "teacher_precision": "fp32"}
+CURVES: dict[str, dict] = {"float32": EAGER | EXACT, "bf16": EAGER | {"precision": "bf16"}} | VARIANTS
 # for the other process to notice
 PATIENCE_S = 120.0
 
@@ -101,17 +116,10 @@ class HostReads(TorchDispatchMode):
 def safety(bench: Bench) -> Found:
     """No step makes the host wait, no byte is wrong, and a killed run goes on as if nothing had happened."""
     yield "resume", resume(bench)
-    device, stored = bench.device(), EAGER | VARIANTS["cached"]
-    variants: dict[str, dict] = {
-        "live": {"train": EAGER},
-        "cached": {"train": stored},
-        "hybrid": {"train": EAGER | VARIANTS["hybrid"]},
-        "fp16": {"train": EAGER | {"precision": "fp16"}},
-        "ResNet student": {"train": EAGER, "model": {"student_name": bench.sizes.convolutional}},
-        "compiled": {"train": {"compile": True}},
-    }
-    for name, changes in variants.items():
-        yield name, host_waits(Trainer(bench.configs(**changes), device), device, bench.sizes.steps)
+    device = bench.device()
+    for name, train in WATCHED.items():
+        model = {"student_name": bench.sizes.convolutional} if name == RESNET else {}
+        yield name, host_waits(Trainer(bench.configs(train=train, model=model), device), device, bench.sizes.steps)
         free_memory()
     yield "known values", known_values(bench, device)
     if not bench.on_cuda:
@@ -122,12 +130,12 @@ def safety(bench: Bench) -> Found:
 
 
 def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, Any]:
-    """Steps in which waiting for the GPU is an error; on the CPU the numbers that the host reads are counted."""
+    """Steps in which waiting for the GPU is an error; on the CPU the numbers that the host reads are counted.
+
+    torch does not call it waiting where a copy that need not be waited for comes from pageable memory, and CUDA then
+    waits: such tensors are counted among those handed to the copies.
+    """
     groups = trainer.groups_without_end()
-    # what happens once: constants, the optimiser's state, compilation, for both kinds of a hybrid run's batches
-    for _ in range(5):
-        trainer.step(next(groups))
-    synchronize(device)
     waits, reads = None, HostReads()
 
     def run() -> None:
@@ -135,6 +143,11 @@ def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, 
             trainer.step(next(groups))
 
     with contextlib.ExitStack() as stack:
+        copied = stack.enter_context(watched_copies())
+        # what happens once: constants, the optimiser's state, compilation, for both kinds of a hybrid run's batches
+        for _ in range(5):
+            trainer.step(next(groups))
+        synchronize(device)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")
@@ -145,10 +158,24 @@ def host_waits(trainer: Trainer, device: torch.device, steps: int) -> dict[str, 
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
-            return {"waits": str(error).splitlines()[0]}
+            return {"waits": str(error).splitlines()[0], **copied}
     synchronize(device)
-    found = {"waits": waits, "host_ms": 1000 * took_s / steps}
+    found = {"waits": waits, "host_ms": 1000 * took_s / steps, **copied}
     return found if device.type == "cuda" else found | {"host_reads_per_step": reads.count / steps}
+
+
+@contextlib.contextmanager
+def watched_copies() -> Iterator[Counter]:
+    """Inside, counts tensors of the host that are handed to the copies to the device: "copied"; of them, "pageable"."""
+    begin, counts = DeviceCopies.begin, Counter(copied=0, pageable=0)
+
+    def watched(copies: DeviceCopies, batch: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_cuda]
+        counts.update(copied=len(tensors), pageable=sum(not tensor.is_pinned() for tensor in tensors))
+        return begin(copies, batch)
+
+    with mock.patch.object(DeviceCopies, "begin", watched):
+        yield counts
 
 
 def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
@@ -162,10 +189,9 @@ def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
         if device.type == "cuda" and torch.rand((), generator=draws) < 0.5:
             torch.cuda._sleep(int(2e6 * torch.rand((), generator=draws)))  # up to a millisecond
 
-    with held_up_copies(hold_up) as copies:
+    with held_up_copies(hold_up) as copies, watched_copies() as copied:
         while done < bench.sizes.loader_batches:
-            trainer.loader.load_state_dict({"epoch": trainer.position.epoch, "samples": 0})
-            for batch in DevicePrefetcher(trainer.loader, device):
+            for (batch,) in trainer.groups():
                 hold_up()
                 images, rows = images_and_rows(batch)
                 wrong += (images != expected[rows]).sum()
@@ -173,7 +199,7 @@ def known_values(bench: Bench, device: torch.device) -> dict[str, Any]:
             trainer.position.next_epoch()
     count = int(wrong)
     batch_ms = 1000 * (time.perf_counter() - began) / done
-    return {"batches": done, "wrong_bytes": count, "batch_ms": batch_ms, "copies_held_up": next(copies)}
+    return {"batches": done, "wrong_bytes": count, "batch_ms": batch_ms, "copies_held_up": next(copies), **copied}
 
 
 @contextlib.contextmanager
@@ -214,7 +240,7 @@ def resume(bench: Bench) -> dict[str, Any]:
     return {
         "killed_after_step": killed_at,
         "rows": len(pairs),
-        "largest_difference": max(differences),
+        "largest_difference": worst(differences),
         # on CUDA some kernels add in no fixed order, and what that changes grows with every step
         "tolerance": 0.02 if bench.on_cuda else 0.0,
         "went_on": "starting a new run" not in again.path.read_text(),
@@ -234,31 +260,24 @@ def evaluation(bench: Bench) -> Found:
         configs = bench.configs(train=EAGER | {"precision": precision}, data=data)
         trainer = Trainer(configs, device)
         (folders,) = eval_folders(configs.data).values()
-        features = functools.partial(features_of, trainer)
+        model = trainer.task.teacher.backbone
         for _ in range(2):  # the first time pays for what happens once
             began = time.perf_counter()
-            accuracies[name] = evaluate_on_folders(features, *folders, k=5, device=device)["knn_top1"]
-            took_s = time.perf_counter() - began
+            row = evaluate_on_folders(model, *folders, k=5, device=device, precision=precision)
+            took_s, accuracies[name] = time.perf_counter() - began, row["knn_top1"]
         images = 2 * bench.sizes.labelled
         yield name, {"images_per_second": images / took_s, "image_ms": 1000 * took_s / images,
                      "knn_top1": accuracies[name]}  # fmt: skip
-        del trainer, features
+        del trainer, model
         free_memory()
     yield "knn_difference", abs(accuracies["bf16"] - accuracies["float32"])
-
-
-def features_of(trainer: Trainer, images: Tensor) -> Tensor:
-    """The teacher's features [B, D], in the trainer's precision."""
-    with trainer.task.autocast():
-        return trainer.task.teacher.backbone(images).pooled
 
 
 def numbers(bench: Bench) -> Found:
     """What lower precision and compilation change: the teacher's features, and the loss of every variant."""
     device, sizes = bench.device(), bench.sizes
-    exact = {"precision": "fp32", "teacher_precision": "fp32"}
     features: dict[str, dict[str, Tensor]] = {}
-    for name, changes in {"float32": exact, "bf16": {"precision": "bf16"}}.items():
+    for name, changes in {"float32": EXACT, "bf16": {"precision": "bf16"}}.items():
         trainer = Trainer(bench.configs(train=EAGER | changes), device)
         with torch.no_grad(), trainer.task.autocast():
             found = trainer.task.teacher.backbone(trainer.views(sizes.batch)).tensors()
@@ -272,10 +291,9 @@ def numbers(bench: Bench) -> Found:
             for field, value in features["float32"].items()
         },
     )
-    variants = {"float32": EAGER | exact, "bf16": EAGER | {"precision": "bf16"}} | VARIANTS
     learning = {"learning_rate": 1e-3, "warmup_epochs": 0}  # a long run's warm-up would hardly move the student
     reference: list[float] = []
-    for name, changes in variants.items():
+    for name, changes in CURVES.items():
         if bench.seconds_left() < 0.1 * PATIENCE_S and not bench.is_smoke:
             yield "note", [f"{name} and those after it: no time left"]
             return
@@ -299,7 +317,12 @@ def numbers(bench: Bench) -> Found:
 def largest_difference(reference: list[float], curve: list[float]) -> float:
     """The largest relative difference of two loss curves, each averaged over ten steps at a time."""
     means = [[statistics.mean(values[i : i + 10]) for i in range(0, len(values), 10)] for values in (reference, curve)]
-    return max(abs(one - other) / abs(one) for one, other in zip(*means, strict=True))
+    return worst([abs(one - other) / abs(one) for one, other in zip(*means, strict=True)])
+
+
+def worst(differences: list[float]) -> float:
+    """The largest of them, infinite where one is not finite: max() may pass over a NaN."""
+    return max(value if math.isfinite(value) else math.inf for value in differences)
 
 
 # ---- ddp ---------------------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
 from distillery.training.batches import StepLoader
+from distillery.training.checkpoints import CheckpointWriter
 from distillery.training.engine import Position, batches_by_step, train_one_epoch, train_step
-from distillery.training.run import compile_step
+from distillery.training.run import compile_step, save
 
 # a process is forked where nothing has touched CUDA yet: it then has torch and timm without importing them again
 FORK = multiprocessing.get_context("fork")
@@ -53,7 +54,7 @@ class Sizes:
     image_px: height and width; images: of the training cache; shard: images of one; batch: images a step;
     other_batches: measured as well, the most telling first; warmup, steps: of a timing; short_epochs: after which
     memory must be flat; loader_batches: compared with known values; curve: steps of a loss curve; save_every: steps
-    between checkpoints; labelled: images of either split.
+    between checkpoints, and with one at least; labelled: images of either split.
     """
 
     image_px: int
@@ -75,7 +76,7 @@ class Sizes:
 
 FULL = Sizes(
     image_px=224, teacher="vit_base_patch14_dinov2.lvd142m", student="vit_small_patch16_224",
-    convolutional="resnet18", images=4096, shard=512, batch=64, other_batches=(256, 512, 128), warmup=3, steps=20,
+    convolutional="resnet18", images=4096, shard=2048, batch=64, other_batches=(256, 512, 128), warmup=3, steps=20,
     short_epochs=40, loader_batches=2000, curve=100, save_every=16, labelled=2048,
 )  # fmt: skip
 SMOKE = Sizes(
@@ -300,6 +301,12 @@ class Trainer:
         )  # fmt: skip
         self.position.next_epoch()
         return [row for row in rows if row is not None]
+
+    def save(self, checkpoints: CheckpointWriter) -> None:
+        """Write a checkpoint of this moment, or begin to."""
+        log = SimpleNamespace(best_step=lambda _measure: None)
+        save(SimpleNamespace(task=self.task, position=self.position, configs=self.configs, checkpoints=checkpoints,
+                             shards=self.loader.shard_names, teacher_hash="", log=log))  # fmt: skip
 
     def views(self, count: int) -> Tensor:
         """Normalised images [count, 3, H, W] on the device."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +24,18 @@ from benchmarks.gpu_setup import (
     free_memory,
     held_bytes,
     host_milliseconds,
-    last_step,
     milliseconds,
     peak_bytes,
-    rows_of,
+    synchronize,
 )
 from distillery.config.keys_train import TrainConfig
+from distillery.models.precision import autocast_for
 from distillery.precompute.jobs import open_jobs
 from distillery.precompute.teacher_job import build_teacher_job
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.system.signals import StopFlag
+from distillery.teacher_cache.outputs import forward_batch
+from distillery.training.checkpoints import CheckpointWriter
 
 Found = Iterator[tuple[str, Any]]
 
@@ -48,6 +51,8 @@ VARIANTS: dict[str, dict] = {
     "cached": {"teacher_cache": {"views": 2, "enabled": True}},
     "hybrid": {"teacher_cache": {"views": 2, "enabled": True, "mode": "hybrid", "live_fraction": 0.5}},
 }
+# the peers' steps
+TIMM, LIGHTLY = "timm FeatureDistillationTask", "LightlyTrain distillationv3, with its loader"
 # batches that a timing goes round in
 KEPT_STEPS = 4
 
@@ -146,8 +151,8 @@ def steps(bench: Bench) -> Found:
             measure = functools.partial(variant_step, bench, device, changes | {"batch_size": batch})
             contenders.append((name + where, batch, measure))
         if batch == sizes.batch:
-            contenders.append(("timm FeatureDistillationTask", batch, lambda: timm_step(bench, device)))
-            contenders.append(("LightlyTrain distillationv3", batch, lambda: lightly_step(bench, device)))
+            contenders.append((TIMM, batch, lambda: timm_step(bench, device)))
+            contenders.append((LIGHTLY, batch, lambda: lightly_step(bench, device)))
     # seconds that a variant took, which it will take again with another batch
     left_out, took_s = [], {}
     for name, batch, measure in contenders:
@@ -304,37 +309,83 @@ def feed(bench: Bench) -> Found:
 
 
 def save(bench: Bench) -> Found:
-    """What a checkpoint costs: windows of steps with one and without take turns within one run of the real trainer."""
-    sizes, run_dir = bench.sizes, bench.folder / "run_save"
-    window = sizes.save_every // 2
-    changes = {"checkpoint_dir": str(run_dir), "save_every": sizes.save_every, "log_every": window, "compile": False,
-               "eval_every_epochs": 0}  # fmt: skip
-    enough = 10 if bench.is_smoke else 12 * sizes.save_every
-    bench.start("distill_trainer", "save", train=changes).kill_when(lambda: last_step(run_dir) >= enough)
-    pairs, before = [], None
-    for row in rows_of(run_dir):
-        # a checkpoint is written after the row of its step, so that its cost is in the next one
-        is_with = (row["step"] - window) % sizes.save_every == 0
-        if is_with and before is not None and row["epoch"] == before["epoch"]:
-            pairs.append((before["step_seconds"], row["step_seconds"]))
-        before = None if is_with else row
-    without_ms = 1000 * statistics.median(pair[0] for pair in pairs)
-    extra_ms = 1000 * window * statistics.median(after - before for before, after in pairs)
+    """What a checkpoint costs: steps from its beginning until it is on the disk, and as many without one, in turns."""
+    device, sizes = bench.device(), bench.sizes
+    trainer = Trainer(bench.configs(train=EAGER), device)
+    groups = trainer.groups_without_end()
+    checkpoints = CheckpointWriter(bench.folder / "run_save", None, in_background=bench.on_cuda)
+
+    def step() -> None:
+        trainer.step(next(groups))
+
+    def wait() -> None:
+        synchronize(device)
+
+    pairs = []
+    # the first checkpoint allocates what the others use again
+    for number in range(1 + (3 if bench.is_smoke else 12)):
+        if number > 1 and bench.seconds_left() < 0:
+            break
+        pair = cost_of_checkpoint(step, lambda: trainer.save(checkpoints), checkpoints, wait, sizes.save_every)
+        pairs += [pair] * bool(number)
+    checkpoints.close()
+    without_ms = 1000 * statistics.median(pair.without_s / pair.steps for pair in pairs)
+    extra_ms = 1000 * statistics.median(pair.with_s - pair.without_s for pair in pairs)
+    write_ms = 1000 * statistics.median(pair.write_s for pair in pairs)
     known = bench.earlier.get("steps", {}).get("default", {}).get("step_ms", without_ms)
     default = TrainConfig()
     intervals = [default.save_every * known, 60_000 * (default.save_every_minutes or 0)]
+    interval_ms = min(interval for interval in intervals if interval)
     yield "step_ms", without_ms
+    # of the training, and until the file and its record are there
     yield "checkpoint_ms", extra_ms
+    yield "write_ms", write_ms
     yield "pairs", len(pairs)
-    yield "default_interval_ms", min(interval for interval in intervals if interval)
-    yield "share_of_time", extra_ms / min(interval for interval in intervals if interval)
+    yield "default_interval_ms", interval_ms
+    yield "share_of_time", extra_ms / interval_ms
+    if write_ms > interval_ms:
+        yield "note", ["a write takes longer than the default interval: there each save waits for the write before it"]
+
+
+@dataclass(frozen=True)
+class CheckpointCost:
+    """Seconds of so many steps with a checkpoint and without, and until it was on the disk."""
+
+    steps: int
+    with_s: float
+    without_s: float
+    write_s: float
+
+
+def cost_of_checkpoint(
+    step: Callable[[], Any], save: Callable[[], Any], checkpoints: CheckpointWriter, wait: Callable[[], Any], least: int
+) -> CheckpointCost:
+    """Save, then take `least` steps or more, until the write has ended; then as many without; wait: for the device.
+
+    A save waits where the last write has not ended, as a run's does only where its checkpoints are too close.
+    """
+    wait()
+    before, steps, write_s, began = checkpoints.last, 0, None, time.perf_counter()
+    save()
+    while write_s is None or steps < least:
+        step()
+        steps += 1
+        checkpoints.raise_if_failed()
+        if write_s is None and checkpoints.last != before:
+            write_s = time.perf_counter() - began
+    wait()
+    with_s, began = time.perf_counter() - began, time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return CheckpointCost(steps, with_s, time.perf_counter() - began, write_s)
 
 
 # ---- pass --------------------------------------------------------------------------------------------------------
 
 
 def teacher_pass(bench: Bench) -> Found:
-    """Stage 1's --teacher, from its first batch to its last, beside the teacher alone on batches that are there."""
+    """Stage 1's --teacher from its first batch to its last, and the teacher alone on a random batch of its size."""
     sizes = bench.sizes
     # views of another seed: none of them has been made
     configs = bench.configs(train={"teacher_cache": {"enabled": True, "views": 2, "seed": 1}})
@@ -348,11 +399,12 @@ def teacher_pass(bench: Bench) -> Found:
     )  # fmt: skip
     passes = sum(count for _, count in marks[1:]) * job.plan.spec.num_views
     rate = passes / (marks[-1][0] - marks[0][0])
-    view = torch.zeros((sizes.batch, 3, sizes.image_px, sizes.image_px), device=device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.teacher.precision)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    # a shard may have fewer images than a batch
+    view = torch.randn((min(forward_batch(device), sizes.shard), 3, sizes.image_px, sizes.image_px), device=device)
+    with torch.inference_mode(), autocast_for(job.teacher.precision, device.type):
         batch_ms = milliseconds(lambda: job.teacher.backbone(view), device, sizes.steps, warmup=sizes.warmup)
+    yield "batch", len(view)
     yield "images_per_second", rate
     yield "bare_images_per_second", 1000 * len(view) / batch_ms
     yield "bare_batch_ms", batch_ms
-    yield "busy_share", rate * batch_ms / 1000 / len(view)
+    yield "share_of_bare", rate * batch_ms / 1000 / len(view)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_checks import host_waits, largest_difference
+from benchmarks import gpu, gpu_checks
+from benchmarks.gpu_checks import CURVES, WATCHED, host_waits, largest_difference, watched_copies, worst
 from benchmarks.gpu_setup import covered_share, host_milliseconds, milliseconds
+from benchmarks.gpu_speed import CheckpointCost, cost_of_checkpoint
+from distillery.reading.loader import DeviceCopies
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -41,7 +44,7 @@ def test_the_smoke_run_measures_every_part_and_writes_one_json_and_one_table(tmp
         assert measured and all(number > 0 for number in measured), name
         assert f"| {name} |" in done.stdout
     rows = {name: row for name, row in result["parts"]["steps"].items() if isinstance(row, dict)}
-    assert rows.keys() >= {*gpu.gpu_speed.VARIANTS, "timm FeatureDistillationTask"}
+    assert rows.keys() >= {*gpu.gpu_speed.VARIANTS, gpu.gpu_speed.TIMM}
     assert all(row["step_ms"] > 0 for row in rows.values())
     assert {result["parts"][name]["passed"] for name in ("safety", "numbers", "eval", "ddp")} == {True}
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
@@ -89,8 +92,11 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatc
     "found, on_cuda, expected",
     [
         ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, True, [True, None, True]),
-        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.4}, "timm x": {"step_ms": 15.0}}, True,
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.4}, gpu.gpu_speed.TIMM: {"step_ms": 15.0}}, True,
          [False, False, None]),
+        # a whole run's time says nothing of a step
+        ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, gpu.gpu_speed.LIGHTLY: {"step_ms": 15.0}}, True,
+         [True, None, None]),
         ({"default": {"step_ms": 16.0, "share_of_ceiling": 0.6}, "cached": {"step_ms": 9.0}}, False, [None] * 3),
         ({}, True, [None] * 3),
     ],
@@ -105,7 +111,7 @@ def test_wrong_bytes_and_other_losses_fail_on_a_cpu_too():
              "known values": {"wrong_bytes": 3, "copies_held_up": 0}}  # fmt: skip
     rows = gpu.check(gpu.PARTS["safety"], found, on_cuda=False, is_smoke=True)
     assert {row["check"].split(" ")[0]: row["holds"] for row in rows} == {
-        "a": True, "its": False, "no": False, "copies": None,
+        "a": True, "its": False, "no": False, "the": None, "copies": None,
     }  # fmt: skip
 
 
@@ -178,3 +184,142 @@ def test_time_covered_by_kernels_counts_overlaps_once_and_gaps_not_at_all():
 def test_loss_curves_are_compared_in_means_of_ten_steps():
     assert largest_difference([1.0] * 20, [1.0] * 20) == 0.0
     assert largest_difference([1.0] * 20, [0.0, 2.0] * 5 + [1.1] * 10) == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_is_a_difference_without_end():
+    nan, inf = float("nan"), float("inf")
+    assert largest_difference([1.0] * 20, [1.0] * 10 + [nan] * 10) == inf
+    assert largest_difference([nan] * 10, [nan] * 10) == inf
+    assert worst([0.1, nan, 0.2]) == worst([nan, 0.1]) == worst([inf]) == inf
+
+
+def answer(part: str, text: str, found: dict) -> bool | None:
+    """What a part's condition, of which text is the beginning, says of figures on CUDA."""
+    rows = gpu.check(gpu.PARTS[part], found, on_cuda=True, is_smoke=False)
+    (row,) = (row for row in rows if row["check"].startswith(text))
+    return row["holds"]
+
+
+def without_last(found: dict) -> dict:
+    return dict(list(found.items())[:-1])
+
+
+def test_that_no_step_waits_is_said_only_of_steps_that_were_all_measured():
+    found = {name: {"waits": None} for name in WATCHED}
+    assert answer("safety", "no step makes", found) is True
+    assert answer("safety", "no step makes", without_last(found)) is None
+    assert answer("safety", "no step makes", {}) is None
+    assert answer("safety", "no step makes", without_last(found) | {"live": {"waits": "a line"}}) is False
+
+
+def test_loss_curves_agree_only_where_all_of_them_are_there():
+    found = {name: {"largest_difference": 0.01} for name in CURVES}
+    found["cached"]["largest_difference"] = 0.1
+    assert answer("numbers", "loss curves", found) is True
+    assert answer("numbers", "loss curves", without_last(found)) is None
+    assert answer("numbers", "loss curves", {}) is None
+    assert answer("numbers", "loss curves", found | {"bf16": {"largest_difference": 0.1}}) is False
+    assert answer("numbers", "loss curves", found | {"bf16": {"largest_difference": float("inf")}}) is False
+
+
+@pytest.mark.parametrize(
+    "cosines, expected",
+    [
+        ({"pooled": 0.999, "tokens": 0.995}, True),
+        ({"pooled": 0.999}, None),
+        ({}, None),
+        ({"pooled": 0.999, "tokens": float("nan")}, False),
+        ({"pooled": float("nan"), "tokens": 0.999}, False),
+        ({"tokens": 0.9}, False),
+    ],
+)
+def test_each_cosine_of_the_teacher_must_be_there_and_high(cosines, expected):
+    assert answer("numbers", "cosine", {"teacher_cosine": cosines}) is expected
+
+
+def test_a_pass_is_judged_by_its_share_of_the_bare_teacher_alone():
+    assert answer("pass", "over 85 %", {"share_of_bare": 0.9}) is True
+    assert answer("pass", "over 85 %", {"busy_share": 0.9}) is None
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("failing", ["", "-m gpu", "tests/gpu", "benchmarks.gpu"])
+def test_make_gpu_runs_all_and_fails_in_the_end_where_one_fails(tmp_path, failing):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/log\ncase "$*" in *"{failing or "nothing"}"*) exit 3;; esac\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-o", "install", "gpu", f"BIN={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(failing), done.stdout + done.stderr
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(" --")[0] for line in log] == [
+        "-m pytest -m gpu -rs",
+        "-m pytest tests/gpu",
+        "-m benchmarks.gpu",
+    ]
+
+
+@pytest.mark.parametrize("write_steps, steps", [(0, 4), (3, 4), (9, 9)])
+def test_a_checkpoint_is_timed_until_it_is_written_and_no_save_waits_for_another(monkeypatch, write_steps, steps):
+    clock, log, step_s = [0.0], [], 2.0
+    checkpoints = SimpleNamespace(last=None)
+
+    def step() -> None:
+        log.append("step")
+        clock[0] += step_s + 0.5 * (checkpoints.last is None)
+
+    def save() -> None:
+        log.append("save")
+        clock[0] += 1.0
+
+    def raise_if_failed() -> None:
+        if log.count("step") >= max(1, write_steps):
+            checkpoints.last = "new"
+
+    checkpoints.raise_if_failed = raise_if_failed
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock[0])
+    found = cost_of_checkpoint(step, save, checkpoints, lambda: log.append("wait"), 4)
+    assert log == ["wait", "save", *["step"] * steps, "wait", *["step"] * steps, "wait"]
+    slowed = max(1, write_steps)
+    assert found == CheckpointCost(steps, 1.0 + 2.0 * steps + 0.5 * slowed, 2.0 * steps, 1.0 + 2.5 * slowed)
+
+
+def test_pageable_memory_is_seen_where_it_is_handed_to_the_copies(monkeypatch):
+    pinned, pageable, begun = torch.ones(2), torch.zeros(2), []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor is pinned)
+    monkeypatch.setattr(DeviceCopies, "begin", lambda _copies, batch: begun.append(batch))
+    copies = DeviceCopies.__new__(DeviceCopies)
+    with watched_copies() as counts:
+        copies.begin((pinned, (None, pinned)))
+        assert counts == {"copied": 2, "pageable": 0}
+        copies.begin((pinned, pageable))
+        assert counts == {"copied": 4, "pageable": 1}
+    copies.begin((pageable,))
+    assert counts["pageable"] == 1 and len(begun) == 3
+
+
+def test_that_all_memory_is_pinned_is_said_only_where_copies_were_seen():
+    found = {name: {"copied": 9, "pageable": 0} for name in (*WATCHED, "known values")}
+    assert answer("safety", "the host's memory", found) is True
+    assert answer("safety", "the host's memory", without_last(found)) is None
+    assert answer("safety", "the host's memory", found | {"live": {"copied": 0, "pageable": 0}}) is None
+    assert answer("safety", "the host's memory", found | {"live": {"copied": 9, "pageable": 1}}) is False
+
+
+def test_features_are_extracted_in_the_precision_that_is_measured(monkeypatch):
+    backbone, asked = object(), []
+
+    def evaluate(model, *folders, precision, **_options):
+        asked.append((model, folders, precision))
+        return {"knn_top1": 0.5 if precision == "bf16" else 0.75}
+
+    task = SimpleNamespace(teacher=SimpleNamespace(backbone=backbone))
+    monkeypatch.setattr(gpu_checks, "Trainer", lambda _configs, _device: SimpleNamespace(task=task))
+    monkeypatch.setattr(gpu_checks, "eval_folders", lambda _data: {"made": ("train", "test")})
+    monkeypatch.setattr(gpu_checks, "evaluate_on_folders", evaluate)
+    bench = SimpleNamespace(folder=Path("x"), device=lambda: CUDA)
+    bench.sizes, bench.configs = SimpleNamespace(labelled=8), lambda **_changes: SimpleNamespace(data=None)
+    found = dict(gpu_checks.evaluation(bench))
+    assert asked == [(backbone, ("train", "test"), precision) for precision in ("fp32", "fp32", "bf16", "bf16")]
+    assert found["knn_difference"] == 0.25
