@@ -182,6 +182,19 @@ def test_first_step_check_passes_for_a_working_task_and_leaves_no_trace():
     assert task.student.training
 
 
+def test_first_step_check_runs_the_student_as_a_step_does_dropout_included():
+    class Dropout(nn.Module):
+        def forward(self, x):
+            assert not self.training, "a mask of another shape"
+            return x
+
+    task = build_task()
+    task.student.heads["pooled"].append(Dropout())
+    with pytest.raises(AssertionError, match="a mask of another shape"):
+        check_first_step(task, batches(1)[0])
+    assert task.student.training
+
+
 def test_first_step_check_names_a_term_that_cannot_teach():
     task = build_task()
     for parameter in task.student.heads["tokens"].parameters():
