@@ -111,8 +111,8 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     from distillery.teacher_cache.opening import open_teacher_cache
     from distillery.training import bindings, build, describe, estimate, folder
     from distillery.training.checkpoints import CheckpointWriter, restore
-    from distillery.training.engine import Position
     from distillery.training.run import Run, open_log
+    from distillery.training.task import Position
 
     data, train, run_dir = configs.data, configs.train, configs.train.checkpoint_path
 

@@ -35,8 +35,9 @@ from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
 from distillery.training.batches import StepLoader
 from distillery.training.checkpoints import CheckpointWriter
-from distillery.training.engine import Position, batches_by_step, train_one_epoch, train_step
+from distillery.training.engine import batches_by_step, train_one_epoch, train_step
 from distillery.training.run import compile_step, save
+from distillery.training.task import Position
 
 # a process is forked where nothing has touched CUDA yet: it then has torch and timm without importing them again
 FORK = multiprocessing.get_context("fork")

@@ -236,7 +236,7 @@ def fixed_view(flags: list[str]) -> None:
 
 
 def with_fixed_view(task: Any) -> Any:
-    """An engine.Task whose teacher is given the images that its last view was made of."""
+    """A Task whose teacher is given the images that its last view was made of."""
     augment, teacher, last = task.augment, task.teacher_call, {}
 
     def remember(images: Any, parameters: Any) -> Any:

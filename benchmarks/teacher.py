@@ -34,7 +34,8 @@ from distillery.system.signals import StopFlag
 from distillery.teacher_cache.opening import open_teacher_cache
 from distillery.training import build
 from distillery.training.batches import StepLoader
-from distillery.training.engine import Position, train_one_epoch
+from distillery.training.engine import train_one_epoch
+from distillery.training.task import Position
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE, CACHED, LIVE = "student alone", "ours, stored outputs", "ours, live teacher"

@@ -224,7 +224,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
 
 
 def _recipe(student: Student) -> dict[str, Any]:
-    from distillery.training.engine import default_learning_rate
+    from distillery.training.task import default_learning_rate
 
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     recipe = {name: train[name] for name in _RECIPE if name in train}

@@ -25,8 +25,8 @@ from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_o
 from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training.batches import StepBatch
-from distillery.training.engine import Position, Task
 from distillery.training.log import RunLog
+from distillery.training.task import Position, Task
 
 # images whose features are compared; on a CPU a ViT-B at 224 px takes a tenth of a second for each
 POOL_IMAGES = 400

@@ -8,15 +8,13 @@ The draws are functions of (seed, epoch, global_idx): the thread makes them wher
 device they would be a hundred tiny kernels a step.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +24,11 @@ from distillery.losses.registry import needs_second_view
 from distillery.reading.loader import held_batches
 from distillery.reading.stream import BatchMemory
 from distillery.system.errors import RunError
-
-if TYPE_CHECKING:
-    from distillery.training.engine import Task
+from distillery.training.task import Task
 
 # of a tensor in a piece of memory: enough for every type
 _ALIGNMENT = 64
+
 # added to the epoch for the draws of a sample's second view: no run has so many epochs
 SECOND_VIEW = 2**31
 

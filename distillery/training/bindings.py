@@ -13,8 +13,8 @@ from distillery.reading.order import EpochOrder
 from distillery.system.errors import UserError, teacher_command
 from distillery.system.files import sha256_of
 from distillery.teacher_cache.reader import TeacherCache
-from distillery.training.engine import Task
 from distillery.training.log import pack_numbers
+from distillery.training.task import Task
 
 
 def shards_of(loader: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training.batches import StepBatch, live_batch, stored_batch
 from distillery.training.bindings import teacher_hash
 from distillery.training.compilation import decide_compiled
-from distillery.training.engine import Ema, Schedule, Task, default_learning_rate
+from distillery.training.task import Ema, Schedule, Task, default_learning_rate
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:

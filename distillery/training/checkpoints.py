@@ -22,7 +22,7 @@ from torch import Tensor
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.system.files import fsync_dir, hash_file, make_directory, temporary_name, write_atomic
 from distillery.system.trees import map_leaves
-from distillery.training.engine import Position, Task
+from distillery.training.task import Position, Task
 from distillery.training.watch import check_finite
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")

@@ -17,7 +17,7 @@ from distillery.teacher_cache.estimate import describe_cache, describe_saving
 from distillery.training.bindings import plan_of
 from distillery.training.build import global_batch_size, loaded_teacher
 from distillery.training.checkpoints import CheckpointWriter
-from distillery.training.engine import Position, Schedule, Task
+from distillery.training.task import Position, Schedule, Task
 
 
 def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:

@@ -26,8 +26,9 @@ from distillery.system.signals import slurm_seconds_left
 from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
 from distillery.training.compilation import eager
-from distillery.training.engine import Schedule, Task, batches_by_step, train_step
+from distillery.training.engine import batches_by_step, train_step
 from distillery.training.memory import fit_line
+from distillery.training.task import Schedule, Task
 
 # shares from which on there is something to say
 _SMALL_EPOCH, _SMALL_RUN, _MUCH_WAIT = 0.5, 1.0, 0.05

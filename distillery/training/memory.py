@@ -9,7 +9,7 @@ from distillery.config.keys_train import TrainConfig
 from distillery.losses.targets import FrozenTeacher
 from distillery.models.precision import LOW_TYPES, autocast_for
 from distillery.system.console import format_bytes
-from distillery.training.engine import Task
+from distillery.training.task import Task
 
 GB = 10**9
 # sizes that GPUs have, for a plan that is made where there is none

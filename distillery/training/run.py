@@ -15,8 +15,9 @@ from distillery.training.build import first_batches, global_batch_size
 from distillery.training.checkpoints import CheckpointWriter, Proof, state_on_device
 from distillery.training.compilation import compile_now, num_graphs
 from distillery.training.describe import describe_batch
-from distillery.training.engine import Position, Task, check_numbers, rehearse_step, train_one_epoch
+from distillery.training.engine import check_numbers, rehearse_step, train_one_epoch
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
+from distillery.training.task import Position, Task
 from distillery.training.watch import finite_weights
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from distillery.training.checkpoints import restore, state_of
-from distillery.training.engine import Position, check_first_step, train_step
+from distillery.training.engine import check_first_step, train_step
+from distillery.training.task import Position
 from tests.gpu import planted
 from tests.gpu.cases import CASES, settings_of
 from tests.gpu.fake_cuda import FAKE, Watch, place_of_error, pretended_cuda

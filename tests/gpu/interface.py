@@ -30,7 +30,7 @@ from distillery.teacher_cache.reader import TeacherCache, to_device
 from distillery.teacher_cache.targets import wanted_outputs
 from distillery.training import build
 from distillery.training.batches import StepBatch, StepLoader
-from distillery.training.engine import Schedule, Task
+from distillery.training.task import Schedule, Task
 from tests.gpu.fake_cuda import CUDA, FAKE, move_to_fake, on_cuda
 
 META = torch.device("meta")

@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-from distillery.training.engine import Task, train_step
+from distillery.training.engine import train_step
+from distillery.training.task import Task
 from tests.gpu.fake_cuda import FAKE, Watch, pretended_cuda
 from tests.gpu.interface import batches_of, make_task, steps_of
 

@@ -28,7 +28,8 @@ from distillery.teacher_cache.survey import images_for_training
 from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training import build
 from distillery.training.batches import StepLoader, live_batch, stored_batch
-from distillery.training.engine import Position, check_first_step, forward_losses, train_step
+from distillery.training.engine import check_first_step, forward_losses, train_step
+from distillery.training.task import Position
 from tests.training.test_engine import MEAN, STD, build_task, images_of, run_epoch
 
 AUGMENTATION = Augmentation(hflip=True, random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)

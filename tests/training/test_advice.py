@@ -6,7 +6,6 @@ import pytest
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import load_configs
 from distillery.training import estimate
-from distillery.training.engine import Schedule
 from distillery.training.estimate import (
     StepSpeed,
     SyntheticLoader,
@@ -15,6 +14,7 @@ from distillery.training.estimate import (
     speed_advice,
     training_lines,
 )
+from distillery.training.task import Schedule
 
 NUM_IMAGES = 500_000
 CONFIG = {

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from distillery.training.engine import Position, check_numbers, train_step
+from distillery.training.engine import check_numbers, train_step
+from distillery.training.task import Position
 from distillery.training.watch import BadSteps, RunningStatistics, check_finite, finite_weights
 from tests.training.test_engine import batches, build_task, run_epoch
 

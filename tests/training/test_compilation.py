@@ -20,7 +20,8 @@ from distillery.training.compilation import (
     graph_breaks,
     num_graphs,
 )
-from distillery.training.engine import Position, Schedule, check_first_step, rehearse_step, train_step
+from distillery.training.engine import check_first_step, rehearse_step, train_step
+from distillery.training.task import Position, Schedule
 from tests.training.test_engine import images_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

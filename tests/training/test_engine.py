@@ -15,17 +15,8 @@ from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
 from distillery.training.batches import SECOND_VIEW, StepBatch, live_batch
 from distillery.training.checkpoints import restore, state_of
-from distillery.training.engine import (
-    Ema,
-    Position,
-    Schedule,
-    Task,
-    batches_by_step,
-    check_first_step,
-    default_learning_rate,
-    train_one_epoch,
-    train_step,
-)
+from distillery.training.engine import batches_by_step, check_first_step, train_one_epoch, train_step
+from distillery.training.task import Ema, Position, Schedule, Task, default_learning_rate
 from distillery.training.watch import check_finite, finite_weights
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

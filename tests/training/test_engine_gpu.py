@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_map_only
 from distillery.config.load import load_configs
 from distillery.training import build
 from distillery.training.batches import live_batch
-from distillery.training.engine import Schedule, train_step
+from distillery.training.engine import train_step
+from distillery.training.task import Schedule
 
 CUDA = torch.device("cuda", 0)
 

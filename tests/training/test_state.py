@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillery.training.checkpoints import read_numbers, restore, state_of, state_on_device
-from distillery.training.engine import Position, train_step
+from distillery.training.engine import train_step
+from distillery.training.task import Position
 from distillery.training.watch import finite_weights
 from tests.training.test_engine import batches, build_task
 

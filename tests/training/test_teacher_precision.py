@@ -12,7 +12,8 @@ from distillery.models.weights import weights_hash
 from distillery.training import build
 from distillery.training.batches import live_batch
 from distillery.training.bindings import teacher_hash
-from distillery.training.engine import Schedule, train_step
+from distillery.training.engine import train_step
+from distillery.training.task import Schedule
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
