@@ -17,6 +17,7 @@ from training import STUDENTS, assert_same_run, flags_of, of_folder, start, stra
 from workplace import ROOT, at_call
 
 import data_loader
+from distillery.losses import objective
 from distillery.system import errors, signals
 from distillery.training import engine
 from distillery.training import run as run_module
@@ -29,7 +30,7 @@ def nan_in_teacher_at(step: int):
     """The teacher's features of one step are NaN, every time it is tried."""
 
     def hit() -> None:
-        align, train_step, now = engine.align, engine.train_step, {}
+        align, train_step, now = objective.align, engine.train_step, {}
 
         def broken(student, teacher, *at_most):
             if now["step"] == step:
@@ -42,7 +43,7 @@ def nan_in_teacher_at(step: int):
 
         engine.train_step = noting
         now["step"] = -1
-        engine.align = broken
+        objective.align = broken
 
     return hit
 
