@@ -17,9 +17,10 @@ from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.losses.objective import Objective
+from distillery.losses.queue import EmbeddingQueue
 from distillery.losses.registry import fields_needed, queue_size_of
 from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
-from distillery.losses.total import EmbeddingQueue, check_tokens
+from distillery.losses.total import check_tokens
 from distillery.models.backbone import Backbone, memory_format_of
 from distillery.models.configured import (
     build_student_backbone,

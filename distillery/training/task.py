@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distillery.losses.objective import Objective
+from distillery.losses.queue import EmbeddingQueue
 from distillery.losses.targets import FrozenTeacher, Targets
-from distillery.losses.total import EmbeddingQueue
 from distillery.models.drop_path import StochasticDepth
 from distillery.models.pair import StudentWithHeads
 from distillery.models.precision import autocast_for

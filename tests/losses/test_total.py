@@ -3,7 +3,7 @@ import multiprocessing
 import pytest
 import torch
 
-from distillery.losses.total import EmbeddingQueue
+from distillery.losses.queue import EmbeddingQueue
 from distillery.system import distributed
 from distillery.system.errors import UserError
 

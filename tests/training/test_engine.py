@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from distillery.losses.objective import Objective
+from distillery.losses.queue import EmbeddingQueue
 from distillery.losses.targets import FrozenTeacher
-from distillery.losses.total import EmbeddingQueue
 from distillery.models.backbone import Features, ModelSpec, build_backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.models.views import Augmentation
