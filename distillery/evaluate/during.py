@@ -143,7 +143,7 @@ class RunEvaluation:
         return features, labels
 
     def _end_at_a_stop(self) -> None:
-        """Raise Interrupted on all ranks once one is asked to stop."""
+        """Raise Interrupted on all ranks once one has a request to stop."""
         if any_rank(self.is_stopped())[0]:
             raise Interrupted
 

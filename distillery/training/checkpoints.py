@@ -258,7 +258,7 @@ class CheckpointWriter:
         self._writing: Future[Path | None] | None = None
 
     def minutes_since_last(self) -> float:
-        """Minutes since the last checkpoint was asked for; before the first, since this process began."""
+        """Minutes since the last call of save; before the first, since this process began."""
         return (time.monotonic() - self._began) / 60
 
     def save(

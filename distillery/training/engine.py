@@ -278,8 +278,8 @@ def read_losses(losses: dict[str, Tensor]) -> dict[str, float]:
 def check_numbers(task: Task) -> None:
     """Raise FloatingPointError on every rank when one has had too many steps that are NaN or infinite.
 
-    The host waits for the device here, and the device for the other ranks: for a dead one NCCL waits ten minutes. gloo
-    knows at once that it is gone, and is asked first.
+    The host waits for the device here, and the device for the other ranks: NCCL waits ten minutes for a dead one. So a
+    barrier of gloo comes first, which fails at once when a rank is gone.
     """
     distributed.wait_for_all()
     if distributed.any_rank(task.bad_steps.exceeded())[0]:

@@ -106,7 +106,7 @@ def save(run: Run) -> None:
 
     Nothing here waits for a GPU. The writer finds numbers that are not finite, and writes nothing then.
     """
-    # of a rank that has died gloo tells here; a write that had begun would wait for a GPU that waits for that rank
+    # gloo raises here when a rank has died; a write begun before that would wait for a GPU that waits for this rank
     distributed.wait_for_all()
     bad_steps = run.task.bad_steps
     is_lost = distributed.any_rank_on_device(bad_steps.count > bad_steps.allowed)

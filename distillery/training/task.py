@@ -74,7 +74,7 @@ class Task:
     objective: the student with its losses. objective_call, teacher_call: what a step calls: the module, or its DDP.
     augment: draws and makes the view that both models see.
     to_float: from the loader's batch to normalised float32 on the device.
-    compiled: what torch.compile has been asked for.
+    compiled: which parts torch.compile compiles.
     depth: the student's stochastic depth, where it has any.
     stored: targets of batches that come with the teacher's outputs.
     queue: past teacher features, where a loss compares with them.
