@@ -23,7 +23,7 @@ from distillery.system.files import expand_path
 
 
 class EvalDataset(StrictModel):
-    """One labelled data set for k-NN and the linear probe; stage 1 caches both splits with their labels."""
+    """One labelled data set for k-NN and linear probes; stage 1 caches both splits with their labels or masks."""
 
     dataset_name: Text = Field(description="hub id, folder or kind, as for the training images")
     data_files: FilePatterns | None = Field(None, description="path, pattern, list of them, or {split: path}")
@@ -34,6 +34,26 @@ class EvalDataset(StrictModel):
     label_column: Text | None = Field(None, description="column of the labels; null: found by feature type")
     max_train: PositiveInt | None = Field(None, description="images of train_split, from all over it; null: all")
     max_test: PositiveInt | None = Field(None, description="images of test_split, from all over it; null: all")
+    task: Literal["classification", "segmentation"] = Field(
+        "classification",
+        description="classification: a label an image; segmentation: a mask an image",
+    )
+    mask_column: Text | None = Field(
+        None, description="column of the masks, or folder beside the images; null: found. For segmentation"
+    )
+    num_classes: PositiveInt | None = Field(
+        None, description="classes 0 to num_classes - 1 of the masks; null: as many as there are. For segmentation"
+    )
+    ignore_index: Count = Field(255, description="class number of pixels that do not count. For segmentation")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "EvalDataset":
+        given = [name for name in ("mask_column", "num_classes") if getattr(self, name) is not None]
+        if self.task == "classification" and given:
+            raise ValueError(f"{' and '.join(given)} are read with task: segmentation only, found classification")
+        if self.task == "segmentation" and self.label_column is not None:
+            raise ValueError("label_column is read with task: classification only, found segmentation")
+        return self
 
     def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
         """What sources.registry.open_source takes for one part of the set."""

@@ -26,13 +26,13 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write, made if need be")
     parser.add_argument("--format", choices=FORMATS, default="timm", help="default: timm")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="default: the newest of the run")
-    parser.add_argument("--weights", choices=("student", "ema"), default="student",
-                        help="the last weights (default), or the averaged ones (ema_decay)")  # fmt: skip
+    parser.add_argument("--weights", choices=("auto", "student", "ema"), default="auto",
+                        help="default: auto, the averaged ones where the run has ema_decay, else the last")  # fmt: skip
     parser.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the same as --weights ema")
     arguments = parser.parse_args()
     checkpoint = expand_path(arguments.checkpoint) if arguments.checkpoint else None
     written = export_student(
-        expand_path(arguments.run), expand_path(arguments.out), arguments.format, checkpoint, arguments.weights == "ema"
+        expand_path(arguments.run), expand_path(arguments.out), arguments.format, checkpoint, arguments.weights
     )
     for path in written:
         print(path)

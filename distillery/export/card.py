@@ -187,7 +187,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
         features: find_feature_call(student.backbone).
     """
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
-    backbone = student.backbone
+    backbone, trained = student.backbone, student.trained
     known = getattr(backbone.model, "pretrained_cfg", {})
     architecture = known.get("architecture", student.architecture)
     return {
@@ -214,9 +214,10 @@ def describe(student: Student, features: str) -> dict[str, Any]:
             "teacher_source": model["teacher_source"],
             "dataset": dataset_label(data),
             "losses": train["distill_loss_weights"],
-            "step": student.step,
-            "weights": "averaged" if student.is_ema else "last",
-            "images_seen": student.global_batch_size and student.step * student.global_batch_size,
+            "step": trained.step,
+            "weights": "averaged" if trained.is_averaged else "last",
+            "images_seen": student.trained.global_batch_size
+            and student.trained.step * student.trained.global_batch_size,
             "recipe": _recipe(student),
             "origin": find_origin(data, model),
         },
@@ -228,8 +229,8 @@ def _recipe(student: Student) -> dict[str, Any]:
 
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     recipe = {name: train[name] for name in _RECIPE if name in train}
-    if student.global_batch_size:
-        size = student.global_batch_size
+    if student.trained.global_batch_size:
+        size = student.trained.global_batch_size
         recipe["learning_rate"] = train["learning_rate"] or default_learning_rate(size, student.backbone)
         recipe["global_batch_size"] = size
     return recipe | {"image_size": data["image_size"], "teacher_img_size": model.get("teacher_img_size")}

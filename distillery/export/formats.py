@@ -16,12 +16,14 @@ from distillery.system.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from distillery.training.trained import Weights
+
 FORMATS = ("timm", "safetensors", "huggingface", "onnx")
 WEIGHTS_NAME, ONNX_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "model.onnx", "config.json", "README.md"
 
 
 def export_student(
-    run_dir: Path, out_dir: Path, format: str = "timm", checkpoint: Path | None = None, ema: bool = False
+    run_dir: Path, out_dir: Path, format: str = "timm", checkpoint: Path | None = None, weights: Weights = "auto"
 ) -> list[Path]:
     """Write a run's student into a folder.
 
@@ -33,7 +35,7 @@ def export_student(
             "huggingface" loads the folder, here or on the hub, instead of the file; "onnx" writes model.onnx with a
             dynamic batch.
         checkpoint: a checkpoint file; the run's newest complete one by default.
-        ema: the averaged weights instead of the last ones.
+        weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
     Returns:
         The files written: the weights, config.json and README.md.
     Raises:
@@ -42,7 +44,7 @@ def export_student(
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    student = load_student(run_dir, checkpoint, ema=ema)
+    student = load_student(run_dir, checkpoint, weights=weights)
     source = student.config["model"]["student_source"]
     if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")

@@ -1,4 +1,4 @@
-"""Rebuild the student of a checkpoint as it was trained: backbone, weights, and how timm builds the same model."""
+"""The student of a checkpoint, and the call with which timm, torchvision or torch.hub builds the same model."""
 
 from __future__ import annotations
 
@@ -6,119 +6,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.config.keys_model import ModelConfig
-from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distillery.models.backbone import Backbone
+    from distillery.training.trained import TrainedStudent, Weights
 
 
 @dataclass(frozen=True)
 class Student:
-    """A student ready to leave; the backbone holds the weights, for images normalised with its own mean and std.
+    """A student ready to leave.
 
-    global_batch_size: images per step, None where the checkpoint does not say; architecture: what the source calls the
-    model; model_args: what its constructor needs besides, at the student's input size; is_timm: whether that is timm's.
+    trained: takes images normalised with its own mean and std. architecture: what the source calls the model;
+    model_args: what its constructor needs besides, at the student's input size; is_timm: whether that is timm's.
     """
 
-    backbone: Backbone
-    weights: dict[str, Tensor]
-    config: dict[str, dict[str, Any]]
-    step: int
-    global_batch_size: int | None
-    is_ema: bool
+    trained: TrainedStudent
     architecture: str
     model_args: dict[str, Any]
     is_timm: bool
 
+    @property
+    def backbone(self) -> Backbone:
+        """The student's."""
+        return self.trained.backbone
 
-def load_student(run_dir: Path, checkpoint: Path | None = None, *, ema: bool = False) -> Student:
-    """The student of a run's checkpoint, rebuilt from the configuration in it.
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Of the raw model."""
+        return self.trained.weights
 
-    Raises:
-        UserError: no checkpoint, no averaged weights, or weights that are not this student's.
-    """
-    from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
+    @property
+    def config(self) -> dict[str, dict[str, Any]]:
+        """The run's: sections data, model and train."""
+        return self.trained.config
 
-    path = checkpoint or latest_checkpoint(run_dir)
-    if path is None:
-        raise UserError(
-            f"{run_dir} has no complete checkpoint. Start distill_trainer.py, or name one: --checkpoint PATH"
-        )
-    state = load_checkpoint(path)
-    weights = state.get("ema") if ema else state["student"]
-    if weights is None:
-        raise UserError(f"{path} has no averaged weights: the run had ema_decay: null. Use --weights student.")
-    config = state["config"]
-    backbone = build_bare_student(config)
-    weights = own_weights(backbone.model, weights, path)
-    backbone.model.load_state_dict(weights)
-    backbone.eval()
-    is_timm = config["model"]["student_source"] == "timm"
+
+def load_student(run_dir: Path, checkpoint: Path | None = None, *, weights: Weights = "auto") -> Student:
+    """The student of a run's checkpoint, and how its source builds the same model; errors as of load_trained."""
+    from distillery.training.trained import load_trained
+
+    trained = load_trained(run_dir, checkpoint, weights=weights)
+    model = trained.config["model"]
+    is_timm = model["student_source"] == "timm"
     find_call = find_timm_call if is_timm else find_other_call
-    architecture, model_args = find_call(config["model"], backbone.img_size)
-    return Student(
-        backbone=backbone,
-        weights=weights,
-        config=config,
-        step=state["progress"]["step"],
-        global_batch_size=state.get("global_batch_size"),
-        is_ema=ema,
-        architecture=architecture,
-        model_args=model_args,
-        is_timm=is_timm,
-    )
-
-
-def build_bare_student(config: dict[str, dict[str, Any]]) -> Backbone:
-    """The student's backbone as the trainer builds it, untrained, without classifier where it can be left out.
-
-    Args:
-        config: sections data and model, as in a checkpoint.
-    Returns:
-        A backbone that takes images normalised with its own mean and std.
-    """
-    from distillery.models.backbone import build_backbone
-    from distillery.models.builders import ModelSpec
-
-    data, model = config["data"], config["model"]
-    # without validation: an older checkpoint may lack keys
-    given = ModelConfig.model_construct(**model).side("student")
-    untrained = {"pretrained": False, "checkpoint": None, "drop_path_rate": None, "out_indices": None}
-    spec = ModelSpec(**given | untrained | {"kwargs": without_classes(model)})
-    as_trained = build_backbone(spec, data_mean=data["mean"], data_std=data["std"], image_size=data["image_size"])
-    mean, std = as_trained.mean, as_trained.std
-    return build_backbone(spec, data_mean=mean, data_std=std, image_size=data["image_size"])
-
-
-def without_classes(model: dict[str, Any]) -> dict[str, Any]:
-    """student_kwargs, for a timm model without the number of classes: no loss trains the student's own classifier."""
-    kwargs = dict(model.get("student_kwargs") or {})
-    if model["student_source"] == "timm":
-        kwargs.pop("num_classes", None)
-    return kwargs
-
-
-def own_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights that the model has a place for; only a classifier may be left over.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
-    """
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    unknown = [name for name in weights if name not in own and not name.startswith(prefixes)]
-    if missing or unknown:
-        raise UserError(
-            f"{path}: its weights are not those of the student in its configuration: {len(missing)} of {len(own)} "
-            f"tensors missing or of another shape {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
-        )
-    return {name: weights[name].detach().cpu().clone().contiguous() for name in own}
+    architecture, model_args = find_call(model, trained.backbone.img_size)
+    return Student(trained, architecture, model_args, is_timm)
 
 
 def find_timm_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
@@ -129,6 +64,8 @@ def find_timm_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[st
         img_size: height and width of its input, px.
     """
     import timm
+
+    from distillery.training.trained import without_classes
 
     architecture, of_folder = read_timm_name(model["student_name"])
     own = without_classes(model)

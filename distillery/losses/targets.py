@@ -100,6 +100,24 @@ class Targets(nn.Module):
         with torch.autocast(device_type=values.device.type, enabled=False):
             return (values.float() - mean) @ getattr(self, f"{field}_rotation").T
 
+    def way_back(self, field: str) -> tuple[Tensor, Tensor]:
+        """From the standardised targets of a field to the teacher's own features: targets @ matrix + mean.
+
+        A channel without a signal, whose targets are divided by more than its deviation, comes back as it was too.
+
+        Returns:
+            matrix [D, D] and mean [D], float64 on the CPU; of an unknown field, or without standardisation, 1 and 0.
+        """
+        width = self.widths[field]
+        if not self.method or field not in self.standardised_fields:
+            return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        mean = getattr(self, f"{field}_mean").double().cpu()
+        if self.method != PHI_S:
+            return torch.diag(getattr(self, f"{field}_divisor").double().cpu()), mean
+        # targets are (x - mean) R^T with R = Q / s, Q orthogonal: R^-T = s^2 R
+        rotation = getattr(self, f"{field}_rotation").double().cpu()
+        return rotation * (width / rotation.square().sum()), mean
+
     @torch.no_grad()
     def statistics_of(self, batches: Iterable[Features]) -> dict[str, Tensor]:
         """Statistics of a teacher's own features, for load_statistics; fields that are None are left out.

@@ -30,7 +30,7 @@ from distillery.system.errors import UserError
 class Features:
     """What a model says about a batch: B images, P = h * w patches in row-major order, D channels, C classes."""
 
-    pooled: Tensor  # [B, D]: class token or pooled map
+    pooled: Tensor | None  # [B, D]: class token or pooled map; None: a student in the teacher's space without this head
     tokens: Tensor | None  # [B, P, D]: patch tokens or the cells of a feature map; None: not stored
     grid: tuple[int, int]  # (h, w)
     logits: Tensor | None = None  # [B, C]
@@ -157,11 +157,12 @@ class Backbone(nn.Module):
         self.with_logits = with_logits
         data_mean, data_std = tuple(data_mean), tuple(data_std)
         self.mean, self.std = tuple(built.mean or data_mean), tuple(built.std or data_std)
-        self._set_renormalisation(data_mean, data_std)
+        self.set_data_normalisation(data_mean, data_std)
         self._probe(label, tuple(out_indices or ()))
 
-    def _set_renormalisation(self, data_mean: tuple[float, ...], data_std: tuple[float, ...]) -> None:
-        """((x * data_std + data_mean) - mean) / std as one scale and one shift per channel."""
+    def set_data_normalisation(self, data_mean: Iterable[float], data_std: Iterable[float]) -> None:
+        """Take images that are normalised with these: what follows is one scale and one shift per channel."""
+        data_mean, data_std = tuple(data_mean), tuple(data_std)
         scale = [d / s for d, s in zip(data_std, self.std, strict=True)]
         shift = [(d - m) / s for d, m, s in zip(data_mean, self.mean, self.std, strict=True)]
         self._renormalise = (self.mean, self.std) != (data_mean, data_std)

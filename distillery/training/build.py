@@ -194,7 +194,7 @@ def build_task(
         max_grad_norm=train.max_grad_norm,
         accumulation_steps=train.grad_accumulation_steps,
         seed=train.seed,
-        ema=Ema(student.student.model, train.ema_decay) if train.ema_decay else None,
+        ema=Ema(student.student.model, train.ema_decay, student.heads) if train.ema_decay else None,
         depth=depth,
         queue=queue_size and EmbeddingQueue(queue_size, teacher.widths["pooled"], device),
         stored=stored,

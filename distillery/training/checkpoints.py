@@ -334,6 +334,7 @@ def state_on_device(task: Task, position: Position) -> dict[str, Any]:
         "heads": task.student.heads.state_dict(),
         "optimizer": task.optimizer.state_dict(),
         "ema": task.ema.state if task.ema else None,
+        "ema_heads": task.ema.heads if task.ema else None,
         # what the next step draws is seeded by its number; this is here for those who look
         "rng": {"torch": torch.get_rng_state()},
         "progress": {"step": position.step, "epoch": position.epoch, "samples": position.samples},
@@ -383,7 +384,7 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     if task.queue is not None and state.get("queue") is not None:
         task.queue.load_state(state["queue"])
     if task.ema is not None and state["ema"] is not None:
-        task.ema.load_state(state["ema"])
+        task.ema.load_state(state["ema"], state.get("ema_heads"))
     place = state["progress"]
     position.step, position.epoch, position.samples = place["step"], place["epoch"], place["samples"]
     position.epoch_start = position.step - position.samples // global_batch

@@ -135,16 +135,25 @@ class Task:
 
 
 class Ema:
-    """Exponential moving average of the student's parameters and batch-norm statistics; counters are copied."""
+    """Exponential moving average of the student's and the heads' parameters and batch-norm statistics.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    Counters are copied. The averages of the heads belong to those of the backbone: without them an averaged student
+    could not take its teacher's place.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, heads: nn.Module | None = None) -> None:
         self.decay = decay
-        now = {name: value.detach() for name, value in model.state_dict().items()}
-        self.state = {name: value.clone() for name, value in now.items()}
+        now, heads_now = (
+            {} if module is None else {name: value.detach() for name, value in module.state_dict().items()}
+            for module in (model, heads)
+        )
+        self.state, self.heads = ({name: value.clone() for name, value in of.items()} for of in (now, heads_now))
+        self._heads_now = heads_now
+        pairs = [(self.state[name], value) for name, value in now.items()]
+        pairs += [(self.heads[name], value) for name, value in heads_now.items()]
         # (averages, the model's own tensors): these stay the same objects, steps and checkpoints change their values
         self._averaged, self._copied = (
-            [(self.state[name], value) for name, value in now.items() if value.is_floating_point() == is_float]
-            for is_float in (True, False)
+            [pair for pair in pairs if pair[1].is_floating_point() == is_float] for is_float in (True, False)
         )
 
     @torch.no_grad()
@@ -156,7 +165,8 @@ class Ema:
         if self._copied:
             torch._foreach_copy_(*map(list, zip(*self._copied, strict=True)))
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put the averages back that a checkpoint has."""
-        for name, value in self.state.items():
-            value.copy_(state[name])
+    def load_state(self, state: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None) -> None:
+        """Put the averages back that a checkpoint has; where an older one has none of the heads, they begin now."""
+        for averages, saved in ((self.state, state), (self.heads, heads or self._heads_now)):
+            for name, value in averages.items():
+                value.copy_(saved[name])

@@ -14,13 +14,14 @@ from distillery.export.expressions import evaluate_call, is_same, sample_feature
 from distillery.export.formats import export_student
 from distillery.export.onnx import build_onnx, compare_onnx
 from distillery.export.plain_attention import PlainAttention, plain_attention
-from distillery.export.student import build_bare_student, find_other_call, load_student
+from distillery.export.student import find_other_call, load_student
 from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.configured import build_student_backbone
 from distillery.system.errors import UserError, run_command
 from distillery.training.checkpoints import save_checkpoint
 from distillery.training.log import RunLog
+from distillery.training.trained import build_bare_student
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 HUBCONF = """
@@ -174,8 +175,8 @@ def test_a_new_classifier_can_be_put_on_the_folder(tmp_path, name):
 
 def test_averaged_weights_are_exported_by_choice(tmp_path):
     backbone = make_run(tmp_path / "run", STUDENTS["cnn"], ema=True)
-    export_student(tmp_path / "run", tmp_path / "last")
-    export_student(tmp_path / "run", tmp_path / "ema", ema=True)
+    export_student(tmp_path / "run", tmp_path / "last", weights="student")
+    export_student(tmp_path / "run", tmp_path / "ema")
     last, ema = (load_file(tmp_path / part / "model.safetensors") for part in ("last", "ema"))
     own, averaged = backbone.model.state_dict(), perturb(backbone.model.state_dict())
     assert all(torch.equal(last[key], own[key]) and torch.equal(ema[key], averaged[key]) for key in last)
@@ -426,7 +427,7 @@ def test_weights_that_are_not_the_students_are_refused(tmp_path, change, message
 def test_what_cannot_be_exported_says_what_to_do(tmp_path):
     make_run(tmp_path / "run", STUDENTS["cnn"])
     with pytest.raises(UserError, match="no averaged weights.*Use --weights student"):
-        export_student(tmp_path / "run", tmp_path / "out", ema=True)
+        export_student(tmp_path / "run", tmp_path / "out", weights="ema")
     with pytest.raises(UserError, match="unknown format 'tflite'; known: timm, safetensors, huggingface, onnx"):
         export_student(tmp_path / "run", tmp_path / "out", "tflite")
     with pytest.raises(UserError, match="no complete checkpoint"):
@@ -526,6 +527,6 @@ def test_the_command_exports_averaged_weights_by_choice(tmp_path, monkeypatch, f
     with pytest.raises(SystemExit) as stop:
         run_command(__main__.main)
     assert stop.value.code == 0
-    averaged = load_student(tmp_path / "run", ema=True).weights
+    averaged = load_student(tmp_path / "run", weights="ema").weights
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(written[key], averaged[key]) for key in averaged)
