@@ -89,12 +89,12 @@ def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
 
 
 def _onnx_code(facts: dict[str, Any]) -> str:
-    names = json.dumps(list(facts["outputs"]))
+    names = list(facts["outputs"])
+    targets = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
     return (
         "import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("model.onnx")\n'
-        f"names = {names}\n"
-        'outputs = dict(zip(names, session.run(names, {"images": images})))\n'
+        f'{targets} = session.run({json.dumps(names)}, {{"images": images}})\n'
     )
 
 

@@ -334,6 +334,22 @@ def test_a_run_that_did_not_measure_it_names_the_command_that_does(tmp_path):
     assert "`python -m distillery.evaluate --run DIR`" in card and "| digits | student | 80.0% |" in card
 
 
+def test_onnx_gives_the_teachers_space_under_the_names_of_its_fields(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+    pytest.importorskip("onnxruntime", reason="the code on the card needs it")
+    space = make_space_run(tmp_path / "run", STUDENTS["own normalisation"])
+    written = export_student(tmp_path / "run", tmp_path / "out", "onnx", space="teacher")
+    assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    pixels = torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    names = {"images": normalised(config, pixels).numpy()}
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, names)
+    outputs = {field: torch.from_numpy(names[field]) for field in WIDTHS}
+    assert_gives(outputs | {"grid": space.student.grid}, space, space.student, pixels)
+
+
 def test_a_folder_in_the_teachers_space_starts_a_new_run(tmp_path, capsys):
     space = make_space_run(tmp_path / "run", STUDENTS["vit"])
     export_student(tmp_path / "run", tmp_path / "out", space="teacher")
