@@ -30,8 +30,7 @@ _UNDONE = {
     "standard deviation (`standardise_targets: true`). This is undone in the last layer of each head",
     "phi_s": "The heads were trained towards targets that were rotated and divided by one scale (PHI-S, "
     "`standardise_targets: phi_s`), after their mean was subtracted. This is undone in the last layer of each head",
-    False: "The heads were trained towards the teacher's features as they are (`standardise_targets: false`), so "
-    "nothing had to be undone",
+    False: "The heads were trained towards the teacher's features as they are, so nothing had to be undone",
 }
 
 
@@ -64,8 +63,8 @@ def introduction(config: dict[str, Any]) -> list[str]:
     return [
         f"# {config['architecture']} in the place of {facts['teacher']}",
         f"It gives {given} of {facts['teacher']} ({facts['teacher_source']}), as well as it has learnt them without "
-        f"labels on images of {facts['dataset']}, in the units of the teacher's own features: what was made for these, "
-        "an index, a classifier or a decoder, takes them.",
+        f"labels on images of {facts['dataset']}, in the units of the teacher's own features: an index, a classifier "
+        "or a decoder made for these can be used with it.",
     ]
 
 

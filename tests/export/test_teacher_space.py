@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 from distillery.export import __main__, standalone
 from distillery.export.expressions import evaluate, find_forward
 from distillery.export.formats import export_student
+from distillery.export.student import load_student
 from distillery.export.teacher_card import scale_remarks
 from distillery.losses.registry import LOSSES
 from distillery.losses.targets import Targets
@@ -205,6 +206,16 @@ def test_of_a_torch_hub_folder_only_its_code_comes_along_and_not_an_export_in_it
     code = ["hub/hubconf.py", "hub/lazy.py", "hub/parts/flat.py"]
     assert found == ["README.md", "config.json", *code, "model.safetensors", "student.py"]
     assert "| code in hub/, of the student's torch.hub folder | must be checked" in (out / "README.md").read_text()
+
+
+def test_a_student_of_github_is_loaded_from_there(tmp_path):
+    make_space_run(tmp_path / "run", hub_model(tmp_path, "small"))
+    student = load_student(tmp_path / "run")
+    space, forward = student.trained.in_teacher_space(), find_forward(student.backbone, WIDTHS)
+    student.config["model"]["student_repo"] = "owner/name:v1"
+    code = standalone.code_of(student, space, forward)
+    assert 'self.student = torch.hub.load("owner/name:v1", "small", trust_repo=True, pretrained=False)' in code
+    assert "import sys" not in code and '"hub"' not in code
 
 
 ODD = """
