@@ -27,7 +27,9 @@ class ModelConfig(StrictModel):
     )
     teacher_pretrained: bool = Field(True, description="load the published weights")
     teacher_checkpoint: PathText | None = Field(
-        None, description="weights file instead of the published ones. FILE#NAME: one of several models in it"
+        None,
+        description="weights file or exported folder in place of the published ones. "
+        "FILE#NAME: one of several models in it",
     )
     teacher_img_size: PositiveInt | None = Field(
         None, description="px; null: image_size rounded to the teacher's patch. Its position embedding is resampled"
@@ -45,7 +47,7 @@ class ModelConfig(StrictModel):
     )
     student_pretrained: bool = Field(False, description="start from the published weights")
     student_checkpoint: PathText | None = Field(
-        None, description="weights file to start from. FILE#NAME: one of several models in it"
+        None, description="weights file or exported folder to start from. FILE#NAME: one of several models in it"
     )
     student_img_size: PositiveInt | None = Field(None, description="px; null: image_size")
     student_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
