@@ -19,7 +19,7 @@ def mosaics(num_images: int, *, tiles: int = 4, scale: int = 1, seed: int = 0) -
         seed: chooses the digits.
     Returns:
         (images, uint8 [N, S, S, 3]; masks, uint8 [N, S, S], the digit 0..9 of the tile), S = 8 * tiles * scale px.
-    Source: the 1,797 digits of 8 x 8 px that scikit-learn brings along (UCI, optical recognition of handwritten digits).
+    Source: the 1,797 digits of 8 x 8 px that scikit-learn brings along (UCI, handwritten digits).
     """
     from sklearn.datasets import load_digits
 
@@ -27,9 +27,7 @@ def mosaics(num_images: int, *, tiles: int = 4, scale: int = 1, seed: int = 0) -
     chosen = np.random.default_rng(seed).integers(0, len(digits.target), (num_images, tiles, tiles))
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)[chosen]
     numbers = np.broadcast_to(digits.target.astype(np.uint8)[chosen][..., None, None], grey.shape)
-    images, masks = (
-        np.repeat(np.repeat(_joined(parts), scale, axis=1), scale, axis=2) for parts in (grey, numbers)
-    )  # fmt: skip
+    images, masks = (np.repeat(np.repeat(_joined(of), scale, axis=1), scale, axis=2) for of in (grey, numbers))
     return np.repeat(images[..., None], 3, axis=3), masks
 
 
