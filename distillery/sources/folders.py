@@ -108,25 +108,15 @@ class ImageFolderSource(Source):
                 mask_column=mask_column,
                 masks_required=masks_required,
             )
-        masks, places = None, self._places
-        if masks_required:
-            if listing is not None:
-                rows, masks = listing.rows, listing.labels
-                facts = {"mask_column": listing.label_column, "metadata": listing.identity}
-            else:
-                pairs = pair_masks(
-                    names,
-                    image_folder=image_column,
-                    mask_folder=mask_column,
-                    listed=listed,
-                    where=files.root,
-                    left_out=left_out,
-                )
-                rows, masks = pairs.images, pairs.masks
-                facts = {"image_column": pairs.image_folder, "mask_column": pairs.mask_folder}
-                facts |= {} if listed is None else {"listed": f"sha256:{sha256_of(listed)}"}
-            self._places = places.at(rows)
-            identity |= facts | {"num_rows": len(rows)}
+        masks: list[int] | None = None
+        if masks_required and listing is None:
+            pairs = pair_masks(names, image_column, mask_column, listed, where=files.root, left_out=left_out)
+            rows, masks = pairs.images, pairs.masks
+            identity |= {"image_column": pairs.image_folder, "mask_column": pairs.mask_folder, "num_rows": len(rows)}
+            identity |= {} if listed is None else {"listed": f"sha256:{sha256_of(listed)}"}
+        elif masks_required:
+            rows, masks = listing.rows, listing.labels
+            identity |= {"mask_column": listing.label_column, "num_rows": len(rows), "metadata": listing.identity}
         elif listing is not None:
             self._take_rows(listing, identity)
         elif image_column not in (None, "image"):
@@ -139,7 +129,7 @@ class ImageFolderSource(Source):
         super().__init__(identity, int(files.sizes.sum()), left_out)
         if masks is not None:
             self._masks = copy.copy(self)
-            self._masks._places = places.at(masks)
+            self._masks._places, self._places = self._places.at(masks), self._places.at(rows)
 
     def _find_images(self, files: FileList, indexed: dict[int, ArchiveIndex], left_out: Counter[str]) -> list[str]:
         """Note where all images are; returns their names, a member's below its archive's."""

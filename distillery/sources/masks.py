@@ -89,7 +89,8 @@ def _decode(data: bytes | memoryview) -> tuple[np.ndarray, int, bool]:
             check_pixel_count(*mask.size)
             if mask.format == "JPEG":
                 raise DecodeError("mask is a JPEG, which changes class numbers; it must be lossless, as PNG is")
-            orientation, stored = orientation_of(mask), mask.tile[0].args if mask.tile else None
+            # before the orientation: to look for it may load the file, which forgets how it was stored
+            stored, orientation = mask.tile[0].args if mask.tile else None, orientation_of(mask)
             mask.load()
             if mask.mode not in ("L", "P", "1", "I") and not mask.mode.startswith("I;16"):
                 raise DecodeError(

@@ -28,10 +28,10 @@ class Pairs(NamedTuple):
 
 def pair_masks(
     names: Sequence[str],
+    image_folder: str | None = None,
+    mask_folder: str | None = None,
+    listed: Sequence[str] | None = None,
     *,
-    image_folder: str | None,
-    mask_folder: str | None,
-    listed: Sequence[str] | None,
     where: str,
     left_out: Counter[str],
 ) -> Pairs:
