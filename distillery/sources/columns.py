@@ -128,6 +128,7 @@ def find_mask_column(
         if wanted not in kinds or wanted == image_column:
             found = "is the image_column too" if wanted in kinds else "is not there"
             raise UserError(f"{where}: mask_column {wanted!r} {found}. The columns are: {_listing(kinds)}.")
+        check_image_type(wanted, kinds[wanted], where, kinds, "mask_column")
         return wanted
 
     def holds_images(name: str) -> bool:
