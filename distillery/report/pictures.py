@@ -274,7 +274,8 @@ def choose_pool(folders: dict[str, tuple[Path, Path]], data: Any) -> Pool:
 
     for name, (_, test) in folders.items():
         dataset = CachedTensorDataset(test)
-        return Pool(dataset, data.mean, data.std, f"{name} (test)", torch.from_numpy(cached_labels(dataset)))
+        labels = torch.from_numpy(cached_labels(dataset)) if dataset.index.labels else None
+        return Pool(dataset, data.mean, data.std, f"{name} (test)", labels)
     if data.cache_dir is None:
         raise MissingFileError("the run has neither an evaluation set nor a cache, and raw images are not drawn")
     return Pool(CachedTensorDataset(data.cache_path), data.mean, data.std, "the training cache")
