@@ -86,7 +86,7 @@ def count_mask_classes(indexes: Iterable[CacheIndex], name: str, num_classes: in
     Raises:
         UserError: the masks hold a class that num_classes leaves out.
     """
-    from distillery.sources.evaluation import check_mask_classes
+    from distillery.cache.masks import check_mask_classes
 
     return max(check_mask_classes(index, name, num_classes, ignore_index) for index in indexes)
 

@@ -200,8 +200,8 @@ def fail() -> None:
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
         (1, engine, "check_first_step", 1),
-        (0, during, "evaluate_features", 3),
-        (1, during, "extract_features", 2),
+        (0, measuring, "evaluate_features", 3),
+        (1, measuring, "extract_features", 2),
         (0, checkpoints, "save_checkpoint", 1),
     ],
 )
@@ -351,7 +351,10 @@ def test_an_evaluation_split_over_two_processes_has_the_figures_of_one(runs):
     assert two[:2] == one[:2]
     assert two[2].keys() == one[2].keys() and two[2]["knn_top1"] == one[2]["knn_top1"]
     assert two[2]["weights"] == "averaged"
-    kept = [(runs.folder / name / teacher_features.FEATURES_DIR / "small.safetensors").read_bytes() for name in ("one", "two")]
+    kept = [
+        (runs.folder / name / teacher_features.FEATURES_DIR / "small.safetensors").read_bytes()
+        for name in ("one", "two")
+    ]
     assert kept[0] == kept[1]
 
 
