@@ -3,6 +3,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from mosaics import encode_png, make_mosaics, mosaics
 
+from distillery.config.load import load_configs
 from distillery.sources.evaluation import PartOfSource
 from distillery.sources.registry import open_source
 from distillery.system.errors import MissingFileError, UserError
@@ -248,6 +250,23 @@ def test_lists_of_images_give_the_splits_of_pascal_voc_in_their_order(tmp_path):
     assert pairs_of(train) == [PAIRS[4], PAIRS[1]] and pairs_of(val) == [PAIRS[0], PAIRS[2]]
     assert "1 images without a mask left out" in val.describe()
     assert train.identity["files"] == val.identity["files"] and train.identity["listed"] != val.identity["listed"]
+
+
+def test_the_ready_configuration_reads_ade20k_and_pascal_voc_as_they_are_unpacked(tmp_path):
+    data = load_configs(Path(__file__).resolve().parents[2] / "configs" / "ade20k_voc" / "data_config.yaml").data
+    ade, voc = (data.eval_datasets[name] for name in ("ade20k", "voc2012"))
+    for split, rows in (("training", (0, 4)), ("validation", (4, 6))):
+        write_layout(tmp_path / "ade", "images/{split}", "annotations/{split}", split, first=rows[0], last=rows[1])
+    write_files(tmp_path / "ade", **{"objectInfo150.txt": b"1", "sceneCategories.txt": b"ADE_train_00000001 airport"})
+    write_voc(tmp_path / "voc")
+    for entry, folder, part, expected in (
+        (ade, "ade", "train", PAIRS[:4]),
+        (ade, "ade", "test", PAIRS[4:]),
+        (voc, "voc", "train", [PAIRS[4], PAIRS[1]]),
+        (voc, "voc", "test", [PAIRS[0], PAIRS[2]]),
+    ):
+        assert pairs_of(open_source(**entry.source_arguments(part) | {"data_dir": str(tmp_path / folder)})) == expected
+    assert (ade.mask_dtype, voc.mask_dtype) == ("uint8", "uint8")
 
 
 def test_a_list_that_is_wrong_is_refused(tmp_path):
