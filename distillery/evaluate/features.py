@@ -32,9 +32,7 @@ def extract_features(
     precision: str = "fp32",
     before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Image features of every row, in order.
-
-    Where a batch does not fit into the device's memory, smaller ones are taken from there on, and a line says so.
+    """Image features of every row, in order; on the way as for_each_batch.
 
     Args:
         model_fn: from normalised images [B, 3, H, W] on the device to [B, D], or to Features, whose pooled is taken. A
@@ -49,17 +47,48 @@ def extract_features(
     Raises:
         UserError: there are no rows.
     """
-    device, features, labels = torch.device(device), _Collected(), _Collected()
-    forward = _Forward(model_fn)
-    with _no_gradients(model_fn), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
-        for images, batch_labels in DevicePrefetcher(batches, device):
-            before_batch()
-            with _autocast(device, precision):
-                features.add(forward(images))
-            labels.add(batch_labels)
+    features, labels = _Collected(), _Collected()
+
+    def collect(batch_features: Tensor, batch_labels: Tensor) -> None:
+        features.add(batch_features)
+        labels.add(batch_labels)
+
+    for_each_batch(model_fn, batches, device, collect, precision=precision, before_batch=before_batch)
     if not features:
         raise UserError("evaluation: the data set has no valid row; look at failures.jsonl of its cache")
     return features.on_host(), labels.on_host()
+
+
+def for_each_batch(
+    model_fn: Callable[[Tensor], Any],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    consume: Callable[[Tensor, Tensor], None],
+    *,
+    take: Callable[[Any], Tensor] = lambda out: getattr(out, "pooled", out),
+    precision: str = "fp32",
+    before_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Hand what the model gives for each batch to `consume`, with the batch's labels, without gradients.
+
+    Where a batch does not fit into the device's memory, smaller ones are taken from there on, and a line says so.
+
+    Args:
+        model_fn: as of extract_features.
+        batches: (images, labels); labels [B, ...].
+        device: where the model is.
+        consume: called with float32 [B, ...] and the labels, both on the device.
+        take: what is wanted of the model's output, [B, ...].
+        precision: as of extract_features.
+        before_batch: as of extract_features.
+    """
+    device, forward = torch.device(device), _Forward(model_fn, take)
+    with _no_gradients(model_fn), eval_mode(model_fn) if isinstance(model_fn, nn.Module) else nullcontext():
+        for images, labels in DevicePrefetcher(batches, device):
+            before_batch()
+            with _autocast(device, precision):
+                outputs = forward(images)
+            consume(outputs, labels)
 
 
 def _no_gradients(model_fn: Callable[[Tensor], Any]) -> Any:
@@ -77,17 +106,17 @@ def _autocast(device: torch.device, precision: str) -> Any:
 
 
 class _Forward:
-    """Pooled features of a batch, float32 [B, D], in memory of their own; of smaller batches where memory runs out."""
+    """What `take` finds in the output, float32, in memory of its own; of smaller batches where memory runs out."""
 
-    def __init__(self, model_fn: Callable[[Tensor], Any]) -> None:
-        self.model_fn, self.batch_size = model_fn, BATCH_SIZE
+    def __init__(self, model_fn: Callable[[Tensor], Any], take: Callable[[Any], Tensor]) -> None:
+        self.model_fn, self.take, self.batch_size = model_fn, take, BATCH_SIZE
 
     def __call__(self, images: Tensor) -> Tensor:
         while True:
             try:
                 outputs = (self.model_fn(part) for part in images.split(self.batch_size))
                 # cat copies: a view of the class token would keep all the tokens in memory
-                return torch.cat([getattr(out, "pooled", out).float() for out in outputs])
+                return torch.cat([self.take(out).float() for out in outputs])
             except Exception as error:
                 size = min(self.batch_size, len(images))
                 if size == 1 or not is_out_of_gpu_memory(error):
