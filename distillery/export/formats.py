@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from distillery.export.card import build_card, describe
 from distillery.export.expressions import evaluate, find_feature_call, find_forward, is_same, sample_features
-from distillery.export.onnx import build_onnx
+from distillery.export.onnx import TEACHER_OUTPUTS, build_onnx
 from distillery.export.standalone import CODE_NAME, check_alone, code_of, hub_code, weights_of
 from distillery.export.student import Student, hub_folder, load_from_hub, load_student
 from distillery.export.teacher_card import left_out
@@ -100,7 +100,7 @@ def _build_in_teacher_space(student: Student, run_dir: Path, out_dir: Path, form
         print(sentence.replace("`", ""), file=sys.stderr)
     config = describe(student, space=space)
     if format == "onnx":
-        return _with_texts(build_onnx(space), config, run_dir, format)
+        return _with_texts(build_onnx(space, TEACHER_OUTPUTS), config, run_dir, format)
     files = _with_texts(_as_safetensors(weights_of(student, space)), config, run_dir, format)
     files[CODE_NAME] = code_of(student, space, find_forward(student.backbone, space.heads)).encode()
     if (hub := hub_folder(student.config["model"])) is not None:

@@ -1,26 +1,33 @@
-"""Export the backbone to ONNX with a dynamic batch; compare it with PyTorch before the file gets its final name."""
+"""Export a student to ONNX with a dynamic batch; compare it with PyTorch before the file gets its final name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from distillery.models.backbone import Backbone
+    from torch import Tensor, nn
 
 ONNX_TOLERANCE = 1e-4
 OTHER_FORMATS = "Take another format, e.g. --format safetensors"
 
 
-def build_onnx(backbone: Backbone) -> bytes:
-    """The pooled features as an ONNX model: "images" float32 [batch, 3, H, W] -> "features" [batch, D].
+# field of Features -> output, in the student's own space and in its teacher's
+OWN_OUTPUTS = {"pooled": "features"}
+TEACHER_OUTPUTS = {"pooled": "pooled", "tokens": "tokens"}
+
+
+def build_onnx(module: nn.Module, names: Mapping[str, str] = OWN_OUTPUTS) -> bytes:
+    """An ONNX model: "images" float32 [batch, 3, H, W] -> an output for each field that the module gives.
 
     It is checked by onnx.checker, and compared with PyTorch where onnxruntime is installed.
 
+    Args:
+        module: a Backbone in eval mode, or a TeacherSpace of one.
+        names: field of Features -> name of the output, in their order.
     Raises:
         UserError: a package is missing, the exporter cannot take the model, or the result differs.
     """
@@ -33,10 +40,12 @@ def build_onnx(backbone: Backbone) -> bytes:
         raise UserError(
             f"--format onnx needs the package {error.name}, which is not installed. Run: pip install onnx onnxscript"
         ) from error
+    backbone = getattr(module, "student", module)
+    fields = [field for field in names if field in module.widths]
     generator = torch.Generator().manual_seed(0)
     traced_on, compared_on = (torch.randn(batch, 3, *backbone.img_size, generator=generator) for batch in (2, 3))
     try:
-        content, is_dynamic = _trace(backbone, traced_on)
+        content, is_dynamic = _trace(module, traced_on, {field: names[field] for field in fields})
         onnx.checker.check_model(content)
     except Exception as error:  # whatever a model's code raises when it is run without numbers
         raise UserError(
@@ -48,30 +57,31 @@ def build_onnx(backbone: Backbone) -> bytes:
             f"{type(backbone.model).__name__} cannot be written as ONNX for any batch size: its code makes a constant "
             f"of the one it is traced with, e.g. by len(images). {OTHER_FORMATS}"
         )
-    compare_onnx(backbone, content, compared_on)
+    compare_onnx(module, content, compared_on, fields)
     return content
 
 
-def _trace(backbone: Backbone, images: Tensor) -> tuple[bytes, bool]:
+def _trace(module: nn.Module, images: Tensor, names: Mapping[str, str]) -> tuple[bytes, bool]:
     """The model, and whether its batch size is open."""
     import torch
 
     from distillery.export.plain_attention import PlainAttention
 
-    class Pooled(torch.nn.Module):
+    class Outputs(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = backbone
+            self.module = module
 
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             with PlainAttention():
-                return self.backbone(images).pooled
+                given = self.module(images).tensors()
+            return tuple(given[field] for field in names)
 
     program = torch.onnx.export(
-        Pooled().eval(),
+        Outputs().eval(),
         (images,),
         input_names=["images"],
-        output_names=["features"],
+        output_names=list(names.values()),
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         dynamo=True,
         verbose=False,
@@ -89,9 +99,14 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def compare_onnx(backbone: Backbone, content: bytes, images: Tensor) -> None:
+def compare_onnx(module: nn.Module, content: bytes, images: Tensor, fields: Sequence[str] = ("pooled",)) -> None:
     """Run both on a batch of another size than the traced one; without onnxruntime there is nothing to compare.
 
+    Args:
+        module: images -> Features.
+        content: the ONNX model.
+        images: [B, 3, H, W].
+        fields: of Features, in the order of the model's outputs.
     Raises:
         UserError: they differ, or onnxruntime cannot run the model.
     """
@@ -103,12 +118,13 @@ def compare_onnx(backbone: Backbone, content: bytes, images: Tensor) -> None:
         return
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        theirs = [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise UserError(f"onnxruntime cannot run the ONNX model: {_first_cause(error)}. {OTHER_FORMATS}") from error
     with torch.no_grad():
-        ours = backbone(images).pooled
-    difference = ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1e-12)).item()
+        given = module(images).tensors()
+    pairs = [(given[field], output) for field, output in zip(fields, theirs, strict=True)]
+    difference = max(((b - a).abs().max() / a.abs().max().clamp(min=1e-12)).item() for a, b in pairs)
     if not difference <= ONNX_TOLERANCE:
         raise UserError(
             f"the ONNX model differs from PyTorch by {difference:.1e} of the largest feature, at most "

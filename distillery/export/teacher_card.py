@@ -30,8 +30,7 @@ _UNDONE = {
     "standard deviation (`standardise_targets: true`). This is undone in the last layer of each head",
     "phi_s": "The heads were trained towards targets that were rotated and divided by one scale (PHI-S, "
     "`standardise_targets: phi_s`), after their mean was subtracted. This is undone in the last layer of each head",
-    False: "The heads were trained towards the teacher's features as they are (`standardise_targets: false`), so "
-    "nothing had to be undone",
+    False: "The heads were trained towards the teacher's features as they are, so nothing had to be undone",
 }
 
 
@@ -64,8 +63,8 @@ def introduction(config: dict[str, Any]) -> list[str]:
     return [
         f"# {config['architecture']} in the place of {facts['teacher']}",
         f"It gives {given} of {facts['teacher']} ({facts['teacher_source']}), as well as it has learnt them without "
-        f"labels on images of {facts['dataset']}, in the units of the teacher's own features: what was made for these, "
-        "an index, a classifier or a decoder, takes them.",
+        f"labels on images of {facts['dataset']}, in the units of the teacher's own features: an index, a classifier "
+        "or a decoder made for these can be used with it.",
     ]
 
 
@@ -89,12 +88,12 @@ def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
 
 
 def _onnx_code(facts: dict[str, Any]) -> str:
-    names = json.dumps(list(facts["outputs"]))
+    names = list(facts["outputs"])
+    targets = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
     return (
         "import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("model.onnx")\n'
-        f"names = {names}\n"
-        'outputs = dict(zip(names, session.run(names, {"images": images})))\n'
+        f'{targets} = session.run({json.dumps(names)}, {{"images": images}})\n'
     )
 
 

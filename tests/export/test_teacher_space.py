@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 from distillery.export import __main__, standalone
 from distillery.export.expressions import evaluate, find_forward
 from distillery.export.formats import export_student
+from distillery.export.student import load_student
 from distillery.export.teacher_card import scale_remarks
 from distillery.losses.registry import LOSSES
 from distillery.losses.targets import Targets
@@ -207,6 +208,16 @@ def test_of_a_torch_hub_folder_only_its_code_comes_along_and_not_an_export_in_it
     assert "| code in hub/, of the student's torch.hub folder | must be checked" in (out / "README.md").read_text()
 
 
+def test_a_student_of_github_is_loaded_from_there(tmp_path):
+    make_space_run(tmp_path / "run", hub_model(tmp_path, "small"))
+    student = load_student(tmp_path / "run")
+    space, forward = student.trained.in_teacher_space(), find_forward(student.backbone, WIDTHS)
+    student.config["model"]["student_repo"] = "owner/name:v1"
+    code = standalone.code_of(student, space, forward)
+    assert 'self.student = torch.hub.load("owner/name:v1", "small", trust_repo=True, pretrained=False)' in code
+    assert "import sys" not in code and '"hub"' not in code
+
+
 ODD = """
 class Odd(Small):
     def forward_features(self, x):
@@ -332,6 +343,22 @@ def test_a_run_that_did_not_measure_it_names_the_command_that_does(tmp_path):
     export_student(tmp_path / "run", tmp_path / "out", space="teacher")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`python -m distillery.evaluate --run DIR`" in card and "| digits | student | 80.0% |" in card
+
+
+def test_onnx_gives_the_teachers_space_under_the_names_of_its_fields(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+    pytest.importorskip("onnxruntime", reason="the code on the card needs it")
+    space = make_space_run(tmp_path / "run", STUDENTS["own normalisation"])
+    written = export_student(tmp_path / "run", tmp_path / "out", "onnx", space="teacher")
+    assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    pixels = torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    names = {"images": normalised(config, pixels).numpy()}
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, names)
+    outputs = {field: torch.from_numpy(names[field]) for field in WIDTHS}
+    assert_gives(outputs | {"grid": space.student.grid}, space, space.student, pixels)
 
 
 def test_a_folder_in_the_teachers_space_starts_a_new_run(tmp_path, capsys):
