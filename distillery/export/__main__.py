@@ -3,6 +3,7 @@
     python -m distillery.export --run DIR --out DIR                        # model.safetensors for timm.create_model
     python -m distillery.export --run DIR --out DIR --format huggingface   # a folder to upload to the hub as it is
     python -m distillery.export --run DIR --out DIR --format onnx --weights ema     # model.onnx of averaged weights
+    python -m distillery.export --run DIR --out DIR --format onnx --precision int8  # a quarter of the bytes
 
 Only the student leaves: teacher, heads and optimiser stay behind.
 """
@@ -13,6 +14,8 @@ import argparse
 from pathlib import Path
 
 from distillery.export.formats import FORMATS, export_student
+from distillery.export.onnx_export import CALIBRATION_IMAGES, OnnxOptions
+from distillery.export.quantise import PRECISIONS
 from distillery.system.errors import EXIT_DONE, run_command
 from distillery.system.files import expand_path
 
@@ -29,10 +32,25 @@ def main() -> int:
     parser.add_argument("--weights", choices=("auto", "student", "ema"), default="auto",
                         help="default: auto, the averaged ones where the run has ema_decay, else the last")  # fmt: skip
     parser.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the same as --weights ema")
+    parser.add_argument("--space", choices=("backbone", "teacher"), default="backbone",
+                        help="default: backbone, the student's own features; teacher: those of its heads")  # fmt: skip
+    onnx = parser.add_argument_group("with --format onnx")
+    onnx.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    onnx.add_argument("--calibration_images", type=int, metavar="N",
+                      help=f"of the run's cache, for int8; default: {CALIBRATION_IMAGES}")  # fmt: skip
+    onnx.add_argument("--min_cosine", type=float, metavar="X",
+                      help="write the file where each output's mean cosine with PyTorch reaches X; default: limits of "
+                      "the precision's own")  # fmt: skip
     arguments = parser.parse_args()
     checkpoint = expand_path(arguments.checkpoint) if arguments.checkpoint else None
     written = export_student(
-        expand_path(arguments.run), expand_path(arguments.out), arguments.format, checkpoint, arguments.weights
+        expand_path(arguments.run),
+        expand_path(arguments.out),
+        arguments.format,
+        checkpoint,
+        arguments.weights,
+        space=arguments.space,
+        onnx=OnnxOptions(arguments.precision, arguments.calibration_images, arguments.min_cosine),
     )
     for path in written:
         print(path)

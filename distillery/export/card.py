@@ -12,6 +12,7 @@ import yaml
 from distillery.config.load import dataset_label
 from distillery.config.yaml_text import as_yaml
 from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
+from distillery.export import onnx_export
 from distillery.system.files import expand_path
 from distillery.training.log import METRICS_NAME, read_rows
 
@@ -49,6 +50,7 @@ def build_card(run_dir: Path, config: dict[str, Any], loaded_from: str) -> str:
         *_hub_note(loaded_from),
         f"Input: float32 `[batch, {', '.join(map(str, size))}]`, RGB in 0..1, then `(x - mean) / std` with "
         f"mean {config['pretrained_cfg']['mean']} and std {config['pretrained_cfg']['std']}.",
+        *([onnx_export.card_section(config["onnx"])] if "onnx" in config else []),
         "## Training",
         f"{facts['step']:,} steps{seen}; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
         f"| recipe | |\n|---|---|\n{recipe}",
@@ -114,12 +116,8 @@ def _hub_note(loaded_from: str) -> list[str]:
 
 
 def _usage(config: dict[str, Any], loaded_from: str) -> str:
-    if loaded_from.endswith(".onnx"):
-        return (
-            "import onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{loaded_from}")\n'
-            'features = session.run(["features"], {"images": images})[0]\n'
-        )
+    if "onnx" in config:
+        return onnx_export.usage(config["onnx"], loaded_from)
     features = config["distillation"]["features"]
     imports = ["torch"] if "torch." in features else []
     source, arguments = config["distillation"]["student_source"], config["model_args"]

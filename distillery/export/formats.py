@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from distillery.export.card import build_card, describe
 from distillery.export.expressions import evaluate_call, find_feature_call, is_same, sample_features
-from distillery.export.onnx import build_onnx
+from distillery.export.onnx_export import OnnxOptions, make_onnx
 from distillery.export.student import Student, load_from_hub, load_student
 from distillery.system.errors import UserError
 from distillery.system.files import write_atomic
@@ -23,7 +23,14 @@ WEIGHTS_NAME, ONNX_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "model.on
 
 
 def export_student(
-    run_dir: Path, out_dir: Path, format: str = "timm", checkpoint: Path | None = None, weights: Weights = "auto"
+    run_dir: Path,
+    out_dir: Path,
+    format: str = "timm",
+    checkpoint: Path | None = None,
+    weights: Weights = "auto",
+    *,
+    space: str = "backbone",
+    onnx: OnnxOptions | None = None,
 ) -> list[Path]:
     """Write a run's student into a folder.
 
@@ -32,25 +39,31 @@ def export_student(
         out_dir: made if need be; files of the same names are replaced.
         format: "timm", "safetensors" and "huggingface" write model.safetensors with exactly the raw model's keys,
             without classifier (timm and huggingface: refused for a student that timm cannot build); the card of
-            "huggingface" loads the folder, here or on the hub, instead of the file; "onnx" writes model.onnx with a
-            dynamic batch.
+            "huggingface" loads the folder, here or on the hub, instead of the file; "onnx" writes model.onnx.
         checkpoint: a checkpoint file; the run's newest complete one by default.
         weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
+        space: "backbone", or with "onnx" "teacher": the outputs stand in for the teacher's features.
+        onnx: what the flags of --format onnx say; None: their defaults.
     Returns:
         The files written: the weights, config.json and README.md.
     Raises:
         UserError: no checkpoint, no EMA weights, an unknown format, weights that are not this student's, a model that
-            cannot be written as ONNX. Nothing is written then.
+            cannot be written as ONNX or is then too far from PyTorch. Nothing is written then.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if space == "teacher" and format != "onnx":
+        raise UserError("--space teacher is for --format onnx")
+    options = onnx or OnnxOptions()
+    options.check(format)
     student = load_student(run_dir, checkpoint, weights=weights)
     source = student.config["model"]["student_source"]
     if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")
     features = find_feature_call(student.backbone)
     config = describe(student, features)
-    onnx_model = build_onnx(student.backbone) if format == "onnx" else b""
+    if format == "onnx":
+        onnx_model, config["onnx"] = make_onnx(student.trained, space, options)
     out_dir.mkdir(parents=True, exist_ok=True)
     weights_path = out_dir / (ONNX_NAME if format == "onnx" else WEIGHTS_NAME)
     if format == "onnx":
