@@ -135,6 +135,7 @@ class Backbone(nn.Module):
     With `projection`, pooled is what comes out of the classifier's place, an image-text model's feature in text space.
     `dtype` is the type of its weights: float32, or what keep_in has made of them. `precision` is what float32 weights
     are computed in: bf16, fp16 or fp32 whatever autocast surrounds them; None: what the surrounding autocast says.
+    `resizes`: False gives the raw model images of the size that they come in; `grid` is that of img_size all the same.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Backbone(nn.Module):
         self.model = built.model
         self.dtype = dtype
         self.precision: str | None = None
+        self.resizes = True
         self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
@@ -250,7 +252,7 @@ class Backbone(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the raw model is given for images as forward takes them: at its size, with its own normalisation."""
-        if images.shape[-2:] != self.img_size:
+        if self.resizes and images.shape[-2:] != self.img_size:
             images = F.interpolate(images, self.img_size, mode="bilinear", antialias=True, align_corners=False)
         return images * self.scale + self.shift if self._renormalise else images
 
