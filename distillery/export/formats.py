@@ -58,8 +58,8 @@ def export_student(
         The files written: the weights, config.json, README.md and what else there is.
     Raises:
         UserError: no checkpoint, no EMA weights, an unknown format or space, weights that are not this student's, a
-            model that cannot be written as ONNX or is then too far from PyTorch, a run without heads for the teacher's space, code of the student that
-            needs more than its .py files. Nothing is written then.
+            model that cannot be written as ONNX or is then too far from PyTorch, a run without heads for the teacher's
+            space, code of the student that needs more than its .py files. Nothing is written then.
     """
     format = format or {"backbone": "timm", "teacher": "safetensors"}.get(space)
     _check_choice(format, space)
