@@ -88,9 +88,8 @@ def list_rows(
     if all(columns is None for columns in chosen):
         if not masks_required:
             _check_names(files[0].name, tables[0], image_column, label_column)
-        left_out[f"metadata files (without the columns file_name and {'mask' if masks_required else 'label'})"] += len(
-            files
-        )
+        missing = "mask" if masks_required else "label"
+        left_out[f"metadata files (without the columns file_name and {missing})"] += len(files)
         return None
     position = {posixpath.normpath(name): row for row, name in enumerate(images)}
     digest = hashlib.sha256()
@@ -153,9 +152,9 @@ def _columns_of(
     prefix = "image" if image_column is None else image_column
     names = [f"{prefix}_{FILE_NAME}", *([FILE_NAME] if prefix == "image" else [])]
     if image_column is None:
-        names += filter(_is_file_column, table)
+        names += (name for name in table if _is_file_column(name) and name not in label_names)
     label_column = next((name for name in label_names if name in table), None)
-    file_column = next((name for name in names if name in table and name != label_column), None)
+    file_column = next((name for name in names if name in table), None)
     labels_missing = bool(label_names) and label_column is None
     return None if file_column is None or labels_missing else (file_column, label_column)
 
