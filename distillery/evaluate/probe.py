@@ -1,5 +1,6 @@
 """Logistic regression on the GPU, for the linear probe: the fits that scikit-learn makes on the CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,39 @@ from torch import Tensor
 # scikit-learn's: the largest entry of the gradient (of the mean loss over rows) at which a fit has converged
 _TOLERANCE = 1e-4
 _HISTORY = 10
+
+
+def minimise(
+    objective: Callable[[], Tensor], parameters: list[Tensor], *, max_iter: int, tolerance: float = _TOLERANCE
+) -> int:
+    """L-BFGS; the parameters are changed in place.
+
+    Args:
+        objective: the loss with the parameters as they are, a scalar, a mean over rows.
+        parameters: what it is minimised over.
+        max_iter: iterations at most.
+        tolerance: a fit has converged once no entry of the gradient is larger.
+    Returns:
+        Iterations done.
+    """
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=max_iter,
+        max_eval=10 * max_iter,
+        history_size=_HISTORY,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss_and_gradient() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_and_gradient)
+    return optimizer.state[parameters[0]]["n_iter"]
 
 
 class LogisticRegression:
@@ -31,6 +65,16 @@ class LogisticRegression:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
+    @property
+    def coef_(self) -> np.ndarray:
+        """Weights of the last fit, float32 [C, D]; [1, D] of two classes."""
+        return self.weight.detach().cpu().numpy()
+
+    @property
+    def intercept_(self) -> np.ndarray:
+        """Biases of the last fit, float32 [C], or [1]."""
+        return self.bias.detach().cpu().numpy()
+
     def set_params(self, **params: Any) -> "LogisticRegression":
         """C: strength of the data against the regularisation, > 0, no unit."""
         self.C = params["C"]
@@ -45,28 +89,16 @@ class LogisticRegression:
         if not self.warm_start or self.weight is None or self.weight.shape != shape:
             self.weight = torch.zeros(shape, device=self.device, requires_grad=True)
             self.bias = torch.zeros(num_outputs, device=self.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [self.weight, self.bias],
-            max_iter=self.max_iter,
-            max_eval=10 * self.max_iter,
-            history_size=_HISTORY,
-            tolerance_grad=_TOLERANCE,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
 
-        def loss_and_gradient() -> Tensor:
-            optimizer.zero_grad()
+        def objective() -> Tensor:
             logits = F.linear(rows, self.weight, self.bias)
             if num_outputs == 1:
                 loss = F.binary_cross_entropy_with_logits(logits[:, 0], targets.float())
             else:
                 loss = F.cross_entropy(logits, targets)
-            loss = loss + self.weight.square().sum() / (2 * self.C * len(rows))
-            loss.backward()
-            return loss
+            return loss + self.weight.square().sum() / (2 * self.C * len(rows))
 
-        optimizer.step(loss_and_gradient)
+        minimise(objective, [self.weight, self.bias], max_iter=self.max_iter)
         return self
 
     @torch.no_grad()

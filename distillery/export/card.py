@@ -11,6 +11,7 @@ import yaml
 
 from distillery.config.load import dataset_label
 from distillery.config.yaml_text import as_yaml
+from distillery.export import onnx_export
 from distillery.export.results import results, rows_of
 from distillery.export.teacher_card import closeness_section, describe_space, introduction, usage_in_teacher_space
 from distillery.system.files import expand_path
@@ -52,6 +53,7 @@ def build_card(run_dir: Path, config: dict[str, Any], format: str) -> str:
         *_hub_note(config, format),
         f"Input: float32 `[batch, {', '.join(map(str, takes['input_size']))}]`, RGB in 0..1, then `(x - mean) / std` "
         f"with mean {takes['mean']} and std {takes['std']}.",
+        *([onnx_export.card_section(config["onnx"])] if "onnx" in config else []),
         *(closeness_section(config, rows) if in_teacher_space else []),
         "## Training",
         f"{facts['step']:,} steps{seen}; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
@@ -133,11 +135,7 @@ def _hub_note(config: dict[str, Any], format: str) -> list[str]:
 
 def _usage(config: dict[str, Any], format: str) -> str:
     if format == "onnx":
-        return (
-            "import onnxruntime\n\n"
-            'session = onnxruntime.InferenceSession("model.onnx")\n'
-            'features = session.run(["features"], {"images": images})[0]\n'
-        )
+        return onnx_export.usage(config["onnx"], "model.onnx")
     features = config["distillation"]["features"]
     imports = ["torch"] if "torch." in features else []
     source, arguments = config["distillation"]["student_source"], config["model_args"]

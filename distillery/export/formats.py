@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from distillery.export.card import build_card, describe
 from distillery.export.expressions import evaluate, find_feature_call, find_forward, is_same, sample_features
-from distillery.export.onnx import TEACHER_OUTPUTS, build_onnx
+from distillery.export.onnx_export import OnnxOptions, make_onnx
 from distillery.export.standalone import CODE_NAME, check_alone, code_of, hub_code, weights_of
 from distillery.export.student import Student, hub_folder, load_from_hub, load_student
 from distillery.export.teacher_card import left_out
@@ -35,6 +35,8 @@ def export_student(
     checkpoint: Path | None = None,
     weights: Weights = "auto",
     space: Literal["backbone", "teacher"] = "backbone",
+    *,
+    onnx: OnnxOptions | None = None,
 ) -> list[Path]:
     """Write a run's student into a folder.
 
@@ -42,7 +44,7 @@ def export_student(
     without classifier (timm and huggingface: refused for a student that timm cannot build); the card of "huggingface"
     loads the folder, here or on the hub, instead of the file. In the teacher's space: "safetensors" and "huggingface"
     write model.safetensors with keys student.* and heads.*, and student.py, which loads and runs it; their cards load
-    it from here or from the hub. "onnx" writes model.onnx with a dynamic batch.
+    it from here or from the hub. "onnx" writes model.onnx.
 
     Args:
         run_dir: the run folder.
@@ -51,18 +53,21 @@ def export_student(
         checkpoint: a checkpoint file; the run's newest complete one by default.
         weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
         space: "backbone": the student's own features; "teacher": those of its teacher, as well as it has learnt them.
+        onnx: what the flags of --format onnx say; None: their defaults.
     Returns:
         The files written: the weights, config.json, README.md and what else there is.
     Raises:
         UserError: no checkpoint, no EMA weights, an unknown format or space, weights that are not this student's, a
-            model that cannot be written as ONNX, a run without heads for the teacher's space, code of the student that
-            needs more than its .py files. Nothing is written then.
+            model that cannot be written as ONNX or is then too far from PyTorch, a run without heads for the teacher's
+            space, code of the student that needs more than its .py files. Nothing is written then.
     """
     format = format or {"backbone": "timm", "teacher": "safetensors"}.get(space)
     _check_choice(format, space)
+    onnx = onnx or OnnxOptions()
+    onnx.check(format)
     student = load_student(run_dir, checkpoint, weights=weights)
     build = _build_in_teacher_space if space == "teacher" else _build_in_own_space
-    return _write(build(student, run_dir, out_dir, format), out_dir)
+    return _write(build(student, run_dir, out_dir, format, onnx), out_dir)
 
 
 def _check_choice(format: str, space: str) -> None:
@@ -76,31 +81,38 @@ def _check_choice(format: str, space: str) -> None:
         )
 
 
-def _build_in_own_space(student: Student, run_dir: Path, out_dir: Path, format: str) -> dict[str, bytes]:
+def _build_in_own_space(
+    student: Student, run_dir: Path, out_dir: Path, format: str, onnx: OnnxOptions
+) -> dict[str, bytes]:
     """The files of an export of the raw model, checked."""
     source = student.config["model"]["student_source"]
     if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")
     features = find_feature_call(student.backbone)
-    model = build_onnx(student.backbone) if format == "onnx" else _as_safetensors(student.weights)
-    files = _with_texts(model, describe(student, features), run_dir, format)
-    if format != "onnx":
-        with tempfile.TemporaryDirectory() as folder:
-            _write(files, Path(folder))
-            check_weights_load(student, Path(folder, WEIGHTS_NAME), features)
-            if format == "huggingface":
-                check_folder_loads(student, Path(folder), features)
+    config = describe(student, features)
+    if format == "onnx":
+        model, config["onnx"] = make_onnx(student.trained, student.backbone, "backbone", onnx)
+        return _with_texts(model, config, run_dir, format)
+    files = _with_texts(_as_safetensors(student.weights), config, run_dir, format)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(files, Path(folder))
+        check_weights_load(student, Path(folder, WEIGHTS_NAME), features)
+        if format == "huggingface":
+            check_folder_loads(student, Path(folder), features)
     return files
 
 
-def _build_in_teacher_space(student: Student, run_dir: Path, out_dir: Path, format: str) -> dict[str, bytes]:
+def _build_in_teacher_space(
+    student: Student, run_dir: Path, out_dir: Path, format: str, onnx: OnnxOptions
+) -> dict[str, bytes]:
     """The files of an export with folded heads, checked."""
     space = student.trained.in_teacher_space()
     for sentence in left_out(space.widths):
         print(sentence.replace("`", ""), file=sys.stderr)
     config = describe(student, space=space)
     if format == "onnx":
-        return _with_texts(build_onnx(space, TEACHER_OUTPUTS), config, run_dir, format)
+        model, config["onnx"] = make_onnx(student.trained, space, "teacher", onnx)
+        return _with_texts(model, config, run_dir, format)
     files = _with_texts(_as_safetensors(weights_of(student, space)), config, run_dir, format)
     files[CODE_NAME] = code_of(student, space, find_forward(student.backbone, space.heads)).encode()
     if (hub := hub_folder(student.config["model"])) is not None:

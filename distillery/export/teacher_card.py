@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from distillery.export import onnx_export
 from distillery.export.results import closeness
 from distillery.export.student import hub_folder
 from distillery.losses.registry import LOSSES
@@ -83,18 +83,8 @@ def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
     lines = [texts[field].format(width) for field, width in facts["outputs"].items()]
     height, width = config["pretrained_cfg"]["input_size"][1:]
     note = "" if format == "onnx" else f"Images of another size are resized to {height} x {width} px."
-    code = _onnx_code(facts) if format == "onnx" else _code(facts, format)
+    code = onnx_export.usage(config["onnx"], "model.onnx") if format == "onnx" else _code(facts, format)
     return "\n\n".join(filter(None, [f"```python\n{code}```", "\n".join(lines), *left_out(facts["outputs"]), note]))
-
-
-def _onnx_code(facts: dict[str, Any]) -> str:
-    names = list(facts["outputs"])
-    targets = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
-    return (
-        "import onnxruntime\n\n"
-        'session = onnxruntime.InferenceSession("model.onnx")\n'
-        f'{targets} = session.run({json.dumps(names)}, {{"images": images}})\n'
-    )
 
 
 def _code(facts: dict[str, Any], format: str) -> str:

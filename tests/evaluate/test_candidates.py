@@ -11,8 +11,9 @@ from caches import make_test_cache
 from distillery.config.load import Configs, dump_configs, load_configs
 from distillery.evaluate import __main__
 from distillery.evaluate import features as features_module
-from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table, load_candidates
-from distillery.evaluate.features import compare_with_teacher, evaluate_features, evaluate_on_folders, extract_features
+from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
+from distillery.evaluate.classification import evaluate_on_folders
+from distillery.evaluate.features import extract_features
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 from distillery.training import build
@@ -193,33 +194,6 @@ def test_an_error_before_a_batch_ends_the_work_before_the_model_sees_it():
     assert seen == [4, 4]
 
 
-def test_a_row_has_the_fields_of_metrics_jsonl():
-    x, y = torch.randn(60, 5, generator=generator()), torch.arange(60) % 3
-    row = evaluate_features(x, y, x, y, k=1)
-    assert row["knn_top1"] == 1.0 and row["linear_top1"] is None and row["collapsed"] is False
-    assert set(row) == {"knn_top1", "linear_top1", "feature_std", "effective_rank", "collapsed"}
-    assert 0 < evaluate_features(x, y, x, y, k=1, linear=True)["linear_top1"] <= 1
-    assert all(type(value) in (float, bool, type(None)) for value in row.values())
-
-
-def test_collapsed_features_are_called_so_in_the_row():
-    x = torch.ones(60, 5) + 1e-4 * torch.randn(60, 5, generator=generator())
-    assert evaluate_features(x, torch.arange(60) % 3, x, torch.arange(60) % 3)["collapsed"] is True
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_missing_labels_and_bad_features_are_errors_that_name_the_split(part):
-    x, y = torch.randn(6, 3, generator=generator()), torch.arange(6) % 2
-    no_labels = torch.full((6,), -1)
-    given = {"train": (x, y), "test": (x, y)}
-    with pytest.raises(UserError, match=f"label -1 in the {part} split"):
-        evaluate_features(*{**given, part: (x, no_labels)}["train"], *{**given, part: (x, no_labels)}["test"])
-    bad = x.clone()
-    bad[2, 1] = float("nan")
-    with pytest.raises(FloatingPointError, match=f"1 {part} features not finite"):
-        evaluate_features(*{**given, part: (bad, y)}["train"], *{**given, part: (bad, y)}["test"])
-
-
 def test_one_model_gives_the_features_of_both_splits(tmp_path):
     for part, rows in (("train", 30), ("test", 20)):
         make_test_cache(tmp_path / part, rows, size=8, labels=True)
@@ -233,13 +207,6 @@ def test_one_model_gives_the_features_of_both_splits(tmp_path):
     assert seen == [30, 20]
     # the test images are the first of the train images: the same function must find each of them
     assert row["knn_top1"] == 1.0
-
-
-def test_the_teacher_agrees_with_itself_completely():
-    x = torch.randn(40, 6, generator=generator())
-    agreement = compare_with_teacher(x, x, 2 * x, x)
-    assert agreement == pytest.approx({"teacher_cosine": 1.0, "cka": 1.0, "neighbour_overlap": 1.0})
-    assert compare_with_teacher(x, x)["teacher_cosine"] is None
 
 
 # a run
@@ -282,9 +249,9 @@ def test_several_checkpoints_are_each_evaluated_with_their_own_weights(tmp_path)
 
 def test_without_a_loss_on_pooled_features_there_is_no_cosine(tmp_path):
     configs = make_run(tmp_path, losses={"patch": 1.0})
-    teacher, _, students = load_candidates(configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu"))
-    assert teacher.aligned is None
-    assert [candidate.aligned for candidate in students] == [None, None]
+    rows = evaluate_run(configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu"), linear=False)
+    assert [row["teacher_cosine"] for row in rows] == [None, None, None]
+    assert all("knn_top1_in_teacher_bank" not in row and row["cka"] is not None for row in rows)
 
 
 def test_a_collapsed_student_is_pointed_out():

@@ -12,7 +12,7 @@ from distillery.export import __main__, expressions
 from distillery.export.card import find_origin
 from distillery.export.expressions import evaluate, is_same, sample_features
 from distillery.export.formats import export_student
-from distillery.export.onnx import build_onnx, compare_onnx
+from distillery.export.onnx import build_onnx
 from distillery.export.plain_attention import PlainAttention, plain_attention
 from distillery.export.student import find_other_call, load_student
 from distillery.models.backbone import Backbone, ModelSpec, build_backbone
