@@ -39,25 +39,26 @@ def build_card(run_dir: Path, config: dict[str, Any], format: str) -> str:
     facts = config["distillation"]
     in_teacher_space = facts["space"] == "teacher"
     losses = ", ".join(f"{weight:g} x {name}" for name, weight in facts["losses"].items() if weight)
-    size, (mean, std) = config["pretrained_cfg"]["input_size"], (config["pretrained_cfg"][k] for k in ("mean", "std"))
+    takes = config["pretrained_cfg"]
     seen = f", {facts['images_seen']:,} images seen" if facts["images_seen"] else ""
     recipe = "\n".join(f"| {name} | `{as_yaml(value)}` |" for name, value in facts["recipe"].items())
     rows = rows_of(run_dir, facts["step"], facts["weights"])
     measured = results(rows)
+    of_whom = "The student's own features, which its heads take:\n\n" if in_teacher_space else ""
     parts = [
         _front_matter(config),
         *(introduction(config) if in_teacher_space else _introduction(config)),
         "## Use",
         usage_in_teacher_space(config, format) if in_teacher_space else f"```python\n{_usage(config, format)}```",
         *_hub_note(config, format),
-        f"Input: float32 `[batch, {', '.join(map(str, size))}]`, RGB in 0..1, then `(x - mean) / std` with "
-        f"mean {mean} and std {std}.",
+        f"Input: float32 `[batch, {', '.join(map(str, takes['input_size']))}]`, RGB in 0..1, then `(x - mean) / std` "
+        f"with mean {takes['mean']} and std {takes['std']}.",
         *([onnx_export.card_section(config["onnx"])] if "onnx" in config else []),
         *(closeness_section(config, rows) if in_teacher_space else []),
         "## Training",
         f"{facts['step']:,} steps{seen}; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
         f"| recipe | |\n|---|---|\n{recipe}",
-        f"## Results\n\n{measured}" if measured else "",
+        f"## Results\n\n{of_whom}{measured}" if measured else "",
         "## Licences",
         _licences(facts),
     ]

@@ -348,7 +348,8 @@ def test_a_run_that_did_not_measure_it_names_the_command_that_does(tmp_path):
 def test_onnx_gives_the_teachers_space_under_the_names_of_its_fields(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
     pytest.importorskip("onnxruntime", reason="the code on the card needs it")
-    space = make_space_run(tmp_path / "run", STUDENTS["own normalisation"])
+    model = STUDENTS["own normalisation"] | {"student_name": "test_vit", "student_kwargs": {"depth": 1}}
+    space = make_space_run(tmp_path / "run", model)
     written = export_student(tmp_path / "run", tmp_path / "out", "onnx", space="teacher")
     assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
