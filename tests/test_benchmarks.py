@@ -41,3 +41,13 @@ def test_a_tiny_footprint_is_measured(tmp_path):
     for said in ("the index: ", "the order of an epoch", "comparing its checksum", "record of 2048 rows"):
         assert said in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_tiny_segmentation_benchmark_prints_a_row_and_a_protocol_for_each_model():
+    command = [sys.executable, "-m", "benchmarks.segmentation", "--tiny", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("teacher test_vit", "untrained test_vit"):
+        row, protocol = (line for line in done.stdout.splitlines() if line.startswith(name))
+        assert row.count("%") == 3 and "8x8 patches" in protocol

@@ -110,7 +110,7 @@ def evaluate_segmentation(
     fitted = "" if probe is None else f"linear layer on standardised tokens of {num_patches:,} patches, {probe}; "
     return {
         "miou": None if probe is None else mean_iou(ious[0]),
-        "pixel_accuracy": None if probe is None else (confusions[0].trace() / confusions[0].sum()).item(),
+        "pixel_accuracy": None if probe is None else int(confusions[0].trace()) / int(confusions[0].sum()),
         "knn_miou": mean_iou(ious[-1]),
         "class_iou": ious[0],
         "protocol": (
@@ -216,7 +216,7 @@ class _Sample:
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
-        self._num_images = 0
+        self._num_images, self._num_patches = 0, 0
         # of each piece: tokens, areas, and on the host keys and image numbers
         self._parts: list[tuple[Tensor, Tensor, np.ndarray, np.ndarray]] = []
 
@@ -233,8 +233,10 @@ class _Sample:
         where = _to(image, tokens.device)
         patch = places[where, _to(rank, tokens.device)]
         self._parts.append((tokens[where, patch], areas[where, patch], keys[image, rank], images[image, rank]))
-        if sum(len(part[2]) for part in self._parts) > 1.5 * MAX_PATCHES:
+        self._num_patches += len(rank)
+        if self._num_patches > 1.5 * MAX_PATCHES:
             self._parts = [_only(part, np.flatnonzero(part[2] < self._largest_key)) for part in self._parts]
+            self._num_patches = sum(len(part[2]) for part in self._parts)
 
     @property
     def _largest_key(self) -> float:
