@@ -136,6 +136,12 @@ def confusions_name(dataset: str) -> str:
     return f"confusions_{dataset}.png"
 
 
+def protocol_of(models: dict[str, dict[str, Any]]) -> str:
+    """How a segmentation set was measured, in the words of the student's row; "" of a set with labels."""
+    said = {model: row["protocol"] for model, row in models.items() if row.get("protocol")}
+    return said.get("student") or next(iter(said.values()), "")
+
+
 def class_ious(models: dict[str, dict[str, Any]]) -> list[tuple[int, list[float | None]]]:
     """(class, IoU of each model; None where not measured) of a segmentation set.
 

@@ -194,8 +194,7 @@ def summary_table(run_dir: Path) -> str:
         for model, row in models.items():
             cells = [f"  {columns.format_cell(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
             lines.append(f"  {columns.MODELS[model]:<18}{''.join(cells)}")
-        protocol = next((row["protocol"] for row in models.values() if row.get("protocol")), None)
-        lines += _wrapped(protocol) if protocol else []
+        lines += _wrapped(facts.protocol_of(models))
         if facts.passes_teacher(models):
             lines += _wrapped(facts.PASSING_NOTE)
         if facts.has_collapsed(models.get("student", {})):
