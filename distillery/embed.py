@@ -28,6 +28,7 @@ from distillery.system.errors import (
     EXIT_DONE,
     EXIT_TOO_MANY_FAILED,
     Interrupted,
+    UserError,
     remember_invocation,
     run_command,
     stage1_command,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # a signal's grace: a file that is nearly done is finished, a big one that has just begun is dropped
 _GRACE_S = 15
+# of a forward pass, as the evaluation has it
 MOST_IMAGES = 256
 
 
@@ -214,7 +216,11 @@ def _of_part(
     part: Part, batches: Iterator[tuple[Tensor, Tensor]], embedder: Embedder, device: torch.device, stop: StopFlag,
     progress: ProgressLine,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(embeddings float32 [n, D], global_idx int64 [n]) of a part's images that could be decoded, as arrays."""
+    """(embeddings float32 [n, D], global_idx int64 [n]) of a part's images that could be decoded, as arrays.
+
+    Raises:
+        Interrupted: as make_embeddings. UserError: an embedding is not finite.
+    """
     import numpy as np
 
     from distillery.evaluate.features import extract_features
@@ -246,6 +252,12 @@ def _of_part(
     embeddings, global_idx = extract_features(
         embedder.module, chained, device, precision=embedder.precision, before_batch=check_stop
     )
+    num_bad = int((~embeddings.isfinite().all(dim=1)).sum())
+    if num_bad:
+        raise UserError(
+            f"{num_bad} of the embeddings of images {part.first} to {part.stop - 1} are not finite: look at the "
+            f"model's weights, or at its precision ({embedder.precision})"
+        )
     return embeddings.numpy(), global_idx.numpy()
 
 

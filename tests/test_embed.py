@@ -348,6 +348,16 @@ def test_a_run_without_a_head_for_pooled_features_has_no_place_in_the_teachers_s
     assert "this run has no head for pooled features" in capsys.readouterr().err
 
 
+def test_embeddings_that_are_not_finite_are_never_stored(place, tmp_path, capsys, monkeypatch):
+    trained = load_trained(place.folder / "run")
+    with torch.no_grad():
+        trained.backbone.model.norm.weight.fill_(torch.inf)
+    monkeypatch.setattr("distillery.export.embedders.load_trained", lambda *_args, **_options: trained)
+    assert run_embed(place, tmp_path) == EXIT_USAGE
+    assert "24 of the embeddings of images 0 to 23 are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.parquet"))
+
+
 # ---- docs/search.md
 
 

@@ -138,9 +138,9 @@ class CachedImages(EveryImage):
         self._dataset = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
         self._index = self._dataset.index
         self.parts = [self._part(s) for s in range(len(self._index.shard_names))]
-        is_cut = data.max_samples == len(self._dataset) or data.max_shards == len(self.parts)
+        num_wanted = min(index.source_num_samples, data.max_rows or index.source_num_samples)
         # of its predecessor's caches nobody knows how many rows there should be
-        self.is_whole = index.complete or is_cut or not index.verified
+        self.is_whole = index.num_samples >= num_wanted or not index.verified
         self.has_labels, self.image_shape = index.labels, index.image_shape
         self.num_threads = data.num_workers or min(_MOST_READING_THREADS, usable_cpus())
         self.identity = {
