@@ -45,6 +45,11 @@ def columns_of(rows: Iterable[dict[str, Any]], offered: Sequence[tuple[str, str,
     return [column for column in offered if any(isinstance(row.get(column[0]), int | float) for row in rows)]
 
 
+def names_of(models: Iterable[str]) -> list[str]:
+    """The names for people of some of MODELS."""
+    return [MODELS[model] for model in models]
+
+
 def format_cell(row: dict[str, Any], name: str, form: str) -> str:
     """A figure of a row as text; - where there is none."""
     value = row.get(name)
