@@ -10,7 +10,7 @@ threads read rows directly into reused batches (distillery/reading/shard_files.p
 function of (seed, epoch, shards), whatever the number of processes and threads (distillery/reading/order.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def build_pretraining_dataloader(
     """
     data = load_data_config(data_config, require_source=False)
     train = load_train_config(train_config, require_checkpoint_dir=False)
-    index = distributed.on_main(lambda: _find_cache(data, _keys_given(data_config)))
+    index = distributed.on_main(lambda: find_cache(data, _keys_given(data_config)))
     images = _raw_images(data, shards, raw=raw) if index is None else _cached_images(data, index, shards, raw=raw)
     dataset, sampling = images.dataset, _sampling(data, train, images)
     if index is not None and sampling.draws.count < len(dataset.shard_rows):
@@ -113,8 +113,11 @@ def _keys_given(config: Any) -> set[str]:
     return set(DataConfig.model_fields)
 
 
-def _find_cache(data: DataConfig, keys_given: set[str]) -> CacheIndex | None:
-    """The index of the cache to use; None: raw images."""
+def find_cache(data: DataConfig, keys_given: Set[str] = frozenset(DataConfig.model_fields)) -> CacheIndex | None:
+    """The index of the cache to use; None: raw images.
+
+    keys_given: those that the configuration sets itself, in which the cache has to agree with it.
+    """
     if data.use_cached is False:
         return None
     if data.cache_dir is None:

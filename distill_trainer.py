@@ -106,6 +106,7 @@ def main() -> int:
 def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: StopFlag) -> int:
     """Build the run in six steps, then train its epochs; --dry_run ends before the first. Returns the exit status."""
     from distillery.evaluate.during import RunEvaluation
+    from distillery.evaluate.sets import eval_sets
     from distillery.system.console import ProgressLine
     from distillery.system.distributed import is_main, on_main
     from distillery.teacher_cache.opening import open_teacher_cache
@@ -148,10 +149,11 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,
-        build.eval_folders(data) if has_evaluation else {},
+        eval_sets(data) if has_evaluation else [],
         student,
         teacher,
         lambda: build.loaded_teacher(configs, teacher, cache, device),
+        ema=task.ema,
         k=train.knn_k,
         device=device,
         is_stopped=lambda: stop.requested,
@@ -251,7 +253,7 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
         return True
     rows = on_main(lambda: [row for row in read_rows(run.log.path) if row.get("kind") == "eval"])
     rows = [row for row in rows if row.get("step") == step]
-    # the linear probe takes seconds to minutes: for the baselines and the outcome
+    # linear probes take seconds to minutes: for the baselines and the outcome
     is_linear = step == 0 or is_last
     with run.console.paused():
         is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)

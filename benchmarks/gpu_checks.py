@@ -35,9 +35,9 @@ from benchmarks.gpu_setup import (
     synchronize,
 )
 from benchmarks.gpu_speed import EAGER, VARIANTS, Found
-from distillery.evaluate.features import evaluate_on_folders
+from distillery.evaluate.classification import evaluate_on_folders
+from distillery.evaluate.sets import eval_sets
 from distillery.reading.loader import DeviceCopies
-from distillery.training.build import eval_folders
 
 # name of a step in which the host may not wait -> changes of the default train configuration
 RESNET = "ResNet student"
@@ -259,11 +259,11 @@ def evaluation(bench: Bench) -> Found:
     for name, precision in (("float32", "fp32"), ("bf16", "bf16")):
         configs = bench.configs(train=EAGER | {"precision": precision}, data=data)
         trainer = Trainer(configs, device)
-        (folders,) = eval_folders(configs.data).values()
+        (labelled,) = eval_sets(configs.data)
         model = trainer.task.teacher.backbone
         for _ in range(2):  # the first time pays for what happens once
             began = time.perf_counter()
-            row = evaluate_on_folders(model, *folders, k=5, device=device, precision=precision)
+            row = evaluate_on_folders(model, labelled.train, labelled.test, k=5, device=device, precision=precision)
             took_s, accuracies[name] = time.perf_counter() - began, row["knn_top1"]
         images = 2 * bench.sizes.labelled
         yield name, {"images_per_second": images / took_s, "image_ms": 1000 * took_s / images,

@@ -33,9 +33,10 @@ class Curve:
     """The points of a run; seconds since the parent started this process, evaluations left out."""
 
     def __init__(self, configs: Any, device: Any) -> None:
-        from distillery.training.build import eval_folders
+        from distillery.evaluate.sets import eval_sets
 
-        self.folders, self.k, self.device = next(iter(eval_folders(configs.data).values())), configs.train.knn_k, device
+        labelled = next(of for of in eval_sets(configs.data) if not of.is_segmentation)
+        self.folders, self.k, self.device = (labelled.train, labelled.test), configs.train.knn_k, device
         self.started, self.points, self.rows = float(os.environ["STARTED"]), [], {}
 
     def evaluate(self, student: Any, epoch: int, images: int, *, last: bool, seconds: float | None = None) -> None:
@@ -43,7 +44,7 @@ class Curve:
 
         seconds: where the point was reached before; None: now.
         """
-        from distillery.evaluate.features import evaluate_on_folders
+        from distillery.evaluate.classification import evaluate_on_folders
 
         began, with_probe = time.time(), last or epoch == 0
         row = evaluate_on_folders(student, *self.folders, k=self.k, linear=with_probe, device=self.device)

@@ -177,7 +177,7 @@ def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:
             working_time = row["time"] - evaluating
             continue
         evaluating += row["time"] - before["time"]
-        if row["model"] in ("untrained", "student"):
+        if row["model"] in ("untrained", "student") and row.get("knn_top1") is not None:
             images, seconds = row["step"] * batch_size, working_time - started
             curve.append({"epoch": row["epoch"], "images": images, "seconds": seconds, "knn": row["knn_top1"]})
     return curve

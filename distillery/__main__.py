@@ -6,6 +6,7 @@ python -m distillery.verify DIR     every byte of a cache against its hashes
 python -m distillery.report DIR     a run or a cache in pictures and words
 python -m distillery.evaluate       k-NN and linear probe of student and teacher
 python -m distillery.export         the student, ready to leave
+python -m distillery.embed          the embedding of every image, as parquet files
 """
 
 import sys

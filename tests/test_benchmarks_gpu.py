@@ -316,7 +316,7 @@ def test_features_are_extracted_in_the_precision_that_is_measured(monkeypatch):
 
     task = SimpleNamespace(teacher=SimpleNamespace(backbone=backbone))
     monkeypatch.setattr(gpu_checks, "Trainer", lambda _configs, _device: SimpleNamespace(task=task))
-    monkeypatch.setattr(gpu_checks, "eval_folders", lambda _data: {"made": ("train", "test")})
+    monkeypatch.setattr(gpu_checks, "eval_sets", lambda _data: [SimpleNamespace(train="train", test="test")])
     monkeypatch.setattr(gpu_checks, "evaluate_on_folders", evaluate)
     bench = SimpleNamespace(folder=Path("x"), device=lambda: CUDA)
     bench.sizes, bench.configs = SimpleNamespace(labelled=8), lambda **_changes: SimpleNamespace(data=None)

@@ -24,6 +24,7 @@ _STORAGES = {
     "bfloat16": "BFloat16",
     "uint8": "Byte",
     "int8": "Char",
+    "int16": "Short",
     "bool": "Bool",
     "int64": "Long",
 }

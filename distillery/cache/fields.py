@@ -13,12 +13,13 @@ import numpy as np
 import xxhash
 
 from distillery.cache.archive import DTYPES, ZipMember, archive_tail, crc32, data_descriptor, local_header
+from distillery.sources.masks import MASK_DTYPES
 from distillery.system.errors import UserError
 from distillery.system.files import MAX_MEMBER_BYTES, open_regular, read_blocks
 
 # of teacher outputs
 FIELD_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
-_ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in (DTYPES | FIELD_DTYPES).items()}
+_ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in (DTYPES | FIELD_DTYPES | MASK_DTYPES).items()}
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ It reads three layouts: ours (format_version 3) and the two of this project's pr
 carry no hashes, so their indexes are marked as unverified.
 """
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from distillery.cache.archive import DTYPES, find_payload, read_member
-from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, valid_rows
+from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, image_fields, valid_rows
 from distillery.cache.index import OWN_KEYS, CacheIndex, checked_index, own_fields, shard_arrays, whole_number
 from distillery.cache.store import (
     FORMAT_VERSION,
@@ -83,30 +85,53 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
         UserError: its record or archive is damaged, or is not the one the index lists.
     """
     path, rows = index.shard_path(s), int(index.shard_rows[s])
-    try:
-        if not index.verified:
-            offset, size, _ = find_payload(path)
-            if size != rows * index.row_bytes:
-                raise UserError(f"{path}: holds {size} bytes of images, its index promises {rows * index.row_bytes}.")
-            return ShardLayout(offset, np.ones(rows, dtype=bool), None)
+    if index.verified:
+        record, num_bytes = _record_listed(index, s)
+        checksums = decode_checksums(record["row_checksums"])[:rows]
+        return ShardLayout(record["payload_offset"], valid_rows(record)[:rows], checksums, num_bytes)
+    with _listed_files():
+        offset, size, _ = find_payload(path)
+    if size != rows * index.row_bytes:
+        raise UserError(f"{path}: holds {size} bytes of images, its index promises {rows * index.row_bytes}.")
+    return ShardLayout(offset, np.ones(rows, dtype=bool), None)
+
+
+def load_mask_layout(index: CacheIndex, s: int) -> ShardLayout:
+    """Where the masks of the s-th shard listed are; errors as load_shard_layout."""
+    record, num_bytes = _record_listed(index, s)
+    if record.get("mask_dtype") != index.mask_dtype:
+        raise UserError(f"{index.shard_path(s)}: its masks are {record.get('mask_dtype')}, unlike index.json.")
+    rows, checksums = int(index.shard_rows[s]), decode_checksums(record["mask_checksums"])
+    return ShardLayout(image_fields(record)[1].offset, valid_rows(record)[:rows], checksums[:rows], num_bytes)
+
+
+def _record_listed(index: CacheIndex, s: int) -> tuple[dict, int | None]:
+    """(the record of the s-th shard listed, ShardLayout's num_bytes)."""
+    path, rows = index.shard_path(s), int(index.shard_rows[s])
+    with _listed_files():
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is not a regular file; a cache folder may be a symbolic link, its files may not.")
         has_size = status.st_size == index.shard_bytes[s]
         record = IMAGE_SHARDS.record_or_meta(path) if has_size else _meta_of_grown(index, s, status.st_size)
-    except FileNotFoundError as error:
-        if isinstance(error, UserError):
-            raise
-        raise MissingFileError(
-            f"{error.filename}: listed in the index, but not there. Run: {stage1_command()}"
-        ) from error
     if not _is_listed(index, s, record) or (has_size and record["num_samples"] != rows):
         raise UserError(f"{path}: is not the shard that index.json lists. Run: {stage1_command()}")
     if (record["dtype"], tuple(record["image_shape"])) != (index.dtype, index.image_shape):
         raise UserError(f"{path}: holds {record['dtype']} {record['image_shape']}, unlike index.json.")
-    checksums = decode_checksums(record["row_checksums"])[:rows]
-    num_bytes = None if has_size else status.st_size
-    return ShardLayout(record["payload_offset"], valid_rows(record)[:rows], checksums, num_bytes)
+    return record, None if has_size else status.st_size
+
+
+@contextlib.contextmanager
+def _listed_files() -> Iterator[None]:
+    """Say of a missing file that the index lists it."""
+    try:
+        yield
+    except MissingFileError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{error.filename}: listed in the index, but not there. Run: {stage1_command()}"
+        ) from error
 
 
 def _is_listed(index: CacheIndex, s: int, record: dict) -> bool:

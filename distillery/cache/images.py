@@ -3,14 +3,15 @@
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import read_member, row_bytes_of
-from distillery.cache.fields import Field, digest_file
+from distillery.cache.archive import PAYLOAD_OFFSET, read_member, row_bytes_of
+from distillery.cache.fields import Field, digest_file, place_fields
 from distillery.cache.store import FORMAT_VERSION, ShardKind, decode_checksums, encode_checksums
+from distillery.sources.masks import MASK_DTYPES
 from distillery.system.files import canonical_json, sha256_of
 
 INDEX_NAME = "index.json"
@@ -79,9 +80,27 @@ def _is_consistent(record: dict, name: str) -> bool:
         # shards of earlier versions, and the predecessor's, do not have them
         and ("source_sizes" not in record or len(decode_sizes(record["source_sizes"])) == rows)
         and all(number.isdecimal() and type(name) is str for number, name in record.get("class_names", {}).items())
-        and record["payload_offset"] + rows * row_bytes <= record["bytes"]
+        and _are_masks_consistent(record)
+        and max(field.end for field in image_fields(record)) <= record["bytes"]
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
+    )
+
+
+def _are_masks_consistent(record: dict) -> bool:
+    """Whether what a record says of masks agrees with its identity, which alone says that there are any."""
+    masks = record["identity"].get("masks")
+    if masks is None:
+        return not any(key.startswith("mask_") for key in record)
+    classes = record["mask_classes"]
+    return (
+        record["mask_dtype"] == masks["dtype"]
+        and masks["dtype"] in MASK_DTYPES
+        and not record["identity"]["labels"]
+        and record["payload_offset"] == PAYLOAD_OFFSET
+        and len(decode_checksums(record["mask_checksums"])) == record["num_samples"]
+        and all(type(number) is int and 0 <= number < 2**15 for number in classes)
+        and sorted(set(classes)) == classes
     )
 
 
@@ -103,6 +122,7 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
         "shard_size": identity["shard_size"],
         "labels": identity["labels"],
         **({"class_names": {str(number): names[number] for number in sorted(names)}} if names else {}),
+        **_masks_of(records),
         "cache_image_size": first["image_shape"][1],
         "cache_dtype": first["dtype"],
         "shards": [
@@ -110,6 +130,14 @@ def index_of(records: list[dict], num_target: int | None = None) -> dict:
             for record in records
         ],
     }
+
+
+def _masks_of(records: list[dict]) -> dict:
+    """What index.json says of masks: how they are stored, and every class number in them; {} without masks."""
+    if "mask_dtype" not in records[0]:
+        return {}
+    classes = sorted({number for record in records for number in record["mask_classes"]})
+    return {"mask_dtype": records[0]["mask_dtype"], "mask_classes": classes}
 
 
 def holds_first_rows(records: list[dict], num_target: int) -> bool:
@@ -138,9 +166,19 @@ def rehash_record(path: Path, record: dict) -> dict:
 
 
 def image_fields(record: dict) -> list[Field]:
-    """The one big tensor of a shard: [N, 3, H, W]."""
+    """The big tensors of a shard: images, [N, 3, H, W], and where there are masks, [N, H, W]."""
     rows, shape = record["num_samples"], record["image_shape"]
+    if "mask_dtype" in record:
+        return place_image_fields(rows, record["dtype"], shape, record["mask_dtype"])
     return [Field("images", record["dtype"], (rows, *shape), rows, record["payload_offset"])]
+
+
+def place_image_fields(rows: int, dtype: str, shape: Sequence[int], mask_dtype: str | None) -> list[Field]:
+    """Where images of `dtype` and `shape` [3, H, W] stand in a shard that is written now, and their masks."""
+    big = {"images": (dtype, (rows, *shape))}
+    if mask_dtype is not None:
+        big["masks"] = (mask_dtype, (rows, *shape[1:]))
+    return place_fields(big, row_dims=1)
 
 
 def small_tensors(valid: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -162,8 +200,10 @@ IMAGE_SHARDS = ShardKind(
     pattern=SHARD_PATTERN,
     is_consistent=_is_consistent,
     fields_of=image_fields,
-    checksums_of=lambda record: {"images": record["row_checksums"]},
+    checksums_of=lambda record: (
+        {"images": record["row_checksums"]} | ({"masks": record["mask_checksums"]} if "mask_dtype" in record else {})
+    ),
     small_tensors=_small_tensors_of,
     views_of=_views_of,
-    bulk=("row_checksums", "source_sizes"),
+    bulk=("row_checksums", "mask_checksums", "source_sizes"),
 )

@@ -9,6 +9,7 @@ import numpy as np
 from distillery.cache.archive import DTYPES, row_bytes_of
 from distillery.cache.images import INDEX_NAME, SHARD_PATTERN
 from distillery.cache.store import FORMAT_VERSION
+from distillery.sources.masks import MASK_DTYPES
 from distillery.system.errors import UserError, stage1_command
 
 # what an index of this project has and its predecessor's has not
@@ -28,6 +29,7 @@ class CacheIndex:
     """What index.json says, in arrays: one entry per shard (S shards), in order of global_start.
 
     class_names: label -> name, where the source has names; caches of earlier versions do not say.
+    mask_dtype: how masks are stored beside the images; None: there are none. mask_classes: all class numbers in them.
     """
 
     directory: Path
@@ -49,6 +51,8 @@ class CacheIndex:
     shard_failed: np.ndarray
     shard_bytes: np.ndarray
     class_names: dict[int, str] = field(default_factory=dict)
+    mask_dtype: str | None = None
+    mask_classes: tuple[int, ...] = ()
 
     @property
     def normalized(self) -> bool:
@@ -78,6 +82,11 @@ class CacheIndex:
     def shard_path(self, s: int) -> Path:
         """The file of the s-th shard listed."""
         return self.directory / self.shard_names[s]
+
+    @property
+    def mask_row_bytes(self) -> int:
+        """Bytes of one stored mask, which has the height and width of its image."""
+        return math.prod(self.image_shape[1:]) * np.dtype(MASK_DTYPES[self.mask_dtype]).itemsize
 
     def only(self, shards: slice | list[int]) -> "CacheIndex":
         """The index of some of its shards."""
@@ -129,6 +138,8 @@ def own_fields(content: dict) -> dict:
         "shard_size": whole_number(content, "shard_size"),
         "labels": bool(content["labels"]),
         "class_names": {int(number): str(name) for number, name in content.get("class_names", {}).items()},
+        "mask_dtype": content.get("mask_dtype"),
+        "mask_classes": tuple(int(number) for number in content.get("mask_classes", [])),
     }
 
 
@@ -156,8 +167,12 @@ def checked_index(index: CacheIndex) -> CacheIndex:
         index.dtype not in DTYPES
         or len(index.image_shape) != 3
         or not all(type(extent) is int and 0 < extent < _MAX_COUNT for extent in index.image_shape)
+        or index.mask_dtype not in (None, *MASK_DTYPES)
     ):
-        raise UserError(f"{path}: dtype {index.dtype!r} and image_shape {index.image_shape} are not of this format.")
+        raise UserError(
+            f"{path}: dtype {index.dtype!r}, mask_dtype {index.mask_dtype!r} and image_shape {index.image_shape} are "
+            "not of this format."
+        )
     if index.verified and int(index.shard_rows.sum()) != index.num_samples:
         raise UserError(f"{path}: num_samples {index.num_samples}, the shards listed hold {index.shard_rows.sum()}.")
     if ends[-1] > index.source_num_samples:

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from distillery.cache.archive import ForeignShardError, read_meta, row_bytes_of
-from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, is_predecessors, shard_name
+from distillery.cache.images import (
+    FAILURES_NAME,
+    IMAGE_SHARDS,
+    INDEX_NAME,
+    SHARD_PATTERN,
+    is_predecessors,
+    place_image_fields,
+    shard_name,
+)
 from distillery.cache.store import FutureFormatError, ShardKind, check_version, parse_json, record_path
+from distillery.sources.masks import MASK_POLICY_VERSION
 from distillery.sources.pixels import PreprocessSpec, library_versions
 from distillery.system.errors import UserError
 from distillery.system.files import read_regular, sha256_of
@@ -37,7 +46,8 @@ class ShardPlan(Protocol):
 class CachePlan:
     """What the cache shall be: everything that decides its bytes, and how many rows it shall hold.
 
-    num_rows: rows wanted, the first so many of the source; image sizes in px inside `spec`.
+    num_rows: rows wanted, the first so many of the source; image sizes in px inside `spec`; mask_dtype: of the masks
+    stored beside the images, one of MASK_DTYPES, None: none.
     """
 
     directory: Path
@@ -48,11 +58,13 @@ class CachePlan:
     source_num_samples: int
     source_identity: dict
     labels: bool
+    mask_dtype: str | None = None
     kind: ClassVar[ShardKind] = IMAGE_SHARDS
 
     @cached_property
     def identity(self) -> dict:
         """All that decides the bytes; its hash is the fingerprint, its differences the message when it changes."""
+        masks = {"dtype": self.mask_dtype, "resampler": "nearest", "policy_version": MASK_POLICY_VERSION}
         return {
             "source": self.source_identity,
             "preprocess": self.spec.identity() | {"normalized": self.dtype != "uint8"},
@@ -60,6 +72,7 @@ class CachePlan:
             "image_shape": list(self.image_shape),
             "shard_size": self.shard_size,
             "labels": self.labels,
+            **({} if self.mask_dtype is None else {"masks": masks}),
         }
 
     @cached_property
@@ -73,9 +86,15 @@ class CachePlan:
         return 3, self.spec.image_size, self.spec.image_size
 
     @property
-    def row_bytes(self) -> int:
+    def image_bytes(self) -> int:
         """Bytes of a stored image."""
         return row_bytes_of(self.image_shape, self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored image and its mask."""
+        fields = place_image_fields(1, self.dtype, self.image_shape, self.mask_dtype)
+        return sum(field.row_bytes for field in fields)
 
     @property
     def num_shards(self) -> int:

@@ -21,6 +21,9 @@ from distillery.config.types import (
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 
+# what int16 holds
+_LAST_CLASS = 2**15 - 1
+
 
 class EvalDataset(StrictModel):
     """One labelled data set for k-NN and linear probes; stage 1 caches both splits with their labels or masks."""
@@ -41,10 +44,12 @@ class EvalDataset(StrictModel):
     mask_column: Text | None = Field(
         None, description="column of the masks, or folder beside the images; null: found. For segmentation"
     )
-    num_classes: PositiveInt | None = Field(
+    num_classes: Annotated[PositiveInt, Field(le=_LAST_CLASS + 1)] | None = Field(
         None, description="classes 0 to num_classes - 1 of the masks; null: as many as there are. For segmentation"
     )
-    ignore_index: Count = Field(255, description="class number of pixels that do not count. For segmentation")
+    ignore_index: Annotated[Count, Field(le=_LAST_CLASS)] = Field(
+        255, description="class number of pixels that do not count. For segmentation"
+    )
 
     @model_validator(mode="after")
     def _check_task(self) -> "EvalDataset":
@@ -55,11 +60,19 @@ class EvalDataset(StrictModel):
             raise ValueError("label_column is read with task: classification only, found segmentation")
         return self
 
+    @property
+    def mask_dtype(self) -> str | None:
+        """How masks are stored: uint8, or int16 where it does not hold all numbers; None: the set has labels."""
+        if self.task == "classification":
+            return None
+        return "uint8" if max((self.num_classes or 1) - 1, self.ignore_index) < 256 else "int16"
+
     def source_arguments(self, part: Literal["train", "test"]) -> dict[str, Any]:
-        """What sources.registry.open_source takes for one part of the set."""
-        names = "dataset_name data_files data_dir image_column label_column"
+        """What sources.registry.open_source takes for one part of the set: images with labels, or with masks."""
+        names = "dataset_name data_files data_dir image_column label_column mask_column"
         split = self.train_split if part == "train" else self.test_split
-        return {name: getattr(self, name) for name in names.split()} | {"split": split}
+        required = "labels_required" if self.mask_dtype is None else "masks_required"
+        return {name: getattr(self, name) for name in names.split()} | {"split": split, required: True}
 
 
 class DataConfig(StrictModel):

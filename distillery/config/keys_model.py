@@ -27,7 +27,9 @@ class ModelConfig(StrictModel):
     )
     teacher_pretrained: bool = Field(True, description="load the published weights")
     teacher_checkpoint: PathText | None = Field(
-        None, description="weights file instead of the published ones. FILE#NAME: one of several models in it"
+        None,
+        description="weights file or exported folder in place of the published ones. "
+        "FILE#NAME: one of several models in it",
     )
     teacher_img_size: PositiveInt | None = Field(
         None, description="px; null: image_size rounded to the teacher's patch. Its position embedding is resampled"
@@ -35,6 +37,11 @@ class ModelConfig(StrictModel):
     teacher_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
     teacher_std: Std | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
     teacher_kwargs: dict[str, JsonValue] = Field({}, description="arguments of the model's constructor")
+    teacher_projection: bool = Field(
+        False,
+        description="true: the image feature after the projection into text space. "
+        "Of timm's image-text models that have one: CLIP, MobileCLIP and others",
+    )
     teacher_freeze: bool = Field(True, description="always true: the teacher never learns")
 
     student_name: Text = Field("vit_small_patch16_224", description="model name in student_source")
@@ -45,7 +52,7 @@ class ModelConfig(StrictModel):
     )
     student_pretrained: bool = Field(False, description="start from the published weights")
     student_checkpoint: PathText | None = Field(
-        None, description="weights file to start from. FILE#NAME: one of several models in it"
+        None, description="weights file or exported folder to start from. FILE#NAME: one of several models in it"
     )
     student_img_size: PositiveInt | None = Field(None, description="px; null: image_size")
     student_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
@@ -96,6 +103,8 @@ class ModelConfig(StrictModel):
                 problems.append(f"{side}_repo is read with {side}_source: torch_hub only, found {source}")
             if (getattr(self, f"{side}_mean") is None) != (getattr(self, f"{side}_std") is None):
                 problems.append(f"{side}_mean and {side}_std go together: give both or neither")
+        if self.teacher_projection and self.teacher_source != "timm":
+            problems.append(f"teacher_projection is read with teacher_source: timm only, found {self.teacher_source}")
         if len(self.teacher_out_indices or []) != len(self.student_out_indices or []):
             problems.append("teacher_out_indices and student_out_indices go together: as many layers of each, or null")
         if problems:

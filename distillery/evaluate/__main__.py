@@ -1,7 +1,9 @@
-"""How good a run's student is, beside its teacher and its untrained self: k-NN, linear probe, label-free measures.
+"""How good a run's student is, beside its teacher and its untrained self: k-NN, probes, label-free measures.
 
     python -m distillery.evaluate --run DIR                              # the newest checkpoint
     python -m distillery.evaluate --run DIR --checkpoint A.pt B.pt --json results.json
+    python -m distillery.evaluate --run DIR --space teacher              # the student in its teacher's place
+    python -m distillery.evaluate --run DIR --text_embeddings E.safetensors    # zero-shot, of an image-text teacher
 
 Train and test features always come from the same weights: one function takes one model.
 """
@@ -25,7 +27,19 @@ def parse_arguments() -> argparse.Namespace:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
     )
     parser.add_argument(
-        "--no_linear", action="store_true", help="leave the linear probe out: it takes most of the time"
+        "--no_linear", action="store_true", help="leave the linear probes out: they take most of the time"
+    )
+    parser.add_argument(
+        "--space",
+        choices=("backbone", "teacher"),
+        default="backbone",
+        help="teacher: the student's features are its heads', in the units of the teacher's own (default: backbone)",
+    )
+    parser.add_argument(
+        "--text_embeddings",
+        type=Path,
+        metavar="FILE",
+        help="zero-shot accuracy: safetensors with tensor `embeddings` [C, Dt] and metadata `names`, a JSON list",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here as well")
     return parser.parse_args()
@@ -41,17 +55,24 @@ def main() -> int:
 
     # torch takes seconds to import: --help and a wrong folder answer before it
     from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
+    from distillery.evaluate.text import load_text_embeddings
     from distillery.models.configured import choose_device
     from distillery.training.checkpoints import load_checkpoint
     from distillery.training.folder import check_same_models
 
+    texts = arguments.text_embeddings and load_text_embeddings(expand_path(arguments.text_embeddings))
     checkpoints = find_checkpoints(run_dir, arguments.checkpoint)
     for path in checkpoints if arguments.checkpoint else ():  # the run's own newest is of the run
         check_same_models(path, load_checkpoint(path)["config"], configs.as_dict())
-    rows = evaluate_run(configs, checkpoints, choose_device(arguments.device), linear=not arguments.no_linear)
+    # the folder's comparison by class is of its newest checkpoint
+    is_runs_own = not arguments.checkpoint and arguments.space == "backbone"
+    rows = evaluate_run(
+        configs, checkpoints, choose_device(arguments.device), linear=not arguments.no_linear, space=arguments.space,
+        texts=texts, by_class_dir=run_dir if is_runs_own else None,
+    )  # fmt: skip
     print(format_table(rows))
     if arguments.json is not None:
-        content = {"run": run_dir.name, "knn_k": configs.train.knn_k, "rows": rows}
+        content = {"run": run_dir.name, "knn_k": configs.train.knn_k, "space": arguments.space, "rows": rows}
         path = expand_path(arguments.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")

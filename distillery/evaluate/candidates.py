@@ -2,78 +2,97 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distillery.config.load import Configs
-from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
-from distillery.evaluate.features import (
-    compare_with_teacher,
-    evaluate_features,
-    extract_features,
-    labelled_batches,
+from distillery.evaluate.by_class import write_by_class
+from distillery.evaluate.columns import (
+    COLUMNS,
+    DETAILS,
+    STUDENT,
+    STUDENT_EMA,
+    TEACHER,
+    UNTRAINED,
+    columns_of,
+    format_cell,
 )
+from distillery.evaluate.measuring import Measuring, Space, Subject
+from distillery.evaluate.sets import eval_sets
+from distillery.evaluate.teacher_features import TeacherStore
+from distillery.evaluate.text import TextEmbeddings
+from distillery.losses.registry import fields_needed
+from distillery.losses.targets import FrozenTeacher
 from distillery.models.configured import choose_precision
 from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
-from distillery.training.build import build_models, eval_folders
+from distillery.training.build import build_models
 from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the table. own: images -> its own Features; aligned: -> Features in the teacher's widths, or None."""
+    """One row of the table. step, checkpoint, weights ("last" or "averaged"): of a trained student."""
 
-    model: str
-    own: Callable[[Tensor], Any]
-    aligned: Callable[[Tensor], Any] | None = None
+    subject: Subject
     step: int | None = None
     checkpoint: str | None = None
+    weights: str | None = None
 
     @property
     def label(self) -> str:
         """Its name for the console."""
-        return self.model if self.step is None else f"{self.model} at step {self.step}"
+        return self.subject.name if self.step is None else f"{self.subject.name} at step {self.step}"
 
 
 def load_candidates(
-    configs: Configs, checkpoints: list[Path], device: torch.device
-) -> tuple[Candidate, Callable, Iterator[Candidate]]:
+    configs: Configs, checkpoints: list[Path], device: torch.device, space: Space = "backbone"
+) -> tuple[Candidate, FrozenTeacher, Iterator[Candidate]]:
     """A run's models, built as the trainer builds them.
 
     Args:
         configs: the run's.
         checkpoints: files of the run.
         device: where the models go.
+        space: as of Subject.
     Returns:
-        the teacher; the targets it sets (images -> Features, standardised where the run does so); and the untrained
-        student, then each checkpoint's student and its EMA: these share one module, so each is valid until the next.
+        the teacher; the targets it sets; and the untrained student, then each checkpoint's student and its average:
+        these share one module, so each is valid until the next.
     Raises:
         UserError: a student was trained towards a teacher of other weights.
     """
     teacher, student = build_models(configs, device)
     _check_teacher(teacher.backbone.model, checkpoints)
-    aligned = student if "pooled" in student.heads else None  # without a loss on pooled features there is no such head
+
+    def load_statistics(state: dict[str, Any]) -> None:
+        if state.get("target_statistics"):
+            teacher.load_statistics(state["target_statistics"])
+
+    if space == "teacher" and checkpoints:  # the untrained student needs them too
+        load_statistics(load_checkpoint(checkpoints[0]))
 
     def candidates() -> Iterator[Candidate]:
-        yield Candidate(UNTRAINED, student.student)
+        # an untrained head says nothing, unless it is what is asked for
+        yield Candidate(Subject(UNTRAINED, student.student, student.heads if space == "teacher" else {}, space))
         for path in checkpoints:
             state = load_checkpoint(path)
-            if state.get("target_statistics"):
-                teacher.load_statistics(state["target_statistics"])
-            student.heads.load_state_dict(state["heads"])
-            for name, weights in ((STUDENT, state["student"]), (STUDENT_EMA, state.get("ema"))):
+            load_statistics(state)
+            own = (STUDENT, "last", state["student"], state["heads"])
+            # runs of earlier versions averaged the backbone alone
+            average = (STUDENT_EMA, "averaged", state.get("ema"), state.get("ema_heads") or state["heads"])
+            for name, which, weights, heads in (own, average):
                 if weights is not None:
                     student.student.model.load_state_dict(weights)
-                    yield Candidate(name, student.student, aligned, state["progress"]["step"], str(path))
+                    student.heads.load_state_dict(heads)
+                    subject = Subject(name, student.student, student.heads, space)
+                    yield Candidate(subject, state["progress"]["step"], str(path), which)
 
-    return Candidate(TEACHER, teacher.backbone), teacher, candidates()
+    return Candidate(Subject(TEACHER, teacher.backbone, space=space)), teacher, candidates()
 
 
 def _check_teacher(teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
@@ -88,47 +107,15 @@ def _check_teacher(teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
             )
 
 
-def evaluate_candidate(
-    candidate: Candidate,
-    folders: tuple[Path, Path],
-    reference: tuple[dict[str, Any], Tensor] | None = None,
-    targets: Callable[[Tensor], Any] | None = None,
-    *,
-    k: int,
-    linear: bool,
-    device: torch.device,
-    precision: str,
-) -> tuple[dict[str, Any], Tensor]:
-    """One row of `evaluate_run`, and the candidate's test features.
-
-    Args:
-        candidate: the model.
-        folders: caches of the train and test split.
-        reference: the teacher's own row and test features; None for the teacher itself.
-        targets: what the student is trained towards, images -> Features.
-        k: neighbours.
-        linear: fit the linear probe.
-        device: where the models run.
-        precision: as extract_features.
-    """
-
-    def extract(model: Callable[[Tensor], Any], folder: Path) -> tuple[Tensor, Tensor]:
-        return extract_features(model, labelled_batches(folder, device), device, precision=precision)
-
-    train, test = (extract(candidate.own, folder) for folder in folders)
-    measured = evaluate_features(*train, *test, k=k, linear=linear, device=device)
-    teacher_row, teacher_x = reference or (measured, test[0])
-    aligned = []
-    if candidate.aligned is not None:
-        for model in (candidate.aligned, targets):
-            aligned.append(extract(model, folders[1])[0])
-    row = {"model": candidate.model, "step": candidate.step, "checkpoint": candidate.checkpoint}
-    agreement = compare_with_teacher(test[0], teacher_x, *aligned, device=device)
-    return row | with_shares(measured, teacher_row) | agreement, test[0]
-
-
 def evaluate_run(
-    configs: Configs, checkpoints: list[Path], device: torch.device, *, linear: bool = True
+    configs: Configs,
+    checkpoints: list[Path],
+    device: torch.device,
+    *,
+    linear: bool = True,
+    space: Space = "backbone",
+    texts: TextEmbeddings | None = None,
+    by_class_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a run's models on all of its evaluation sets.
 
@@ -137,37 +124,65 @@ def evaluate_run(
         checkpoints: files of the run.
         device: where the models run.
         linear: fit linear probes.
+        space: "teacher": the student's features are those of its heads, in the units of the teacher's own.
+        texts: embeddings of class names, for zero-shot accuracy.
+        by_class_dir: run folder to write evaluation/NAME.json into, of the last student.
     Returns:
-        One row per data set and model: the fields of `evaluate_features`, those of `compare_with_teacher`, and
+        One row per data set and model: the fields of Measuring.row; model, step, checkpoint, weights, space; and
         knn_share, linear_share, rank_share: the figure as a share of the teacher's.
+    Raises:
+        UserError: no evaluation sets, or what a set needs is not there.
     """
-    folders = eval_folders(configs.data)
-    if not folders:
+    sets = eval_sets(configs.data)
+    if not sets:
         raise UserError(
             "this run's data configuration has no eval_datasets. Add one to the run's config.yaml, "
             "and run stage 1 with the same entry to cache it."
         )
-    teacher, targets, students = load_candidates(configs, checkpoints, device)
-    precision = choose_precision(configs.train.precision, device)
-    options = {"k": configs.train.knn_k, "linear": linear, "device": device, "precision": precision}
-    references: dict[str, tuple[dict[str, Any], Tensor]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {dataset: [] for dataset in folders}
+    if texts is not None and all(of.is_segmentation for of in sets):
+        raise UserError("--text_embeddings is for sets with labels; all eval_datasets of this run have masks")
+    teacher, targets, students = load_candidates(configs, checkpoints, device, space)
+    if texts is not None:
+        texts.check_width(teacher.subject.backbone.pooled_width)
+        if "pooled" not in fields_needed(configs.train.distill_loss_weights):
+            raise UserError(
+                "--text_embeddings: this run has no head for pooled features (no loss of its distill_loss_weights "
+                "compares them; cls does): its student has no place in the teacher's space"
+            )
+    measuring = Measuring(
+        targets, lambda: teacher.subject.backbone, TeacherStore(None), k=configs.train.knn_k, device=device,
+        precision=choose_precision(configs.train.precision, device), texts=texts,
+    )  # fmt: skip
+    rows: dict[str, list[dict[str, Any]]] = {of.name: [] for of in sets}
     for candidate in itertools.chain([teacher], students):
-        for dataset, parts in folders.items():
-            print(f"{dataset}: {candidate.label}", file=sys.stderr, flush=True)
-            row, test_x = evaluate_candidate(candidate, parts, references.get(dataset), targets, **options)
-            rows[dataset].append({"dataset": dataset} | row)
-            if candidate is teacher:
-                references[dataset] = (row, test_x)
+        for of in sets:
+            print(f"{of.name}: {candidate.label}", file=sys.stderr, flush=True)
+            is_kept = by_class_dir is not None and candidate.step is not None
+            measured, by_class = measuring.row(of, candidate.subject, linear=linear, by_class=is_kept)
+            facts = {"step": candidate.step, "checkpoint": candidate.checkpoint, "weights": candidate.weights}
+            if by_class is not None:
+                _write_by_class(by_class_dir, by_class | {"step": candidate.step, "weights": candidate.weights})
+            row = {"dataset": of.name, "model": candidate.subject.name, "space": space} | facts | measured
+            rows[of.name].append(with_shares(row, rows[of.name][0] if rows[of.name] else row))
     # the teacher is evaluated first and shown last
-    return [row for of_dataset in rows.values() for row in (*of_dataset[1:], of_dataset[0])]
+    return [row for of_set in rows.values() for row in (*of_set[1:], of_set[0])]
+
+
+def _write_by_class(run_dir: Path, content: dict[str, Any]) -> None:
+    """As write_by_class; a run folder that may only be read is no reason to lose the evaluation."""
+    try:
+        write_by_class(run_dir, content)
+    except OSError as error:
+        print(f"{run_dir}: the comparison by class was not written ({error.strerror})", file=sys.stderr)
 
 
 def with_shares(measured: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """A model's measures with their share of the teacher's."""
-    shares = {}
+    shares: dict[str, float | None] = {}
     for share, name in (("knn_share", "knn_top1"), ("linear_share", "linear_top1"), ("rank_share", "effective_rank")):
-        shares[share] = measured[name] / teacher[name] if measured[name] is not None and teacher[name] else None
+        if name in measured:
+            value, whole = measured[name], teacher[name]
+            shares[share] = value / whole if value is not None and whole else None
     return measured | shares
 
 
@@ -188,18 +203,26 @@ def find_checkpoints(run_dir: Path, given: list[Path] | None) -> list[Path]:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `evaluate_run` as text, one block per data set, with a warning for collapsed features."""
+    """The rows of `evaluate_run` as text, a block for each data set: the columns that it has, then further figures."""
+    blocks = []
+    for dataset, group in itertools.groupby(rows, key=lambda row: row["dataset"]):
+        of_set = list(group)
+        blocks.append([dataset, *_lines(of_set, COLUMNS)])
+        if columns_of(of_set, DETAILS):
+            blocks[-1] += ["", *_lines(of_set, DETAILS)]
+        blocks[-1] += [row["protocol"] for row in of_set[:1] if row.get("protocol")]
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def _lines(rows: list[dict[str, Any]], offered: Any) -> list[str]:
+    """A header and a line for each row, with a warning for collapsed features."""
+    shown = columns_of(rows, offered)
     labels = [row["model"] if row["step"] is None else f"{row['model']} @ {row['step']}" for row in rows]
     width = max(len(label) for label in labels)
-    widths = [max(10, len(title)) for _, title, _ in COLUMNS]
-    lines: list[str] = []
-    dataset = None
+    widths = [max(10, len(title), *(len(format_cell(row, name, form)) for row in rows)) for name, title, form in shown]
+    lines = [f"{'':{width}}" + "".join(f"  {title:>{size}}" for (_, title, _), size in zip(shown, widths, strict=True))]
     for row, label in zip(rows, labels, strict=True):
-        if row["dataset"] != dataset:
-            dataset = row["dataset"]
-            header = "".join(f"  {title:>{size}}" for (_, title, _), size in zip(COLUMNS, widths, strict=True))
-            lines += [*([""] if lines else []), dataset, f"{'':{width}}{header}"]
-        cells = [format_cell(row, name, form) for name, _, form in COLUMNS]
+        cells = [format_cell(row, name, form) for name, _, form in shown]
         line = label.ljust(width) + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
-        lines.append(f"{line}{'  COLLAPSED: features say nothing' if row['collapsed'] else ''}")
-    return "\n".join(lines)
+        lines.append(f"{line}{'  COLLAPSED: features say nothing' if row.get('collapsed') else ''}")
+    return lines

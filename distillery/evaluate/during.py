@@ -1,34 +1,25 @@
 """Evaluate during a run: the baselines before the first step, then the student at intervals and at the end."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
 
-from distillery.cache.folder import load_index
-from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED
-from distillery.evaluate.features import (
-    MAX_COMPARED_ROWS,
-    compare_with_teacher,
-    evaluate_features,
-    extract_features,
-    labelled_batches,
-)
+from distillery.evaluate.by_class import write_by_class
+from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED, headline
+from distillery.evaluate.measuring import Measuring, Subject
+from distillery.evaluate.sets import EvalSet
+from distillery.evaluate.teacher_features import TeacherStore
 from distillery.losses.targets import Targets
-from distillery.models.backbone import Backbone, Features
+from distillery.models.backbone import Backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.system.console import ProgressLine
-from distillery.system.distributed import any_rank, copy_from_main, gather_on_main, is_main, on_main, rank, world_size
+from distillery.system.distributed import copy_from_main, is_main
 from distillery.system.errors import Interrupted
-from distillery.system.files import make_directory, write_atomic
 from distillery.training.log import RunLog
-
-# the teacher's features of the test rows, which the student's are compared with: a run on stored outputs has no teacher
-FEATURES_DIR = "teacher_features"
+from distillery.training.task import Ema
 
 
 class RunEvaluation:
@@ -37,132 +28,116 @@ class RunEvaluation:
     All ranks call it together. Each extracts its share of the features; rank 0 measures them and has the files.
 
     Args:
-        run_dir: the run folder; the teacher's test features are kept there.
-        folders: name of an evaluation set -> caches of its train and test split.
+        run_dir: the run folder; the teacher's features are kept there, and what the student lost class by class.
+        sets: the evaluation sets.
         student: the student with its heads.
         targets: standardises the teacher's features for the student.
         load_teacher: loads the teacher, for a run that trains without it.
+        ema: the run's averaged weights, which are measured where there are any; None: the student as it is.
         k: neighbours.
         device: where the models run.
-        is_stopped: called before each batch, because an evaluation may take minutes; a request to stop on any rank ends
-            it on all of them.
-        precision: of the models' arithmetic on CUDA, as extract_features.
+        is_stopped: as of Measuring.
+        precision: as of Measuring.
     """
 
     def __init__(
         self,
         run_dir: Path,
-        folders: dict[str, tuple[Path, Path]],
+        sets: list[EvalSet],
         student: StudentWithHeads,
         targets: Targets,
         load_teacher: Callable[[], Backbone],
         *,
+        ema: Ema | None = None,
         k: int,
         device: torch.device,
         is_stopped: Callable[[], bool],
         precision: str = "fp32",
     ) -> None:
-        self.run_dir, self.folders, self.student, self.targets = run_dir, folders, student, targets
-        self.k, self.device, self.precision, self.is_stopped = k, device, precision, is_stopped
-        self.load_teacher = load_teacher
+        self.run_dir, self.sets, self.student, self.ema = run_dir, sets, student, ema
+        self.targets, self.load_teacher = targets, load_teacher
+        self.device, self.store = device, TeacherStore(run_dir)
+        self._how = {"k": k, "device": device, "precision": precision, "is_stopped": is_stopped}
 
     def record(
         self, log: RunLog, console: ProgressLine, rows: list[dict], *, step: int, epoch: int, linear: bool
     ) -> bool:
         """Measure the baselines before the first step, the student after it, and log what is not in `rows` yet.
 
+        linear: whether this is the first evaluation or the last one, which fit linear probes; after the last one,
+            evaluation/NAME.json compares the student with its teacher class by class.
+
         Returns:
             False where a request to stop came before everything was measured.
         """
         done = {(row.get("dataset"), row.get("model")) for row in rows}
-        names = [UNTRAINED, TEACHER] if step == 0 else [STUDENT]
-        try:
-            for dataset, name, row in self.measure(names, done, linear=linear):
-                log.write("eval", step=step, epoch=epoch, dataset=dataset, model=name, **row)
-                console.message(f"epoch {epoch}: {name} on {dataset}: k-NN {row['knn_top1']:.1%}")
-        except Interrupted:
-            return False
+        # the teacher first: the student is compared with its features
+        names = [TEACHER, UNTRAINED] if step == 0 else [STUDENT]
+        # closed: the student gets its own weights back whatever happens
+        with contextlib.closing(self.measure(names, done, linear=linear)) as measured:
+            try:
+                for of, name, row, by_class in measured:
+                    if by_class is not None and is_main():
+                        write_by_class(self.run_dir, by_class | {"step": step, "weights": row["weights"]})
+                    log.write("eval", step=step, epoch=epoch, dataset=of.name, model=name, **row)
+                    console.message(f"epoch {epoch}: {name} on {of.name}: {headline(row)}")
+            except Interrupted:
+                return False
         return True
 
-    def measure(self, names: list[str], done: set[tuple[str, str]], *, linear: bool) -> Iterator[tuple[str, str, dict]]:
-        """(data set, model, row of metrics.jsonl) for each of the models `names` and each evaluation set.
+    def measure(
+        self, names: list[str], done: set[tuple[str, str]], *, linear: bool
+    ) -> Iterator[tuple[EvalSet, str, dict, dict | None]]:
+        """(set, model, row of metrics.jsonl, comparison by class or None) of each of the models and each set.
 
         Args:
-            names: of teacher, untrained and student; the last two are the student as it is now.
+            names: of teacher, untrained and student; the last two are the student as it is now, or its average.
             done: (data set, model) that are left out.
-            linear: fit the linear probe too.
+            linear: fit the linear probes too, and compare the student by class.
         Raises:
             Interrupted: a request to stop came; nothing of the row in hand is kept.
         """
-        # a rank's batch-norm statistics are its own until the next forward pass
-        copy_from_main(self.student.buffers())
         # where the run does without the teacher, this one is gone as soon as it has been measured
         teacher = functools.cache(self.load_teacher)
-        for dataset in self.folders:
-            for name in names:
-                if (dataset, name) not in done:
-                    model = teacher() if name == TEACHER else self.student.student
-                    yield dataset, name, self._row(dataset, name, model, teacher, linear=linear)
+        measuring = Measuring(self.targets, teacher, self.store, **self._how)
+        # a rank's batch-norm statistics are its own until the next forward pass
+        copy_from_main(self.student.buffers())
+        with self.measured_weights() as which:
+            copy_from_main(self.student.buffers())
+            for of in self.sets:
+                for name in names:
+                    if (of.name, name) in done:
+                        continue
+                    if name == TEACHER:
+                        subject = Subject(TEACHER, teacher())
+                    else:  # an untrained head says nothing
+                        heads = self.student.heads if name == STUDENT else {}
+                        subject = Subject(name, self.student.student, heads)
+                    row, by_class = measuring.row(of, subject, linear=linear, by_class=linear and name == STUDENT)
+                    yield of, name, row | ({"weights": which} if name == STUDENT else {}), by_class
 
-    def _row(self, dataset: str, name: str, model: Backbone, teacher: Callable[[], Backbone], *, linear: bool) -> dict:
-        train, test = (self._extract(model, folder) for folder in self.folders[dataset])
-        row = on_main(lambda: evaluate_features(*train, *test, k=self.k, linear=linear, device=self.device))
-        if name == TEACHER and is_main():
-            self._keep(dataset, test[0])
-        return row | self._agreement(dataset, test[0], teacher) if name == STUDENT else row
+    @contextlib.contextmanager
+    def measured_weights(self) -> Iterator[str]:
+        """The student with the weights that evaluation measures: "averaged" or "last".
 
-    def _agreement(self, dataset: str, student_x: Tensor | None, teacher: Callable[[], Backbone]) -> dict[str, Any]:
-        """compare_with_teacher on the test rows; student_x: their features, on rank 0."""
-        test = self.folders[dataset][1]
-        teacher_x = self._kept(dataset) if is_main() else None
-        if not on_main(lambda: teacher_x is not None):
-            found = self._extract(teacher(), test)[0]
-            teacher_x = self._keep(dataset, found) if is_main() else None
-        projected = self._extract(self.student, test)[0] if "pooled" in self.student.heads else None
-
-        def compare() -> dict[str, Any]:
-            aligned = ()
-            if projected is not None:
-                target = self.targets.standardise(Features(teacher_x.to(self.device), None, (0, 0))).pooled
-                aligned = (projected[: len(teacher_x)], target.cpu())
-            return compare_with_teacher(student_x[: len(teacher_x)], teacher_x, *aligned, device=self.device)
-
-        return on_main(compare)
-
-    def _extract(self, model: nn.Module, folder: Path) -> tuple[Tensor | None, Tensor | None]:
-        """Features and labels of all rows on rank 0, (None, None) on the others, each of which extracts its share."""
-        batches = labelled_batches(folder, self.device, (rank(), world_size()))
-        found = torch.empty(0), torch.empty(0)
-        if len(batches) or is_main():
-            found = extract_features(
-                model, batches, self.device, precision=self.precision, before_batch=self._end_at_a_stop
-            )
-        for _ in range(len(batches), batches.num_rounds):
-            self._end_at_a_stop()  # the others have a batch more, and ask before it
-        features, labels = map(gather_on_main, found)
-        return features, labels
-
-    def _end_at_a_stop(self) -> None:
-        """Raise Interrupted on all ranks once one has a request to stop."""
-        if any_rank(self.is_stopped())[0]:
-            raise Interrupted
-
-    def _keep(self, dataset: str, features: Tensor) -> Tensor:
-        kept = features[:MAX_COMPARED_ROWS].contiguous()
-        path = self.run_dir / FEATURES_DIR / f"{dataset}.safetensors"
-        make_directory(path.parent)
-        write_atomic(path, safetensors.torch.save({"pooled": kept}, {"images": self._images_of(dataset)}))
-        return kept
-
-    def _kept(self, dataset: str) -> Tensor | None:
-        """The teacher's features of the test rows, where those that were kept are of these images."""
-        path = self.run_dir / FEATURES_DIR / f"{dataset}.safetensors"
+        Afterwards it has its own again, to the last bit. One more copy of its weights is in memory meanwhile.
+        """
+        if self.ema is None:
+            yield "last"
+            return
+        modules = ((self.student.student.model, self.ema.state), (self.student.heads, self.ema.heads))
+        now = [(module.state_dict(), averages) for module, averages in modules]
+        own = [(state, {name: value.clone() for name, value in state.items()}) for state, _ in now]
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                return file.get_tensor("pooled") if file.metadata() == {"images": self._images_of(dataset)} else None
-        except (OSError, safetensors.SafetensorError):  # not there, or damaged: they can be made again
-            return None
+            _overwrite(now)
+            yield "averaged"
+        finally:
+            _overwrite(own)
 
-    def _images_of(self, dataset: str) -> str:
-        index = load_index(self.folders[dataset][1])
-        return f"{index.num_samples} of {index.fingerprint}"
+
+@torch.no_grad()
+def _overwrite(pairs: list[tuple[dict, dict]]) -> None:
+    """Copy the values of the second dict of each pair into the tensors of the first."""
+    for state, values in pairs:
+        for name, value in state.items():
+            value.copy_(values[name])

@@ -1,4 +1,4 @@
-"""Compute features of labelled images, and the row of metrics.jsonl that describes them."""
+"""Compute features of labelled images."""
 
 import math
 import sys
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distillery.cache.folder import load_index
-from distillery.evaluate import measures
 from distillery.models.backbone import eval_mode
-from distillery.reading.datasets import LabelledBatches
 from distillery.reading.loader import DevicePrefetcher
 from distillery.system.allocation import is_out_of_gpu_memory
 from distillery.system.errors import UserError
@@ -21,8 +19,6 @@ from distillery.system.errors import UserError
 BATCH_SIZE = 256
 # of the images of a batch on a GPU, three of which are there at a time
 MAX_BATCH_BYTES = 256 << 20
-# rows of the label-free comparison with the teacher: overlap@10 depends on their number, so it is fixed
-MAX_COMPARED_ROWS = 5000
 # features wait on the device until there are so many, then go to the host in one copy: one for each batch would make
 # the host wait for every batch, and all at once might not fit beside the model
 MAX_BYTES_ON_DEVICE = 256 << 20
@@ -159,99 +155,17 @@ class _Collected:
             self.on_device = []
 
 
-def evaluate_features(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    *,
-    k: int = 20,
-    linear: bool = False,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """What a row of metrics.jsonl says about one model's features on one data set.
+def batches_of(kind: Any, folder: Path, device: torch.device | str, share: tuple[int, int] = (0, 1)) -> Any:
+    """The rows of a cache in batches of a size that fits the device.
 
     Args:
-        train_x: the bank of the k-NN and the probe's training rows, float32 [N, D].
-        train_y: int64 [N].
-        test_x: of the same model, [M, D].
-        test_y: int64 [M].
-        k: neighbours.
-        linear: fit the linear probe too (seconds to minutes).
-        device: where the measures are computed.
-    Returns:
-        knn_top1 and linear_top1 (None where not computed) in 0..1; feature_std and effective_rank of the test rows;
-        collapsed: what these two say.
-    Raises:
-        UserError: a label is negative: a split without labels.
-        FloatingPointError: a feature is not finite.
+        kind: LabelledBatches or MaskedBatches.
+        folder: the cache.
+        device: where they are going to.
+        share: as of LabelledBatches.
     """
-    for part, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
-        if y.min() < 0:
-            raise UserError(f"evaluation: label {int(y.min())} in the {part} split; choose a split that has labels")
-        if not x.isfinite().all():
-            raise FloatingPointError(f"evaluation: {int((~x.isfinite().all(dim=1)).sum())} {part} features not finite")
-    on_device = test_x.to(device)
-    std, rank = measures.feature_std(on_device), measures.effective_rank(on_device)
-    return {
-        "knn_top1": measures.knn_top1(train_x, train_y, test_x, test_y, k=k, device=device),
-        "linear_top1": measures.linear_top1(train_x, train_y, test_x, test_y, device=device) if linear else None,
-        "feature_std": std,
-        "effective_rank": rank,
-        "collapsed": measures.is_collapsed(std, rank),
-    }
-
-
-def evaluate_on_folders(
-    model_fn: Callable[[Tensor], Any],
-    train: Path,
-    test: Path,
-    *,
-    k: int = 20,
-    linear: bool = False,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-) -> dict[str, Any]:
-    """`evaluate_features` of a model on the caches of a set's two splits; precision: as of extract_features."""
-    (train_x, train_y), (test_x, test_y) = (
-        extract_features(model_fn, labelled_batches(folder, device), device, precision=precision)
-        for folder in (train, test)
-    )
-    return evaluate_features(train_x, train_y, test_x, test_y, k=k, linear=linear, device=device)
-
-
-def labelled_batches(folder: Path, device: torch.device | str, share: tuple[int, int] = (0, 1)) -> LabelledBatches:
-    """The labelled rows of a cache for extract_features; share: as of LabelledBatches."""
     if torch.device(device).type != "cuda":
-        return LabelledBatches(folder, BATCH_SIZE, share)
+        return kind(folder, BATCH_SIZE, share)
     image_bytes = 4 * math.prod(load_index(folder).image_shape)
     size = max(1, min(BATCH_SIZE, MAX_BATCH_BYTES // image_bytes))
-    return LabelledBatches(folder, size, share, pin_memory=True)
-
-
-def compare_with_teacher(
-    student_x: Tensor,
-    teacher_x: Tensor,
-    projected: Tensor | None = None,
-    target: Tensor | None = None,
-    *,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """How far a student agrees with its teacher on the same images, without labels; all are 1 for the teacher itself.
-
-    Args:
-        student_x: the student's own features, [N, D]; the first 5,000 rows are compared.
-        teacher_x: the teacher's, [N, Dt].
-        projected: the student's after its head, [N, Dt], where there is a head.
-        target: what it is trained towards, [N, Dt]: the teacher's, standardised where the run does so.
-        device: where the measures are computed.
-    Returns:
-        teacher_cosine (None without `projected`), cka, neighbour_overlap.
-    """
-    student_x, teacher_x = (features[:MAX_COMPARED_ROWS].to(device) for features in (student_x, teacher_x))
-    has_head = projected is not None and target is not None
-    return {
-        "teacher_cosine": measures.mean_cosine(projected, target) if has_head else None,
-        "cka": measures.linear_cka(student_x, teacher_x),
-        "neighbour_overlap": measures.neighbour_overlap(student_x, teacher_x, device=device),
-    }
+    return kind(folder, size, share, pin_memory=True)

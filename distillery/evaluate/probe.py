@@ -65,6 +65,16 @@ class LogisticRegression:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
+    @property
+    def coef_(self) -> np.ndarray:
+        """Weights of the last fit, float32 [C, D]; [1, D] of two classes."""
+        return self.weight.detach().cpu().numpy()
+
+    @property
+    def intercept_(self) -> np.ndarray:
+        """Biases of the last fit, float32 [C], or [1]."""
+        return self.bias.detach().cpu().numpy()
+
     def set_params(self, **params: Any) -> "LogisticRegression":
         """C: strength of the data against the regularisation, > 0, no unit."""
         self.C = params["C"]

@@ -11,12 +11,14 @@ import yaml
 
 from distillery.config.load import dataset_label
 from distillery.config.yaml_text import as_yaml
-from distillery.evaluate.columns import COLUMNS, STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
+from distillery.export import onnx_export
+from distillery.export.results import results, rows_of
+from distillery.export.teacher_card import closeness_section, describe_space, introduction, usage_in_teacher_space
 from distillery.system.files import expand_path
-from distillery.training.log import METRICS_NAME, read_rows
 
 if TYPE_CHECKING:
     from distillery.export.student import Student
+    from distillery.losses.teacher_space import TeacherSpace
 
 # of a model's own pretrained_cfg: by these timm adapts the weights to other channels or a new classifier
 _STRUCTURE = ("first_conv", "classifier", "fixed_input_size")
@@ -26,37 +28,50 @@ _RECIPE = ("batch_size", "grad_accumulation_steps", "num_epochs", "max_steps_per
            "augment", "precision", "seed")  # fmt: skip
 
 
-def build_card(run_dir: Path, config: dict[str, Any], loaded_from: str) -> str:
+def build_card(run_dir: Path, config: dict[str, Any], format: str) -> str:
     """The card's text.
 
     Args:
         run_dir: the run, for its results and the fingerprint of its data.
         config: the config.json of the export.
-        loaded_from: "model.safetensors", "model.onnx", or "local-dir:." for the folder as a whole.
+        format: of the export, as of --format.
     """
     facts = config["distillation"]
+    in_teacher_space = facts["space"] == "teacher"
     losses = ", ".join(f"{weight:g} x {name}" for name, weight in facts["losses"].items() if weight)
-    size = config["pretrained_cfg"]["input_size"]
+    takes = config["pretrained_cfg"]
     seen = f", {facts['images_seen']:,} images seen" if facts["images_seen"] else ""
     recipe = "\n".join(f"| {name} | `{as_yaml(value)}` |" for name, value in facts["recipe"].items())
+    rows = rows_of(run_dir, facts["step"], facts["weights"])
+    measured = results(rows)
+    of_whom = "The student's own features, which its heads take:\n\n" if in_teacher_space else ""
     parts = [
         _front_matter(config),
-        f"# {config['architecture']}, distilled from {facts['teacher']}",
-        f"An image feature extractor with {config['num_features']} dimensions, trained without labels to produce the "
-        f"features of {facts['teacher']} ({facts['teacher_source']}) on images of {facts['dataset']}.",
+        *(introduction(config) if in_teacher_space else _introduction(config)),
         "## Use",
-        f"```python\n{_usage(config, loaded_from)}```",
-        *_hub_note(loaded_from),
-        f"Input: float32 `[batch, {', '.join(map(str, size))}]`, RGB in 0..1, then `(x - mean) / std` with "
-        f"mean {config['pretrained_cfg']['mean']} and std {config['pretrained_cfg']['std']}.",
+        usage_in_teacher_space(config, format) if in_teacher_space else f"```python\n{_usage(config, format)}```",
+        *_hub_note(config, format),
+        f"Input: float32 `[batch, {', '.join(map(str, takes['input_size']))}]`, RGB in 0..1, then `(x - mean) / std` "
+        f"with mean {takes['mean']} and std {takes['std']}.",
+        *([onnx_export.card_section(config["onnx"])] if "onnx" in config else []),
+        *(closeness_section(config, rows) if in_teacher_space else []),
         "## Training",
         f"{facts['step']:,} steps{seen}; losses {losses}; {facts['weights']} weights{_fingerprint(run_dir)}.",
         f"| recipe | |\n|---|---|\n{recipe}",
-        _results(run_dir, facts["step"]),
+        f"## Results\n\n{of_whom}{measured}" if measured else "",
         "## Licences",
         _licences(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(config: dict[str, Any]) -> list[str]:
+    facts = config["distillation"]
+    return [
+        f"# {config['architecture']}, distilled from {facts['teacher']}",
+        f"An image feature extractor with {config['num_features']} dimensions, trained without labels to produce the "
+        f"features of {facts['teacher']} ({facts['teacher_source']}) on images of {facts['dataset']}.",
+    ]
 
 
 def _front_matter(config: dict[str, Any]) -> str:
@@ -67,7 +82,8 @@ def _front_matter(config: dict[str, Any]) -> str:
     licences = {origin["teacher_license"]} | start
     is_known = len(licences) == 1 and None not in licences
     metadata = {
-        "library_name": "timm" if facts["student_source"] == "timm" else "pytorch",
+        # what the hub's own snippet loads: timm does not know the heads
+        "library_name": "timm" if (facts["student_source"], facts["space"]) == ("timm", "backbone") else "pytorch",
         "license": licences.pop() if is_known else "other",
         **({} if is_known else {"license_name": "to-be-checked"}),
         "pipeline_tag": "image-feature-extraction",
@@ -95,6 +111,8 @@ def _licences(facts: dict[str, Any]) -> str:
         f"| teacher's weights, {facts['teacher']} | {stated('teacher')} |",
         f"| images, {facts['dataset']} | must be checked{page} |",
     ]
+    if facts.get("hub_code"):
+        lines.append("| code in hub/, of the student's torch.hub folder | must be checked where it came from |")
     if not origin["is_student_from_scratch"]:
         lines.insert(3, f"| weights the student began with | {stated('student_start')} |")
     note = (
@@ -104,37 +122,35 @@ def _licences(facts: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{note}"
 
 
-def _hub_note(loaded_from: str) -> list[str]:
-    if loaded_from != "local-dir:.":
+def _hub_note(config: dict[str, Any], format: str) -> list[str]:
+    if format != "huggingface":
         return []
+    if config["distillation"]["space"] == "teacher":
+        return ["`USER/NAME` is where the folder was uploaded to (`hf upload USER/NAME .`)."]
     return [
         "`local-dir:` takes the path of this folder. Uploaded (`hf upload USER/NAME .`), it is "
         '`timm.create_model("hf-hub:USER/NAME", pretrained=True)` for everyone; `num_classes=10` adds a new classifier.'
     ]
 
 
-def _usage(config: dict[str, Any], loaded_from: str) -> str:
-    if loaded_from.endswith(".onnx"):
-        return (
-            "import onnxruntime\n\n"
-            f'session = onnxruntime.InferenceSession("{loaded_from}")\n'
-            'features = session.run(["features"], {"images": images})[0]\n'
-        )
+def _usage(config: dict[str, Any], format: str) -> str:
+    if format == "onnx":
+        return onnx_export.usage(config["onnx"], "model.onnx")
     features = config["distillation"]["features"]
     imports = ["torch"] if "torch." in features else []
     source, arguments = config["distillation"]["student_source"], config["model_args"]
-    if loaded_from.startswith("local-dir:"):
-        imports, load = [*imports, "timm"], f'timm.create_model("{loaded_from}", pretrained=True)'
+    if format == "huggingface":
+        imports, load = [*imports, "timm"], 'timm.create_model("local-dir:.", pretrained=True)'
     elif source == "timm":
         given = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
         load = f'timm.create_model(\n    "{config["architecture"]}",\n    num_classes=0,\n{given}'
-        imports, load = [*imports, "timm"], f'{load}    checkpoint_path="{loaded_from}",\n)'
+        imports, load = [*imports, "timm"], f'{load}    checkpoint_path="model.safetensors",\n)'
     else:
-        return _usage_of_other_source(config, loaded_from, imports)
+        return _usage_of_other_source(config, imports)
     return _imports(imports) + f"\nmodel = {load}.eval()\nfeatures = {features}\n"
 
 
-def _usage_of_other_source(config: dict[str, Any], loaded_from: str, imports: list[str]) -> str:
+def _usage_of_other_source(config: dict[str, Any], imports: list[str]) -> str:
     facts = config["distillation"]
     arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
     if facts["student_source"] == "torchvision":
@@ -147,7 +163,7 @@ def _usage_of_other_source(config: dict[str, Any], loaded_from: str, imports: li
     return (
         _imports(imports) + "from safetensors.torch import load_file\n"
         f"\nmodel = {load}\n"
-        f'model.load_state_dict(load_file("{loaded_from}"))\n'
+        'model.load_state_dict(load_file("model.safetensors"))\n'
         f"model.eval()\nfeatures = {facts['features']}\n"
     )
 
@@ -164,27 +180,13 @@ def _fingerprint(run_dir: Path) -> str:
     return f"; data fingerprint `{content['fingerprint']}` ({len(content['shards'])} shards)"
 
 
-def _results(run_dir: Path, step: int) -> str:
-    """A table of the evaluations that belong to the exported step; '' without any."""
-    rows = [row for row in read_rows(run_dir / METRICS_NAME) if row.get("kind") == "eval"]
-    rows = [row for row in rows if row.get("model") in (UNTRAINED, TEACHER) or row.get("step") == step]
-    if not any(row.get("model") in (STUDENT, STUDENT_EMA) for row in rows):
-        return ""
-    columns = [column for column in COLUMNS if column[0] in ("knn_top1", "linear_top1")]
-    titles = ["data set", "model", *(title for _, title, _ in columns)]
-    lines = ["## Results", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells = [row.get("dataset"), row.get("model"), *(format_cell(row, name, form) for name, _, form in columns)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def describe(student: Student, features: str) -> dict[str, Any]:
+def describe(student: Student, features: str | None = None, space: TeacherSpace | None = None) -> dict[str, Any]:
     """config.json: timm's hub format where timm knows the model, and what the distillation was.
 
     Args:
         student: rebuilt.
-        features: find_feature_call(student.backbone).
+        features: find_feature_call(student.backbone), of an export in the student's own space.
+        space: of an export in the teacher's.
     """
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     backbone, trained = student.backbone, student.trained
@@ -193,7 +195,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
     return {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": backbone.pooled_width,
+        "num_features": backbone.pooled_width if space is None else next(iter(space.widths.values())),
         "model_args": student.model_args,
         "pretrained_cfg": {
             "architecture": architecture,
@@ -207,7 +209,7 @@ def describe(student: Student, features: str) -> dict[str, Any]:
             **{name: known[name] for name in _STRUCTURE if known.get(name) is not None},
         },
         "distillation": {
-            "features": features,
+            **({"space": "backbone", "features": features} if space is None else describe_space(student, space)),
             "student_source": model["student_source"],
             "student_repo": model.get("student_repo"),
             "teacher": model["teacher_name"],

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from distillery.export.card import build_card, describe
-from distillery.export.expressions import evaluate_call, find_feature_call, is_same, sample_features
-from distillery.export.onnx import build_onnx
-from distillery.export.student import Student, load_from_hub, load_student
+from distillery.export.expressions import evaluate, find_feature_call, find_forward, is_same, sample_features
+from distillery.export.onnx_export import OnnxOptions, make_onnx
+from distillery.export.standalone import CODE_NAME, check_alone, code_of, hub_code, weights_of
+from distillery.export.student import Student, hub_folder, load_from_hub, load_student
+from distillery.export.teacher_card import left_out
 from distillery.system.errors import UserError
 from distillery.system.files import write_atomic
 
@@ -19,59 +24,126 @@ if TYPE_CHECKING:
     from distillery.training.trained import Weights
 
 FORMATS = ("timm", "safetensors", "huggingface", "onnx")
+SPACES = ("backbone", "teacher")
 WEIGHTS_NAME, ONNX_NAME, CONFIG_NAME, CARD_NAME = "model.safetensors", "model.onnx", "config.json", "README.md"
 
 
 def export_student(
-    run_dir: Path, out_dir: Path, format: str = "timm", checkpoint: Path | None = None, weights: Weights = "auto"
+    run_dir: Path,
+    out_dir: Path,
+    format: str | None = None,
+    checkpoint: Path | None = None,
+    weights: Weights = "auto",
+    space: Literal["backbone", "teacher"] = "backbone",
+    *,
+    onnx: OnnxOptions | None = None,
 ) -> list[Path]:
     """Write a run's student into a folder.
+
+    In its own space: "timm", "safetensors" and "huggingface" write model.safetensors with exactly the raw model's keys,
+    without classifier (timm and huggingface: refused for a student that timm cannot build); the card of "huggingface"
+    loads the folder, here or on the hub, instead of the file. In the teacher's space: "safetensors" and "huggingface"
+    write model.safetensors with keys student.* and heads.*, and student.py, which loads and runs it; their cards load
+    it from here or from the hub. "onnx" writes model.onnx.
 
     Args:
         run_dir: the run folder.
         out_dir: made if need be; files of the same names are replaced.
-        format: "timm", "safetensors" and "huggingface" write model.safetensors with exactly the raw model's keys,
-            without classifier (timm and huggingface: refused for a student that timm cannot build); the card of
-            "huggingface" loads the folder, here or on the hub, instead of the file; "onnx" writes model.onnx with a
-            dynamic batch.
+        format: of FORMATS; None: "timm", in the teacher's space "safetensors".
         checkpoint: a checkpoint file; the run's newest complete one by default.
         weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
+        space: "backbone": the student's own features; "teacher": those of its teacher, as well as it has learnt them.
+        onnx: what the flags of --format onnx say; None: their defaults.
     Returns:
-        The files written: the weights, config.json and README.md.
+        The files written: the weights, config.json, README.md and what else there is.
     Raises:
-        UserError: no checkpoint, no EMA weights, an unknown format, weights that are not this student's, a model that
-            cannot be written as ONNX. Nothing is written then.
+        UserError: no checkpoint, no EMA weights, an unknown format or space, weights that are not this student's, a
+            model that cannot be written as ONNX or is then too far from PyTorch, a run without heads for the teacher's
+            space, code of the student that needs more than its .py files. Nothing is written then.
     """
-    if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    format = format or {"backbone": "timm", "teacher": "safetensors"}.get(space)
+    _check_choice(format, space)
+    onnx = onnx or OnnxOptions()
+    onnx.check(format)
     student = load_student(run_dir, checkpoint, weights=weights)
+    build = _build_in_teacher_space if space == "teacher" else _build_in_own_space
+    return _write(build(student, run_dir, out_dir, format, onnx), out_dir)
+
+
+def _check_choice(format: str, space: str) -> None:
+    for what, value, known in (("space", space, SPACES), ("format", format, FORMATS)):
+        if value not in known:
+            raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    if (format, space) == ("timm", "teacher"):
+        raise UserError(
+            "--format timm holds the student alone, and timm cannot load the heads of --space teacher: use --format "
+            "safetensors (the default there), huggingface or onnx"
+        )
+
+
+def _build_in_own_space(
+    student: Student, run_dir: Path, out_dir: Path, format: str, onnx: OnnxOptions
+) -> dict[str, bytes]:
+    """The files of an export of the raw model, checked."""
     source = student.config["model"]["student_source"]
     if format in ("timm", "huggingface") and not student.is_timm:
         raise UserError(f"the student comes from {source}, which timm cannot build: use --format safetensors or onnx")
     features = find_feature_call(student.backbone)
     config = describe(student, features)
-    onnx_model = build_onnx(student.backbone) if format == "onnx" else b""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    weights_path = out_dir / (ONNX_NAME if format == "onnx" else WEIGHTS_NAME)
     if format == "onnx":
-        write_atomic(weights_path, onnx_model)
-    else:
-        write_safetensors(student.weights, weights_path)
-        check_weights_load(student, weights_path, features)
-    config_path, card_path = out_dir / CONFIG_NAME, out_dir / CARD_NAME
-    write_atomic(config_path, json.dumps(config, indent=2).encode() + b"\n")
-    loaded_from = "local-dir:." if format == "huggingface" else weights_path.name
-    write_atomic(card_path, build_card(run_dir, config, loaded_from).encode())
-    if format == "huggingface":
-        check_folder_loads(student, out_dir, features)
-    return [weights_path, config_path, card_path]
+        model, config["onnx"] = make_onnx(student.trained, student.backbone, "backbone", onnx)
+        return _with_texts(model, config, run_dir, format)
+    files = _with_texts(_as_safetensors(student.weights), config, run_dir, format)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(files, Path(folder))
+        check_weights_load(student, Path(folder, WEIGHTS_NAME), features)
+        if format == "huggingface":
+            check_folder_loads(student, Path(folder), features)
+    return files
 
 
-def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors, atomically."""
+def _build_in_teacher_space(
+    student: Student, run_dir: Path, out_dir: Path, format: str, onnx: OnnxOptions
+) -> dict[str, bytes]:
+    """The files of an export with folded heads, checked."""
+    space = student.trained.in_teacher_space()
+    for sentence in left_out(space.widths):
+        print(sentence.replace("`", ""), file=sys.stderr)
+    config = describe(student, space=space)
+    if format == "onnx":
+        model, config["onnx"] = make_onnx(student.trained, space, "teacher", onnx)
+        return _with_texts(model, config, run_dir, format)
+    files = _with_texts(_as_safetensors(weights_of(student, space)), config, run_dir, format)
+    files[CODE_NAME] = code_of(student, space, find_forward(student.backbone, space.heads)).encode()
+    if (hub := hub_folder(student.config["model"])) is not None:
+        files |= hub_code(hub, out_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(files, Path(folder))
+        check_alone(Path(folder), student, space)
+    return files
+
+
+def _with_texts(model: bytes, config: dict, run_dir: Path, format: str) -> dict[str, bytes]:
+    return {
+        ONNX_NAME if format == "onnx" else WEIGHTS_NAME: model,
+        CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n",
+        CARD_NAME: build_card(run_dir, config, format).encode(),
+    }
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Write each file atomically; names may have folders in them."""
+    paths = {folder / name: content for name, content in files.items()}
+    for path, content in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    return list(paths)
+
+
+def _as_safetensors(weights: dict[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
-    write_atomic(path, save(weights, metadata={"format": "pt"}))
+    return save(weights, metadata={"format": "pt"})
 
 
 def check_weights_load(student: Student, path: Path, features: str) -> None:
@@ -87,7 +159,7 @@ def check_weights_load(student: Student, path: Path, features: str) -> None:
         model = torchvision.models.get_model(name, **arguments)
         model.load_state_dict(student.weights)
     else:
-        model = load_from_hub(student.config["model"]["student_repo"], name, arguments)
+        model = load_from_hub(student.config["model"], arguments)
         model.load_state_dict(student.weights)
     check_same_features(model, student, features)
 
@@ -107,4 +179,5 @@ def check_folder_loads(student: Student, folder: Path, features: str) -> None:
 def check_same_features(model: nn.Module, student: Student, features: str) -> None:
     """The model as its user has it gives what was trained, by the expression on the card."""
     images, wanted = sample_features(student.backbone)
-    assert is_same(evaluate_call(features, model.eval(), images), wanted), f"built anew, the model has other {features}"
+    found = evaluate(features, model=model.eval(), images=images)
+    assert is_same(found, wanted.pooled), f"built anew, the model has other {features}"

@@ -90,20 +90,36 @@ def find_other_call(model: dict[str, Any], img_size: tuple[int, int]) -> tuple[s
         kwargs = {key: value for key, value in kwargs.items() if key != "weights"} | {"weights": None}
         return name, kwargs | ({"image_size": img_size[0]} if name.startswith("vit_") else {})
     try:
-        load_from_hub(model["student_repo"], name, {"pretrained": False} | kwargs)
+        load_from_hub(model, {"pretrained": False} | kwargs)
     except TypeError:
         return name, kwargs  # its entry point does not know the word
     return name, {"pretrained": False} | kwargs
 
 
-def load_from_hub(repo: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A model of a local folder with hubconf.py, or of GitHub's owner/name[:ref]."""
+def hub_folder(model: dict[str, Any]) -> Path | None:
+    """The local folder of a torch.hub student; None for one of GitHub or of another source."""
+    if model["student_source"] != "torch_hub":
+        return None
+    folder = expand_path(model["student_repo"])
+    return folder if folder.is_dir() else None
+
+
+def load_from_hub(model: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    """A torch.hub student, of a local folder with hubconf.py or of GitHub's owner/name[:ref].
+
+    Args:
+        model: the keys of model_config_kd.yaml.
+        kwargs: of its entry point.
+    """
     import torch
 
-    folder = expand_path(repo)
-    if folder.is_dir():
+    from distillery.models.isolation import repository_of
+
+    folder, name = hub_folder(model), model["student_name"]
+    if folder is None:
+        return torch.hub.load(model["student_repo"], name, trust_repo=True, verbose=False, **kwargs)
+    with repository_of([folder]).active():
         return torch.hub.load(str(folder), name, source="local", **kwargs)
-    return torch.hub.load(repo, name, trust_repo=True, verbose=False, **kwargs)
 
 
 def read_timm_name(name: str) -> tuple[str, dict[str, Any]]:

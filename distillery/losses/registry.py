@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distillery.system.errors import UserError
 
@@ -30,6 +30,9 @@ class LossTerm:
     second_view: bool = False  # whether the teacher's side is of another view than the student's
     least_batch: int = 1  # images of one process that it needs to compare
     queue_size: int | None = None  # default number of past teacher rows, its third argument; None: no such argument
+    # what of the targets it makes the head give: their values, their directions alone, each channel up to scale and
+    # shift, or only how images or patches relate to each other, in a space of the head's own
+    fixes: Literal["values", "directions", "channels", "relations"] = "values"
 
     @property
     def function(self) -> Callable[..., "Tensor"]:
@@ -47,19 +50,19 @@ class LossTerm:
 LOSSES = {
     "cls": LossTerm("cosine_smooth_l1", "pooled"),
     "patch": LossTerm("cosine_smooth_l1", "tokens"),
-    "cosine": LossTerm("cosine", "pooled"),
+    "cosine": LossTerm("cosine", "pooled", fixes="directions"),
     "mse": LossTerm("mse", "pooled"),
     "smooth_l1": LossTerm("smooth_l1", "pooled"),
-    "patch_cosine": LossTerm("cosine", "tokens"),
+    "patch_cosine": LossTerm("cosine", "tokens", fixes="directions"),
     "patch_mse": LossTerm("mse", "tokens"),
     "patch_smooth_l1": LossTerm("smooth_l1", "tokens"),
-    "patch_similarity": LossTerm("patch_similarity", "tokens"),
+    "patch_similarity": LossTerm("patch_similarity", "tokens", fixes="relations"),
     "layers": LossTerm("layers", "layers"),
-    "similarity": LossTerm("similarity", "pooled", least_batch=3),
-    "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=3, queue_size=8192),
-    "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=3),
-    "rkd_angle": LossTerm("rkd_angle", "pooled", least_batch=3),
-    "barlow": LossTerm("barlow", "pooled", second_view=True, least_batch=3),
+    "similarity": LossTerm("similarity", "pooled", least_batch=3, fixes="relations"),
+    "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=3, queue_size=8192, fixes="directions"),
+    "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=3, fixes="relations"),
+    "rkd_angle": LossTerm("rkd_angle", "pooled", least_batch=3, fixes="relations"),
+    "barlow": LossTerm("barlow", "pooled", second_view=True, least_batch=3, fixes="channels"),
     "kl_logits": LossTerm("kl_logits", "logits"),
 }
 

@@ -78,7 +78,7 @@ def build_backbone(
         built = build_model(spec, image_size)
         prepare_parameters(built.model, spec.label)
         if spec.checkpoint is not None:
-            load_weights(built.model, spec.checkpoint, with_logits=spec.with_logits, role=spec.role)
+            load_weights(built.model, spec.checkpoint, with_logits=spec.needs_classifier, role=spec.role)
     built = dataclasses.replace(
         built,
         mean=tuple(spec.mean or built.mean or data_mean),
@@ -91,6 +91,7 @@ def build_backbone(
         data_std=data_std,
         use_cls_token=spec.use_cls_token,
         with_logits=spec.with_logits,
+        projection=spec.projection,
         out_indices=spec.out_indices,
         dtype=dtype,
     )
@@ -131,8 +132,10 @@ class Backbone(nn.Module):
 
     `model` is the raw module, and all there is in the state dict; `img_size` (height, width) in px, `grid` (h, w) and
     the widths are read from what it gives for one black image. Of a model without patch tokens `token_width` is None.
+    With `projection`, pooled is what comes out of the classifier's place, an image-text model's feature in text space.
     `dtype` is the type of its weights: float32, or what keep_in has made of them. `precision` is what float32 weights
     are computed in: bf16, fp16 or fp32 whatever autocast surrounds them; None: what the surrounding autocast says.
+    `resizes`: False gives the raw model images of the size that they come in; `grid` is that of img_size all the same.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class Backbone(nn.Module):
         data_std: Iterable[float],
         use_cls_token: bool = True,
         with_logits: bool = False,
+        projection: bool = False,
         out_indices: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -151,10 +155,11 @@ class Backbone(nn.Module):
         self.model = built.model
         self.dtype = dtype
         self.precision: str | None = None
+        self.resizes = True
         self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
-        self.with_logits = with_logits
+        self.with_logits, self.projection = with_logits, projection
         data_mean, data_std = tuple(data_mean), tuple(data_std)
         self.mean, self.std = tuple(built.mean or data_mean), tuple(built.std or data_std)
         self.set_data_normalisation(data_mean, data_std)
@@ -201,7 +206,7 @@ class Backbone(nn.Module):
         black = torch.zeros((1, 3, *img_size), device=next(self.model.parameters()).device, dtype=self.dtype)
         with eval_mode(self.model):  # batch-norm statistics stay as they are, and no dropout draws random numbers
             self._adapter = choose_adapter(self.model, img_size, out_indices)
-            return self._adapter(self.model, black, self.use_cls_token, self.with_logits)
+            return self._outputs(black)
 
     def _first_forward_error(self, label: str, error: Exception, out_indices: tuple[int, ...]) -> UserError:
         """What went wrong; advice on the input size only where another size was tried and works."""
@@ -247,7 +252,7 @@ class Backbone(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the raw model is given for images as forward takes them: at its size, with its own normalisation."""
-        if images.shape[-2:] != self.img_size:
+        if self.resizes and images.shape[-2:] != self.img_size:
             images = F.interpolate(images, self.img_size, mode="bilinear", antialias=True, align_corners=False)
         return images * self.scale + self.shift if self._renormalise else images
 
@@ -280,8 +285,13 @@ class Backbone(nn.Module):
         with contextlib.nullcontext() if self.precision is None else autocast_for(self.precision, images.device.type):
             return self._features(images)
 
+    def _outputs(self, images: Tensor) -> Outputs:
+        needs_classifier = self.with_logits or self.projection
+        outputs = self._adapter(self.model, images, self.use_cls_token, needs_classifier)
+        return outputs._replace(pooled=outputs.logits, logits=None) if self.projection else outputs
+
     def _features(self, images: Tensor) -> Features:
-        pooled, spatial, logits, layers = self._adapter(self.model, images, self.use_cls_token, self.with_logits)
+        pooled, spatial, logits, layers = self._outputs(images)
         is_map = spatial is not None and spatial.ndim == 4
         tokens = spatial.flatten(2).transpose(1, 2) if is_map else spatial
         maps = tuple(layer.flatten(2).transpose(1, 2) for layer in layers)

@@ -56,7 +56,7 @@ def build_big(spec: ModelSpec, image_size: int, low: LowWeights) -> BuiltModel |
         if sum(parameter.numel() for parameter in built.model.parameters()) < BIG_MODEL:
             return None
         if spec.checkpoint is not None:
-            load_weights(built.model, spec.checkpoint, with_logits=spec.with_logits, role=spec.role)
+            load_weights(built.model, spec.checkpoint, with_logits=spec.needs_classifier, role=spec.role)
         else:
             built = build_model(spec, image_size)
     if any(value.is_meta for value in built.model.state_dict().values()):

@@ -46,6 +46,8 @@ class ModelSpec:
         class token: the mean of the patches, or the model's own pooling.
     drop_path_rate: passed to timm models that take it.
     with_logits: keep the classifier and give its output.
+    projection: pooled is what comes out of the classifier's place, where an image-text model has its projection into
+        text space. timm alone.
     out_indices: intermediate layers for Features.layers, numbered as in timm's forward_intermediates.
     gradient_checkpointing: keep only the input of each block, and compute the rest again in the backward pass.
     role: "teacher" or "student": which of the two a checkpoint with both is read for.
@@ -63,6 +65,7 @@ class ModelSpec:
     use_cls_token: bool = True
     drop_path_rate: float | None = None
     with_logits: bool = False
+    projection: bool = False
     out_indices: Sequence[int] | None = None
     gradient_checkpointing: bool = False
     role: str | None = None
@@ -76,6 +79,11 @@ class ModelSpec:
     def takes_published_weights(self) -> bool:
         """Whether the source's weights are loaded."""
         return self.pretrained and self.checkpoint is None
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether the model is built, and its weights are loaded, with what is in the classifier's place."""
+        return self.with_logits or self.projection
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,11 @@ def build_model(spec: ModelSpec, image_size: int) -> BuiltModel:
 
 
 def build_timm(spec: ModelSpec, image_size: int) -> BuiltModel:
-    """A timm model, its position embedding resampled to the input size, without classifier unless logits are wanted."""
+    """A timm model, its position embedding resampled to the input size, without classifier unless it is needed.
+
+    Raises:
+        UserError: as build_model; and with spec.projection, a classifier of images in the projection's place.
+    """
     import timm
 
     if ":" not in spec.name:  # not of a repository (hf-hub:) or folder (local-dir:)
@@ -110,7 +122,7 @@ def build_timm(spec: ModelSpec, image_size: int) -> BuiltModel:
         tagged = timm.list_models(f"{architecture}.*", pretrained=True)
         if tag and tagged and spec.name not in tagged:
             raise _unknown(spec.label, spec.name, tagged)
-    kwargs = {} if spec.with_logits else {"num_classes": 0}
+    kwargs = {} if spec.needs_classifier else {"num_classes": 0}
     kwargs |= spec.kwargs or {}
     explicit = kwargs.get("img_size", spec.img_size)
     optional = {"img_size": explicit or image_size, "drop_path_rate": spec.drop_path_rate}
@@ -118,8 +130,24 @@ def build_timm(spec: ModelSpec, image_size: int) -> BuiltModel:
     size = _input_size(spec.label, explicit, image_size, patch_size_of(model))
     if takes_size and not explicit and size != _pair(image_size):
         model, _ = _create_timm(spec, optional | {"img_size": size}, kwargs)
+    if spec.projection:
+        _check_projection(spec.label, model)
     config = model.pretrained_cfg
     return BuiltModel(model, size, config.get("mean"), config.get("std"))
+
+
+def _check_projection(label: str, model: nn.Module) -> None:
+    """Raise UserError where a timm model has a classifier of ImageNet, or nothing, in the place of a projection."""
+    from timm.data import infer_imagenet_subset
+
+    if model.num_classes and not infer_imagenet_subset(model):
+        return
+    found = f"a classifier of {model.num_classes} ImageNet classes" if model.num_classes else "nothing"
+    raise UserError(
+        f"teacher_projection: {label} has {found} in the place of a projection into text space. Set it to false (a "
+        "SigLIP model's own feature is in text space already), or take weights that have one, such as "
+        "vit_base_patch16_clip_224.openai"
+    )
 
 
 def _create_timm(spec: ModelSpec, optional: dict[str, Any], kwargs: dict[str, Any]) -> tuple[nn.Module, bool]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.system.errors import UserError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path
 
 # what checkpoints of other tools, DistributedDataParallel and torch.compile put around a model's own names
@@ -25,6 +25,7 @@ _AVERAGED = {"ema", "swa", "averaged", "average", "avg"}
 # copies that follow another model, and parts of a self-supervised method: not what their authors evaluate
 _FOLLOWERS = {"target", "momentum", "k", "key", "decoder", "predictor"}
 _DEPTH = 4
+WEIGHTS_NAME = "model.safetensors"  # in an exported folder, and in a repository of the Hugging Face hub
 _LEAST_SHARE = 0.5
 
 
@@ -53,12 +54,31 @@ class Entry:
 
 
 def split_entry(path: str | Path) -> tuple[Path, str | None]:
-    """file.pth#teacher as a path, variables expanded, and the entry in it; a file of the whole name comes first."""
+    """file.pth#teacher as a path, variables expanded, and the entry in it; a file of the whole name comes first.
+
+    A folder, as an export writes it, stands for the weights in it.
+
+    Raises:
+        MissingFileError: a folder without weights of that name.
+    """
     whole = expand_path(path)
     if "#" not in whole.name or whole.exists():
-        return whole, None
+        return _weights_at(whole), None
     name, _, entry = whole.name.partition("#")
-    return whole.with_name(name), entry or None
+    return _weights_at(whole.with_name(name)), entry or None
+
+
+def _weights_at(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (path / WEIGHTS_NAME).is_file():
+        return path / WEIGHTS_NAME
+    held = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(held[:6]) + (f" and {len(held) - 6} more" if len(held) > 6 else "")
+    raise MissingFileError(
+        f"the folder {path} has no {WEIGHTS_NAME}; it holds {shown or 'nothing'}. Name a weights file, or a folder "
+        "that python -m distillery.export wrote in a format other than onnx"
+    )
 
 
 def choose_entry(

@@ -132,7 +132,15 @@ def build_teacher_backbone(
     """The teacher's backbone with its published weights or checkpoint; one without is drawn from seed 0 every time.
 
     low: what its weights are to be kept in, and where: a big teacher is loaded so, and any other one in float32.
+
+    Raises:
+        UserError: as build_backbone; and logits of a teacher whose projection has the classifier's place.
     """
+    if with_logits and model.teacher_projection:
+        raise UserError(
+            "teacher_projection: true, and a loss on logits: a projection into text space has the classifier's place. "
+            "Leave kl_logits out of distill_loss_weights, or set teacher_projection: false"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a process that goes on, and stage 1, must draw the same teacher
         return _build(ModelSpec(**model.side("teacher"), with_logits=with_logits), data, low)

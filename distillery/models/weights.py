@@ -24,20 +24,21 @@ CLASSIFIER_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, with_logits: bool = False, role: str | None = None) -> None:
-    """Load a local .pt, .pth or .safetensors file into a raw model, strictly.
+    """Load a local .pt, .pth or .safetensors file, or an exported folder, into a raw model, strictly.
 
     It removes the wrappers of other tools, DDP and torch.compile, and resamples position embeddings to the model's
     input size. From a file with several models it takes the role's, or the entry after a # (file.pth#teacher), and
     prints which. The classifier alone may be missing, superfluous or of another shape, unless logits are wanted; batch
-    norm's count of batches may be missing, as PyTorch has it. Heads of a self-supervised method are left out.
+    norm's count of batches may be missing, as PyTorch has it. Heads of a self-supervised method are left out, and those
+    of a student that was exported in its teacher's space.
 
     Args:
         model: the raw model.
-        path: the file; # and an entry may follow.
+        path: the file, or a folder with model.safetensors; # and an entry may follow.
         with_logits: the classifier must be there.
         role: "teacher" or "student"; None: as a teacher.
     Raises:
-        MissingFileError: there is no such file.
+        MissingFileError: there is no such file, or none in the folder.
         UserError: it is no weights file, its tensors are not this model's, or several of its entries fit alike.
     """
     path, name = split_entry(path)

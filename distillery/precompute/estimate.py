@@ -56,6 +56,7 @@ def job_lines(title: str, source: Source, plan: CachePlan, shards: range, survey
         survey: what is there of them.
     """
     spec = plan.spec
+    stored = plan.dtype if plan.mask_dtype is None else f"{plan.dtype} and {plan.mask_dtype} masks"
     state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
     if survey.to_check:
         state += f", {len(survey.to_check)} of them to check"
@@ -65,7 +66,7 @@ def job_lines(title: str, source: Source, plan: CachePlan, shards: range, survey
         f"{title}: {source.describe()}",
         f"  -> {plan.directory}",
         f"  {plan.num_rows} of {plan.source_num_samples} images, {spec.image_size} px ({spec.resize_mode}, "
-        f"{spec.interpolation}), {plan.dtype}: {plan.num_shards} shards of {plan.shard_size}, "
+        f"{spec.interpolation}), {stored}: {plan.num_shards} shards of {plan.shard_size}, "
         f"{format_bytes(plan.num_rows * plan.row_bytes)}",
         f"  {state}; {format_bytes(bytes_to_write(plan, survey))} to write",
         *(f"  WARNING: {note}" for note in survey.notes),

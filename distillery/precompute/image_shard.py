@@ -9,12 +9,13 @@ import numpy as np
 import xxhash
 
 from distillery.cache.archive import PAYLOAD_OFFSET, crc32, payload_header
-from distillery.cache.fields import frame_of, place_fields
-from distillery.cache.images import encode_sizes, small_tensors
+from distillery.cache.fields import frame_of
+from distillery.cache.images import encode_sizes, place_image_fields, small_tensors
 from distillery.cache.plan import CachePlan
 from distillery.cache.store import encode_checksums
 from distillery.precompute.loop import OpenShard, ShardLoop
 from distillery.precompute.worker import UnitResult
+from distillery.sources.masks import MASK_DTYPES
 from distillery.sources.pixels import library_versions
 from distillery.system.direct_io import ALIGNMENT_BYTES, bypass_page_cache, drop_written, start_writeback
 from distillery.system.files import pwrite_all
@@ -51,6 +52,10 @@ class OpenImageShard(OpenShard):
         self.checksums = np.zeros(self.num_rows, np.uint64)
         self.source_sizes = np.zeros((self.num_rows, 2), np.uint32)
         self.failures: list[tuple[int, str]] = []
+        self.masks: np.ndarray | None = None
+        if self.plan.mask_dtype is not None:
+            self.masks = np.zeros((self.num_rows, *self.plan.image_shape[1:]), MASK_DTYPES[self.plan.mask_dtype])
+        self.mask_checksums, self.mask_classes = np.zeros(self.num_rows, np.uint64), set()
         self.payload = PayloadWriter(self.fd, is_direct=not is_network_file_system(self.path))
 
     def note(self, result: UnitResult) -> None:
@@ -58,6 +63,9 @@ class OpenImageShard(OpenShard):
         rows = slice(result.first_row, result.first_row + len(result.checksums))
         self.checksums[rows], self.source_sizes[rows] = result.checksums, result.source_sizes
         self.failures += result.failures
+        if self.masks is not None:
+            self.masks[rows], self.mask_checksums[rows] = result.masks.rows, result.masks.checksums
+            self.mask_classes |= result.masks.classes
         self.rows_left -= len(result.checksums)
 
     def meta(self) -> dict:
@@ -77,6 +85,14 @@ class OpenImageShard(OpenShard):
             "source_sizes": encode_sizes(self.source_sizes),
             "libraries": library_versions(),
             **({"class_names": self.class_names} if self.class_names else {}),
+            **(self._meta_of_masks() if self.masks is not None else {}),
+        }
+
+    def _meta_of_masks(self) -> dict:
+        return {
+            "mask_dtype": self.plan.mask_dtype,
+            "mask_classes": sorted(self.mask_classes),
+            "mask_checksums": encode_checksums(self.mask_checksums),
         }
 
     def publish(self) -> None:
@@ -86,7 +102,8 @@ class OpenImageShard(OpenShard):
         valid[[row for row, _ in self.failures]] = False
         shape = (self.num_rows, *self.plan.image_shape)
         text = json.dumps(meta, sort_keys=True)
-        size, digest = self.payload.finish(self.plan.dtype, shape, valid, self.labels, text)
+        size, digest = self.payload.finish(self.plan.dtype, shape, valid, self.labels, text, masks=self.masks)
+        self.masks = None
         self.publish_file(meta | {"bytes": size, "hash": digest})
 
 
@@ -165,10 +182,24 @@ class PayloadWriter:
         drop_written(self._fd, self._position - _WRITEBACK_BYTES)
 
     def finish(
-        self, dtype: str, shape: tuple[int, ...], valid: np.ndarray, labels: np.ndarray | None, meta: str
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        valid: np.ndarray,
+        labels: np.ndarray | None,
+        meta: str,
+        *,
+        masks: np.ndarray | None = None,
     ) -> tuple[int, str]:
-        """Write what follows the payload, which is `shape` rows of `dtype`. Does not fsync.
+        """Write what follows the payload, which is `shape` rows of `dtype`: the masks, then all else. Does not fsync.
 
+        Args:
+            dtype: of the payload.
+            shape: of the payload, [N, 3, H, W].
+            valid: bool [N].
+            labels: int64 [N] or None.
+            meta: the shard's description of itself.
+            masks: [N, H, W] of a dtype of MASK_DTYPES, contiguous, or None.
         Returns:
             (size of the file in bytes, its hash "xxh3_128:<hex>").
 
@@ -176,14 +207,20 @@ class PayloadWriter:
             OSError: another program truncated the file meanwhile.
         """
         self._check_no_error()
-        (field,) = place_fields({"images": (dtype, shape)}, row_dims=1)
-        end = field.end
+        fields = place_image_fields(shape[0], dtype, shape[1:], None if masks is None else masks.dtype.name)
+        end = fields[0].end
         assert self._position + len(self._rest) == end, f"{self._position + len(self._rest)} bytes instead of {end}"
         if (size := os.fstat(self._fd).st_size) < self._position:
             raise OSError(errno.EIO, f"the file ends at byte {size} of {self._position}: another program truncated it")
         bypass_page_cache(self._fd, False)
-        _, (_, tail) = frame_of([field], [self._crc], small_tensors(valid, labels), meta)
-        self._file_hash.update(tail)
-        pwrite_all(self._fd, self._rest + tail, self._position)
-        os.ftruncate(self._fd, end + len(tail))
-        return end + len(tail), f"xxh3_128:{self._file_hash.hexdigest()}"
+        crcs = [self._crc, *([] if masks is None else [crc32(masks)])]
+        _, (_, after_images), *after_masks = frame_of(fields, crcs, small_tensors(valid, labels), meta)
+        self._file_hash.update(after_images)
+        pwrite_all(self._fd, self._rest + after_images, self._position)
+        end += len(after_images)
+        for piece in [] if masks is None else [memoryview(masks).cast("B"), after_masks[0][1]]:
+            self._file_hash.update(piece)
+            pwrite_all(self._fd, piece, end)
+            end += len(piece)
+        os.ftruncate(self._fd, end)
+        return end, f"xxh3_128:{self._file_hash.hexdigest()}"

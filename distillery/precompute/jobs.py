@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, index_of
+from distillery.cache.folder import load_index
+from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
+from distillery.cache.masks import check_mask_classes
 from distillery.cache.plan import CachePlan, Survey, is_made_of
-from distillery.config.keys_data import DataConfig
+from distillery.config.keys_data import DataConfig, EvalDataset
 from distillery.precompute.estimate import bytes_to_write, job_lines, room_lines
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.base import Source
@@ -23,8 +25,8 @@ from distillery.system.signals import StopFlag
 class CachePart:
     """One cache folder that the configuration needs.
 
-    arguments: those of open_source; limit: the most rows, None for all; is_evaluation: whether the folder holds a split
-    of an evaluation set; bank: for a test split, the folder of its train split.
+    arguments: those of open_source; limit: the most rows, None for all; dataset: where the folder holds a split of an
+    evaluation set, its name and entry; bank: for a test split with labels, the folder of its train split.
     """
 
     title: str
@@ -32,7 +34,7 @@ class CachePart:
     arguments: dict[str, Any]
     limit: int | None
     labels: bool
-    is_evaluation: bool = False
+    dataset: tuple[str, EvalDataset] | None = None
     bank: Path | None = None
 
 
@@ -40,26 +42,32 @@ class CachePart:
 class CacheJob:
     """One cache folder to make, and this process's share of its shards. warnings: what is wrong with its labels."""
 
-    title: str
+    part: CachePart
     plan: CachePlan
     source: Source
     shards: range
     warnings: list[str]
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.part.title
+
 
 def list_parts(data: DataConfig) -> list[CachePart]:
-    """The training cache, and one cache with labels for each split of each evaluation set."""
+    """The training cache, and one cache with labels or masks for each split of each evaluation set."""
     parts = [
         CachePart(
             "the training images", data.cache_path, data.source_arguments, data.max_rows, data.label_column is not None
         )
     ]
     for name, entry in data.eval_datasets.items():
-        bank = data.cache_path / "eval" / name / "train"
+        has_labels = entry.mask_dtype is None
+        bank = data.cache_path / "eval" / name / "train" if has_labels else None
         for split, limit, its_bank in (("train", entry.max_train, None), ("test", entry.max_test, bank)):
             folder = data.cache_path / "eval" / name / split
-            arguments = entry.source_arguments(split) | {"labels_required": True}
-            parts.append(CachePart(f"evaluation set {name}/{split}", folder, arguments, limit, True, True, its_bank))
+            title, arguments = f"evaluation set {name}/{split}", entry.source_arguments(split)
+            parts.append(CachePart(title, folder, arguments, limit, has_labels, (name, entry), its_bank))
     return parts
 
 
@@ -94,15 +102,16 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             source_num_samples=len(source),
             source_identity=source.identity,
             labels=part.labels,
+            mask_dtype=None if part.dataset is None else part.dataset[1].mask_dtype,
         )
         share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
-        jobs.append(CacheJob(part.title, plan, source, share, warnings))
+        jobs.append(CacheJob(part, plan, source, share, warnings))
     return jobs
 
 
 def _rows_wanted(part: CachePart, source: Source) -> Source:
     """The source, or of a split that is cut for evaluation as many rows from all over it."""
-    is_cut = part.is_evaluation and part.limit is not None and part.limit < len(source)
+    is_cut = part.dataset is not None and part.limit is not None and part.limit < len(source)
     # caches of earlier versions hold the first rows, and stay as they are
     if not is_cut or is_made_of(part.folder, source.identity):
         return source
@@ -145,7 +154,11 @@ def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, s
 
 
 def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
-    """Print what the folders hold now; returns exit status 3 where too many images failed."""
+    """Print what the folders hold now; returns exit status 3 where too many images failed.
+
+    Raises:
+        UserError: masks hold classes that their evaluation set does not have; after all is printed.
+    """
     status = EXIT_DONE
     for job in jobs:
         records = IMAGE_SHARDS.scan(job.plan.directory).records() if job.plan.directory.exists() else []
@@ -156,8 +169,21 @@ def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
         state = "complete" if index["complete"] else "not complete yet: other jobs have their share to do"
         print(f"{job.plan.directory}: {rows} images in {len(records)} shards, {failed} could not be decoded; {state}")
         if failed:
+            first = next(record["failures"][0] for record in records if record["failures"])
+            print(f"  the first, image {first['global_idx']}: {first['reason']}")
             print(f"  the reasons are in {job.plan.directory / FAILURES_NAME}; training leaves these images out")
         if failed > max_failed_fraction * rows:
             print(f"  more than max_failed_fraction {max_failed_fraction} allows: look at the reasons")
             status = EXIT_TOO_MANY_FAILED
+    for job in jobs:
+        _check_masks(job)
     return status
+
+
+def _check_masks(job: CacheJob) -> None:
+    """Raise UserError where the masks made so far hold classes that their evaluation set does not have."""
+    if job.plan.mask_dtype is None or not (job.plan.directory / INDEX_NAME).exists():
+        return
+    index, (name, entry) = load_index(job.plan.directory), job.part.dataset
+    if index.mask_classes:  # none: every row failed, and has its reason
+        check_mask_classes(index, name, entry.num_classes, entry.ignore_index)

@@ -41,7 +41,8 @@ from distillery.system.signals import StopFlag
 _GRACE_S = 15
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TEMPORARY = re.compile(
-    r"\.((images|teacher)_\w+\.(pt|json)|(index|statistics)\.json|token_basis\.pt|failures\.jsonl)\.tmp-[0-9a-f]{12}"
+    r"\.((images|teacher)_\w+\.(pt|json)|(index|statistics|embeddings)\.json|token_basis\.pt|failures\.jsonl"
+    r"|embeddings_\d+\.parquet)\.tmp-[0-9a-f]{12}"
 )
 _FOREIGN_TEMPORARY_S = 3600
 

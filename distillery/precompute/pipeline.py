@@ -147,14 +147,16 @@ class _Pipeline:
         first = 0
         while first < stop - start:
             count = min(self.batch_size, self.rows_at_once, stop - start - first)
-            images = self._read_images(start + first, start + first + count)
+            images, masks = self._read_images(start + first, start + first + count)
+            plan, row_bytes = self.plan, self.plan.image_bytes
             if self.pool is None:
-                self.pool = decode_pool(self.num_workers, self.plan.spec, self.plan.dtype, self.plan.row_bytes, images)
-            for part in split_into_units(images, self.plan.row_bytes):
+                self.pool = decode_pool(self.num_workers, plan.spec, plan.dtype, row_bytes, images)
+            for part in split_into_units(images, row_bytes):
                 self._make_room()
                 if self.loop.grace_is_over():
                     return False
-                self._submit(Unit(first, part, self.plan.spec, self.plan.dtype), shard)
+                of_part, masks = masks[: len(part)], masks[len(part) :]
+                self._submit(Unit(first, part, plan.spec, plan.dtype, of_part, plan.mask_dtype), shard)
                 first += len(part)
         return True
 
@@ -169,20 +171,23 @@ class _Pipeline:
         began = time.monotonic()
         if self.began is None:
             self.began = began
-        work = self.pool.submit(unit, gap_before(unit.first_row * self.plan.row_bytes))
+        work = self.pool.submit(unit, gap_before(unit.first_row * self.plan.image_bytes))
         self.units.append((work, shard, time.monotonic() - began))
 
-    def _read_images(self, start: int, stop: int) -> list[bytes | memoryview]:
+    def _read_images(self, start: int, stop: int) -> tuple[list[bytes | memoryview], list[bytes | memoryview]]:
+        """(encoded images, encoded masks; none of these where the plan has none)."""
         began = time.monotonic()
+        has_masks = self.plan.mask_dtype is not None
         with _source_errors(self.source):
             images = self.source.read_views(start, stop)
-        if len(images) != stop - start:
+            masks = self.source.masks(start, stop) if has_masks else []
+        if len(images) != stop - start or (has_masks and len(masks) != len(images)):
             raise RunError(f"{self.source.describe()}: gave {len(images)} images for the rows {start}..{stop - 1}.")
         # photographs of many MB are read a few at a time
         self.rows_at_once = max(1, _READ_BYTES * len(images) // max(1, sum(map(len, images))))
         if all(work.future.done() for work, _, _ in self.units):  # otherwise the workers had enough to do meanwhile
             self.seconds["source"] += time.monotonic() - began
-        return images
+        return images, masks
 
     def _read_labels(self, start: int, stop: int):
         with _source_errors(self.source):

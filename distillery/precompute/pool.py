@@ -129,12 +129,14 @@ class ProcessPool(Pool):
                 self._executor.submit(os.getpid)
 
     def _start(self, unit: Unit, slot: int, gap: int) -> Future:
-        lengths = [len(data) for data in unit.images]
+        encoded = [*unit.images, *unit.masks]
+        lengths = [len(data) for data in encoded]
         if sum(lengths) <= SLOT_BYTES:
-            self._slots.fill(slot, unit.images)
-            unit = replace(unit, images=[])
+            self._slots.fill(slot, encoded)
+            unit = replace(unit, images=[], masks=[])
         else:
-            unit, lengths = replace(unit, images=list(map(bytes, unit.images))), None
+            unit = replace(unit, images=list(map(bytes, unit.images)), masks=list(map(bytes, unit.masks)))
+            lengths = None
         try:
             with _signals_blocked():
                 future = self._executor.submit(_decode_slot, slot, gap, unit, self._row_bytes, lengths)
@@ -323,9 +325,11 @@ def _end_with_parent(leash: int) -> None:
 
 
 def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int, lengths: list[int] | None) -> UnitResult:
-    """In a worker; lengths: of the encoded images that lie in the slot, None where the unit has them itself."""
+    """In a worker; lengths: of the encoded images, then masks, in the slot, None where the unit has them itself."""
     if lengths is not None:
-        unit = replace(unit, images=_slots.read(slot, lengths))
+        encoded = _slots.read(slot, lengths)
+        count = len(encoded) if unit.mask_dtype is None else len(encoded) // 2
+        unit = replace(unit, images=encoded[:count], masks=encoded[count:])
     return _decode_into(_slots, slot, gap, unit, row_bytes)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import xxhash
 
 from distillery.cache.archive import DTYPES
+from distillery.sources.masks import MASK_DTYPES, preprocess_mask
 from distillery.sources.pixels import (
     DecodeError,
     PreprocessSpec,
-    decode_image,
+    decode_oriented,
     normalisation_table,
     normalise_into,
     resize_image,
@@ -21,12 +22,26 @@ from distillery.sources.pixels import (
 
 @dataclass(frozen=True)
 class Unit:
-    """Encoded images for consecutive rows of one shard, from first_row on."""
+    """Encoded images for consecutive rows of one shard, from first_row on; where mask_dtype is not None, with masks."""
 
     first_row: int
     images: Sequence[bytes | memoryview]
     spec: PreprocessSpec
     dtype: str
+    masks: Sequence[bytes | memoryview] = ()
+    mask_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """A unit's masks: rows [n, H, W] of the dtype asked for, zeros where there is none.
+
+    checksums: uint64 [n], XXH3-64 of each row's bytes; classes: all class numbers of the rows that are valid.
+    """
+
+    rows: np.ndarray
+    checksums: np.ndarray
+    classes: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,8 @@ class UnitResult:
     """What a unit's rows are.
 
     checksums: uint64 [n], XXH3-64 of each row's bytes; source_sizes: uint32 [n, 2], height and width in px that each
-    image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took.
+    image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took;
+    masks: None where none were asked for.
     """
 
     first_row: int
@@ -42,6 +58,7 @@ class UnitResult:
     source_sizes: np.ndarray
     failures: list[tuple[int, str]]
     seconds: float
+    masks: MaskRows | None = None
 
 
 @lru_cache(maxsize=4)
@@ -59,13 +76,15 @@ def _store(pixels: np.ndarray | None, spec: PreprocessSpec, dtype: str, row: np.
         normalise_into(pixels, _table(spec, dtype), row)
 
 
-def _decode(data: bytes | memoryview, spec: PreprocessSpec) -> tuple[np.ndarray, tuple[int, int]]:
-    """(uint8 [3, H, W] as they are stored, height and width the image had).
+def _decode(unit: Unit, i: int, mask_row: np.ndarray | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """(uint8 [3, H, W] as they are stored, height and width the image had) of the i-th image; its mask to mask_row.
 
     A function of its own: what it decoded into is free on return, and still in the core's cache for the next image.
     """
-    pixels = decode_image(data)
-    return resize_image(pixels, spec), pixels.shape[:2]
+    pixels, orientation = decode_oriented(unit.images[i])
+    if mask_row is not None:
+        mask_row[:] = preprocess_mask(unit.masks[i], pixels.shape[:2], orientation, unit.spec, unit.mask_dtype)
+    return resize_image(pixels, unit.spec), pixels.shape[:2]
 
 
 def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
@@ -73,14 +92,21 @@ def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     began, size, count = time.monotonic(), unit.spec.image_size, len(unit.images)
     rows = np.frombuffer(memory, DTYPES[unit.dtype]).reshape(count, 3, size, size)
     checksums, sizes, failures = np.zeros(count, np.uint64), np.zeros((count, 2), np.uint32), []
+    masks = None if unit.mask_dtype is None else np.zeros((count, size, size), MASK_DTYPES[unit.mask_dtype])
     decoded: list[np.ndarray | None] = [None] * count
-    for i, data in enumerate(unit.images):
+    for i in range(count):
         try:
-            decoded[i], sizes[i] = _decode(data, unit.spec)
+            decoded[i], sizes[i] = _decode(unit, i, None if masks is None else masks[i])
         except DecodeError as error:
             failures.append((unit.first_row + i, str(error)))
     # only now, all in a row: each step's code and tables stay in the core's cache
     for i, pixels in enumerate(decoded):
         _store(pixels, unit.spec, unit.dtype, rows[i])
         checksums[i] = xxhash.xxh3_64_intdigest(rows[i])
-    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began)
+    mask_rows = None if masks is None else _mask_rows(masks, [i for i in range(count) if decoded[i] is not None])
+    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, mask_rows)
+
+
+def _mask_rows(masks: np.ndarray, valid: list[int]) -> MaskRows:
+    checksums = np.array([xxhash.xxh3_64_intdigest(mask) for mask in masks], np.uint64)
+    return MaskRows(masks, checksums, frozenset(np.unique(masks[valid]).tolist()))

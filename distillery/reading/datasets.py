@@ -1,6 +1,7 @@
 """Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
 from distillery.reading.rows import CachedRows, float_batches
 from distillery.reading.shard_draws import ShardDraws
+from distillery.reading.shard_files import MaskFiles
+from distillery.sources.masks import MASK_DTYPES
 from distillery.system.errors import UserError, stage1_command
 
 _DEFAULT_SUBSET_SEED = 42
@@ -160,32 +163,28 @@ def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
     return rows % count
 
 
-class LabelledBatches:
-    """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row of a cache, in order.
+class _EvaluationBatches(ABC):
+    """(images float32 [B, 3, H, W] normalised, what is known of them) over every valid row of a cache, in order.
 
-    Threads read one batch ahead. The last batch may be short.
+    Threads read one batch of images ahead. The last batch may be short.
 
     num_rounds: batches of the largest share.
 
     Args:
-        cache_dir: folder of a cache with labels.
+        cache_dir: folder of the cache.
         batch_size: rows of a batch.
         share: (number, of how many): one of so many contiguous runs of whole batches. The shares one after the other
             are all batches, so a batch holds the same rows whatever the number of shares; the first is never smaller.
         pin_memory: page-locked images, for copies to a GPU that the host does not wait for.
     Raises:
-        UserError: the cache has no labels.
+        UserError: the cache does not hold it.
     """
 
     def __init__(
         self, cache_dir: str | Path, batch_size: int, share: tuple[int, int] = (0, 1), *, pin_memory: bool = False
     ) -> None:
         index = load_index(cache_dir)
-        if not index.labels:
-            raise UserError(
-                f"{cache_dir} holds no labels. Name the label_column in data_config.yaml, with another cache_dir, and "
-                f"run: {stage1_command()}"
-            )
+        self._check(index)
         self.dataset, self.pin_memory = CachedTensorDataset(index), pin_memory
         starts = range(0, len(self.dataset), batch_size)
         number, num_shares = share
@@ -204,15 +203,67 @@ class LabelledBatches:
         """As iterating, for a consumer that holds a batch until its copy to the device is done (BatchMemory)."""
         return self._iterate(held=True)
 
+    @staticmethod
+    @abstractmethod
+    def _check(index: CacheIndex) -> None:
+        """Raise UserError where a cache does not hold what is wanted."""
+
+    @abstractmethod
+    def _targets(self) -> Callable[[int, int], np.ndarray]:
+        """(first row, row after the last) -> what is known of these rows, [B, ...]."""
+
     def _iterate(self, *, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = cached_labels(self.dataset)
+        targets = self._targets()
         places = (self.dataset.locate(np.arange(*bounds)) for bounds in self._bounds)
         pinned = self.pin_memory
         batches = float_batches(self.dataset.rows, places, self._batch_size, pin_memory=pinned, held=pinned and held)
         with contextlib.closing(batches):
             for start, stop in self._bounds:
-                of_batch = torch.from_numpy(labels[start:stop])
+                of_batch = torch.from_numpy(targets(start, stop))
                 yield next(batches), of_batch.pin_memory() if pinned else of_batch
+
+
+class LabelledBatches(_EvaluationBatches):
+    """(images float32 [B, 3, H, W] normalised, labels int64 [B]) over every valid row of a cache with labels."""
+
+    @staticmethod
+    def _check(index: CacheIndex) -> None:
+        if not index.labels:
+            remedy = "Name the label_column in data_config.yaml, with another cache_dir"
+            if index.mask_dtype is not None:
+                remedy = "It holds masks: give its entry of eval_datasets task: classification and another name"
+            raise UserError(f"{index.directory} holds no labels. {remedy}, and run: {stage1_command()}")
+
+    def _targets(self) -> Callable[[int, int], np.ndarray]:
+        labels = cached_labels(self.dataset)
+        return lambda start, stop: labels[start:stop]
+
+
+class MaskedBatches(_EvaluationBatches):
+    """(images float32 [B, 3, H, W] normalised, masks [B, H, W]) over every valid row of a cache with masks.
+
+    Masks are class numbers as they are stored: uint8 or int16. Each is compared with its checksum when it is read.
+    """
+
+    @staticmethod
+    def _check(index: CacheIndex) -> None:
+        if index.mask_dtype is None:
+            raise UserError(
+                f"{index.directory} holds no masks. Give its entry of eval_datasets task: segmentation and another "
+                f"name, and run: {stage1_command()}"
+            )
+
+    def _targets(self) -> Callable[[int, int], np.ndarray]:
+        index, images = self.dataset.index, self.dataset.rows.files
+        files = MaskFiles(index)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            shards, nth = self.dataset.locate(np.arange(start, stop))
+            masks = np.empty((stop - start, *index.image_shape[1:]), MASK_DTYPES[index.mask_dtype])
+            files.read(shards, images.local_rows(shards, nth), masks.view(np.uint8).reshape(stop - start, -1))
+            return masks
+
+        return read
 
 
 def load_labelled(cache_dir: str | Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

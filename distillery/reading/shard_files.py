@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from distillery.cache.folder import ShardLayout, load_shard_layout
+from distillery.cache.folder import ShardLayout, load_mask_layout, load_shard_layout
 from distillery.cache.index import CacheIndex
 from distillery.system.errors import MissingFileError, RunError, UserError, stage1_command
 from distillery.system.files import open_regular
@@ -311,6 +311,20 @@ class ShardFiles:
 
     def _advice(self) -> str:
         return f"Run: python -m distillery.cache verify {self.index.directory}, then stage 1 again."
+
+
+class MaskFiles(ShardFiles):
+    """The masks of a cache in the place of its images: a row is [H, W] of index.mask_dtype. Arguments as ShardFiles."""
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.row_bytes = self.index.mask_row_bytes
+
+    def _load_layout(self, shard: int) -> ShardLayout:
+        return load_mask_layout(self.index, shard)
+
+    def _row_name(self, shard: int, row: int) -> str:
+        return f"the mask of {super()._row_name(shard, row)}"
 
 
 def _descriptor_limit() -> int:

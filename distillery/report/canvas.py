@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,19 @@ def draw_neighbours(
                 if labels is not None and labels[neighbour] == labels[query]:
                     under = y + LINE_PX + TILE_PX
                     draw.rectangle((x, under + 1, x + TILE_PX - 1, under + BAR_PX - 1), fill=GREEN)
+    return canvas
+
+
+def draw_rows(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Image.Image:
+    """Lines of text, each with its tiles below it: [(text, uint8 [n, T, T, 3]), ...]."""
+    step, height = TILE_PX + GAP_PX, LINE_PX + TILE_PX + GAP_PX
+    font = ImageFont.load_default(FONT_PX)
+    widths = [max(font.getlength(text), len(tiles) * step - GAP_PX) for text, tiles in rows]
+    canvas, draw = new_canvas(math.ceil(max(widths)), len(rows) * height - GAP_PX)
+    for number, (text, tiles) in enumerate(rows):
+        write(draw, 0, number * height, text, GREY)
+        for place, tile in enumerate(tiles):
+            canvas.paste(Image.fromarray(tile), (place * step, number * height + LINE_PX))
     return canvas
 
 

@@ -46,7 +46,15 @@ MODEL_COLOURS = {
     "teacher": COLOUR.teacher,
     "untrained": COLOUR.untrained,
 }
-QUALITIES = {"knn_top1": "k-NN accuracy", "linear_top1": "Linear probe accuracy", "effective_rank": "Effective rank"}
+# field of the eval rows -> (file stem, title)
+QUALITIES = {
+    "knn_top1": ("knn", "k-NN accuracy"),
+    "knn_top1_in_teacher_bank": ("knn_in_teacher_bank", "k-NN in the teacher's bank"),
+    "linear_top1": ("linear", "Linear probe accuracy"),
+    "miou": ("miou", "mIoU"),
+    "knn_miou": ("knn_miou", "k-NN mIoU"),
+    "effective_rank": ("effective_rank", "Effective rank"),
+}
 
 
 def epoch_shares(row: dict[str, Any], shard_rows: Sequence[int] | None) -> tuple[np.ndarray, float]:
@@ -276,7 +284,7 @@ def draw_quality(rows: Rows, dataset: str, name: str, title: str) -> Figure | No
             x, y = np.concatenate(([0.0], x)), np.concatenate((untrained[:1], y))
         label = model.replace("_ema", " (EMA)")
         axes.plot(x, y, color=MODEL_COLOURS[model], marker="o", markersize=3.5, label=label, zorder=3)
-    is_share = name.endswith("_top1")
+    is_share = name != "effective_rank"
     formatter = PercentFormatter(1.0) if is_share else FuncFormatter(lambda value, _: f"{value:.3g}")
     axes.yaxis.set_major_formatter(formatter)
     if not is_share:
@@ -292,9 +300,9 @@ def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int
 
     with matplotlib.rc_context(RC):
         drawn = {
-            f"{name.removesuffix('_top1')}_{dataset}": draw_quality(rows, dataset, name, title)
+            f"{stem}_{dataset}": draw_quality(rows, dataset, name, title)
             for dataset in datasets_of(rows)
-            for name, title in QUALITIES.items()
+            for name, (stem, title) in QUALITIES.items()
         }
         drawn |= {
             "loss": draw_loss(rows),

@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 
 from distillery.config.load import dataset_label
-from distillery.evaluate.columns import COLUMNS, MODELS
+from distillery.evaluate.columns import MODELS, headline
 from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
-from distillery.training.log import METRICS_NAME, read_rows
+from distillery.training.log import METRICS_NAME, quality_of, read_rows
 
 PLOTS_NAME = "plots"
 # made where there are models (distillery/report/pictures.py), shown where there are none
 PCA_NAME, NEIGHBOURS_NAME = "pca.png", "neighbours.png"
+SHOWN_CLASSES = 15
 PASSING_NOTE = (
     "Here the student scores above its teacher. That happens on narrow or easy data: the teacher's features describe "
     "far more than these images ask for, while the student was trained on these very images and kept what tells them "
@@ -130,15 +131,42 @@ def load_run(run_dir: Path) -> RunRecord:
     return RunRecord(run_dir, rows, config or {}, num_shards, plan, frozen.get("rows"))
 
 
-def measures_of(models: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Those of COLUMNS that at least one of the models has a value of."""
-    return [measure for measure in COLUMNS if any(is_number(row.get(measure[0])) for row in models.values())]
+def confusions_name(dataset: str) -> str:
+    """The picture of an evaluation set's worst confusions, in plots/."""
+    return f"confusions_{dataset}.png"
+
+
+def protocol_of(models: dict[str, dict[str, Any]]) -> str:
+    """How a segmentation set was measured, in the words of the student's row; "" of a set with labels."""
+    said = {model: row["protocol"] for model, row in models.items() if row.get("protocol")}
+    return said.get("student") or next(iter(said.values()), "")
+
+
+def class_ious(models: dict[str, dict[str, Any]]) -> list[tuple[int, list[float | None]]]:
+    """(class, IoU of each model; None where not measured) of a segmentation set.
+
+    Those on which the student is furthest below its teacher come first; classes that the test masks do not have are
+    left out. [] without such rows.
+    """
+    lists = [row.get("class_iou") or [] for row in models.values()]
+    found = []
+    for number in range(max(map(len, lists), default=0)):
+        values = [of[number] if number < len(of) and is_number(of[number]) else None for of in lists]
+        if any(value is not None for value in values):
+            found.append((number, values))
+    places = [list(models).index(name) if name in models else None for name in ("student", "teacher")]
+
+    def loss(entry: tuple[int, list[float | None]]) -> float:
+        student, teacher = (None if place is None else entry[1][place] for place in places)
+        return 0.0 if student is None or teacher is None else student - teacher
+
+    return sorted(found, key=loss)
 
 
 def passes_teacher(models: dict[str, dict[str, Any]]) -> bool:
-    """Whether the student's k-NN accuracy is above its teacher's."""
-    student, teacher = (models.get(model, {}).get("knn_top1") for model in ("student", "teacher"))
-    return is_number(student) and is_number(teacher) and student > teacher
+    """Whether the student's k-NN accuracy (of patches: mIoU) is above its teacher's."""
+    student, teacher = (quality_of(models.get(model, {})) for model in ("student", "teacher"))
+    return None not in (student, teacher) and student[0] == teacher[0] and student[1] > teacher[1]
 
 
 def has_collapsed(row: dict[str, Any]) -> bool:
@@ -190,11 +218,15 @@ def images_seen(run: RunRecord) -> int:
 
 
 def _result_sentences(dataset: str, models: dict[str, dict[str, Any]]) -> list[str]:
-    accuracy = {model: row["knn_top1"] for model, row in models.items() if is_number(row.get("knn_top1"))}
-    if "student" not in accuracy:
+    found = {model: quality for model, row in models.items() if (quality := quality_of(row)) is not None}
+    if "student" not in found:
         return []
-    text = f"On {dataset} its features classify {accuracy['student']:.1%} of the test images by k-NN"
-    before, teacher = accuracy.get("untrained"), accuracy.get("teacher")
+    name, value = found["student"]
+    values = {model: of_model for model, (measure, of_model) in found.items() if measure == name}
+    text = f"On {dataset} its features classify {value:.1%} of the test images by k-NN"
+    if name != "knn_top1":
+        text = f"On {dataset} its patch features segment the test images with {headline(models['student'])}"
+    before, teacher = values.get("untrained"), values.get("teacher")
     others = [f"{before:.1%} untrained"] if before is not None else []
     others += [f"{teacher:.1%} for the teacher"] if teacher is not None else []
     return [text + (f", against {' and '.join(others)}." if others else ".")]

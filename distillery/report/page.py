@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from distillery.evaluate import columns
+from distillery.evaluate.by_class import read_by_class
 from distillery.report import facts
 from distillery.report.curves import draw_all
 from distillery.report.render import clock, render
 from distillery.report.style import datasets_of, is_number, of_kind, to_png, to_svg
 from distillery.system.console import format_seconds
 from distillery.system.files import write_atomic
+from distillery.training.log import quality_of
 
 CAPTIONS = {
     "knn": "Images are classified by their {k} nearest labelled neighbours in feature space.",
     "linear": "Logistic regression on the frozen features.",
+    "knn_in_teacher_bank": "The student's features in the teacher's space, looked up among the teacher's own features "
+    "of the training images.",
+    "miou": "Segmentation by a linear probe on frozen patch features: mean IoU over classes.",
+    "knn_miou": "Segmentation by the nearest labelled patches: mean IoU over classes.",
     "effective_rank": "How many dimensions the features use (RankMe). Near 1 the features have collapsed.",
     "loss": "What the optimiser sees. Where there are many steps the line is a mean and the band its range.",
     "learning_rate": "A warm-up, then a cosine.",
@@ -54,6 +60,7 @@ def build_page(run: facts.RunRecord, pictures: dict[str, str], no_pictures: str 
         tiles=_tiles(run),
         results={dataset: run.evaluation(dataset) for dataset in datasets_of(run.rows)},
         features=_features(run),
+        by_class=_by_class(run),
         no_pictures=no_pictures,
         sections=sections,
         config={section: {key: _yaml_value(v) for key, v in values.items()} for section, values in run.config.items()},
@@ -85,8 +92,10 @@ def _tiles(run: facts.RunRecord) -> list[tuple[str, str, str, str]]:
     for dataset in datasets_of(run.rows)[:1]:
         models = run.evaluation(dataset)
         for model in ("student", "teacher", "untrained"):
-            if is_number(models.get(model, {}).get("knn_top1")):
-                shown.append((columns.MODELS[model], f"{models[model]['knn_top1']:.1%}", f"k-NN, {dataset}", model))
+            found = quality_of(models.get(model, {}))
+            if found is not None:
+                measure = columns.headline(models[model]).rpartition(" ")[0]
+                shown.append((columns.MODELS[model], f"{found[1]:.1%}", f"{measure}, {dataset}", model))
     if run.train_rows:
         last = run.train_rows[-1]
         if is_number(last.get("loss")):
@@ -106,6 +115,21 @@ def _features(run: facts.RunRecord) -> list[tuple[str, str, str]]:
         path = run.run_dir / facts.PLOTS_NAME / name
         if path.exists():
             shown.append((title, base64.b64encode(path.read_bytes()).decode(), _description(path)))
+    return shown
+
+
+def _by_class(run: facts.RunRecord) -> dict[str, dict[str, Any]]:
+    """Data set -> what the student lost class by class, with the picture of its confusions (PNG in base64, or None)."""
+    shown = {}
+    for dataset in datasets_of(run.rows):
+        content = read_by_class(run.run_dir, dataset)
+        if content is not None:
+            path = run.run_dir / facts.PLOTS_NAME / facts.confusions_name(dataset)
+            has_picture = path.exists()
+            shown[dataset] = content | {
+                "png": base64.b64encode(path.read_bytes()).decode() if has_picture else None,
+                "description": _description(path) if has_picture else "",
+            }
     return shown
 
 
@@ -165,11 +189,12 @@ def summary_table(run_dir: Path) -> str:
     lines = []
     for dataset in datasets_of(run.rows):
         models = run.evaluation(dataset)
-        shown = facts.measures_of(models)
+        shown = columns.columns_of(models.values(), columns.COLUMNS)
         lines.append(f"{dataset:<20}" + "".join(f"  {title:>14}" for _, title, _ in shown))
         for model, row in models.items():
             cells = [f"  {columns.format_cell(row, name, form):>{max(14, len(title))}}" for name, title, form in shown]
             lines.append(f"  {columns.MODELS[model]:<18}{''.join(cells)}")
+        lines += _wrapped(facts.protocol_of(models))
         if facts.passes_teacher(models):
             lines += _wrapped(facts.PASSING_NOTE)
         if facts.has_collapsed(models.get("student", {})):

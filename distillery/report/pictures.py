@@ -1,8 +1,9 @@
 """Pictures of what teacher and student compute: patch features as colours, nearest neighbours, input views.
 
 plots/pca.png shows the three leading principal components of each model's own patch features as red, green and blue.
-plots/neighbours.png shows the nearest images of an image by the pooled features of each model. The text chunks of a PNG
-hold its "Description" and its "Step", so a report can be made again without the models.
+plots/neighbours.png shows the nearest images of an image by the pooled features of each model.
+plots/confusions_NAME.png shows images that the teacher has right and the student takes for another class. The text
+chunks of a PNG hold its "Description" and its "Step", so a report can be made again without the models.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distillery.evaluate import measures
+from distillery.evaluate.by_class import global_indices, read_by_class
 from distillery.evaluate.during import RunEvaluation
+from distillery.evaluate.sets import EvalSet, eval_sets
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
-from distillery.report.canvas import draw_neighbours, draw_pca, save_png, step_of, thumbnails
-from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME
+from distillery.reading.datasets import CachedTensorDataset, cached_labels
+from distillery.report.canvas import draw_neighbours, draw_pca, draw_rows, save_png, step_of, thumbnails
+from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME, confusions_name
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training.batches import StepBatch
 from distillery.training.log import RunLog
@@ -32,6 +37,7 @@ from distillery.training.task import Position, Task
 POOL_IMAGES = 400
 PCA_IMAGES, QUERIES, NEIGHBOURS = 12, 3, 5
 BATCH_SIZE = 50
+SHOWN_CONFUSIONS = 8
 # fewer cells than this say nothing about where in the image something is
 LEAST_CELLS = 4
 
@@ -233,20 +239,21 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     """
     from distillery.config.load import load_dumped_configs
     from distillery.evaluate.candidates import load_candidates
-    from distillery.evaluate.columns import STUDENT
-    from distillery.training.build import eval_folders
     from distillery.training.checkpoints import latest_checkpoint
 
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise UserError("there is no complete checkpoint yet")
     configs = load_dumped_configs(run_dir / "config.yaml")
+    sets = eval_sets(configs.data)
+    written = write_confusions(run_dir, sets, configs.data)
     if step_of(run_dir / PLOTS_NAME / NEIGHBOURS_NAME) == int(checkpoint.stem.rpartition("_")[2]):
-        return []  # before the models are built, which takes a while
-    pool = choose_pool(eval_folders(configs.data), configs.data)
+        return written  # before the models are built, which takes a while
+    pool = choose_pool(sets, configs.data)
     teacher, _, students = load_candidates(configs, [checkpoint], device)
-    student = next(candidate for candidate in students if candidate.model == STUDENT)
-    return write_pictures(run_dir, teacher.own, student.own, pool, step=student.step, device=device)
+    *_, student = students  # with the averaged weights, where the run has them
+    models = teacher.subject.backbone, student.subject.backbone
+    return written + write_pictures(run_dir, *models, pool, step=student.step, device=device)
 
 
 def draw_features(run_dir: Path, evaluation: RunEvaluation, data: Any, *, step: int) -> str | None:
@@ -256,28 +263,59 @@ def draw_features(run_dir: Path, evaluation: RunEvaluation, data: Any, *, step: 
     """
 
     def draw() -> None:
-        pool = choose_pool(evaluation.folders, data)
+        write_confusions(run_dir, evaluation.sets, data)
+        pool = choose_pool(evaluation.sets, data)
         teacher, student = evaluation.load_teacher(), evaluation.student.student
-        write_pictures(run_dir, teacher, student, pool, step=step, device=evaluation.device)
+        with evaluation.measured_weights():
+            write_pictures(run_dir, teacher, student, pool, step=step, device=evaluation.device)
 
     return why_not(draw)
 
 
-def choose_pool(folders: dict[str, tuple[Path, Path]], data: Any) -> Pool:
+def choose_pool(sets: Sequence[EvalSet], data: Any) -> Pool:
     """The test images of the first evaluation set, which training never sees; without one, those of the cache.
 
     Args:
-        folders: as build.eval_folders gives them.
+        sets: the run's evaluation sets.
         data: the run's DataConfig.
     """
-    from distillery.reading.datasets import CachedTensorDataset, cached_labels
-
-    for name, (_, test) in folders.items():
-        dataset = CachedTensorDataset(test)
-        return Pool(dataset, data.mean, data.std, f"{name} (test)", torch.from_numpy(cached_labels(dataset)))
+    for of in sets:
+        dataset = CachedTensorDataset(of.test)
+        labels = None if of.is_segmentation else torch.from_numpy(cached_labels(dataset))
+        return Pool(dataset, data.mean, data.std, f"{of.name} (test)", labels)
     if data.cache_dir is None:
         raise MissingFileError("the run has neither an evaluation set nor a cache, and raw images are not drawn")
     return Pool(CachedTensorDataset(data.cache_path), data.mean, data.std, "the training cache")
+
+
+def write_confusions(run_dir: Path, sets: Sequence[EvalSet], data: Any) -> list[Path]:
+    """Write plots/confusions_NAME.png of every set that evaluation/NAME.json is there of, unless it is of that step.
+
+    Args:
+        run_dir: the run folder.
+        sets: its evaluation sets, whose test images are shown.
+        data: the run's DataConfig.
+    """
+    written = []
+    for of in sets:
+        content, path = read_by_class(run_dir, of.name), run_dir / PLOTS_NAME / confusions_name(of.name)
+        shown = (content or {}).get("confusions", [])[:SHOWN_CONFUSIONS]
+        if not shown or step_of(path) == content["step"]:
+            continue
+        dataset, rows = CachedTensorDataset(of.test), global_indices(of.test)
+        drawn = []
+        for entry in shown:
+            images = torch.stack(dataset.__getitems__(np.searchsorted(rows, entry["images"]).tolist()))
+            text = f"{entry['name']}, taken for {entry['said_name']}: {entry['count']:,}"
+            drawn.append((text, thumbnails(images, data.mean, data.std).numpy()))
+        path.parent.mkdir(exist_ok=True)
+        text = (
+            f"The most frequent confusions on {of.name} (test): the teacher's k-NN is right, that of the student at "
+            f"step {content['step']:,} takes the images for one other class. {content['num_lost']:,} of "
+            f"{content['num_images']:,} images are lost so in all."
+        )
+        written.append(save_png(path, draw_rows(drawn), text, content["step"]))
+    return written
 
 
 def why_not(draw: Callable[[], Any]) -> str | None:

@@ -1,5 +1,6 @@
 """What every kind of source shares: the interface, and labels as numbers."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ class Source(ABC):
 
     class_names: list[str] | None = None
     named_by_feature: bool = False
+    # gives the masks in place of the images, row for row; None: opened without masks
+    _masks: "Source | None" = None
 
     def __init__(self, identity: dict, file_bytes: int, left_out: dict[str, int] | None = None) -> None:
         """left_out: counts of what the files hold beside the images, by name; the plan prints them."""
@@ -71,13 +74,22 @@ class Source(ABC):
         labels = self._all_labels()
         return None if labels is None else labels[start:stop]
 
+    def masks(self, start: int, stop: int) -> list[bytes | memoryview] | None:
+        """The encoded masks of the images start..stop-1, as read_views; None where the source was opened without."""
+        return None if self._masks is None else self._masks.read_views(start, stop)
+
     def describe(self) -> str:
         """One line for the plan."""
         identity = self._identity
         count = identity["files"]["count"]
         line = f"{identity['kind']}: {len(self):,} images in {count:,} file{'s' * (count != 1)}"
         line += f" ({format_bytes(self._file_bytes)}), split {identity['split']!r}"
-        for key, name in (("dataset_name", "from"), ("revision", "revision"), ("image_column", "column")):
+        for key, name in (
+            ("dataset_name", "from"),
+            ("revision", "revision"),
+            ("image_column", "column"),
+            ("mask_column", "masks"),
+        ):
             if identity.get(key):
                 line += f", {name} {identity[key]}"
         left_out = ", ".join(f"{number:,} {what}" for what, number in self._left_out.items() if number)
@@ -93,7 +105,8 @@ class Source(ABC):
     def _all_labels(self) -> np.ndarray | None: ...
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_handles": {}}
+        # copy.copy must open files of its own for the masks too
+        return {**self.__dict__, "_handles": {}, "_masks": copy.copy(self._masks)}
 
 
 def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.ndarray, list[str] | None]:

@@ -9,6 +9,10 @@ from distillery.sources.base import number_labels
 from distillery.sources.cells import is_bytes, is_list, is_text, plain_type, shorten
 from distillery.system.errors import UserError
 
+MASK_NAMES = (
+    "mask", "masks", "annotation", "annotations", "label", "labels", "segmentation", "segmentation_mask",
+    "segmentation_map", "semantic_mask", "seg",
+)  # fmt: skip
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
 _LISTED_COLUMNS = 12
 _TYPE_CHARACTERS = 60
@@ -97,11 +101,56 @@ def find_image_column(
     return wanted
 
 
-def check_image_type(name: str, kind: object, where: str, kinds: dict) -> None:
-    """Raise the error that says which types can hold images, unless this is one."""
+def find_mask_column(
+    kinds: dict,
+    features: dict,
+    image_column: str | None,
+    wanted: str | None,
+    where: str,
+    look: Callable[[str], str | None],
+) -> str:
+    """The column to take masks from; arguments as find_image_column.
+
+    Where it is not given: the only one that holds images and has a usual name (MASK_NAMES), else the only one that
+    holds images beside the column of the images.
+
+    Args:
+        kinds: {column: pyarrow type}.
+        features: what datasets wrote about the columns.
+        image_column: of the configuration.
+        wanted: mask_column of the configuration.
+        where: a file, for the messages.
+        look: what the first cells of a column look like.
+    Raises:
+        UserError: it is not there or holds no images, or several could be it; the message lists the columns.
+    """
+    if wanted is not None:
+        if wanted not in kinds or wanted == image_column:
+            found = "is the image_column too" if wanted in kinds else "is not there"
+            raise UserError(f"{where}: mask_column {wanted!r} {found}. The columns are: {_listing(kinds)}.")
+        check_image_type(wanted, kinds[wanted], where, kinds, "mask_column")
+        return wanted
+
+    def holds_images(name: str) -> bool:
+        rank = _rank(kinds[name], feature_of(features, name).get("_type") == "Image")
+        return rank is not None and (look(name) == "image" or (rank < _WEAK and look(name) is None))
+
+    holders = [name for name in kinds if name != image_column and holds_images(name)]
+    likely = [name for name in holders if name.lower() in MASK_NAMES]
+    if not likely and len(holders) > 1 and image_column is None:
+        image_column = find_image_column(kinds, features, None, where, look)
+    likely = likely or [name for name in holders if name != image_column]
+    if len(likely) == 1 and (image_column is not None or len(holders) > 1):
+        return likely[0]
+    found = f"several columns may hold the masks: {', '.join(likely)}" if len(likely) > 1 else "no column holds masks"
+    raise UserError(f"{where}: {found}. Set mask_column and image_column; the columns are: {_listing(kinds)}.")
+
+
+def check_image_type(name: str, kind: object, where: str, kinds: dict, key: str = "image_column") -> None:
+    """Raise the error that says which types can hold images, unless this is one; key: whose value `name` is."""
     if not _may_hold_images(kind):
         raise UserError(
-            f"{where}: image_column {name!r} is {_type_name(kind)}; images are bytes, {{bytes, path}} or paths. "
+            f"{where}: {key} {name!r} is {_type_name(kind)}; images are bytes, {{bytes, path}} or paths. "
             f"The columns are: {_listing(kinds)}."
         )
 
@@ -149,15 +198,17 @@ def find_label_column(kinds: dict, features: dict, wanted: str | None, required:
     return wanted
 
 
-def check_columns(schemas: dict, path: str, image_column: str, label_column: str | None) -> None:
-    """Check one of several files, schemas {path: pyarrow schema}: both columns are there, once, of types that are read.
+def check_columns(
+    schemas: dict, path: str, image_column: str, label_column: str | None, mask_column: str | None = None
+) -> None:
+    """Check one of several files, schemas {path: pyarrow schema}: the columns are there, once, of types that are read.
 
     Raises:
         UserError: not so; the message names the file.
     """
     schema = schemas[path]
     kinds = dict(zip(schema.names, schema.types, strict=True))
-    for name in (image_column, label_column):
+    for name in (image_column, label_column, mask_column):
         if name is None:
             continue
         if name not in kinds:
@@ -169,6 +220,8 @@ def check_columns(schemas: dict, path: str, image_column: str, label_column: str
                 "file again."
             )
     check_image_type(image_column, kinds[image_column], path, kinds)
+    if mask_column is not None:
+        check_image_type(mask_column, kinds[mask_column], path, kinds, "mask_column")
     if label_column is not None and not _may_be_label(kinds[label_column]):
         raise UserError(
             f"{path}: label_column {label_column!r} is {_type_name(kinds[label_column])}; labels are integers or texts."

@@ -54,6 +54,11 @@ class PartOfSource(Source):
     def _read_views(self, start: int, stop: int) -> list[bytes | memoryview]:
         return [image for run in self._runs(start, stop) for image in self._source.read_views(*run)]
 
+    def masks(self, start: int, stop: int) -> list[bytes | memoryview] | None:
+        """The encoded masks of the rows, as the other source gives them."""
+        parts = [self._source.masks(*run) for run in self._runs(start, stop)]
+        return None if None in parts else [mask for part in parts for mask in part]
+
     def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(first row, row after the last) in the source of each run of neighbours."""
         if self._rows is None:

@@ -1,5 +1,6 @@
 """Read image files from folders and from the zip archives in them."""
 
+import copy
 import os
 import posixpath
 import zipfile
@@ -7,6 +8,7 @@ import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,9 +24,23 @@ from distillery.sources.listing import (
     suffix_of,
 )
 from distillery.sources.metadata import Listing, MetadataFile, list_rows
+from distillery.sources.pairs import pair_masks
 from distillery.system.errors import UserError
+from distillery.system.files import sha256_of
 
 _LOOSE = -1  # in the place of an offset: a file of its own
+
+
+class _Places(NamedTuple):
+    """Where images are, in columns: there may be millions. The file of each, and of a member of an archive more."""
+
+    file: np.ndarray
+    offset: np.ndarray
+    num_bytes: np.ndarray
+    is_deflated: np.ndarray
+
+    def at(self, rows: list[int]) -> "_Places":
+        return _Places(*(column[np.array(rows, np.int64)] for column in self))
 
 
 class ImageFolderSource(Source):
@@ -33,7 +49,7 @@ class ImageFolderSource(Source):
     Loose images and archives are in the order of their names, the images of an archive in the archive's own order, so
     that it is read from front to back. Other files are left out and counted. Where labels are read, metadata.csv,
     .jsonl or .parquet decides as in load_dataset: its rows are the images, in its order. Without labels it changes
-    nothing.
+    nothing. Masks are images too: metadata names them, or they lie in a folder beside that of the images (pairs.py).
     """
 
     kind = "imagefolder"
@@ -47,6 +63,9 @@ class ImageFolderSource(Source):
         image_column: str | None = None,
         label_column: str | None = None,
         labels_required: bool = False,
+        mask_column: str | None = None,
+        masks_required: bool = False,
+        listed: list[str] | None = None,
         features: dict | None = None,
         origin: dict | None = None,
     ) -> None:
@@ -74,7 +93,8 @@ class ImageFolderSource(Source):
             identity["archives"] = chosen.identity(with_ends=True)
         self._labels = None
         has_labels = labels_required or label_column is not None
-        metadata = _find_metadata(files, indexed) if has_labels or image_column not in (None, "image") else []
+        needs_metadata = has_labels or masks_required or image_column not in (None, "image")
+        metadata = _find_metadata(files, indexed) if needs_metadata and listed is None else []
         listing = None
         if metadata:
             left_out["other files"] -= len(metadata)
@@ -85,8 +105,19 @@ class ImageFolderSource(Source):
                 label_column=label_column,
                 labels_required=labels_required,
                 left_out=left_out,
+                mask_column=mask_column,
+                masks_required=masks_required,
             )
-        if listing is not None:
+        masks: list[int] | None = None
+        if masks_required and listing is None:
+            pairs = pair_masks(names, image_column, mask_column, listed, where=files.root, left_out=left_out)
+            rows, masks = pairs.images, pairs.masks
+            identity |= {"image_column": pairs.image_folder, "mask_column": pairs.mask_folder, "num_rows": len(rows)}
+            identity |= {} if listed is None else {"listed": f"sha256:{sha256_of(listed)}"}
+        elif masks_required:
+            rows, masks = listing.rows, listing.labels
+            identity |= {"mask_column": listing.label_column, "num_rows": len(rows), "metadata": listing.identity}
+        elif listing is not None:
             self._take_rows(listing, identity)
         elif image_column not in (None, "image"):
             raise UserError(f"image_column is {image_column!r}; an image folder has only 'image': leave it out.")
@@ -96,10 +127,12 @@ class ImageFolderSource(Source):
             if any(index.has_backslashes for index in indexed.values()):
                 identity["separators"] = "/\\"
         super().__init__(identity, int(files.sizes.sum()), left_out)
+        if masks is not None:
+            self._masks = copy.copy(self)
+            self._masks._places, self._places = self._places.at(masks), self._places.at(rows)
 
     def _find_images(self, files: FileList, indexed: dict[int, ArchiveIndex], left_out: Counter[str]) -> list[str]:
         """Note where all images are; returns their names, a member's below its archive's."""
-        # columns, not a list of objects: there may be millions of rows
         file, offset, num_bytes, is_deflated, names = [], [], [], [], []
         for number, (name, size) in enumerate(zip(files.names, files.sizes.tolist(), strict=True)):
             members, folder = [], ""
@@ -118,23 +151,25 @@ class ImageFolderSource(Source):
                 is_deflated.append(member.is_deflated)
                 names.append(folder + member.name)
         self._paths = PackedNames(files.names if files.paths is None else files.paths)
-        self._file, self._offset = np.array(file, np.int32), np.array(offset, np.int64)
-        self._num_bytes, self._is_deflated = np.array(num_bytes, np.int64), np.array(is_deflated, np.bool_)
+        self._places = _Places(
+            np.array(file, np.int32),
+            np.array(offset, np.int64),
+            np.array(num_bytes, np.int64),
+            np.array(is_deflated, np.bool_),
+        )
         return names
 
     def _take_rows(self, listing: Listing, identity: dict) -> None:
         """Keep the images that metadata lists, in its order, with the labels it gives."""
-        rows = np.array(listing.rows, np.int64)
-        self._file, self._offset = self._file[rows], self._offset[rows]
-        self._num_bytes, self._is_deflated = self._num_bytes[rows], self._is_deflated[rows]
+        self._places = self._places.at(listing.rows)
         if listing.label_column is not None:
             where = f"column {listing.label_column!r} of the metadata in {self._root}"
             self._labels, self.class_names = number_labels(listing.labels, where)
-        identity |= {"label_column": listing.label_column, "num_rows": len(rows), "metadata": listing.identity}
+        identity |= {"label_column": listing.label_column, "num_rows": len(listing.rows), "metadata": listing.identity}
 
     def _classes(self, files: FileList, names: list[str]) -> tuple[np.ndarray, list[str]]:
         folders = []
-        for name, number in zip(names, self._file.tolist(), strict=True):
+        for name, number in zip(names, self._places.file.tolist(), strict=True):
             outside = files.names[number]
             path = name.removeprefix(f"{outside}/") if suffix_of(outside) == ".zip" else below_split(name, files.split)
             folders.append(posixpath.normpath(f"/{path}").rpartition("/")[0].rpartition("/")[2])
@@ -147,13 +182,13 @@ class ImageFolderSource(Source):
         return [self._read_one(row) for row in range(start, stop)]
 
     def _read_one(self, row: int) -> bytes:
-        number, offset, num_bytes = int(self._file[row]), int(self._offset[row]), int(self._num_bytes[row])
+        number, offset, num_bytes, is_deflated = (int(column[row]) for column in self._places)
         path = os.path.join(self._root, self._paths[number])
         if offset == _LOOSE:
             with open(path, "rb") as file:
                 return file.read()
         fd = self._handles.setdefault("files", OpenFiles()).get(number, path)
-        return read_zip_member(fd, offset, num_bytes, bool(self._is_deflated[row]), path)
+        return read_zip_member(fd, offset, num_bytes, bool(is_deflated), path)
 
     def _all_labels(self) -> np.ndarray | None:
         return self._labels

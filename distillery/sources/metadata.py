@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distillery.sources.columns import LABEL_NAMES
+from distillery.sources.columns import LABEL_NAMES, MASK_NAMES
 from distillery.system.errors import MissingFileError, UserError
 
 FILE_NAME = "file_name"
@@ -38,7 +38,7 @@ class Listing:
     Args:
         rows: for every row, the position of its image in the list of the folder's images.
         label_column: the column that holds `labels`; None: no labels wanted.
-        labels: for every row, None where it has none.
+        labels: for every row, None where it has none; of masks, their positions in the list of the folder's images.
         identity: what identifies the metadata.
     """
 
@@ -56,8 +56,10 @@ def list_rows(
     label_column: str | None,
     labels_required: bool,
     left_out: Counter[str],
+    mask_column: str | None = None,
+    masks_required: bool = False,
 ) -> Listing | None:
-    """The rows that metadata files give, in their order; None where none of them lists images with these labels.
+    """The rows that metadata files give, in their order; None where none lists images with these labels or masks.
 
     Args:
         files: in the order of their rows.
@@ -66,6 +68,8 @@ def list_rows(
         label_column: None: by a usual name, if labels_required.
         labels_required: whether labels are wanted.
         left_out: what is passed over is added here.
+        mask_column: "mask" for the column mask_file_name or mask; None: by a usual name, if masks_required.
+        masks_required: whether files of masks are wanted, in the place of labels.
     Raises:
         UserError: a file cannot be read or has other columns than the first.
         MissingFileError: a file is listed that is not there.
@@ -76,10 +80,16 @@ def list_rows(
         raise UserError(f"{twice} has several metadata files, which would list its images twice; rename all but one.")
     texts = [file.read() for file in files]
     tables = [_parse(file.name, text) for file, text in zip(files, texts, strict=True)]
-    chosen = [_columns_of(table, image_column, label_column, labels_required) for table in tables]
+    wanted = LABEL_NAMES if labels_required and label_column is None else [label_column] if label_column else []
+    if masks_required:
+        names = MASK_NAMES if mask_column is None else [mask_column]
+        wanted = [*(f"{name}_{FILE_NAME}" for name in names), *names]
+    chosen = [_columns_of(table, image_column, wanted) for table in tables]
     if all(columns is None for columns in chosen):
-        _check_names(files[0].name, tables[0], image_column, label_column)
-        left_out["metadata files (without the columns file_name and label)"] += len(files)
+        if not masks_required:
+            _check_names(files[0].name, tables[0], image_column, label_column)
+        missing = "mask" if masks_required else "label"
+        left_out[f"metadata files (without the columns file_name and {missing})"] += len(files)
         return None
     position = {posixpath.normpath(name): row for row, name in enumerate(images)}
     digest = hashlib.sha256()
@@ -95,14 +105,21 @@ def list_rows(
         digest.update(hashlib.sha256(text).digest())
         for place, path in enumerate(table[file_column]):
             row = _row_of(file.name, path, position, left_out)
-            if row is not None:
-                rows.append(row)
-                labels.append(table[found_label][place] if found_label is not None else None)
+            if row is None:
+                continue
+            label = table[found_label][place] if found_label is not None else None
+            if masks_required:
+                label = _row_of(file.name, label, position, left_out)
+                if label is None:
+                    left_out["images without a mask"] += 1
+                    continue
+            rows.append(row)
+            labels.append(label)
     if not rows:
         raise UserError(f"{files[0].name} lists no image of this split.")
     if chosen[0][1] is not None and all(label is None for label in labels):
         raise UserError(f"{files[0].name}: no row has a label in the column {chosen[0][1]!r}.")
-    left_out["images that no metadata file lists"] += len(images) - len(set(rows))
+    left_out["images that no metadata file lists"] += len(images) - len({*rows, *(labels if masks_required else ())})
     identity = {"count": len(files), "file_column": chosen[0][0], "hash": f"sha256:{digest.hexdigest()}"}
     return Listing(rows, chosen[0][1], labels, identity)
 
@@ -126,19 +143,19 @@ def _row_of(metadata: str, path: object, position: dict[str, int], left_out: Cou
 
 
 def _columns_of(
-    table: dict[str, list], image_column: str | None, label_column: str | None, labels_required: bool
+    table: dict[str, list], image_column: str | None, label_names: Sequence[str]
 ) -> tuple[str, str | None] | None:
-    """(column of the files, column of the labels) of one metadata file, None where it has no such."""
+    """(column of the files, column of the labels or masks) of one metadata file, None where it has no such.
+
+    label_names: the first that is there is taken; empty: none is wanted.
+    """
     prefix = "image" if image_column is None else image_column
     names = [f"{prefix}_{FILE_NAME}", *([FILE_NAME] if prefix == "image" else [])]
     if image_column is None:
-        names += filter(_is_file_column, table)
+        names += (name for name in table if _is_file_column(name) and name not in label_names)
+    label_column = next((name for name in label_names if name in table), None)
     file_column = next((name for name in names if name in table), None)
-    if label_column is None and labels_required:
-        label_column = next((name for name in LABEL_NAMES if name in table), None)
-        labels_missing = label_column is None
-    else:
-        labels_missing = label_column is not None and label_column not in table
+    labels_missing = bool(label_names) and label_column is None
     return None if file_column is None or labels_missing else (file_column, label_column)
 
 

@@ -130,15 +130,20 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     Raises:
         DecodeError: no image can be had from `data`.
     """
+    return decode_oriented(data)[0]
+
+
+def decode_oriented(data: bytes | memoryview) -> tuple[np.ndarray, int]:
+    """(the pixels as decode_image gives them, the Exif orientation, 1 to 8, that they had before they were upright)."""
     if not data:
         raise DecodeError("no data (0 bytes)")
     size = _plain_jpeg_size(data) if simplejpeg is not None else None
     if size is None:
         return _decode_with_pillow(data)
-    _check_pixel_count(*size)
+    check_pixel_count(*size)
     try:
         # strict: a file libjpeg warns about is Pillow's to judge
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True), 1
     except (ValueError, MemoryError):
         return _decode_with_pillow(data)
 
@@ -167,18 +172,19 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
     """FORMATS that this Pillow was built with; naming any other makes Image.open fail with a KeyError."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_pixel_count(width: int, height: int) -> None:
+def check_pixel_count(width: int, height: int) -> None:
+    """Raise the DecodeError of an image that is too large."""
     if width * height > MAX_PIXELS:
         raise DecodeError(f"more than {MAX_PIXELS} pixels: too large, or a decompression bomb")
 
 
-def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
+def _decode_with_pillow(data: bytes | memoryview) -> tuple[np.ndarray, int]:
     data = bytes(data)  # of a view, the one copy that BytesIO would make
     try:
         return _decode_whole(data)
@@ -193,14 +199,15 @@ def _decode_with_pillow(data: bytes | memoryview) -> np.ndarray:
         raise
 
 
-def _decode_whole(data: bytes) -> np.ndarray:
+def _decode_whole(data: bytes) -> tuple[np.ndarray, int]:
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_pixel_count(*image.size)
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
+            check_pixel_count(*image.size)
             stored = stored_as(image)
+            # TIFF files are turned by Pillow itself, which takes the tag away
+            turned_by_pillow = orientation_of(image) if image.format == "TIFF" else 1
             image.load()
-            # after load: TIFF files are turned by Pillow itself, which then takes the tag away
-            orientation = _orientation_of(image)
+            orientation = orientation_of(image)
             transparent = take_transparent_colour(image, stored, data)
             pixels = _as_rgb(without_empty_alpha(image, data))
     except DecodeError:
@@ -211,19 +218,20 @@ def _decode_whole(data: bytes) -> np.ndarray:
     except Image.DecompressionBombError:
         raise DecodeError(f"more than {MAX_PIXELS} pixels: too large, or a decompression bomb") from None
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception for damaged files
-        raise DecodeError(_reason_of(error)) from error
+        raise DecodeError(reason_of(error)) from error
     if transparent is not None:
         pixels[transparent] = 255
-    return np.ascontiguousarray(_upright(pixels, orientation))
+    return np.ascontiguousarray(upright(pixels, orientation)), max(orientation, turned_by_pillow)
 
 
-def _reason_of(error: Exception) -> str:
-    """A short text without addresses, which would differ from run to run."""
+def reason_of(error: Exception) -> str:
+    """What is wrong with a file: a short text without addresses, which would differ from run to run."""
     text = re.sub(r"<[^<>]*>|0x[0-9a-fA-F]+", "...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
 
 
-def _orientation_of(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The Exif orientation of an opened image, 1 to 8; 1 where it says nothing or nonsense."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # the block is the camera's; a damaged one says nothing about the image
@@ -231,8 +239,8 @@ def _orientation_of(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo the Exif orientation of [H, W, 3]; source: Exif 2.32, tag 0x0112."""
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo the Exif orientation of [H, W, ...]; source: Exif 2.32, tag 0x0112."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

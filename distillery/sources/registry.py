@@ -10,7 +10,8 @@ from pathlib import Path
 
 from distillery.sources.base import Source
 from distillery.sources.folders import ImageFolderSource
-from distillery.sources.listing import DataFiles, resolve_files
+from distillery.sources.listing import DataFiles, resolve_files, scan_folder
+from distillery.sources.pairs import listed_images
 from distillery.sources.tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
 from distillery.sources.webdataset import WebDatasetSource
 from distillery.system.errors import MissingFileError, UserError
@@ -35,6 +36,8 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     labels_required: bool = False,
+    mask_column: str | None = None,
+    masks_required: bool = False,
     download: bool = True,
 ) -> Source:
     """Open one split of a data set; its images are read later, undecoded.
@@ -50,6 +53,9 @@ def open_source(
         image_column: None: found by its type.
         label_column: None: found by its type if labels_required, else there are no labels.
         labels_required: whether labels must be there.
+        mask_column: of the masks; of an image folder, also the name of a folder beside that of the images, which
+            image_column names then. None: found by its type and name if masks_required, else there are no masks.
+        masks_required: whether every image must have a mask; those of a folder without one are left out.
         download: False: a hub data set that is not here yet raises NotDownloadedError, which says how large it is.
     Raises:
         UserError: no such data set, split or column; the message lists the existing ones.
@@ -57,8 +63,15 @@ def open_source(
         RunError: a download was given up.
     """
     columns = {"image_column": image_column, "label_column": label_column, "labels_required": labels_required}
+    if masks_required:
+        columns |= {"mask_column": mask_column, "masks_required": True}
     if dataset_name in SOURCES and not _has_urls(data_files):
         kind = SOURCES[dataset_name]
+        listed = (
+            listed_images(data_files, data_dir, split) if masks_required and dataset_name == "imagefolder" else None
+        )
+        if listed is not None:
+            return _open(dataset_name, scan_folder(expand_path(data_dir), kind.suffixes), split, columns, listed=listed)
         files = resolve_files(dataset_name, kind.suffixes, data_files, data_dir, split)
         return _open(dataset_name, files, split, columns)
     place = _local_folder(dataset_name)
@@ -95,6 +108,8 @@ def _open_resolved(found: object, split: str, columns: dict) -> Source:
 
 
 def _open(kind: str, files: object, split: str, columns: dict, **known: object) -> Source:
+    if kind == "webdataset" and "masks_required" in columns:
+        raise UserError("masks are read from parquet, arrow and image folders, not from webdataset: convert it.")
     if not len(files):
         suffixes = ", ".join(SOURCES[kind].suffixes)
         others = f"; it holds {len(files.others):,} others, first {files.others[0]}" if files.others else ""

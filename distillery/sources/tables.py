@@ -1,6 +1,7 @@
 """Read images in place from the cells of parquet and arrow files."""
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from distillery.sources.columns import (
     features_of,
     find_image_column,
     find_label_column,
+    find_mask_column,
     labels_in,
     number_all_labels,
     types_of,
@@ -69,6 +71,7 @@ class TableSource(Source):
     Args:
         split: for the plan and the identity.
         image_column, label_column: None: found by their types; labels only if `labels_required`.
+        mask_column: None: found by its type and name if `masks_required`, else there are no masks.
         features: what a data set's card says about the columns, in the form of datasets' Features.to_dict().
         origin: what else identifies the rows (hub name, revision).
         beside: of converted files; None: relative paths begin in the file's own folder.
@@ -85,6 +88,8 @@ class TableSource(Source):
         image_column: str | None = None,
         label_column: str | None = None,
         labels_required: bool = False,
+        mask_column: str | None = None,
+        masks_required: bool = False,
         features: dict | None = None,
         origin: dict | None = None,
         beside: Beside | None = None,
@@ -94,6 +99,11 @@ class TableSource(Source):
         self._shown = self._paths if beside is None else beside.shown
         facts = map_files(self._inspect, self._paths)
         self._starts = np.concatenate([[0], np.cumsum([one.num_rows for one in facts])]).astype(np.int64)
+        features = features or features_of(facts[0].schema)
+        self._mask_column = None
+        if masks_required:
+            kinds, where = types_of(one.schema for one in facts), self._shown[0]
+            self._mask_column = find_mask_column(kinds, features, image_column, mask_column, where, self._look)
         self._find_columns(facts, features, image_column, label_column, labels_required)
         self._labels: np.ndarray | None = None
         identity = {
@@ -103,29 +113,33 @@ class TableSource(Source):
             "label_column": self._label_column,
             "num_rows": int(self._starts[-1]),
             "files": files.identity(with_ends=True),
+            **({} if self._mask_column is None else {"mask_column": self._mask_column}),
             **(origin or {}),
         }
         if beside is not None and beside.identity is not None and self.begins_with_a_relative_path():
             identity["files"] = beside.identity
         super().__init__(identity, int(files.sizes.sum()), files.left_out())
+        if self._mask_column is not None:
+            self._masks = copy.copy(self)
+            self._masks._image_column = self._mask_column
 
     def _find_columns(
         self,
         facts: list[TableFacts],
-        features: dict | None,
+        features: dict,
         image_column: str | None,
         label_column: str | None,
         labels_required: bool,
     ) -> None:
-        features = features or features_of(facts[0].schema)
         kinds, where = types_of(one.schema for one in facts), self._shown[0]
+        kinds.pop(self._mask_column, None)
         self._image_column = find_image_column(kinds, features, image_column, where, self._look)
         self._label_column = find_label_column(kinds, features, label_column, labels_required, where)
         self._names = feature_of(features, self._label_column).get("names")
         self.named_by_feature = self._names is not None
         schemas = {shown: one.schema for shown, one in zip(self._shown, facts, strict=True)}
         for path, shown, one in zip(self._paths, self._shown, facts, strict=True):
-            check_columns(schemas, shown, self._image_column, self._label_column)
+            check_columns(schemas, shown, self._image_column, self._label_column, self._mask_column)
             if one.has_encrypted_columns:
                 self._check_readable(path)
 
@@ -143,11 +157,12 @@ class TableSource(Source):
         return evidence_of(self._first_values(column))
 
     def begins_with_a_relative_path(self) -> bool:
-        """Whether the first images are files named relative to a folder."""
-        return any(map(is_relative_path, self._first_values(self._image_column)))
+        """Whether the first images or masks are files named relative to a folder."""
+        columns = filter(None, (self._image_column, self._mask_column))
+        return any(is_relative_path(value) for column in columns for value in self._first_values(column))
 
     def _check_readable(self, path: str) -> None:
-        for column in filter(None, (self._image_column, self._label_column)):
+        for column in filter(None, (self._image_column, self._label_column, self._mask_column)):
             try:
                 next(self._column(path, column, 1), None)
             except OSError as error:

@@ -18,6 +18,12 @@ def stored_as(image: Image.Image) -> str | None:
     return image.tile[0].args if image.format == "PNG" and image.tile else None
 
 
+def unscaled(samples: np.ndarray, stored: str | None) -> np.ndarray:
+    """Samples of 2 and 4 bits as the file has them; Pillow scales grey ones to 0..255. stored: its word for them."""
+    bits = _SAMPLE_BITS.get(stored, 8)
+    return samples // (255 // (2**bits - 1)) if 1 < bits < 8 else samples
+
+
 def take_transparent_colour(image: Image.Image, stored: str | None, data: bytes) -> np.ndarray | None:
     """Where a PNG has the colour that its tRNS chunk calls transparent; the image is opaque afterwards.
 
@@ -37,10 +43,8 @@ def take_transparent_colour(image: Image.Image, stored: str | None, data: bytes)
     bits = _SAMPLE_BITS[stored]
     if stored == "1":
         return np.asarray(image) == bool(key)
-    samples = np.asarray(image)
-    if bits < 8:
-        samples = samples // (255 // (2**bits - 1))
-    elif stored == "RGB;16B":
+    samples = unscaled(np.asarray(image), stored)
+    if stored == "RGB;16B":
         samples = samples.astype(np.uint16) << 8 | _low_bytes(data)
     same = samples == np.array(key, np.uint32) % 2**bits
     return same.all(-1) if same.ndim == 3 else same

@@ -74,6 +74,10 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
         checkpoint = file_hash(path.resolve())
     if repo is not None and (code := expand_path(repo) / "hubconf.py").is_file():
         repo = f"{LOCAL_REPO}{file_hash(code.resolve())}"  # the same folder wherever it is moved
+    # only where they are set: identities of outputs that were stored before these keys stay as they are
+    added = ({} if entry is None else {"checkpoint_entry": entry}) | (
+        {"projection": True} if of.get("projection") else {}
+    )
     return {
         "source": of["source"],
         "name": of["name"],
@@ -86,7 +90,7 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
         "std": of["std"],
         "use_cls_token": model["use_cls_token"],
         "precision": precision,
-    } | ({} if entry is None else {"checkpoint_entry": entry})
+    } | {key: value for key, value in added.items() if value is not None}
 
 
 def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:

@@ -3,17 +3,12 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from distillery.cache.folder import load_index, load_labels
-from distillery.cache.index import CacheIndex
-from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.losses.objective import Objective
@@ -36,10 +31,8 @@ from distillery.models.pair import StudentWithHeads
 from distillery.models.views import Augmentation
 from distillery.reading.loader import held_batches
 from distillery.reading.shard_draws import rows_of_draw
-from distillery.sources.evaluation import label_warnings
 from distillery.system import distributed
-from distillery.system.errors import UserError, stage1_command
-from distillery.system.files import expand_path
+from distillery.system.errors import UserError
 from distillery.teacher_cache.opening import images_to_compare
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.teacher_cache.targets import StoredTargets, check_fields
@@ -216,44 +209,6 @@ def _wrap_for_ranks(objective: Objective, device: torch.device) -> nn.Module:
         gradient_as_bucket_view=True,
         broadcast_buffers=has_batch_norm,
     )
-
-
-def _label_warnings(train: CacheIndex, test: CacheIndex) -> list[str]:
-    """label_warnings of two caches; none of one that cannot be read: the evaluation says so."""
-    if not (train.labels and test.labels):
-        return []
-    try:
-        labels = [np.concatenate([load_labels(of, s) for s in range(len(of.shard_names))]) for of in (train, test)]
-    except (OSError, UserError):
-        return []
-    return label_warnings(*labels, test.class_names)
-
-
-def eval_folders(data: DataConfig) -> dict[str, tuple[Path, Path]]:
-    """name -> (train, test) cache folders of the evaluation sets.
-
-    Raises:
-        UserError: one of them has not been cached.
-    """
-    folders = {}
-    for name, dataset in data.eval_datasets.items():
-        parts = tuple(expand_path(data.cache_dir) / "eval" / name / part for part in ("train", "test"))
-        for part in parts:
-            if not (part / "index.json").exists():
-                raise UserError(
-                    f"eval_datasets.{name}: {part} is not there. Run: python precompute_cache.py --data_config "
-                    "data_config.yaml (it caches evaluation sets too), or remove it from eval_datasets."
-                )
-        folders[name] = parts
-        for part, key in zip(parts, ("max_train", "max_test"), strict=True):
-            count, limit = load_index(part).num_samples, getattr(dataset, key)
-            if limit is not None and count > limit and distributed.is_main():
-                why = f"{part} holds {count} images, more than {key} ({limit}): all are used"
-                print(f"eval_datasets.{name}: {why}. For fewer, remove that folder and run: {stage1_command()}")
-        if distributed.is_main():
-            for warning in _label_warnings(*map(load_index, parts)):
-                print(f"WARNING: eval_datasets.{name}: {warning}")
-    return folders
 
 
 def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

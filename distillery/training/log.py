@@ -23,6 +23,8 @@ TENSORBOARD_NAME = "tensorboard"
 WANDB_ID_NAME = "wandb_id.txt"
 # rows that make curves: the others hold facts, and a plot of the number of images there are says nothing
 CURVE_KINDS = ("train", "eval")
+# the one number that stands for an eval row, the first of these that it has: every evaluation measures them
+_QUALITIES = ("knn_top1", "knn_miou", "miou")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -44,6 +46,11 @@ def _lines_with_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if isinstance(row, dict) and line.endswith(b"\n"):
             found.append((line, row))
     return found
+
+
+def quality_of(row: dict[str, Any]) -> tuple[str, float] | None:
+    """Name and value of the number that stands for an eval row; None where it has none."""
+    return next(((name, row[name]) for name in _QUALITIES if row.get(name) is not None), None)
 
 
 def plain_value(value: Any) -> Any:
@@ -168,16 +175,22 @@ class RunLog:
                 writer.add_histogram(name, values, step)
             writer.flush()
 
-    def best_step(self, metric: str = "knn_top1", model: str = "student") -> int | None:
-        """The step whose eval rows of `model` have the highest mean `metric` over data sets; None without such rows."""
+    def best_step(self, model: str = "student") -> int | None:
+        """The step whose eval rows of `model` have the highest mean quality_of over data sets; None without such rows.
+
+        Only the steps with the most data sets count: without one of them, the mean is of something else.
+        """
         if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
         values: dict[int, list[float]] = {}
         for row in self._evaluations:
-            if row.get("model") == model and row.get(metric) is not None:
-                values.setdefault(row["step"], []).append(row[metric])
-        return max(values, key=lambda step: sum(values[step]) / len(values[step]), default=None)
+            found = quality_of(row)
+            if row.get("model") == model and found is not None:
+                values.setdefault(row["step"], []).append(found[1])
+        most = max(map(len, values.values()), default=0)
+        means = {step: sum(of_step) / most for step, of_step in values.items() if len(of_step) == most}
+        return max(means, key=means.get, default=None)
 
     def close(self) -> None:
         """Flush and close everything; a later write opens it again."""

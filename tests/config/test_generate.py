@@ -172,8 +172,15 @@ def test_the_readme_of_the_ready_configurations_lists_each():
         "imagenet_500k_1gpu",
         "imagenet_500k_8gpu",
         "dense",
+        "ade20k_voc",
     ]
-    assert {path.name for path in READY} == {"cifar10", "imagenet_500k_1gpu", "imagenet_500k_8gpu", "dense"}
+    assert {path.name for path in READY} == {
+        "cifar10",
+        "imagenet_500k_1gpu",
+        "imagenet_500k_8gpu",
+        "dense",
+        "ade20k_voc",
+    }
 
 
 def test_the_readme_shows_eight_keys_that_load_together(tmp_path):

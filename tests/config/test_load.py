@@ -252,6 +252,11 @@ def test_wrong_value_is_refused_with_what_was_expected(section, key, value, mess
         LOADERS[section]({key: value})
 
 
+def test_a_projection_into_text_space_is_timms_alone():
+    with pytest.raises(UserError, match="teacher_projection is read with teacher_source: timm only, found torchvision"):
+        load_model_config({"teacher_projection": True, "teacher_source": "torchvision"})
+
+
 ODD_SCALARS = [None, True, 3, -1.5, 10**30, float("nan"), "x", "", b"x", object()]
 ODD_VALUES = [*ODD_SCALARS, [], [1, [2]], {}, {"a": 1}, {1: {2: 3}}]
 

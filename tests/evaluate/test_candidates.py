@@ -6,17 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import make_test_cache
+from caches import MEAN, STD, make_test_cache
 
 from distillery.config.load import Configs, dump_configs, load_configs
 from distillery.evaluate import __main__
 from distillery.evaluate import features as features_module
-from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table, load_candidates
-from distillery.evaluate.features import compare_with_teacher, evaluate_features, evaluate_on_folders, extract_features
+from distillery.evaluate.by_class import read_by_class
+from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
+from distillery.evaluate.classification import evaluate_on_folders
+from distillery.evaluate.features import extract_features
+from distillery.evaluate.text import TextEmbeddings
 from distillery.models.backbone import Features
 from distillery.system.errors import UserError
 from distillery.training import build
 from distillery.training.checkpoints import save_checkpoint
+from distillery.training.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -193,33 +197,6 @@ def test_an_error_before_a_batch_ends_the_work_before_the_model_sees_it():
     assert seen == [4, 4]
 
 
-def test_a_row_has_the_fields_of_metrics_jsonl():
-    x, y = torch.randn(60, 5, generator=generator()), torch.arange(60) % 3
-    row = evaluate_features(x, y, x, y, k=1)
-    assert row["knn_top1"] == 1.0 and row["linear_top1"] is None and row["collapsed"] is False
-    assert set(row) == {"knn_top1", "linear_top1", "feature_std", "effective_rank", "collapsed"}
-    assert 0 < evaluate_features(x, y, x, y, k=1, linear=True)["linear_top1"] <= 1
-    assert all(type(value) in (float, bool, type(None)) for value in row.values())
-
-
-def test_collapsed_features_are_called_so_in_the_row():
-    x = torch.ones(60, 5) + 1e-4 * torch.randn(60, 5, generator=generator())
-    assert evaluate_features(x, torch.arange(60) % 3, x, torch.arange(60) % 3)["collapsed"] is True
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_missing_labels_and_bad_features_are_errors_that_name_the_split(part):
-    x, y = torch.randn(6, 3, generator=generator()), torch.arange(6) % 2
-    no_labels = torch.full((6,), -1)
-    given = {"train": (x, y), "test": (x, y)}
-    with pytest.raises(UserError, match=f"label -1 in the {part} split"):
-        evaluate_features(*{**given, part: (x, no_labels)}["train"], *{**given, part: (x, no_labels)}["test"])
-    bad = x.clone()
-    bad[2, 1] = float("nan")
-    with pytest.raises(FloatingPointError, match=f"1 {part} features not finite"):
-        evaluate_features(*{**given, part: (bad, y)}["train"], *{**given, part: (bad, y)}["test"])
-
-
 def test_one_model_gives_the_features_of_both_splits(tmp_path):
     for part, rows in (("train", 30), ("test", 20)):
         make_test_cache(tmp_path / part, rows, size=8, labels=True)
@@ -233,13 +210,6 @@ def test_one_model_gives_the_features_of_both_splits(tmp_path):
     assert seen == [30, 20]
     # the test images are the first of the train images: the same function must find each of them
     assert row["knn_top1"] == 1.0
-
-
-def test_the_teacher_agrees_with_itself_completely():
-    x = torch.randn(40, 6, generator=generator())
-    agreement = compare_with_teacher(x, x, 2 * x, x)
-    assert agreement == pytest.approx({"teacher_cosine": 1.0, "cka": 1.0, "neighbour_overlap": 1.0})
-    assert compare_with_teacher(x, x)["teacher_cosine"] is None
 
 
 # a run
@@ -263,6 +233,58 @@ def test_the_table_has_untrained_student_and_teacher_and_a_perfect_copy_scores_a
     assert table.splitlines()[0] == "noise" and "student_ema @ 12" in table and "COLLAPSED" not in table
 
 
+def test_in_the_teachers_space_a_students_own_features_are_its_heads(tmp_path):
+    configs = make_run(tmp_path)
+    checkpoints, cpu = find_checkpoints(tmp_path / "run", None), torch.device("cpu")
+    plain = {row["model"]: row for row in evaluate_run(configs, checkpoints, cpu)}
+    there = {row["model"]: row for row in evaluate_run(configs, checkpoints, cpu, space="teacher")}
+    assert {row["space"] for row in there.values()} == {"teacher"} and plain["student"]["space"] == "backbone"
+    student = there["student"]
+    assert student["cka"] == pytest.approx(student["cka_in_teacher_space"])
+    assert student["cka"] != pytest.approx(plain["student"]["cka"])
+    for measure in ("knn_top1_in_teacher_bank", "linear_top1_on_teacher_probe", "cosine_in_teacher_space"):
+        assert student[measure] == plain["student"][measure]
+    assert there["teacher"] == plain["teacher"] | {"space": "teacher"}
+    # the same features as those of the student that is exported so
+    in_space = load_trained(tmp_path / "run", data_mean=MEAN, data_std=STD).in_teacher_space()
+    row = evaluate_on_folders(in_space, *(tmp_path / "cache/eval/noise" / part for part in ("train", "test")), k=3)
+    for measure in ("knn_top1", "knn_top1_k5", "effective_rank"):
+        assert student[measure] == pytest.approx(row[measure], rel=1e-3)
+
+
+def test_a_run_without_such_a_head_says_so_where_the_teachers_space_is_asked_for(tmp_path):
+    configs = make_run(tmp_path, losses={"patch": 1.0})
+    given = configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu")
+    with pytest.raises(UserError, match="noise: this run has no head for pooled features.*--space backbone"):
+        evaluate_run(*given, linear=False, space="teacher")
+    with pytest.raises(UserError, match="--text_embeddings: this run has no head for pooled features"):
+        evaluate_run(*given, linear=False, texts=TextEmbeddings(Path("e"), torch.eye(7, 96), list("abcdefg")))
+
+
+def test_embeddings_of_class_names_measure_teacher_and_student_without_labels(tmp_path):
+    configs = make_run(tmp_path)
+    given = configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu")
+    texts = TextEmbeddings(Path("e"), torch.randn(7, 96, generator=generator()), list("abcdefg"))
+    rows = {row["model"]: row for row in evaluate_run(*given, linear=False, texts=texts)}
+    assert all(0 <= rows[model]["zero_shot_top1"] <= 1 for model in ("student", "teacher"))
+    assert "zero_shot_top1" not in rows["untrained"] and "zero-shot" in format_table(list(rows.values()))
+    with pytest.raises(UserError, match="5 dimensions, the teacher's feature has 96"):
+        evaluate_run(*given, linear=False, texts=TextEmbeddings(Path("e"), torch.eye(7, 5), list("abcdefg")))
+
+
+def test_the_averaged_student_is_measured_with_the_averaged_heads(tmp_path):
+    configs = make_run(tmp_path, ema=True)
+    (path,) = find_checkpoints(tmp_path / "run", None)
+    state = torch.load(path, weights_only=True)
+    state["ema"] = state["student"]
+    state["ema_heads"] = {name: torch.zeros_like(value) for name, value in state["heads"].items()}
+    torch.save(state, tmp_path / "other.pt")
+    rows = evaluate_run(configs, [tmp_path / "other.pt"], torch.device("cpu"), linear=False)
+    _, student, averaged, _ = rows
+    assert (student["weights"], averaged["weights"]) == ("last", "averaged")
+    assert student["cka"] == averaged["cka"] and student["teacher_cosine"] != averaged["teacher_cosine"]
+
+
 def test_several_checkpoints_are_each_evaluated_with_their_own_weights(tmp_path):
     configs = make_run(tmp_path)
     (path,) = find_checkpoints(tmp_path / "run", None)
@@ -282,9 +304,9 @@ def test_several_checkpoints_are_each_evaluated_with_their_own_weights(tmp_path)
 
 def test_without_a_loss_on_pooled_features_there_is_no_cosine(tmp_path):
     configs = make_run(tmp_path, losses={"patch": 1.0})
-    teacher, _, students = load_candidates(configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu"))
-    assert teacher.aligned is None
-    assert [candidate.aligned for candidate in students] == [None, None]
+    rows = evaluate_run(configs, find_checkpoints(tmp_path / "run", None), torch.device("cpu"), linear=False)
+    assert [row["teacher_cosine"] for row in rows] == [None, None, None]
+    assert all("knn_top1_in_teacher_bank" not in row and row["cka"] is not None for row in rows)
 
 
 def test_a_collapsed_student_is_pointed_out():
@@ -312,7 +334,18 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, cap
     assert __main__.main() == 0
     assert "untrained" in capsys.readouterr().out
     content = json.loads(out.read_text())
+    assert read_by_class(tmp_path / "run", "noise")["step"] == 12
     assert content["knn_k"] == 3 and [row["model"] for row in content["rows"]] == ["untrained", "student", "teacher"]
+
+
+def test_rows_of_segmentation_have_a_table_of_their_own():
+    facts = {"model": "student", "step": 5, "checkpoint": None}
+    labelled = facts | {"dataset": "a", "knn_top1": 0.5, "linear_top1_5shot": 0.25, "linear_top1_5shot_std": 0.01}
+    masks = facts | {"dataset": "b", "miou": 0.4, "pixel_accuracy": None, "knn_miou": 0.3, "protocol": "By patches."}
+    first, second = format_table([labelled, masks]).split("\n\nb\n")
+    assert "k-NN" in first and "25.0% ±1.0" in first and "mIoU" not in first
+    assert "mIoU" in second and "40.0%" in second and "pixel accuracy" not in second
+    assert second.splitlines()[-1] == "By patches."
 
 
 def test_help_and_a_missing_run_answer_without_importing_torch(tmp_path):

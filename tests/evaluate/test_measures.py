@@ -11,7 +11,6 @@ from distillery.evaluate.measures import (
     is_collapsed,
     knn_top1,
     linear_cka,
-    linear_top1,
     mean_cosine,
     neighbour_overlap,
 )
@@ -86,64 +85,6 @@ def test_features_without_information_score_chance():
     train_y, test_y = torch.arange(2000) % 10, torch.arange(1000) % 10
     train_x, test_x = torch.randn(2000, 16, generator=generator()), torch.randn(1000, 16, generator=generator(1))
     assert knn_top1(train_x, train_y, test_x, test_y) == pytest.approx(0.1, abs=0.04)
-    assert linear_top1(train_x, train_y, test_x, test_y) == pytest.approx(0.1, abs=0.04)
-
-
-# linear probe
-
-
-def test_the_linear_probe_solves_separable_classes_and_is_seeded():
-    train, test = clusters(400), clusters(200, seed=1)
-    assert linear_top1(*train, *test) > 0.97
-    noisy = clusters(300, spread=2.0, seed=2)
-    assert linear_top1(*train, *noisy, seed=3) == linear_top1(*train, *noisy, seed=3)
-
-
-def test_the_linear_probe_never_sees_a_test_label_before_it_scores():
-    train_x, train_y = clusters(200, spread=2.0)
-    test_x, test_y = clusters(100, spread=2.0, seed=1)
-    right = linear_top1(train_x, train_y, test_x, test_y)
-    other = (test_y + 1) % 4
-    # the same predictions compared with other labels: right answers become wrong ones
-    assert right + linear_top1(train_x, train_y, test_x, other) <= 1.0 + 1e-9
-
-
-def test_the_linear_probe_does_not_depend_on_the_scale_of_a_dimension():
-    train_x, train_y = clusters(300, spread=1.5)
-    test_x, test_y = clusters(200, spread=1.5, seed=1)
-    scale = torch.logspace(-3, 3, 8)
-    plain = linear_top1(train_x, train_y, test_x, test_y)
-    assert linear_top1(train_x * scale + 5, train_y, test_x * scale + 5, test_y) == pytest.approx(plain, abs=0.03)
-
-
-def test_dead_dimensions_do_not_disturb_the_linear_probe():
-    train_x, train_y = clusters(300)
-    test_x, test_y = clusters(200, seed=1)
-    dead_train, dead_test = torch.full((300, 4), 3.0), torch.full((200, 4), 3.0)
-    score = linear_top1(torch.cat((train_x, dead_train), 1), train_y, torch.cat((test_x, dead_test), 1), test_y)
-    assert score > 0.97
-
-
-def test_the_cap_of_rows_is_kept(monkeypatch):
-    import sklearn.linear_model
-
-    seen = []
-    plain = sklearn.linear_model.LogisticRegression
-
-    class Watched(plain):
-        def fit(self, x, y):
-            seen.append(len(x))
-            return super().fit(x, y)
-
-    monkeypatch.setattr(sklearn.linear_model, "LogisticRegression", Watched)
-    linear_top1(*clusters(500), *clusters(20, seed=1), max_rows=100)
-    assert max(seen) == 100 and min(seen) == 80
-
-
-def test_a_bank_of_one_class_predicts_that_class():
-    x, _ = clusters(50)
-    labels = torch.zeros(50, dtype=torch.int64)
-    assert linear_top1(x, labels, x[:4], torch.tensor([0, 0, 0, 1])) == 0.75
 
 
 # collapse

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import linear_model
 
-from distillery.evaluate import measures
+from distillery.evaluate import linear
 from distillery.evaluate.probe import LogisticRegression
 
 STRENGTHS = (1e-4, 1e-2, 1.0)
@@ -51,8 +51,9 @@ def test_on_a_gpu_the_probe_has_the_protocol_of_the_cpu(monkeypatch):
         used.append(device)
         return LogisticRegression("cpu", **options)
 
-    monkeypatch.setattr(measures, "LogisticRegression", on_cpu)
+    monkeypatch.setattr(linear, "LogisticRegression", on_cpu)
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     given = x[:600], y[:600], x[600:], y[600:]
-    assert measures.linear_top1(*given, device="cuda") == pytest.approx(measures.linear_top1(*given), abs=0.01)
+    on_gpu = linear.fit_probe(*given[:2], device="cuda").top1(*given[2:])
+    assert on_gpu == pytest.approx(linear.linear_top1(*given), abs=0.01)
     assert used == ["cuda", "cuda"]  # the grid, and the fit with what it chose

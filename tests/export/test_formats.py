@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 from distillery.config.load import load_configs
 from distillery.export import __main__, expressions
 from distillery.export.card import find_origin
-from distillery.export.expressions import evaluate_call, is_same, sample_features
+from distillery.export.expressions import evaluate, is_same, sample_features
 from distillery.export.formats import export_student
-from distillery.export.onnx import build_onnx, compare_onnx
+from distillery.export.onnx import build_onnx
 from distillery.export.plain_attention import PlainAttention, plain_attention
 from distillery.export.student import find_other_call, load_student
 from distillery.models.backbone import Backbone, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
 from distillery.models.configured import build_student_backbone
+from distillery.models.pair import build_projector
 from distillery.system.errors import UserError, run_command
 from distillery.training.checkpoints import save_checkpoint
 from distillery.training.log import RunLog
@@ -83,21 +84,30 @@ def perturb(state):
     }
 
 
-def make_run(run_dir, model, *, ema=False):
-    """A run folder with the checkpoint of a student; returns that student as it was trained."""
+def make_run(run_dir, model, *, ema=False, train=None, heads=None, statistics=None):
+    """A run folder with the checkpoint of a student; returns that student as it was trained.
+
+    train: keys of train_config_kd.yaml; heads: field -> the teacher's width; statistics: as a checkpoint has them.
+    """
     run_dir.mkdir()
     configs = load_configs(
         {"dataset_name": "pets", "cache_dir": str(run_dir / "cache"), "image_size": 48, "mean": [0.4, 0.4, 0.4]},
-        {"checkpoint_dir": str(run_dir)},
+        {"checkpoint_dir": str(run_dir)} | (train or {}),
         {"teacher_name": "test_resnet", "teacher_pretrained": False} | model,
     )
     backbone = build_student_backbone(configs.model, configs.data).eval()
     backbone.model.load_state_dict(perturb(backbone.model.state_dict()))
+    torch.manual_seed(3)
+    widths = {"pooled": 20} if heads is None else heads
+    layers = {field: build_projector(backbone.widths[field], wide, hidden_dim=16) for field, wide in widths.items()}
+    heads = torch.nn.ModuleDict(layers).state_dict()
     state = {
         "student": backbone.model.state_dict(),
-        "heads": {"pooled.weight": torch.zeros(2, 2)},
+        "heads": heads,
         "optimizer": {"state": {}},
         "ema": perturb(backbone.model.state_dict()) if ema else None,
+        "ema_heads": perturb(heads) if ema else None,
+        "target_statistics": statistics,
         "rng": {},
         "progress": {"step": 40, "epoch": 2, "samples": 0},
         "config": configs.as_dict(),
@@ -245,13 +255,15 @@ def test_torchvisions_vit_is_built_at_its_input_size_and_without_pretrained_weig
 
 def test_a_wrong_expression_does_not_pass_and_a_student_without_any_is_refused(tmp_path, monkeypatch):
     make_run(tmp_path / "run", STUDENTS["vit, mean of patches"])
-    images, wanted = sample_features(load_student(tmp_path / "run").backbone)
-    model = load_student(tmp_path / "run").backbone.model
+    backbone = load_student(tmp_path / "run").backbone
+    images, features = sample_features(backbone)
     right = "model.forward_features(images)[:, 1:].mean(1)"
     wrong = ("model(images)", "model.forward_features(images)[:, 0]", f"{right} * 1.001", "model.fc_norm(images)")
-    assert is_same(evaluate_call(right, model, images), wanted)
-    assert not any(is_same(evaluate_call(call, model, images), wanted) for call in wrong)
-    monkeypatch.setattr(expressions, "_candidates", lambda backbone: wrong)
+    for call in (right, *wrong):
+        found = evaluate(call, model=backbone.model, images=images)
+        assert is_same(found, features.pooled) is (call == right)
+    ways = [(call, {"pooled": ["raw"]}) for call in wrong]
+    monkeypatch.setattr(expressions, "_candidates", lambda backbone: ways)
     with pytest.raises(UserError, match="no call of VisionTransformer gives the features that were trained"):
         export_student(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

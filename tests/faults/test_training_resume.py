@@ -10,7 +10,7 @@ from scale import scaled
 from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
-from distillery.evaluate import during
+from distillery.evaluate import measuring
 from distillery.training import checkpoints, engine
 from distillery.training import run as run_module
 
@@ -23,9 +23,9 @@ POINTS = {
     "between the two batches of a step": (engine, "forward_losses", 6),
     "after the last step of an epoch": (run_module, "finite_weights", 3),
     "in the last step": (engine, "forward_losses", 20),
-    "in the evaluation before the first step": (during, "extract_features", 2),
-    "in the evaluation between two epochs": (during, "extract_features", 6),
-    "in the evaluation at the end": (during, "extract_features", 9),
+    "in the evaluation before the first step": (measuring, "extract_features", 2),
+    "in the evaluation between two epochs": (measuring, "extract_features", 6),
+    "in the evaluation at the end": (measuring, "extract_features", 8),
     "in the writing of a checkpoint": (checkpoints.torch, "save", 2),
     "between a checkpoint and its record": (checkpoints, "write_atomic", 1),
 }

@@ -149,6 +149,44 @@ def test_a_model_without_classes_cannot_give_logits(name):
         timm_backbone(name, with_logits=True)
 
 
+# what CLIP, its ConvNeXt, its ResNet and PE have: a class token, a map, attention pooling of a map, attention pooling
+# beside a class token, and a linear layer each
+IMAGE_TEXT = {
+    "test_vit": ({"num_classes": 24}, 64, 24),
+    "test_convnext": ({"num_classes": 24}, 64, 24),
+    "resnet50_clip.openai": ({}, 64, 1024),
+    "vit_pe_core_tiny_patch16_384.fb": ({"depth": 1}, 64, 512),
+}
+
+
+@pytest.mark.parametrize("name", sorted(IMAGE_TEXT))
+def test_the_projection_of_an_image_text_model_gives_what_the_model_itself_gives(name):
+    kwargs, size, width = IMAGE_TEXT[name]
+    backbone = timm_backbone(name, size, kwargs=kwargs, projection=True).eval()
+    plain = timm_backbone(name, size, kwargs=kwargs | {"num_classes": 0}).eval()
+    images = random_images(2, size)
+    with torch.no_grad():
+        features = backbone(images)
+        assert torch.allclose(features.pooled, backbone.model(own_pixels(backbone, images)), atol=1e-5)
+    assert features.pooled.shape == (2, width) and features.logits is None
+    assert backbone.widths == plain.widths | {"pooled": width} and backbone.grid == plain.grid
+    assert plain.state_dict().keys() < backbone.state_dict().keys()
+
+
+def test_tokens_are_the_same_with_the_projection_and_without():
+    plain, projected = timm_backbone(), timm_backbone(kwargs={"num_classes": 24}, projection=True)
+    projected.load_state_dict(plain.state_dict(), strict=False)
+    images = random_images(2, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images).tokens, projected.eval()(images).tokens)
+
+
+@pytest.mark.parametrize("kwargs, found", [({"num_classes": 0}, "nothing"), ({}, "a classifier of 1000 ImageNet cl")])
+def test_a_model_without_a_projection_is_refused(kwargs, found):
+    with pytest.raises(UserError, match=f"teacher_projection: timm model 'test_vit' has {found}"):
+        timm_backbone(kwargs=kwargs, projection=True)
+
+
 @pytest.mark.parametrize("name", sorted(TIMM))
 def test_the_state_dict_has_exactly_the_raw_models_keys(name):
     backbone = timm_backbone(name)

@@ -329,6 +329,18 @@ def test_only_the_classifier_may_differ_and_only_where_no_logits_are_wanted(name
             from_timm(name, **wanted)
 
 
+def test_a_checkpoint_without_the_projection_is_refused_where_it_is_wanted(tmp_path):
+    weights = timm.create_model("test_vit", num_classes=24, img_size=32).state_dict()
+    path = tmp_path / "weights.pt"
+    spec = ModelSpec(source="timm", name="test_vit", pretrained=False, checkpoint=path, projection=True,
+                     kwargs={"num_classes": 24})  # fmt: skip
+    torch.save(weights, path)
+    assert torch.equal(build_backbone(spec, **DATA).model.head.weight, weights["head.weight"])
+    torch.save({name: value for name, value in weights.items() if not name.startswith("head.")}, path)
+    with pytest.raises(UserError, match=r"2 of its \d+ tensors missing \(head.bias, head.weight\)"):
+        build_backbone(spec, **DATA)
+
+
 def test_a_hub_models_checkpoint_may_have_other_classes(hub, tmp_path):
     state = from_hub(hub).model.state_dict()
     other = {k: torch.zeros(9, *v.shape[1:]) if k.startswith("head") else v + 1 for k, v in state.items()}

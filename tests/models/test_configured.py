@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from distillery.config.keys_data import DataConfig
+from distillery.config.keys_model import ModelConfig
 from distillery.config.load import load_configs
 from distillery.models.configured import build_teacher_backbone, choose_precision
 from distillery.models.weights import weights_hash
+from distillery.system.errors import UserError
 
 
 def test_a_teacher_without_weights_is_the_same_in_every_process_and_moves_no_random_state(tmp_path):
@@ -19,6 +22,12 @@ def test_a_teacher_without_weights_is_the_same_in_every_process_and_moves_no_ran
         hashes.add(weights_hash(build_teacher_backbone(configs.model, configs.data).model))
         assert torch.equal(torch.get_rng_state(), before)
     assert len(hashes) == 1
+
+
+def test_a_loss_on_logits_and_a_projection_do_not_go_together():
+    model = ModelConfig(teacher_name="test_vit", teacher_projection=True)
+    with pytest.raises(UserError, match="Leave kl_logits out of distill_loss_weights"):
+        build_teacher_backbone(model, DataConfig(), with_logits=True)
 
 
 @pytest.mark.parametrize("hardware, expected", [(True, "bf16"), (False, "fp16")])

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -187,3 +188,48 @@ def test_an_entry_is_part_of_what_identifies_a_teacher(tmp_path):
         for path in (f"{tmp_path}/w.pth", f"{tmp_path}/w.pth#student")
     )
     assert named == plain | {"checkpoint_entry": "student"}
+
+
+def export_of(folder: Path, state: State) -> Path:
+    """A folder as an export leaves it, as far as its weights go."""
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    (folder / "README.md").write_text("a card")
+    return folder
+
+
+def test_a_folder_stands_for_the_weights_in_it(tmp_path, capsys):
+    folder = export_of(tmp_path / "export", A)
+    for role in ("teacher", "student"):
+        assert equal(loaded(folder, role), A)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_of_a_student_in_its_teachers_space_the_heads_stay_behind_and_a_line_says_so(tmp_path, capsys, role):
+    heads = {"pooled.0.weight": torch.zeros(8, 64), "pooled.0.bias": torch.zeros(8)}
+    folder = export_of(tmp_path / "export", below("student", A) | below("heads", heads))
+    assert equal(loaded(folder, role), A)
+    line = capsys.readouterr().out
+    assert f"{role}_checkpoint {folder}/model.safetensors: student is loaded; 2 tensors beside it are left out" in line
+    assert "heads.pooled.0.weight" in line
+
+
+def test_a_folder_without_weights_is_told_from_what_it_holds(tmp_path):
+    for name in ("model.onnx", "config.json", "README.md"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(MissingFileError, match="no model.safetensors; it holds README.md, config.json, model.onnx"):
+        loaded(tmp_path, "student")
+    for number in range(8):
+        (tmp_path / f"A{number}").mkdir()
+    with pytest.raises(MissingFileError, match="it holds A0, A1, A2, A3, A4, A5 and 5 more"):
+        loaded(tmp_path, "student")
+
+
+def test_a_folder_and_the_file_in_it_are_the_same_teacher(tmp_path):
+    folder = export_of(tmp_path / "export", A)
+    keys = ["source", "name", "repo", "pretrained", "kwargs", "img_size", "mean", "std"]
+    of = {f"teacher_{key}": None for key in keys} | {"use_cls_token": True}
+    paths = (folder, folder / "model.safetensors")
+    as_folder, as_file = (_teacher_configured(of | {"teacher_checkpoint": path}, "fp32") for path in paths)
+    assert as_folder == as_file

@@ -13,6 +13,7 @@ from browser import CHROMIUM, inspect, screenshot
 from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
+from distillery.evaluate.by_class import write_by_class
 from distillery.report.facts import load_run, summary_sentences
 from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system.errors import MissingFileError
@@ -347,3 +348,51 @@ def test_chromium_paints_the_page_dark_where_that_is_preferred(full_page, tmp_pa
     )
     assert light.getpixel((3, 3)) == (246, 247, 249) and dark.getpixel((3, 3)) == (18, 22, 28)
     assert light.size[0] == 1400 and len(light.getcolors(2**24)) > 50
+
+
+def write_lost(run_dir, *, num_classes=20):
+    """evaluation/digits.json and the picture of its confusions."""
+    of_all = {"images": 5, "student": 0.2, "teacher": 0.8}
+    classes = [of_all | {"class": n, "name": f"class<{n}>", "difference": n / 100 - 0.6} for n in range(num_classes)]
+    confusion = {"class": 0, "name": "class<0>", "said": 1, "said_name": "class<1>", "count": 3, "images": [0]}
+    content = {"dataset": "digits", "k": 7, "num_images": 100, "num_lost": 9, "classes": classes,
+               "confusions": [confusion], "step": 2, "weights": "last"}  # fmt: skip
+    write_by_class(run_dir, content)
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Description", "Most frequent confusions.")
+    (run_dir / "plots").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(run_dir / "plots" / "confusions_digits.png", pnginfo=texts)
+
+
+def test_what_the_student_lost_is_shown_by_class_the_worst_first(tmp_path):
+    make_run(tmp_path, steps=2, evaluated=True)
+    assert "What the student lost" not in page_of(tmp_path)
+    write_lost(tmp_path)
+    page = Structure(page_of(tmp_path))
+    assert {"-60.0%", "-46.0%", "Most frequent confusions."} <= {word.strip() for word in page.words}
+    assert "class<14>" in page.words and "class<15>" not in page.words
+    assert page.tags.count("img") == 1
+
+
+def test_rows_of_segmentation_are_shown_with_their_protocol_and_by_class(tmp_path):
+    make_run(tmp_path, steps=2, evaluated=True)
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    for model, step, value in (("untrained", 0, 0.1), ("teacher", 0, 0.6), ("student", 2, 0.45)):
+        log.write("eval", step=step, epoch=0, dataset="streets", model=model, miou=value, pixel_accuracy=value + 0.2,
+                  knn_miou=value - 0.05, class_iou=[0.9, None, value], protocol="Masks <32> px.")  # fmt: skip
+    text = page_of(tmp_path)
+    page = Structure(text)
+    words = [word.strip() for word in page.words]
+    assert {"mIoU", "pixel accuracy", "k-NN mIoU", "45.0%", "60.0%", "Masks <32> px."} <= set(words)
+    assert "streets: IoU by class" in words and "90.0%" in words
+    assert "its patch features segment the test images with k-NN mIoU 40.0%, against 5.0% untrained and 55.0%" in text
+    assert {path.name for path in write_plots(tmp_path)} >= {"miou_streets.png", "knn_miou_streets.png"}
+    table = summary_table(tmp_path)
+    assert "Masks <32> px." in table and table.count("mIoU") == 2
+
+
+def test_figures_that_a_table_has_no_room_for_unfold_below_it(tmp_path):
+    row = {"linear_top1_5shot": 0.6, "linear_top1_5shot_std": 0.02, "cosine_in_teacher_space": 0.75}
+    words = Structure(page_of(make_run(tmp_path, steps=2, evaluated=True, weights="averaged", **row))).words
+    assert {"5-shot", "cosine in its space", "averaged weights"} <= {word.strip() for word in words}
+    assert "60.0% ±2.0" in words

@@ -3,15 +3,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from caches import MEAN, STD, make_test_cache
+from caches import MEAN, STD, Images, make_test_cache
 from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
 from data_loader import CachedTensorDataset
+from distillery.evaluate.by_class import write_by_class
+from distillery.evaluate.sets import EvalSet
 from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
-from distillery.report.canvas import TILE_PX, enlarged, thumbnails
+from distillery.report.canvas import GAP_PX, LINE_PX, TILE_PX, enlarged, thumbnails
 from distillery.report.pictures import (
     Pool,
     colour_tokens,
@@ -22,6 +24,7 @@ from distillery.report.pictures import (
     spread,
     to_colours,
     why_not,
+    write_confusions,
     write_pictures,
 )
 from distillery.system.errors import UserError
@@ -182,3 +185,20 @@ def test_the_reason_for_missing_pictures_is_one_line():
 
     assert why_not(fail) == "no cache"
     assert why_not(lambda: []) is None
+
+
+def test_the_worst_confusions_are_drawn_from_the_images_that_the_comparison_names(tmp_path):
+    make_test_cache(tmp_path / "test", 14, bad=(0,), labels=True)
+    of = EvalSet("digits", tmp_path / "train", tmp_path / "test")
+    data = SimpleNamespace(mean=MEAN, std=STD)
+    assert write_confusions(tmp_path, [of], data) == []  # nothing has been compared
+    entry = {"class": 0, "name": "nought", "said": 1, "said_name": "one", "count": 2, "images": [3, 9]}
+    content = {"dataset": "digits", "step": 4, "num_lost": 2, "num_images": 13, "classes": [], "confusions": [entry]}
+    write_by_class(tmp_path, content)
+    (path,) = write_confusions(tmp_path, [of], data)
+    with Image.open(path) as image:
+        assert "student at step 4" in image.info["Description"] and image.info["Step"] == "4"
+        shown = np.asarray(image)[LINE_PX : LINE_PX + TILE_PX, TILE_PX + GAP_PX : 2 * TILE_PX + GAP_PX, :3]
+    expected = enlarged(Images(14, labels=True).pixels(9))
+    assert np.abs(shown.astype(int) - expected).max() <= 1
+    assert write_confusions(tmp_path, [of], data) == []  # of this step already

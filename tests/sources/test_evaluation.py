@@ -14,12 +14,12 @@ from PIL import Image
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.plan import survey_cache
 from distillery.config.load import load_configs
+from distillery.evaluate.sets import eval_sets
 from distillery.precompute import jobs
 from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
 from distillery.sources.registry import open_source
 from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
-from distillery.training.build import eval_folders
 
 
 def png(number):
@@ -178,7 +178,7 @@ def test_stage_1_spreads_a_cut_split_numbers_both_alike_and_stores_the_names(tmp
     assert load_index(folder / "test").class_names == {1: "bee", 3: "dog", 4: "eel"}
     warning = "1 of the 3 classes of the test split have no image in the train split: 'eel'."
     assert f"WARNING: {warning}" in capsys.readouterr().out
-    eval_folders(data)
+    eval_sets(data)
     assert f"WARNING: eval_datasets.v: {warning}" in capsys.readouterr().out
 
 

@@ -630,11 +630,11 @@ def test_a_rotten_deflated_member_is_a_missing_image_and_its_neighbours_are_read
     path = write_zip(tmp_path / "a.zip", zipfile.ZIP_DEFLATED)
     source = open_source(dataset_name="imagefolder", data_files=str(path))
     data = bytearray(path.read_bytes())
-    start = int(source._offset[3]) + 30 + len(NAMES[3])
+    start = int(source._places.offset[3]) + 30 + len(NAMES[3])
     data[start : start + 8] = b"\xff" * 8
     path.write_bytes(data)
     with pytest.raises(zlib.error):
-        zlib.decompress(bytes(data[start : start + int(source._num_bytes[3])]), wbits=-15)
+        zlib.decompress(bytes(data[start : start + int(source._places.num_bytes[3])]), wbits=-15)
     assert source.read(2, 5) == [IMAGES[2], b"", IMAGES[4]]
 
 
@@ -643,7 +643,7 @@ def test_a_zip_bomb_and_a_cut_member_are_missing_images_in_bounded_memory(tmp_pa
     path = write_zip(tmp_path / "a.zip", zipfile.ZIP_DEFLATED, NAMES[:3], [IMAGES[0], bytes(50_000_000), IMAGES[2]])
     source = open_source(dataset_name="imagefolder", data_files=str(path))
     assert source.read(0, 3) == [IMAGES[0], b"", IMAGES[2]]
-    source._num_bytes[2] -= 20
+    source._places.num_bytes[2] -= 20
     assert source.encoded(2) == b""
 
 

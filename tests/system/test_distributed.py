@@ -17,7 +17,7 @@ import pytest
 import torch
 from workplace import ROOT, ForkedRun, Workplace, at_call, send
 
-from distillery.evaluate import during, features
+from distillery.evaluate import features, measuring, teacher_features
 from distillery.report import page, pictures
 from distillery.system import distributed, meeting
 from distillery.training import checkpoints, engine, watch
@@ -200,8 +200,8 @@ def fail() -> None:
         (1, engine, "train_step", 3),
         (0, engine, "train_step", 1),
         (1, engine, "check_first_step", 1),
-        (0, during, "evaluate_features", 3),
-        (1, during, "extract_features", 2),
+        (0, measuring, "evaluate_features", 3),
+        (1, measuring, "extract_features", 2),
         (0, checkpoints, "save_checkpoint", 1),
     ],
 )
@@ -333,7 +333,7 @@ def test_an_evaluation_may_outlast_the_time_limit_of_collectives(runs):
         distributed.dist.init_process_group = lambda *args, **options: begin(
             *args, **options, timeout=timedelta(seconds=2)
         )
-        at_call(during, "evaluate_features", 1, lambda: time.sleep(4))
+        at_call(measuring, "evaluate_features", 1, lambda: time.sleep(4))
 
     runs.run("run", 2, batch_size=4, num_epochs=1, before=hit)
 
@@ -347,10 +347,14 @@ def test_an_evaluation_split_over_two_processes_has_the_figures_of_one(runs):
         for name in ("one", "two")
     )
     # before the first step the weights are the same: so is everything to the last bit
-    assert [row["model"] for row in one] == ["untrained", "teacher", "student"]
+    assert [row["model"] for row in one] == ["teacher", "untrained", "student"]
     assert two[:2] == one[:2]
     assert two[2].keys() == one[2].keys() and two[2]["knn_top1"] == one[2]["knn_top1"]
-    kept = [(runs.folder / name / during.FEATURES_DIR / "small.safetensors").read_bytes() for name in ("one", "two")]
+    assert two[2]["weights"] == "averaged"
+    kept = [
+        (runs.folder / name / teacher_features.FEATURES_DIR / "small.safetensors").read_bytes()
+        for name in ("one", "two")
+    ]
     assert kept[0] == kept[1]
 
 
@@ -359,7 +363,7 @@ def test_a_signal_to_one_in_an_evaluation_ends_it_on_both(runs, rank):
     def hit(r: int) -> None:
         in_batches_of(12)(r)
         if r == rank:
-            at_call(during, "extract_features", 2, send(signal.SIGTERM))
+            at_call(measuring, "extract_features", 2, send(signal.SIGTERM))
 
     both = runs.start("run", 2, batch_size=4, before=hit)
     assert [run.wait(timeout_s=60) for run in both] == [75, 75], both[0].text

@@ -247,6 +247,14 @@ def test_a_checkpoint_counts_by_its_bytes_and_a_local_hub_folder_by_its_code(tmp
         )  # fmt: skip
 
 
+def test_the_projection_is_part_of_the_identity_and_without_it_nothing_of_it_is_there(plans):
+    plan = plans["none"]
+    # outputs that were stored before there was this key have no word of it either
+    assert wanted(plan, {"teacher_projection": False}) == wanted(plan)
+    projected = wanted(plan, {"teacher_projection": True})
+    assert projected["teacher"] == wanted(plan)["teacher"] | {"projection": True}
+
+
 def test_every_part_of_the_identity_changes_the_fingerprint(plans):
     spec = plans["none"].spec
     fingerprints = {spec.fingerprint}

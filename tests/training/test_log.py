@@ -197,7 +197,7 @@ def test_the_best_step_is_the_one_with_the_highest_mean_over_data_sets(tmp_path)
         log.write("eval", step=step, dataset="a", model="student", knn_top1=a)
         log.write("eval", step=step, dataset="b", model="student", knn_top1=b)
     log.write("eval", step=0, dataset="a", model="teacher", knn_top1=0.99)
-    assert log.best_step("knn_top1") == 20
+    assert log.best_step() == 20
 
 
 # TensorBoard

@@ -1,0 +1,96 @@
+"""What a student lost against its teacher, class by class, and what it takes their images for: evaluation/NAME.json.
+
+This file does not import torch: reports read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distillery.system.files import make_directory, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distillery.evaluate.sets import EvalSet
+
+FOLDER = "evaluation"
+MAX_CONFUSIONS, MAX_EXAMPLES = 20, 5
+
+
+def compare_by_class(of: EvalSet, student: Tensor, teacher: Tensor, labels: Tensor, k: int) -> dict[str, Any]:
+    """The content of evaluation/NAME.json, but for the student's step.
+
+    Args:
+        of: the set.
+        student: what its k-NN says of the test rows, int64 [M].
+        teacher: likewise.
+        labels: int64 [M].
+        k: neighbours.
+    Returns:
+        `classes`, those of most loss first: class, name, images, student and teacher (accuracy in 0..1), difference
+        (student minus teacher). `confusions`, the most frequent first: images that the teacher has right and the
+        student takes for one other class; class, name, said, said_name, count, images (global_idx of a few in the
+        cache of the test split).
+    """
+    student, teacher, labels = (of_rows.numpy() for of_rows in (student, teacher, labels))
+    classes = []
+    for number in np.unique(labels).tolist():
+        rows = labels == number
+        right, expected = (float((said[rows] == number).mean()) for said in (student, teacher))
+        classes.append({
+            "class": number, "name": of.name_of(number), "images": int(rows.sum()), "student": right,
+            "teacher": expected, "difference": right - expected,
+        })  # fmt: skip
+    classes.sort(key=lambda entry: (entry["difference"], entry["class"]))
+    lost = np.flatnonzero((teacher == labels) & (student != labels))
+    counts = Counter(zip(labels[lost].tolist(), student[lost].tolist(), strict=True))
+    confusions = []
+    global_idx = global_indices(of.test)
+    for (number, said), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]:
+        rows = lost[(labels[lost] == number) & (student[lost] == said)]
+        confusions.append({
+            "class": number, "name": of.name_of(number), "said": said, "said_name": of.name_of(said),
+            "count": count, "images": global_idx[rows[:MAX_EXAMPLES]].tolist(),
+        })  # fmt: skip
+    return {
+        "dataset": of.name, "k": k, "num_images": len(labels), "num_lost": len(lost), "classes": classes,
+        "confusions": confusions,
+    }  # fmt: skip
+
+
+def global_indices(cache_dir: Path) -> np.ndarray:
+    """global_idx of every valid row of a cache, int64 [M], in order."""
+    from distillery.reading.datasets import CachedTensorDataset
+
+    dataset = CachedTensorDataset(cache_dir)
+    layouts = (dataset.rows.files.layout(shard) for shard in range(len(dataset.index.shard_names)))
+    starts = dataset.index.shard_starts.tolist()
+    return np.concatenate([start + np.flatnonzero(of.valid) for start, of in zip(starts, layouts, strict=True)])
+
+
+def by_class_path(run_dir: Path, name: str) -> Path:
+    """Where the comparison of an evaluation set is kept."""
+    return run_dir / FOLDER / f"{name}.json"
+
+
+def write_by_class(run_dir: Path, content: dict[str, Any]) -> Path:
+    """Write evaluation/NAME.json."""
+    path = by_class_path(run_dir, content["dataset"])
+    make_directory(path.parent)
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    return path
+
+
+def read_by_class(run_dir: Path, name: str) -> dict[str, Any] | None:
+    """What was written of a set; None where nothing was, or where it cannot be read."""
+    try:
+        content = json.loads(by_class_path(run_dir, name).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and {"classes", "confusions"} <= content.keys() else None

@@ -1,0 +1,110 @@
+"""Make an ONNX graph smaller: float16 weights, or int8 weights and activations calibrated on images."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillery.export.onnx import INPUT_NAME, OTHER_FORMATS, first_cause
+from distillery.system.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PRECISIONS = ("fp32", "fp16", "int8")
+# where the weights are. Norms, softmax and activation functions lose much and save nothing
+QUANTISED = ("Conv", "Gemm", "MatMul")
+
+
+def to_float16(content: bytes) -> bytes:
+    """The same graph computed in float16; inputs and outputs stay float32.
+
+    On a CPU, onnxruntime has few float16 kernels: it computes most of it in float32, with casts between.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with _as_user_error("float16"), _silent("onnxruntime.transformers.float16"):
+        converted = OnnxModel(convert_float_to_float16(onnx.load_model_from_string(content), keep_io_types=True))
+        converted.topological_sort()  # the casts of inputs and outputs stand at the end
+        onnx.checker.check_model(converted.model)
+        return converted.model.SerializeToString()
+
+
+def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
+    """The same graph with int8 weights, one scale for each output channel, and uint8 activations.
+
+    Convolutions and products with weights are quantised. Products of two activations (attention) stay in float32.
+
+    Args:
+        content: float32.
+        calibration: batches of images [B, 3, H, W], all of one size; the range of each activation is taken from them.
+    Raises:
+        UserError: it cannot be quantised.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
+
+    with _as_user_error("int8"), _silent(None), tempfile.TemporaryDirectory(prefix="onnx-int8-") as folder:
+        given, prepared, quantised = (Path(folder, name) for name in ("given.onnx", "prepared.onnx", "int8.onnx"))
+        given.write_bytes(content)
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        quantize_static(
+            prepared,
+            quantised,
+            _Reader(calibration),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTISED),
+            nodes_to_exclude=_products_of_activations(graph),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        return quantised.read_bytes()
+
+
+def _products_of_activations(graph: Any) -> list[str]:
+    """Names of the nodes without a weight."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in QUANTISED and weights.isdisjoint(node.input)]
+
+
+class _Reader:
+    """What onnxruntime calls a CalibrationDataReader: one batch a call, then None."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        images = next(self._batches, None)
+        return None if images is None else {INPUT_NAME: images.numpy()}
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise UserError(f"the ONNX model cannot be made {what}: {first_cause(error)}. {OTHER_FORMATS}") from error
+
+
+@contextlib.contextmanager
+def _silent(name: str | None) -> Iterator[None]:
+    """No advice of a package's own through logging meanwhile; None: of all packages."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
