@@ -66,9 +66,13 @@ def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
             op_types_to_quantize=list(QUANTISED),
             nodes_to_exclude=_products_of_activations(graph),
             per_channel=True,
+            # weights of 7 bits: processors without VNNI add pairs of products in 16 bits, and 8 would overflow there
+            reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            # a product's result goes to a norm, a GELU or a sum in float32, and its large values would cost the others
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         return quantised.read_bytes()
 
