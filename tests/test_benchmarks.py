@@ -15,13 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
         ("precompute", {"ours", "seed-style"}),
         ("loader", {"ours", "ours, read_mode: mmap", "ceiling: bare preadv", "torch.load"}),
         ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
+        ("onnx", {"ResNet-18", "MobileNetV3-small"}),
         ("teacher", {"student alone", "ours, stored outputs", "ours, live teacher"}),
     ],
 )
 def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, contenders):
-    peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"], "dtypes": [], "teacher": []}[
-        name
-    ]
+    peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"]}.get(name, [])
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--dir", str(tmp_path), "--out", str(tmp_path), *peers],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

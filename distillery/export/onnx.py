@@ -212,7 +212,7 @@ def _refusal(backbone: Backbone, error: Exception) -> UserError:
     import torch
 
     what = f"{type(backbone.model).__name__} cannot be written as ONNX"
-    if "batch" in (cause := first_cause(error)):
+    if re.search(r"\bbatch\b", cause := first_cause(error)):
         return UserError(
             f"{what} for any batch size: its code makes a constant of the one it is traced with, e.g. by len(images). "
             f"{OTHER_FORMATS}"

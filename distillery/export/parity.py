@@ -147,7 +147,7 @@ def _failures(row: Agreement, limit: Limit) -> Iterator[str]:
             f"{limit.max_difference:.0e} is allowed"
         )
     if limit.mean_cosine is not None and not row.mean_cosine >= limit.mean_cosine:
-        yield f"{row.output} has mean cosine {row.mean_cosine:.6f}, at least {limit.mean_cosine:g} is asked"
+        yield f"{row.output} has mean cosine {row.mean_cosine:.8g}, at least {limit.mean_cosine:g} is asked"
     asked = limit.neighbour_overlap if row.output != "tokens" else None
     if asked is not None and row.neighbour_overlap is not None and not row.neighbour_overlap >= asked:
         yield f"{row.output} agrees on {row.neighbour_overlap:.0%} of the nearest images, at least {asked:.0%} is asked"

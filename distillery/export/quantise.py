@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRECISIONS = ("fp32", "fp16", "int8")
-# where the weights are. Norms, softmax and activation functions lose much and save nothing
-QUANTISED = ("Conv", "Gemm", "MatMul")
+# where the weights are. Norms, softmax and other activation functions lose much and save nothing
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+# these two only cut the range of the convolution before them: its scale is that of what is left
+CUTTING = ("Relu", "Clip")
 
 
 def to_float16(content: bytes) -> bytes:
@@ -63,12 +65,14 @@ def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
             quantised,
             _Reader(calibration),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
+            op_types_to_quantize=[*WEIGHTED, *CUTTING],
             nodes_to_exclude=_products_of_activations(graph),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            # a product's result goes to a norm, a GELU or a sum in float32, and its large values would cost the others
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         return quantised.read_bytes()
 
@@ -76,7 +80,7 @@ def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
 def _products_of_activations(graph: Any) -> list[str]:
     """Names of the nodes without a weight."""
     weights = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type in QUANTISED and weights.isdisjoint(node.input)]
+    return [node.name for node in graph.node if node.op_type in WEIGHTED and weights.isdisjoint(node.input)]
 
 
 class _Reader:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from distillery.reading.datasets import CachedTensorDataset
 
 COMPARED_IMAGES = 256
+# with fewer, the nearest ten would be a large part of all
+FEWEST_IMAGES = 50
 # a number that divides neither 256 nor what a graph was traced with: the last batch is short, so two sizes are seen
 BATCH = 24
 
@@ -90,7 +92,7 @@ def find_images(data: dict[str, Any], backbone: Backbone, num_calibration: int) 
         where = "32 images of random noise, because the run has no cache here"
         return None, ImageRows(None, np.arange(32), where, backbone)
     others = np.setdiff1d(np.arange(len(cache)), chosen)
-    if len(others) >= min(COMPARED_IMAGES, len(chosen)) > 0 or not len(chosen):
+    if len(others) >= FEWEST_IMAGES or not len(chosen):
         rows = _spread(others, COMPARED_IMAGES)
         where = f"{len(rows)} images of the cache" + (", none of them calibrated with" if len(chosen) else "")
         return calibration, ImageRows(cache, rows, where, backbone)

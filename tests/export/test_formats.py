@@ -12,11 +12,7 @@ from distillery.export import __main__, expressions
 from distillery.export.card import find_origin
 from distillery.export.expressions import evaluate, is_same, sample_features
 from distillery.export.formats import export_student
-from distillery.export.onnx import build_onnx
-from distillery.export.plain_attention import PlainAttention, plain_attention
 from distillery.export.student import find_other_call, load_student
-from distillery.models.backbone import Backbone, ModelSpec, build_backbone
-from distillery.models.builders import BuiltModel
 from distillery.models.configured import build_student_backbone
 from distillery.models.pair import build_projector
 from distillery.system.errors import UserError, run_command
@@ -300,118 +296,6 @@ def test_a_folder_is_exported_again_at_another_input_size(tmp_path):
     export_student(tmp_path / "run", tmp_path / "out", "huggingface")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"] == {"img_size": 48} and config["pretrained_cfg"]["input_size"] == [3, 48, 48]
-
-
-FUSED = {
-    "added to the scores": ("beit_base_patch16_224", TINY, 48),
-    "five dimensions": (
-        "hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1), "mask_unit_size": (2, 2), "q_pool": 1}, 32
-    ),
-    "relative positions": ("vit_relpos_small_patch16_224", TINY, 48),
-}  # fmt: skip
-
-
-def build_timm_student(name, kwargs, size):
-    torch.manual_seed(0)
-    spec = ModelSpec(source="timm", name=name, pretrained=False, kwargs=kwargs)
-    return build_backbone(spec, data_mean=(0.5,) * 3, data_std=(0.5,) * 3, image_size=size).eval()
-
-
-@pytest.mark.parametrize("name", sorted(FUSED))
-def test_models_with_fused_attention_become_onnx_and_stay_fused_themselves(name):
-    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
-    pytest.importorskip("onnxruntime", reason="build_onnx compares with it")
-    backbone = build_timm_student(*FUSED[name])
-    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
-    assert build_onnx(backbone)
-    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"is_causal": True},
-        {"scale": 0.3},
-        {"attn_mask": torch.tensor([[True, False, True], [True, True, True], [False, True, False]])},
-        {"attn_mask": torch.tensor([[0.5, -1.0, 0.0]])},
-        {"enable_gqa": True},
-    ],
-)
-@pytest.mark.parametrize("leading", [(2,), (2, 5)])
-def test_plain_attention_is_torchs_own(options, leading):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(*leading, 4, 3, 8, generator=generator) for _ in range(3))
-    if "enable_gqa" in options:
-        key, value = key[..., :2, :, :], value[..., :2, :, :]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(plain_attention(query, key, value, **options), expected)
-    with PlainAttention():
-        assert torch.equal(
-            torch.nn.functional.scaled_dot_product_attention(query, key, value, **options),
-            plain_attention(query, key, value, **options),
-        )
-
-
-class Unexportable(torch.nn.Module):
-    """A model with an operation that ONNX does not have, or whose code looks at the batch size."""
-
-    num_features = 8
-
-    def __init__(self, way):
-        super().__init__()
-        self.stem, self.way = torch.nn.Conv2d(3, 8, 4, 4), way
-
-    def forward_features(self, images):
-        x = self.stem(images)
-        if self.way == "operation":
-            return x + torch.linalg.eigvalsh(x @ x.transpose(-2, -1))[..., None]
-        return x + torch.zeros(len(images), 1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    "way, message",
-    [
-        ("operation", r"Unexportable cannot be written as ONNX by torch [\w.+]+: \w+: .*--format safetensors"),
-        ("batch", "Unexportable cannot be written as ONNX for any batch size"),
-    ],
-)
-def test_a_model_that_cannot_become_onnx_is_one_short_message(tmp_path, capfd, way, message):
-    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
-    built = BuiltModel(Unexportable(way), (16, 16))
-    backbone = Backbone(built, label="own", data_mean=(0.5,) * 3, data_std=(0.5,) * 3).eval()
-    with pytest.raises(UserError, match=message) as refused:
-        build_onnx(backbone)
-    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("name", ["vit, mean of patches", "own normalisation"])
-def test_onnx_equals_pytorch_at_any_batch_size(tmp_path, name):
-    pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="without onnxruntime there is nothing to compare with")
-    backbone = make_run(tmp_path / "run", STUDENTS[name])
-    written = export_student(tmp_path / "run", tmp_path / "out", "onnx")
-    assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
-    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
-    mean, std = (torch.tensor(config[part])[:, None, None] for part in ("mean", "std"))
-    for batch in (1, 2, 5):
-        pixels = torch.rand(batch, 3, 48, 48, generator=torch.Generator().manual_seed(batch))
-        (features,) = session.run(["features"], {"images": ((pixels - mean) / std).numpy()})
-        torch.testing.assert_close(torch.from_numpy(features), trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
-    # and the check made before the file gets its name can fail
-    student = load_student(tmp_path / "run").backbone
-    student.model.load_state_dict(perturb(student.model.state_dict()))
-    with pytest.raises(UserError, match="the ONNX model differs from PyTorch"):
-        compare_onnx(student, (tmp_path / "out" / "model.onnx").read_bytes(), pixels)
-
-
-def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
-    make_run(tmp_path / "run", STUDENTS["cnn"])
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match="needs the package onnx.*Run: pip install onnx onnxscript"):
-        export_student(tmp_path / "run", tmp_path / "out", "onnx")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,361 @@
+"""Students as ONNX: what the graph gives, at which sizes and in which types, and what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from caches import Images
+
+from distillery.cache.plan import CachePlan, survey_cache
+from distillery.export import onnx_export
+from distillery.export.formats import export_student
+from distillery.export.onnx import build_onnx, open_session, run_session
+from distillery.export.onnx_export import OnnxOptions
+from distillery.export.parity import Agreement, check_limits, measure_agreement
+from distillery.export.plain_attention import PlainAttention, plain_attention
+from distillery.export.run_images import find_images
+from distillery.models.backbone import Backbone, Features, ModelSpec, build_backbone
+from distillery.models.builders import BuiltModel
+from distillery.models.pair import build_projector
+from distillery.precompute.pipeline import make_cache
+from distillery.sources.pixels import PreprocessSpec
+from distillery.system.errors import UserError
+from distillery.system.signals import StopFlag
+from distillery.training.checkpoints import save_checkpoint
+from distillery.training.trained import load_trained
+from tests.export.test_formats import STUDENTS, TINY, make_run, trained_features
+
+pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime", reason="without onnxruntime there is nothing to compare with")
+
+STUDENTS = STUDENTS | {
+    "small vit": {
+        "student_name": "vit_small_patch16_224",
+        "student_kwargs": TINY | {"depth": 1},
+        "use_cls_token": False,
+    }
+}
+MEAN, STD = (0.4, 0.4, 0.4), (0.229, 0.224, 0.225)  # of the images of make_run
+
+
+class Patches(Images):
+    """Images of nine coloured fields: unlike noise, some are nearer to each other than others."""
+
+    def pixels(self, i):
+        fields = np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        return fields.repeat(16, axis=0).repeat(16, axis=1)
+
+
+def write_images(directory, num_rows):
+    """A cache of images of 48 px, as the run of make_run was trained on."""
+    source = Patches(num_rows)
+    spec = PreprocessSpec(48, "squash", "bicubic", MEAN, STD)
+    plan = CachePlan(directory, spec, "float32", 16, num_rows, num_rows, source.identity, False)
+    with StopFlag() as stop:
+        survey = survey_cache(plan, range(plan.num_shards))
+        make_cache(plan, source, survey=survey, batch_size=16, num_workers=1, stop=stop)
+
+
+def add_heads(run_dir, **widths):
+    """Untrained heads of these widths (field -> the teacher's) in the run's checkpoint."""
+    (path,) = (run_dir / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    own, projector = load_trained(run_dir).backbone.widths, state["config"]["model"]["projector"]
+    torch.manual_seed(2)
+    heads = {field: build_projector(own[field], width, **projector) for field, width in widths.items()}
+    save_checkpoint(run_dir, state | {"heads": torch.nn.ModuleDict(heads).state_dict()}, 41, keep=1)
+
+
+FUSED = {
+    "added to the scores": ("beit_base_patch16_224", TINY, 48),
+    "five dimensions": (
+        "hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1), "mask_unit_size": (2, 2), "q_pool": 1}, 32
+    ),
+    "relative positions": ("vit_relpos_small_patch16_224", TINY, 48),
+}  # fmt: skip
+
+
+def build_timm_student(name, kwargs, size):
+    torch.manual_seed(0)
+    spec = ModelSpec(source="timm", name=name, pretrained=False, kwargs=kwargs)
+    return build_backbone(spec, data_mean=(0.5,) * 3, data_std=(0.5,) * 3, image_size=size).eval()
+
+
+def images_like(backbone, batch=3):
+    return torch.randn(batch, 3, *backbone.img_size, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_models_with_fused_attention_become_onnx_and_stay_fused_themselves(name):
+    backbone = build_timm_student(*FUSED[name])
+    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
+    model = build_onnx(backbone)
+    assert model.input_shape[2:] == backbone.img_size and "takes no other size" in model.fixed_because
+    (row, _) = measure_agreement(model.content, backbone, model.fields, [images_like(backbone)], are_real=False)
+    assert row.output == "features" and row.max_difference < 1e-4
+    assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": torch.tensor([[True, False, True], [True, True, True], [False, True, False]])},
+        {"attn_mask": torch.tensor([[0.5, -1.0, 0.0]])},
+        {"enable_gqa": True},
+    ],
+)
+@pytest.mark.parametrize("leading", [(2,), (2, 5)])
+def test_plain_attention_is_torchs_own(options, leading):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(*leading, 4, 3, 8, generator=generator) for _ in range(3))
+    if "enable_gqa" in options:
+        key, value = key[..., :2, :, :], value[..., :2, :, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(plain_attention(query, key, value, **options), expected)
+    with PlainAttention():
+        assert torch.equal(
+            torch.nn.functional.scaled_dot_product_attention(query, key, value, **options),
+            plain_attention(query, key, value, **options),
+        )
+
+
+class Unexportable(torch.nn.Module):
+    """A model with an operation that ONNX does not have, or whose code looks at the batch size."""
+
+    num_features = 8
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.way = torch.nn.Conv2d(3, 8, 4, 4), way
+
+    def forward_features(self, images):
+        x = self.stem(images)
+        if self.way == "operation":
+            return x + torch.linalg.eigvalsh(x @ x.transpose(-2, -1))[..., None]
+        return x + torch.zeros(len(images), 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "way, message",
+    [
+        ("operation", r"Unexportable cannot be written as ONNX by torch [\w.+]+: \w+: .*--format safetensors"),
+        ("batch", "Unexportable cannot be written as ONNX for any batch size"),
+    ],
+)
+def test_a_model_that_cannot_become_onnx_is_one_short_message(tmp_path, capfd, way, message):
+    built = BuiltModel(Unexportable(way), (16, 16))
+    backbone = Backbone(built, label="own", data_mean=(0.5,) * 3, data_std=(0.5,) * 3).eval()
+    with pytest.raises(UserError, match=message) as refused:
+        build_onnx(backbone)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["small vit", "own normalisation"])
+def test_onnx_equals_pytorch_at_any_batch_size(tmp_path, name):
+    backbone = make_run(tmp_path / "run", STUDENTS[name])
+    written = export_student(tmp_path / "run", tmp_path / "out", "onnx")
+    assert [path.name for path in written] == ["model.onnx", "config.json", "README.md"]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    mean, std = (torch.tensor(config[part])[:, None, None] for part in ("mean", "std"))
+    for batch in (1, 5):
+        pixels = torch.rand(batch, 3, 48, 48, generator=torch.Generator().manual_seed(batch))
+        features, tokens = session.run(None, {"images": ((pixels - mean) / std).numpy()})
+        torch.testing.assert_close(torch.from_numpy(features), trained_features(backbone, pixels), atol=1e-4, rtol=1e-4)
+        assert tokens.shape == (batch, backbone.grid[0] * backbone.grid[1], backbone.token_width)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a convolutional student with heads for both fields, and a cache of 90 images; the tests only read it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    make_run(run_dir, STUDENTS["own normalisation"])
+    add_heads(run_dir, pooled=12, tokens=20)
+    write_images(run_dir / "cache", 90)
+    return run_dir
+
+
+def test_in_the_teachers_space_the_outputs_are_pooled_and_tokens_at_any_size(run, tmp_path, capsys):
+    export_student(run, tmp_path / "out", "onnx", space="teacher")
+    module = load_trained(run).in_teacher_space()
+    module.student.resizes = False
+    session = open_session((tmp_path / "out" / "model.onnx").read_bytes())
+    for batch, height, width in ((1, 48, 48), (3, 64, 33), (2, 75, 96)):
+        images = torch.randn(batch, 3, height, width)
+        found = run_session(session, images)
+        assert list(found) == ["pooled", "tokens"]
+        with torch.no_grad():
+            expected = module(images)
+        torch.testing.assert_close(found["pooled"], expected.pooled, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found["tokens"], expected.tokens, atol=1e-4, rtol=1e-4)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["onnx"]
+    assert facts["input"]["shape"] == ["batch", 3, "height", "width"]
+    assert [output["shape"] for output in facts["outputs"]] == [["batch", 12], ["batch", "patches", 20]]
+    assert facts["compared_on"] == "90 images of the cache"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| output | `tokens` | float32 `[batch, patches, 20]` |" in card and "| pooled | " in card
+    assert "fp32, " in capsys.readouterr().out
+
+
+def test_a_run_without_a_head_for_patches_leaves_their_output_out(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["small vit"])
+    add_heads(tmp_path / "run", pooled=12)
+    export_student(tmp_path / "run", tmp_path / "out", "onnx", space="teacher")
+    session = open_session((tmp_path / "out" / "model.onnx").read_bytes())
+    assert [output.name for output in session.get_outputs()] == ["pooled"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '(pooled,) = session.run(["pooled"], {"images": images})' in card
+    assert "32 images of random noise, because the run has no cache here" in card
+
+
+def weight_types(content):
+    return {tensor.data_type for tensor in onnx.load_model_from_string(content).graph.initializer if tensor.dims}
+
+
+def test_smaller_types_keep_inputs_outputs_and_agreement(run, tmp_path, monkeypatch, capsys):
+    traced = build_onnx(load_trained(run).backbone)
+    monkeypatch.setattr(onnx_export, "build_onnx", lambda module, names: traced)
+    sizes = {}
+    for precision in ("fp32", "fp16", "int8"):
+        options = OnnxOptions(precision, 32 if precision == "int8" else None)
+        export_student(run, tmp_path / precision, "onnx", onnx=options)
+        content = (tmp_path / precision / "model.onnx").read_bytes()
+        session, sizes[precision] = open_session(content), len(content)
+        assert {value.type for value in [*session.get_inputs(), *session.get_outputs()]} == {"tensor(float)"}
+        facts = json.loads((tmp_path / precision / "config.json").read_text())["onnx"]
+        assert (facts["precision"], facts["bytes"]) == (precision, len(content))
+        assert all(row["mean_cosine"] > 0.99 for row in facts["agreement"])
+        # other sizes work in each of them
+        assert run_session(session, torch.randn(2, 3, 64, 96))["features"].shape == (2, 96)
+    assert sizes["fp16"] < 0.6 * sizes["fp32"] and sizes["int8"] < 0.5 * sizes["fp32"]
+    assert facts["calibrated_with"] == "32 images of the cache"
+    assert facts["compared_on"] == "58 images of the cache, none of them calibrated with"
+    types = weight_types((tmp_path / "int8" / "model.onnx").read_bytes())
+    assert onnx.TensorProto.INT8 in types and onnx.TensorProto.FLOAT16 not in types
+    assert "against PyTorch on 58 images of the cache" in capsys.readouterr().out
+    for precision, message in (
+        (
+            "fp16",
+            r"fp16 ONNX model is too far.*features has mean cosine 0.99.*at least 1 is asked.*--precision fp32",
+        ),
+        ("int8", r"int8 ONNX model is too far.*Try --calibration_images N with more images, .*--min_cosine 0.9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_student(run, tmp_path / "refused", "onnx", onnx=OnnxOptions(precision, min_cosine=1.0))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_images_come_from_the_test_split_first_and_are_normalised_as_the_student_takes_them(run, tmp_path):
+    trained = load_trained(run)
+    data = trained.config["data"] | {"eval_datasets": {"pets": {}}, "cache_dir": str(tmp_path)}
+    write_images(tmp_path / "eval" / "pets" / "test", 20)
+    calibration, compared = find_images(data, trained.backbone, 8)
+    assert calibration is None and compared.where == "20 images of pets/test"
+    write_images(tmp_path, 10)
+    calibration, compared = find_images(data, trained.backbone, 8)
+    assert calibration.where == "8 images of the cache" and compared.where == "20 images of pets/test"
+    calibration, compared = find_images(data | {"eval_datasets": {}}, trained.backbone, 8)
+    assert compared.where == "10 images of the cache, some of them calibrated with: it has few"
+    pixels = torch.from_numpy(np.stack([Patches(10).pixels(i) for i in range(10)])).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    torch.testing.assert_close(torch.cat(list(compared)), (pixels - mean) / std, atol=1e-5, rtol=1e-5)
+    # and the backbone takes its own normalisation again
+    images = images_like(trained.backbone)
+    assert torch.equal(trained.backbone.prepare(images), images)
+
+
+class Shifted(torch.nn.Module):
+    """A backbone whose pooled feature and tokens are moved a little."""
+
+    def __init__(self, backbone, by):
+        super().__init__()
+        self.backbone, self.by = backbone, by
+
+    def forward(self, images):
+        own = self.backbone(images)
+        return Features(own.pooled + self.by, own.tokens * float("nan") if self.by == 0 else own.tokens, own.grid)
+
+
+def test_a_graph_that_gives_something_else_is_refused():
+    backbone = build_timm_student("test_resnet", {}, 32)
+    model = build_onnx(backbone)
+    images = [images_like(backbone)]
+    check_limits(measure_agreement(model.content, backbone, model.fields, images, are_real=True), "fp32", None)
+    for by, message in (
+        (
+            0.1,
+            r"the fp32 ONNX model is too far from PyTorch: features differs by \d.\de-\d+ of the largest",
+        ),
+        (0, "tokens differs by inf"),
+    ):
+        rows = measure_agreement(model.content, Shifted(backbone, by), model.fields, images, are_real=True)
+        with pytest.raises(UserError, match=message):
+            check_limits(rows, "fp32", None)
+
+
+@pytest.mark.parametrize(
+    "precision, row, min_cosine, refused",
+    [
+        ("fp16", Agreement("features", 1e-2, 0.9, 0.99995, 0.9), None, None),
+        ("fp16", Agreement("features", 1e-2, 0.9, 0.9998, 0.9), None, "mean cosine 0.9998, at least 0.9999"),
+        ("int8", Agreement("tokens", 1e-1, 0.9, 0.98, 0.1), None, None),
+        ("int8", Agreement("features", 1e-1, 0.9, 0.98, 0.6), None, "agrees on 60% of the nearest images"),
+        ("int8", Agreement("features", 1e-1, 0.9, 0.95, 0.6), None, "accept it: --min_cosine 0.95"),
+        ("int8", Agreement("features", 1e-1, 0.9, 0.95, 0.6), 0.95, None),
+        ("fp32", Agreement("features", 1e-3, 0.9, 0.9999, None), 0.99, None),
+        ("fp32", Agreement("features", float("nan"), 0.9, float("nan"), None), None, "differs by nan"),
+    ],
+)
+def test_each_precision_has_its_limit_and_min_cosine_takes_its_place(precision, row, min_cosine, refused):
+    if refused is None:
+        check_limits([row], precision, min_cosine)
+    else:
+        with pytest.raises(UserError, match=refused):
+            check_limits([row], precision, min_cosine)
+
+
+@pytest.mark.parametrize(
+    "format, options, message",
+    [
+        ("timm", OnnxOptions("fp16"), "this is --format timm: add --format onnx"),
+        ("onnx", OnnxOptions("fp8"), "unknown precision 'fp8'; known: fp32, fp16, int8"),
+        ("onnx", OnnxOptions("fp16", 5), "this is fp16: add --precision int8"),
+        ("onnx", OnnxOptions("int8", 0), "must be 1 or more"),
+        ("onnx", OnnxOptions(min_cosine=2.0), "a cosine is between -1 and 1"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, format, options, message):
+    with pytest.raises(UserError, match=message):
+        export_student(tmp_path / "run", tmp_path / "out", format, onnx=options)
+
+
+def test_int8_without_a_cache_says_what_it_needs(tmp_path):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    with pytest.raises(UserError, match="calibrated with images of the run's cache, and there is none at .*fp16"):
+        export_student(tmp_path / "run", tmp_path / "out", "onnx", onnx=OnnxOptions("int8"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_onnxruntime_fp32_is_written_uncompared_and_at_one_size(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="--precision fp16 needs the package onnxruntime.*pip install onnxruntime"):
+        export_student(tmp_path / "run", tmp_path / "out", "onnx", onnx=OnnxOptions("fp16"))
+    export_student(tmp_path / "run", tmp_path / "out", "onnx")
+    assert "not compared with PyTorch: onnxruntime is not installed" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Height and width are fixed: onnxruntime" in card and "Not compared with PyTorch" in card
+
+
+def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="needs the package onnx.*Run: pip install onnx onnxscript"):
+        export_student(tmp_path / "run", tmp_path / "out", "onnx")
