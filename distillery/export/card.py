@@ -197,6 +197,8 @@ def describe(student: Student, features: str | None = None, space: TeacherSpace 
         "num_classes": 0,
         "num_features": backbone.pooled_width if space is None else next(iter(space.widths.values())),
         "model_args": student.model_args,
+        # of a folder that timm does not load, where nobody would look into its pretrained_cfg
+        **({} if space is None else {"mean": list(backbone.mean), "std": list(backbone.std)}),
         "pretrained_cfg": {
             "architecture": architecture,
             "input_size": [3, *backbone.img_size],
@@ -218,8 +220,7 @@ def describe(student: Student, features: str | None = None, space: TeacherSpace 
             "losses": train["distill_loss_weights"],
             "step": trained.step,
             "weights": "averaged" if trained.is_averaged else "last",
-            "images_seen": student.trained.global_batch_size
-            and student.trained.step * student.trained.global_batch_size,
+            "images_seen": trained.global_batch_size and trained.step * trained.global_batch_size,
             "recipe": _recipe(student),
             "origin": find_origin(data, model),
         },

@@ -43,6 +43,7 @@ def describe_space(student: Student, space: TeacherSpace) -> dict[str, Any]:
         "grid": list(student.backbone.grid),
         "standardisation_undone": method if student.trained.statistics else False,
         "use_cls_token": student.config["model"]["use_cls_token"],
+        "teacher_projection": student.config["model"].get("teacher_projection", False),
         "hub_code": hub_folder(student.config["model"]) is not None,
     }
 
@@ -73,7 +74,9 @@ def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
     facts = config["distillation"]
     cells = facts["grid"][0] * facts["grid"][1]
     source = "class token or attention pooling where it has one, else its own pooling"
-    if not facts["use_cls_token"]:
+    if facts["teacher_projection"]:
+        source = "feature after its projection into text space"
+    elif not facts["use_cls_token"]:
         source = "mean of patch tokens, or its own pooling"
     texts = {
         "pooled": f"- `pooled` [batch, {{}}]: the image feature (the teacher's {source}).",

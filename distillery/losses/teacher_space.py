@@ -4,6 +4,7 @@ A head is trained towards standardised targets. What undoes the standardisation 
 of the head's last layer: a folded head is no larger and no slower than the trained one.
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping
 
@@ -42,7 +43,11 @@ class TeacherSpace(nn.Module):
         """
         own = self.student(images)
         given = own.tensors()
-        made = {field: head(given[field]) for field, head in self.heads.items()}
+        # autocast would round the sum with the teacher's mean, which may be far above its deviation, to 3 digits
+        with contextlib.ExitStack() as stack:
+            if torch.is_autocast_enabled(images.device.type):
+                stack.enter_context(torch.autocast(images.device.type, enabled=False))
+            made = {field: head(given[field].float()) for field, head in self.heads.items()}
         return Features(made.get("pooled"), made.get("tokens"), own.grid)
 
 
