@@ -215,8 +215,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _lines(rows: list[dict[str, Any]], offered: Any) -> list[str]:
-    """A header and a line for each row, with a warning for collapsed features."""
-    shown = columns_of(rows, offered)
+    """A header and a line for each row; in the main table with a warning for collapsed features."""
+    shown, warning = columns_of(rows, offered), "  COLLAPSED: features say nothing" if offered is COLUMNS else ""
     labels = [row["model"] if row["step"] is None else f"{row['model']} @ {row['step']}" for row in rows]
     width = max(len(label) for label in labels)
     widths = [max(10, len(title), *(len(format_cell(row, name, form)) for row in rows)) for name, title, form in shown]
@@ -224,5 +224,5 @@ def _lines(rows: list[dict[str, Any]], offered: Any) -> list[str]:
     for row, label in zip(rows, labels, strict=True):
         cells = [format_cell(row, name, form) for name, _, form in shown]
         line = label.ljust(width) + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
-        lines.append(f"{line}{'  COLLAPSED: features say nothing' if row.get('collapsed') else ''}")
+        lines.append(f"{line}{warning if row.get('collapsed') else ''}")
     return lines
