@@ -33,7 +33,7 @@ FAMILIES = {
         "swin_tiny_patch4_window7_224",
         {"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "window_size": 4},
     ),
-    "Hiera, 6 blocks": ("timm", "hiera_tiny_224", {"embed_dim": 48, "num_heads": 1, "stages": (1, 2, 3)}),
+    "Hiera, 6 blocks": ("timm", "hiera_tiny_224", {"embed_dim": 48, "num_heads": 1, "stages": (1, 2, 3), "q_pool": 2}),
 }
 BATCH = 24
 TRAINING_BATCH = 32

@@ -78,6 +78,8 @@ def build_onnx(module: nn.Module, names: Mapping[str, str] = OUTPUT_NAMES["backb
                 proto = _trace(module, images, fields, open_size=True)
                 _compare_sizes(module, fields, proto.SerializeToString(), open_sizes)
         except Exception as error:  # whatever a model's code raises when it is run without numbers
+            if _is_about_batch(error):
+                raise _refusal(backbone, error) from error
             open_sizes, fixed_because = (), f"with open sizes, {first_cause(error)}"
     try:
         if not open_sizes:
@@ -212,12 +214,17 @@ def _refusal(backbone: Backbone, error: Exception) -> UserError:
     import torch
 
     what = f"{type(backbone.model).__name__} cannot be written as ONNX"
-    if re.search(r"\bbatch\b", cause := first_cause(error)):
+    if _is_about_batch(error):
         return UserError(
             f"{what} for any batch size: its code makes a constant of the one it is traced with, e.g. by len(images). "
             f"{OTHER_FORMATS}"
         )
-    return UserError(f"{what} by torch {torch.__version__}: {cause}. {OTHER_FORMATS}")
+    return UserError(f"{what} by torch {torch.__version__}: {first_cause(error)}. {OTHER_FORMATS}")
+
+
+def _is_about_batch(error: Exception) -> bool:
+    """Whether the exporter, or _name_dimension, says that the batch size became a constant."""
+    return bool(re.search(r"\bbatch\b", first_cause(error)))
 
 
 def first_cause(error: BaseException) -> str:
