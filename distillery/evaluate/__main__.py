@@ -55,6 +55,7 @@ def main() -> int:
 
     # torch takes seconds to import: --help and a wrong folder answer before it
     from distillery.evaluate.candidates import evaluate_run, find_checkpoints, format_table
+    from distillery.evaluate.kept_rows import keep_rows
     from distillery.evaluate.text import load_text_embeddings
     from distillery.models.configured import choose_device
     from distillery.training.checkpoints import load_checkpoint
@@ -71,6 +72,8 @@ def main() -> int:
         texts=texts, by_class_dir=run_dir if is_runs_own else None,
     )  # fmt: skip
     print(format_table(rows))
+    if arguments.space == "backbone" and not arguments.no_linear:
+        keep_rows(run_dir, rows)
     if arguments.json is not None:
         content = {"run": run_dir.name, "knn_k": configs.train.knn_k, "space": arguments.space, "rows": rows}
         path = expand_path(arguments.json)

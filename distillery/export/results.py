@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.evaluate.columns import STUDENT, STUDENT_EMA, TEACHER, UNTRAINED, format_cell
+from distillery.evaluate.kept_rows import kept_rows
 from distillery.training.log import METRICS_NAME, read_rows
 
 # (name in a row, title, format)
@@ -38,10 +39,10 @@ def rows_of(run_dir: Path, step: int, weights: str) -> list[dict[str, Any]]:
         step: of the exported checkpoint.
         weights: "averaged" or "last".
     Returns:
-        Rows of metrics.jsonl, of data sets on which the student was measured.
+        Rows of metrics.jsonl and of later evaluations, of data sets on which the student was measured.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in read_rows(run_dir / METRICS_NAME):
+    for row in [*read_rows(run_dir / METRICS_NAME), *kept_rows(run_dir)]:
         model = row.get("model")
         is_student = model in (STUDENT, STUDENT_EMA)
         if row.get("kind") != "eval" or not (is_student or model in (UNTRAINED, TEACHER)):

@@ -122,7 +122,8 @@ def closeness_section(config: dict[str, Any], rows: list[dict[str, Any]]) -> lis
     if table:
         table = f"On the test images of the run's evaluation sets:\n\n{table}"
     missing = (
-        "How close the outputs are was not measured in the run: `python -m distillery.evaluate --run DIR` does it."
+        "How close the outputs are has not been measured: `python -m distillery.evaluate --run DIR` does it, and the "
+        "next export has the figures."
     )
     return [
         "## How close it is to the teacher",

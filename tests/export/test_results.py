@@ -1,3 +1,4 @@
+from distillery.evaluate.kept_rows import keep_rows
 from distillery.export.results import closeness, results, rows_of
 from distillery.training.log import RunLog
 
@@ -52,3 +53,13 @@ def test_classification_and_segmentation_have_a_table_each(tmp_path):
     ]
     assert segments.splitlines()[2:] == ["| scenes | student | 31.0% | - |", "| scenes | teacher | 41.0% | 39.0% |"]
     assert note == protocol
+
+
+def test_what_was_measured_after_the_run_is_on_the_card_and_a_later_row_replaces_an_earlier_one(tmp_path):
+    write_evaluations(tmp_path, {"step": 0, "model": "teacher", "knn_top1": 0.9}, {"step": 20, "model": "student"})
+    student = {"dataset": "digits", "model": "student", "step": 40, "weights": "last"}
+    for cosine in (0.5, 0.75):
+        keep_rows(tmp_path, [student | {"cosine_in_teacher_space": cosine}, student | {"step": 30, "knn_top1": 0.2}])
+    assert "| 0.750 |" in closeness(rows_of(tmp_path, 40, "last"))
+    assert len((tmp_path / "evaluation" / "rows.jsonl").read_text().splitlines()) == 2
+    assert rows_of(tmp_path, 40, "averaged") == []
