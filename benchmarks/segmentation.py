@@ -130,7 +130,7 @@ def digits(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    pixels = (data.images[start:stop] * 15).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    pixels = (data.images[start:stop] * 15).astype(np.int16).repeat(4, axis=1).repeat(4, axis=2)
     return np.repeat(pixels[..., None], 3, axis=3), data.target[start:stop]
 
 
@@ -150,7 +150,7 @@ class Mosaics:
         self.size = tiles * side
         # [count, row, column, y, x, ...] -> rows of pixels, columns of pixels
         self.images = pixels[order].transpose(0, 5, 1, 3, 2, 4).reshape(count, 3, self.size, self.size)
-        self.masks = labels[order].astype(np.uint8).repeat(side, axis=1).repeat(side, axis=2)
+        self.masks = labels[order].astype(np.int16).repeat(side, axis=1).repeat(side, axis=2)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))

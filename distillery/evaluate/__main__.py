@@ -58,7 +58,7 @@ def main() -> int:
     from distillery.evaluate.kept_rows import keep_rows
     from distillery.evaluate.text import load_text_embeddings
     from distillery.models.configured import choose_device
-    from distillery.training.checkpoints import load_checkpoint
+    from distillery.training.checkpoints import checkpoint_dir, load_checkpoint
     from distillery.training.folder import check_same_models
 
     texts = arguments.text_embeddings and load_text_embeddings(expand_path(arguments.text_embeddings))
@@ -72,7 +72,8 @@ def main() -> int:
         texts=texts, by_class_dir=run_dir if is_runs_own else None,
     )  # fmt: skip
     print(format_table(rows))
-    if arguments.space == "backbone" and not arguments.no_linear:
+    are_runs_own = all(path.parent.resolve() == checkpoint_dir(run_dir).resolve() for path in checkpoints)
+    if arguments.space == "backbone" and not arguments.no_linear and are_runs_own:
         keep_rows(run_dir, rows)
     if arguments.json is not None:
         content = {"run": run_dir.name, "knn_k": configs.train.knn_k, "space": arguments.space, "rows": rows}

@@ -6,12 +6,14 @@ This file does not import torch: reports read it.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distillery.cache.folder import load_index
 from distillery.system.files import make_directory, write_atomic
 
 if TYPE_CHECKING:
@@ -59,9 +61,15 @@ def compare_by_class(of: EvalSet, student: Tensor, teacher: Tensor, labels: Tens
             "count": count, "images": global_idx[rows[:MAX_EXAMPLES]].tolist(),
         })  # fmt: skip
     return {
-        "dataset": of.name, "k": k, "num_images": len(labels), "num_lost": len(lost), "classes": classes,
-        "confusions": confusions,
+        "dataset": of.name, "test": identity_of(of.test), "k": k, "num_images": len(labels), "num_lost": len(lost),
+        "classes": classes, "confusions": confusions,
     }  # fmt: skip
+
+
+def identity_of(cache_dir: Path) -> str:
+    """Which images a cache holds: what was found of others does not fit its rows."""
+    index = load_index(cache_dir)
+    return f"{index.num_samples} of {index.fingerprint}"
 
 
 def global_indices(cache_dir: Path) -> np.ndarray:
@@ -79,12 +87,14 @@ def by_class_path(run_dir: Path, name: str) -> Path:
     return run_dir / FOLDER / f"{name}.json"
 
 
-def write_by_class(run_dir: Path, content: dict[str, Any]) -> Path:
-    """Write evaluation/NAME.json."""
+def write_by_class(run_dir: Path, content: dict[str, Any]) -> None:
+    """Write evaluation/NAME.json; a run folder that may only be read is no reason to lose the evaluation."""
     path = by_class_path(run_dir, content["dataset"])
-    make_directory(path.parent)
-    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    return path
+    try:
+        make_directory(path.parent)
+        write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        print(f"{path}: the comparison by class was not written ({error.strerror})", file=sys.stderr)
 
 
 def read_by_class(run_dir: Path, name: str) -> dict[str, Any] | None:

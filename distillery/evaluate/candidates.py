@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from distillery.evaluate.columns import (
     format_cell,
 )
 from distillery.evaluate.measuring import Measuring, Space, Subject
-from distillery.evaluate.sets import eval_sets
+from distillery.evaluate.sets import EvalSet, eval_sets
 from distillery.evaluate.teacher_features import TeacherStore
 from distillery.evaluate.text import TextEmbeddings
 from distillery.losses.registry import fields_needed
@@ -141,14 +141,15 @@ def evaluate_run(
         )
     if texts is not None and all(of.is_segmentation for of in sets):
         raise UserError("--text_embeddings is for sets with labels; all eval_datasets of this run have masks")
+    # all that may be wrong is told before minutes of work
+    for of in sets:
+        if space == "teacher" or (texts is not None and not of.is_segmentation):
+            _check_head(of, fields_needed(configs.train.distill_loss_weights))
+        if texts is not None and of.class_names and not of.is_segmentation:
+            texts.for_set(of, max(of.class_names) + 1)
     teacher, targets, students = load_candidates(configs, checkpoints, device, space)
     if texts is not None:
         texts.check_width(teacher.subject.backbone.pooled_width)
-        if "pooled" not in fields_needed(configs.train.distill_loss_weights):
-            raise UserError(
-                "--text_embeddings: this run has no head for pooled features (no loss of its distill_loss_weights "
-                "compares them; cls does): its student has no place in the teacher's space"
-            )
     measuring = Measuring(
         targets, lambda: teacher.subject.backbone, TeacherStore(None), k=configs.train.knn_k, device=device,
         precision=choose_precision(configs.train.precision, device), texts=texts,
@@ -161,19 +162,21 @@ def evaluate_run(
             measured, by_class = measuring.row(of, candidate.subject, linear=linear, by_class=is_kept)
             facts = {"step": candidate.step, "checkpoint": candidate.checkpoint, "weights": candidate.weights}
             if by_class is not None:
-                _write_by_class(by_class_dir, by_class | {"step": candidate.step, "weights": candidate.weights})
+                write_by_class(by_class_dir, by_class | {"step": candidate.step, "weights": candidate.weights})
             row = {"dataset": of.name, "model": candidate.subject.name, "space": space} | facts | measured
             rows[of.name].append(with_shares(row, rows[of.name][0] if rows[of.name] else row))
     # the teacher is evaluated first and shown last
     return [row for of_set in rows.values() for row in (*of_set[1:], of_set[0])]
 
 
-def _write_by_class(run_dir: Path, content: dict[str, Any]) -> None:
-    """As write_by_class; a run folder that may only be read is no reason to lose the evaluation."""
-    try:
-        write_by_class(run_dir, content)
-    except OSError as error:
-        print(f"{run_dir}: the comparison by class was not written ({error.strerror})", file=sys.stderr)
+def _check_head(of: EvalSet, fields: Container[str]) -> None:
+    """UserError where the run has no head for what a set is measured on; fields: those that its losses compare."""
+    field, what, loss = ("tokens", "patches", "patch") if of.is_segmentation else ("pooled", "pooled features", "cls")
+    if field not in fields:
+        raise UserError(
+            f"{of.name}: this run has no head for {what} (no loss of its distill_loss_weights compares them; {loss} "
+            "does): its student cannot take its teacher's place there. Use --space backbone, without --text_embeddings"
+        )
 
 
 def with_shares(measured: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:

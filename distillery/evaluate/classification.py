@@ -30,14 +30,12 @@ Labelled = tuple[Tensor, Tensor]  # features float32 [N, D] and labels int64 [N]
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's features of both splits, and what was found of them.
+    """What was found of a model's features of both splits.
 
     predicted: int64 [M], what its k-NN says of the test rows; probe: fitted on all training rows, None where it was not
     asked for; row: the fields of metrics.jsonl.
     """
 
-    train: Labelled
-    test: Labelled
     predicted: Tensor
     probe: Probe | None
     row: dict[str, Any]
@@ -126,7 +124,7 @@ def evaluate_features(
         "effective_rank": rank,
         "collapsed": measures.is_collapsed(std, rank),
     }
-    return Measured(train, test, predicted[k], probe, row)
+    return Measured(predicted[k], probe, row)
 
 
 def evaluate_on_folders(

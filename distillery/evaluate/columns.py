@@ -36,7 +36,11 @@ DETAILS = (
     ("cka_in_teacher_space", "CKA in its space", ".3f"),
     ("feature_std", "feature std", ".2f"),
 )
-_HEADLINES = {"knn_top1": "k-NN", "knn_miou": "k-NN mIoU", "miou": "mIoU"}
+
+
+def title_of(name: str) -> str:
+    """What people call a figure of COLUMNS."""
+    return next(title for column, title, _ in COLUMNS if column == name)
 
 
 def columns_of(rows: Iterable[dict[str, Any]], offered: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -62,4 +66,4 @@ def format_cell(row: dict[str, Any], name: str, form: str) -> str:
 def headline(row: dict[str, Any]) -> str:
     """The number that stands for a row, with its name."""
     found = quality_of(row)
-    return "no figure" if found is None else f"{_HEADLINES[found[0]]} {found[1]:.1%}"
+    return "no figure" if found is None else f"{title_of(found[0])} {found[1]:.1%}"

@@ -5,6 +5,7 @@ They are no part of metrics.jsonl: that is what the run itself wrote, and it is 
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def kept_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(run_dir: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows of `evaluate_run`; a run folder that may only be read is no reason to lose the evaluation."""
+    """Add rows of `evaluate_run`, of the run's own checkpoints, with the time (Unix, s).
+
+    A run folder that may only be read is no reason to lose the evaluation.
+    """
+    rows = [row | {"time": round(time.time(), 3)} for row in rows]
     found = {tuple(row.get(key) for key in _KEY): row for row in [*kept_rows(run_dir), *rows]}
     path = run_dir / FOLDER / "rows.jsonl"
     lines = (json.dumps({"kind": "eval"} | row, allow_nan=False) for row in found.values())

@@ -117,7 +117,7 @@ def few_shot_top1(
     Returns:
         (mean, standard deviation of the draws); (None, None) where no class has as many images.
     """
-    x, y = train_x.numpy().astype(np.float32), train_y.numpy()
+    x, y = train_x.numpy(), train_y.numpy()
     members = [np.flatnonzero(y == number) for number in np.unique(y)]
     if max(map(len, members)) < shots:
         return None, None

@@ -25,10 +25,9 @@ from distillery.evaluate.sets import EvalSet
 from distillery.evaluate.teacher_features import TeacherStore
 from distillery.evaluate.text import TextEmbeddings, zero_shot_top1
 from distillery.losses.targets import Targets
-from distillery.models.backbone import Features
+from distillery.losses.teacher_space import TeacherSpace, fold_heads
 from distillery.reading.datasets import LabelledBatches
 from distillery.system.distributed import gather_on_main, is_main, on_main, rank, world_size
-from distillery.system.errors import UserError
 
 Space = Literal["backbone", "teacher"]
 
@@ -94,7 +93,7 @@ class Measuring:
             by_class: compare with the teacher class by class.
         Raises:
             Interrupted: a request to stop came.
-            UserError: the images have no labels, or the model has not what the set needs.
+            UserError: the images have no labels, or the model gives no patches for a set with masks.
         """
         if of.is_segmentation:
             return self._segmentation(of, subject, linear=linear), None
@@ -104,11 +103,6 @@ class Measuring:
         if subject.name != TEACHER:
             self._have_teacher(of)
         head, in_space = subject.head, subject.space == "teacher"
-        if in_space and subject.name != TEACHER and head is None:
-            raise UserError(
-                f"{of.name}: this run has no head for pooled features (no loss of its distill_loss_weights compares "
-                "them; cls does): its student cannot take its teacher's place there. Use --space backbone"
-            )
         whole = subject.backbone if head is None else WithHead(subject.backbone, head)
         train = self.extract(whole if in_space else subject.backbone, of.train)
         test = self.extract(whole, of.test)
@@ -157,7 +151,7 @@ class Measuring:
 
     def _have_teacher(self, of: EvalSet) -> None:
         """Let the teacher's features of a set be kept, extracted now where they are not there."""
-        if not on_main(lambda: self.store.load(of) is not None):
+        if not on_main(lambda: self.store.has(of)):
             (train_x, _), (test_x, _) = (self.extract(self.load_teacher(), folder) for folder in (of.train, of.test))
             on_main(lambda: self.store.keep(of, TeacherFeatures(train_x, test_x)))
 
@@ -182,12 +176,8 @@ class Measuring:
 
         model = subject.backbone
         if subject.space == "teacher" and subject.name != TEACHER:
-            if "tokens" not in subject.heads:
-                raise UserError(
-                    f"{of.name}: this run has no head for patches (no loss of its distill_loss_weights compares them; "
-                    "patch does): its student cannot take its teacher's place there. Use --space backbone"
-                )
-            model = TokensInSpace(model, subject.heads["tokens"], self.targets).to(self.device)
+            heads = fold_heads(nn.ModuleDict({"tokens": subject.heads["tokens"]}), self.targets)
+            model = TeacherSpace(model, heads).to(self.device)
 
         def work(ask: Callable[[], None]) -> dict[str, Any]:
             batches = (batches_of(MaskedBatches, folder, self.device) for folder in (of.train, of.test))
@@ -197,20 +187,3 @@ class Measuring:
             )  # fmt: skip
 
         return on_main_unless_stopped(work, self.is_stopped)
-
-
-class TokensInSpace(nn.Module):
-    """A student whose patch tokens are its head's, in the units of the teacher's own features."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, targets: Targets) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-        for name, value in zip(("matrix", "mean"), targets.way_back("tokens"), strict=True):
-            self.register_buffer(name, value.float())
-
-    def forward(self, images: Tensor) -> Features:
-        """Features of images [B, 3, H, W] on the student's grid; no pooled feature."""
-        own = self.backbone(images)
-        outputs = self.head(own.tokens).float()
-        with torch.autocast(outputs.device.type, enabled=False):  # it would round the sum with the mean to 3 digits
-            return Features(None, outputs @ self.matrix + self.mean, own.grid)

@@ -66,7 +66,7 @@ def evaluate_segmentation(
         linear: fit the probe too.
         device: where the model is, and where all is computed.
         precision: as of extract_features.
-        before_batch: called before each batch; an error of it ends the work.
+        before_batch: called before each batch and in the probe's fits; an error of it ends the work.
         seed: chooses training patches, and the images that the probe's penalty is chosen on.
     Returns:
         miou and pixel_accuracy of the probe (None where not fitted); knn_miou; class_iou: list of C of the probe, or of
@@ -89,7 +89,7 @@ def evaluate_segmentation(
     num_patches, width = chosen.tokens.shape
     bank = F.normalize(chosen.tokens[chosen.bank], dim=1)
     votes = F.normalize(chosen.areas[chosen.bank], p=1, dim=1)
-    probe = LinearProbe(chosen.tokens, chosen.areas, chosen.num_held_out) if linear else None
+    probe = LinearProbe(chosen.tokens, chosen.areas, chosen.num_held_out, before_batch) if linear else None
     del chosen  # the test split needs the memory
     methods: list[Callable[[Tensor], Tensor]] = [] if probe is None else [probe]
     methods.append(lambda tokens: knn_votes(tokens.flatten(0, 1), bank, votes, k=k).view(*tokens.shape[:2], -1))
@@ -326,9 +326,13 @@ class LinearProbe:
         tokens: float32 [n, D]; overwritten.
         areas: [n, C].
         num_held_out: patches of the images that choose; 0: the strongest penalty.
+        before_pass: called before each pass over the patches; an error of it ends the fit.
     """
 
-    def __init__(self, tokens: Tensor, areas: Tensor, num_held_out: int) -> None:
+    def __init__(
+        self, tokens: Tensor, areas: Tensor, num_held_out: int, before_pass: Callable[[], None] = lambda: None
+    ) -> None:
+        self.before_pass = before_pass
         self.std, self.mean = torch.std_mean(tokens, dim=0, correction=0)
         self.std[self.std < 1e-6 * self.std.max().clamp(min=1e-30)] = 1.0  # a dead dimension would become noise
         tokens.sub_(self.mean).div_(self.std)
@@ -352,6 +356,7 @@ class LinearProbe:
 
     def _fit(self, tokens: Tensor, areas: Tensor, penalty: float) -> int:
         def objective() -> Tensor:
+            self.before_pass()
             logits = F.linear(tokens, self.weight, self.bias)
             return patch_cross_entropy(logits, areas) + penalty / 2 * self.weight.square().sum()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-from distillery.cache.folder import load_index
+from distillery.evaluate.by_class import identity_of
 from distillery.evaluate.classification import TeacherFeatures
 from distillery.evaluate.linear import Probe
 from distillery.evaluate.sets import EvalSet
@@ -39,17 +39,22 @@ class TeacherStore:
         make_directory(path.parent)
         write_atomic(path, safetensors.torch.save(tensors, _images_of(of)))
 
-    def load(self, of: EvalSet) -> TeacherFeatures | None:
-        """What was kept; None where there is nothing, or it is of other images, damaged, or of an earlier layout."""
+    def has(self, of: EvalSet) -> bool:
+        """Whether features of these images are kept; False too where they are damaged or of an earlier layout."""
         if self._run_dir is None:
-            return self._held.get(of.name)
+            return of.name in self._held
         try:
             with safetensors.safe_open(self._path(of), "pt") as file:
-                if file.metadata() != _images_of(of):
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                return file.metadata() == _images_of(of)
         except (OSError, safetensors.SafetensorError):  # not there, or damaged: they can be made again
-            return None
+            return False
+
+    def load(self, of: EvalSet) -> TeacherFeatures:
+        """What `has` says is kept."""
+        if self._run_dir is None:
+            return self._held[of.name]
+        with safetensors.safe_open(self._path(of), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         has_probe = f"probe_{_PROBE_PARTS[0]}" in tensors
         probe = Probe(**{part: tensors[f"probe_{part}"] for part in _PROBE_PARTS}) if has_probe else None
         return TeacherFeatures(tensors["train"], tensors["test"], probe)
@@ -59,5 +64,4 @@ class TeacherStore:
 
 
 def _images_of(of: EvalSet) -> dict[str, str]:
-    parts = {"train": load_index(of.train), "test": load_index(of.test)}
-    return {"layout": _LAYOUT} | {part: f"{index.num_samples} of {index.fingerprint}" for part, index in parts.items()}
+    return {"layout": _LAYOUT, "train": identity_of(of.train), "test": identity_of(of.test)}

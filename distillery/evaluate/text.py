@@ -43,7 +43,7 @@ class TextEmbeddings:
         """The embeddings of a set's classes by number, [num_classes, Dt].
 
         Names match whatever their case, spaces and underscores; names that no class has are left out. Where the set has
-        no names, the embeddings stand in the order of the classes' numbers.
+        no names, or all of them in this order, the embeddings stand in the order of the classes' numbers.
 
         Args:
             of: the set.
@@ -52,20 +52,22 @@ class TextEmbeddings:
             UserError: a class has no embedding or several, or without names the numbers of classes differ.
         """
         if not of.class_names:
-            if len(self.names) != num_classes:
+            if len(self.names) < num_classes:
                 raise UserError(
-                    f"{self.path}: {len(self.names)} names, and {of.name} has {num_classes} classes whose names are "
-                    "not known: give one embedding a class, in the order of the class numbers"
+                    f"{self.path}: {len(self.names)} names, and {of.name} has at least {num_classes} classes, whose "
+                    "names are not known: give one embedding a class, in the order of the class numbers"
                 )
             return self.embeddings
         plain = [_plain(name) for name in self.names]
+        if plain == [_plain(of.name_of(number)) for number in range(len(plain))]:
+            return self.embeddings  # in the order of the classes, two of which may have one name: ImageNet's cranes
         count, place = Counter(plain), {name: row for row, name in enumerate(plain)}
         bad = [name for name in of.class_names.values() if count[_plain(name)] != 1]
         if bad:
             shown = ", ".join(map(repr, bad[:_SHOWN_NAMES])) + (", ..." if len(bad) > _SHOWN_NAMES else "")
             raise UserError(
-                f"{self.path}: {len(bad)} of the {len(of.class_names)} classes of {of.name} are not among its names "
-                f"exactly once: {shown}. Its names begin with {self.names[:3]}"
+                f"{self.path}: of {len(bad)} of the {len(of.class_names)} classes of {of.name} it has no embedding, or "
+                f"several: {shown}. Its names begin with {self.names[:3]}"
             )
         # a class without a name has no image here, and cannot be what an image is taken for
         chosen = torch.zeros(num_classes, self.embeddings.shape[1])

@@ -42,7 +42,8 @@ def rows_of(run_dir: Path, step: int, weights: str) -> list[dict[str, Any]]:
         Rows of metrics.jsonl and of later evaluations, of data sets on which the student was measured.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in [*read_rows(run_dir / METRICS_NAME), *kept_rows(run_dir)]:
+    rows = [*read_rows(run_dir / METRICS_NAME), *kept_rows(run_dir)]
+    for row in sorted(rows, key=lambda row: row.get("time", 0)):
         model = row.get("model")
         is_student = model in (STUDENT, STUDENT_EMA)
         if row.get("kind") != "eval" or not (is_student or model in (UNTRAINED, TEACHER)):

@@ -146,9 +146,11 @@ def class_ious(models: dict[str, dict[str, Any]]) -> list[tuple[int, list[float 
     """(class, IoU of each model; None where not measured) of a segmentation set.
 
     Those on which the student is furthest below its teacher come first; classes that the test masks do not have are
-    left out. [] without such rows.
+    left out. Between the first evaluation and the last the student has those of k-NN, which do not stand beside the
+    others' of a linear probe. [] without such rows.
     """
-    lists = [row.get("class_iou") or [] for row in models.values()]
+    is_by_knn = models.get("student", {}).get("miou") is None
+    lists = [(row.get("class_iou") or []) if (row.get("miou") is None) == is_by_knn else [] for row in models.values()]
     found = []
     for number in range(max(map(len, lists), default=0)):
         values = [of[number] if number < len(of) and is_number(of[number]) else None for of in lists]

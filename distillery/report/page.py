@@ -9,6 +9,7 @@ from typing import Any
 from distillery.evaluate import columns
 from distillery.evaluate.by_class import read_by_class
 from distillery.report import facts
+from distillery.report.canvas import step_of
 from distillery.report.curves import draw_all
 from distillery.report.render import clock, render
 from distillery.report.style import datasets_of, is_number, of_kind, to_png, to_svg
@@ -94,8 +95,8 @@ def _tiles(run: facts.RunRecord) -> list[tuple[str, str, str, str]]:
         for model in ("student", "teacher", "untrained"):
             found = quality_of(models.get(model, {}))
             if found is not None:
-                measure = columns.headline(models[model]).rpartition(" ")[0]
-                shown.append((columns.MODELS[model], f"{found[1]:.1%}", f"{measure}, {dataset}", model))
+                name, value = found
+                shown.append((columns.MODELS[model], f"{value:.1%}", f"{columns.title_of(name)}, {dataset}", model))
     if run.train_rows:
         last = run.train_rows[-1]
         if is_number(last.get("loss")):
@@ -125,7 +126,7 @@ def _by_class(run: facts.RunRecord) -> dict[str, dict[str, Any]]:
         content = read_by_class(run.run_dir, dataset)
         if content is not None:
             path = run.run_dir / facts.PLOTS_NAME / facts.confusions_name(dataset)
-            has_picture = path.exists()
+            has_picture = bool(content["confusions"]) and step_of(path) == content["step"]
             shown[dataset] = content | {
                 "png": base64.b64encode(path.read_bytes()).decode() if has_picture else None,
                 "description": _description(path) if has_picture else "",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distillery.evaluate import measures
-from distillery.evaluate.by_class import global_indices, read_by_class
+from distillery.evaluate.by_class import global_indices, identity_of, read_by_class
 from distillery.evaluate.during import RunEvaluation
 from distillery.evaluate.sets import EvalSet, eval_sets
 from distillery.models.backbone import Backbone, eval_mode
@@ -291,6 +291,8 @@ def choose_pool(sets: Sequence[EvalSet], data: Any) -> Pool:
 def write_confusions(run_dir: Path, sets: Sequence[EvalSet], data: Any) -> list[Path]:
     """Write plots/confusions_NAME.png of every set that evaluation/NAME.json is there of, unless it is of that step.
 
+    Of a test split that was cached anew with other images there is none.
+
     Args:
         run_dir: the run folder.
         sets: its evaluation sets, whose test images are shown.
@@ -300,7 +302,7 @@ def write_confusions(run_dir: Path, sets: Sequence[EvalSet], data: Any) -> list[
     for of in sets:
         content, path = read_by_class(run_dir, of.name), run_dir / PLOTS_NAME / confusions_name(of.name)
         shown = (content or {}).get("confusions", [])[:SHOWN_CONFUSIONS]
-        if not shown or step_of(path) == content["step"]:
+        if not shown or step_of(path) == content["step"] or content.get("test") != identity_of(of.test):
             continue
         dataset, rows = CachedTensorDataset(of.test), global_indices(of.test)
         drawn = []
