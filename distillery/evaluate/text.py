@@ -59,7 +59,7 @@ class TextEmbeddings:
                 )
             return self.embeddings
         plain = [_plain(name) for name in self.names]
-        if plain == [_plain(of.name_of(number)) for number in range(len(plain))]:
+        if len(plain) >= num_classes and plain == [_plain(of.name_of(number)) for number in range(len(plain))]:
             return self.embeddings  # in the order of the classes, two of which may have one name: ImageNet's cranes
         count, place = Counter(plain), {name: row for row, name in enumerate(plain)}
         bad = [name for name in of.class_names.values() if count[_plain(name)] != 1]

@@ -350,7 +350,7 @@ def test_chromium_paints_the_page_dark_where_that_is_preferred(full_page, tmp_pa
     assert light.size[0] == 1400 and len(light.getcolors(2**24)) > 50
 
 
-def write_lost(run_dir, *, num_classes=20):
+def write_lost(run_dir, *, num_classes=20, picture_step=2):
     """evaluation/digits.json and the picture of its confusions."""
     of_all = {"images": 5, "student": 0.2, "teacher": 0.8}
     classes = [of_all | {"class": n, "name": f"class<{n}>", "difference": n / 100 - 0.6} for n in range(num_classes)]
@@ -360,6 +360,7 @@ def write_lost(run_dir, *, num_classes=20):
     write_by_class(run_dir, content)
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Description", "Most frequent confusions.")
+    texts.add_text("Step", str(picture_step))
     (run_dir / "plots").mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(run_dir / "plots" / "confusions_digits.png", pnginfo=texts)
 
@@ -372,6 +373,8 @@ def test_what_the_student_lost_is_shown_by_class_the_worst_first(tmp_path):
     assert {"-60.0%", "-46.0%", "Most frequent confusions."} <= {word.strip() for word in page.words}
     assert "class<14>" in page.words and "class<15>" not in page.words
     assert page.tags.count("img") == 1
+    write_lost(tmp_path, picture_step=1)  # an earlier evaluation's
+    assert Structure(page_of(tmp_path)).tags.count("img") == 0
 
 
 def test_rows_of_segmentation_are_shown_with_their_protocol_and_by_class(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from data_loader import CachedTensorDataset
-from distillery.evaluate.by_class import write_by_class
+from distillery.evaluate.by_class import identity_of, write_by_class
 from distillery.evaluate.sets import EvalSet
 from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
@@ -194,7 +194,9 @@ def test_the_worst_confusions_are_drawn_from_the_images_that_the_comparison_name
     assert write_confusions(tmp_path, [of], data) == []  # nothing has been compared
     entry = {"class": 0, "name": "nought", "said": 1, "said_name": "one", "count": 2, "images": [3, 9]}
     content = {"dataset": "digits", "step": 4, "num_lost": 2, "num_images": 13, "classes": [], "confusions": [entry]}
-    write_by_class(tmp_path, content)
+    write_by_class(tmp_path, content | {"test": "12 of other images"})
+    assert write_confusions(tmp_path, [of], data) == []
+    write_by_class(tmp_path, content | {"test": identity_of(of.test)})
     (path,) = write_confusions(tmp_path, [of], data)
     with Image.open(path) as image:
         assert "student at step 4" in image.info["Description"] and image.info["Step"] == "4"
