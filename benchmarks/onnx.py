@@ -56,7 +56,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = build_parser(__doc__, tiny="two families, 16 images, one step", parquet=True)
+    parser = build_parser(__doc__, tiny="one family, 16 images, one step", parquet=True)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--size", type=int, default=64, help="px")
     parser.add_argument("--steps", type=int, default=40, help="of training, in batches of 32")
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict:
     torch.manual_seed(0)
     print("| family | precision | size | " + " | ".join(HEADINGS) + " |\n" + "|---" * (len(HEADINGS) + 3) + "|")
     rows = []
-    families = dict(list(FAMILIES.items())[:2]) if arguments.tiny else FAMILIES
+    families = dict(list(FAMILIES.items())[1:2]) if arguments.tiny else FAMILIES
     for family, (source, name, kwargs) in families.items():
         backbone = build(source, name, kwargs, arguments.size)
         if source == "timm":

@@ -4,7 +4,8 @@
     python -m distillery.embed --run DIR --space teacher --data_config YAML --out DIR       # in its teacher's space
     python -m distillery.embed --model_config YAML --role teacher --data_config YAML --out DIR
 
-Run again after any interruption, it goes on. Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more
+Run again after any interruption, it goes on. Exit status: 0 done, as far as the cache is complete (embeddings.json says
+whether all is there); 2 wrong usage or configuration; 3 done, but more
 images failed than max_failed_fraction allows; 75 interrupted, run the same command again; 1 anything else.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,12 +76,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write, made if need be")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: CUDA where there is one")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=MOST_IMAGES, metavar="N",
-                        help=f"images of a forward pass (default {MOST_IMAGES}); may change last digits")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, metavar="N",
+                        help=f"images of a forward pass (default {MOST_IMAGES}, fewer of more than 295 px); may change "
+                        "last digits")  # fmt: skip
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                         help="override one key of a YAML file given (dots for nesting); may be repeated")  # fmt: skip
     arguments = parser.parse_args()
-    if not 1 <= arguments.batch_size <= MOST_IMAGES:
+    if arguments.batch_size is not None and not 1 <= arguments.batch_size <= MOST_IMAGES:
         parser.error(f"--batch_size {arguments.batch_size}: expected 1 to {MOST_IMAGES}")
     if arguments.model_config and arguments.role not in ("teacher", "student"):
         parser.error("--model_config needs --role teacher or --role student: which of its two models")
@@ -115,7 +118,7 @@ def load_embedder(arguments: argparse.Namespace, data: DataConfig, configs: Conf
     from distillery.export.embedders import student_embedder, teacher_embedder, untrained_embedder
 
     if arguments.role == "teacher":
-        return teacher_embedder(configs, data, device)
+        return teacher_embedder(configs, data, device, arguments.run and expand_path(arguments.run))
     if arguments.role == "untrained" or arguments.run is None:
         return untrained_embedder(configs, data, device, arguments.role)
     return student_embedder(
@@ -137,6 +140,7 @@ def main() -> int:
 
     # torch takes seconds to import: --help and configuration errors answer before it
     from data_loader import find_cache
+    from distillery.evaluate.features import MAX_BATCH_BYTES
     from distillery.export.embeddings import EmbeddingFolder
     from distillery.models.configured import choose_device
     from distillery.reading.every_image import CachedImages, RawImages
@@ -145,6 +149,9 @@ def main() -> int:
     index = find_cache(data)
     images = RawImages(data) if index is None else CachedImages(data, index)
     print(images.line, flush=True)
+    # of the data alone: a resumed pass must have the same batches
+    fitting = MAX_BATCH_BYTES // (4 * math.prod(images.image_shape))
+    batch_size = arguments.batch_size or max(1, min(MOST_IMAGES, fitting))
     with StopFlag() as stop:
         embedder = load_embedder(arguments, data, configs, device)
         print(f"{embedder.label}, on {device.type}", flush=True)
@@ -153,7 +160,7 @@ def main() -> int:
             print(note, flush=True)
         folder.open()
         with contextlib.suppress(Interrupted):
-            make_embeddings(folder, embedder, device, arguments.batch_size, data.prefetch_batches, stop)
+            make_embeddings(folder, embedder, device, batch_size, data.prefetch_batches, stop)
         if folder.to_make:
             raise Interrupted(
                 f"{stop.reason}: {len(folder.to_make)} files are left to make; everything finished is saved. Run the "

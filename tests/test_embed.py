@@ -81,7 +81,7 @@ def fork_embed(place: Workplace, out: Path, output: Path, before) -> int:
 
 def embedded(out: Path) -> tuple[np.ndarray, list[int], list[int]]:
     """(embeddings, global_idx, labels) as docs/search.md reads them."""
-    code = re.search(r"This line makes an array.*?```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
+    code = re.search(r"These lines make an array.*?```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
     found: dict = {}
     exec(code.replace("out/*.parquet", f"{out}/*.parquet"), found)
     return found["x"], found["table"]["global_idx"].to_pylist(), found["table"]["label"].to_pylist()
@@ -281,12 +281,12 @@ def test_something_else_in_the_same_folder_is_refused_with_what_differs(place, m
 def test_more_images_replace_the_short_last_file_and_leave_the_others(place, made, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_embed(place, out, "--set", "max_samples=40") == EXIT_DONE
-    assert embedded(out)[1] == OTHERS[:40]
+    assert embedded(out)[1] == [row for row in OTHERS if row < 40]
     summary = json.loads((out / "embeddings.json").read_text())
     assert summary["complete"] and summary["files"] == 2
     first = (out / "embeddings_00000.parquet").stat().st_mtime_ns
     assert run_embed(place, out) == EXIT_DONE
-    assert "embeddings_00001.parquet: the data have 7 images more by now; it is made again" in capsys.readouterr().out
+    assert "embeddings_00001.parquet: the data have 8 images more by now; it is made again" in capsys.readouterr().out
     assert (out / "embeddings_00000.parquet").stat().st_mtime_ns == first
     assert contents(out) == contents(made)
 
@@ -302,6 +302,13 @@ def test_of_an_incomplete_cache_there_is_what_is_there_and_the_rest_is_asked_for
     assert not json.loads((out / "embeddings.json").read_text())["complete"]
     assert run_embed(place, out) == EXIT_DONE  # the whole cache of the same images
     assert contents(out) == contents(made)
+
+
+def test_a_folder_that_holds_something_else_keeps_it(place, tmp_path, capsys):
+    (tmp_path / "failures.jsonl").write_text("mine")
+    assert run_embed(place, tmp_path) == EXIT_USAGE
+    assert "holds something else (failures.jsonl). Give another --out" in capsys.readouterr().err
+    assert (tmp_path / "failures.jsonl").read_text() == "mine"
 
 
 def test_a_file_of_another_program_is_not_written_over(place, tmp_path, capsys):

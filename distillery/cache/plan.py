@@ -281,10 +281,15 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
             f"{plan.directory} was made with its classes numbered apart from those of the train split: its labels are "
             f"not comparable. Remove it (rm -r {shlex.quote(str(plan.directory))}) and run the same command again."
         )
+    # not the whole cache for one evaluation set
+    is_evaluation = plan.directory.parent.parent.name == "eval"
+    remedy = "give another cache_dir"
+    if is_evaluation:
+        remedy = f"remove that folder (rm -r {shlex.quote(str(plan.directory))}): the same command makes it anew"
     lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
         f"{path} was made with another configuration:\n" + "\n".join(lines) + "\n"
-        "Nothing was written. Put the values back, or give another cache_dir."
+        f"Nothing was written. Put the values back, or {remedy}."
     )
 
 

@@ -54,10 +54,11 @@ class EvalDataset(StrictModel):
     @model_validator(mode="after")
     def _check_task(self) -> "EvalDataset":
         given = [name for name in ("mask_column", "num_classes") if getattr(self, name) is not None]
+        given += ["ignore_index"] if self.ignore_index != 255 else []
         if self.task == "classification" and given:
-            raise ValueError(f"{' and '.join(given)} are read with task: segmentation only, found classification")
+            raise ValueError(f"{' and '.join(given)}: only with task: segmentation, and this is classification")
         if self.task == "segmentation" and self.label_column is not None:
-            raise ValueError("label_column is read with task: classification only, found segmentation")
+            raise ValueError("label_column: only with task: classification, and this is segmentation")
         return self
 
     @property

@@ -28,11 +28,11 @@ from distillery.evaluate.text import TextEmbeddings
 from distillery.losses.registry import fields_needed
 from distillery.losses.targets import FrozenTeacher
 from distillery.models.configured import choose_precision
-from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
 from distillery.training.build import build_models
 from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
+from distillery.training.trained import check_teacher
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_candidates(
         UserError: a student was trained towards a teacher of other weights.
     """
     teacher, student = build_models(configs, device)
-    _check_teacher(teacher.backbone.model, checkpoints)
+    check_teacher(teacher.backbone.model, checkpoints)
 
     def load_statistics(state: dict[str, Any]) -> None:
         if state.get("target_statistics"):
@@ -93,18 +93,6 @@ def load_candidates(
                     yield Candidate(subject, state["progress"]["step"], str(path), which)
 
     return Candidate(Subject(TEACHER, teacher.backbone, space=space)), teacher, candidates()
-
-
-def _check_teacher(teacher: torch.nn.Module, checkpoints: list[Path]) -> None:
-    """Raise UserError unless the students were trained towards a teacher of these weights."""
-    now = weights_hash(teacher)
-    for path in checkpoints:
-        trained = load_checkpoint(path).get("teacher_hash")
-        if trained not in (None, now):
-            raise UserError(
-                f"{path}: its student was trained towards a teacher of other weights ({trained}) than there are now "
-                f"({now}). Put the teacher's files (teacher_name, teacher_repo, teacher_checkpoint) back."
-            )
 
 
 def evaluate_run(

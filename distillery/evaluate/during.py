@@ -71,8 +71,7 @@ class RunEvaluation:
             False where a request to stop came before everything was measured.
         """
         done = {(row.get("dataset"), row.get("model")) for row in rows}
-        # the teacher first: the student is compared with its features
-        names = [TEACHER, UNTRAINED] if step == 0 else [STUDENT]
+        names = [UNTRAINED, TEACHER] if step == 0 else [STUDENT]
         # closed: the student gets its own weights back whatever happens
         with contextlib.closing(self.measure(names, done, linear=linear)) as measured:
             try:

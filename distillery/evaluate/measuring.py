@@ -26,7 +26,7 @@ from distillery.evaluate.teacher_features import TeacherStore
 from distillery.evaluate.text import TextEmbeddings, zero_shot_top1
 from distillery.losses.targets import Targets
 from distillery.losses.teacher_space import TeacherSpace, fold_heads
-from distillery.reading.datasets import LabelledBatches
+from distillery.reading.datasets import CachedTensorDataset, LabelledBatches, cached_labels
 from distillery.system.distributed import gather_on_main, is_main, on_main, rank, world_size
 
 Space = Literal["backbone", "teacher"]
@@ -100,20 +100,23 @@ class Measuring:
         return self._classification(of, subject, linear=linear, by_class=by_class)
 
     def _classification(self, of: EvalSet, subject: Subject, *, linear: bool, by_class: bool) -> tuple[dict, Any]:
-        if subject.name != TEACHER:
-            self._have_teacher(of)
+        self._have_teacher(of)
+        if subject.name == TEACHER:
+            return on_main(lambda: self._measure_teacher(of, linear=linear)), None
         head, in_space = subject.head, subject.space == "teacher"
         whole = subject.backbone if head is None else WithHead(subject.backbone, head)
         train = self.extract(whole if in_space else subject.backbone, of.train)
         test = self.extract(whole, of.test)
-        measure = self._measure_teacher if subject.name == TEACHER else self._measure_student
-        return on_main(lambda: measure(of, subject, train, test, linear=linear, by_class=by_class))
+        return on_main(lambda: self._measure_student(of, subject, train, test, linear=linear, by_class=by_class))
 
-    def _measure_teacher(self, of: EvalSet, _subject: Subject, train: Any, test: Any, *, linear: bool, **_: Any) -> Any:
-        measured = evaluate_features(train, test, k=self.k, linear=linear, device=self.device)
-        self.store.keep(of, TeacherFeatures(train[0], test[0], measured.probe))
-        agreement = compare_with_teacher(test[0], test[0], device=self.device)
-        return measured.row | agreement | self._zero_shot(of, test[0], train[1], test[1]), None
+    def _measure_teacher(self, of: EvalSet, *, linear: bool) -> dict[str, Any]:
+        kept = self.store.load(of)
+        train_y, test_y = (torch.from_numpy(cached_labels(CachedTensorDataset(part))) for part in (of.train, of.test))
+        splits = (kept.train_x, train_y), (kept.test_x, test_y)
+        measured = evaluate_features(*splits, k=self.k, linear=linear, device=self.device)
+        self.store.keep(of, TeacherFeatures(kept.train_x, kept.test_x, measured.probe))
+        agreement = compare_with_teacher(kept.test_x, kept.test_x, device=self.device)
+        return measured.row | agreement | self._zero_shot(of, kept.test_x, train_y, test_y)
 
     def _measure_student(
         self, of: EvalSet, subject: Subject, train: Any, test: Any, *, linear: bool, by_class: bool

@@ -15,7 +15,8 @@ from distillery.models.configured import build_student_backbone, choose_precisio
 from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.training.build import build_teacher
-from distillery.training.trained import Weights, load_trained
+from distillery.training.checkpoints import latest_checkpoint
+from distillery.training.trained import Weights, check_teacher, load_trained
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,20 @@ class Embedder:
         return f"{facts['name']} ({facts['role']}{step}{averaged}{space}): {self.width} channels, {self.precision}"
 
 
-def teacher_embedder(configs: Configs, data: DataConfig, device: torch.device) -> Embedder:
+def teacher_embedder(configs: Configs, data: DataConfig, device: torch.device, run_dir: Path | None = None) -> Embedder:
     """The teacher as training runs it, in its own precision.
 
     Args:
         configs: the run's: its data section gives the teacher's input size.
         data: of the images to come.
         device: where it goes.
+        run_dir: the run folder, where it is a run's.
+    Raises:
+        UserError: the run's student was trained towards a teacher of other weights.
     """
     backbone = build_teacher(configs, device).backbone
+    checkpoint = None if run_dir is None else latest_checkpoint(run_dir)
+    check_teacher(backbone.model, [checkpoint] if checkpoint else [])
     facts = {"role": "teacher", "space": "backbone", "precision": backbone.precision}
     return _embedder(backbone, backbone, data, device, facts | _facts_of(backbone, configs.model.side("teacher")))
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distillery.cache.images import INDEX_NAME
 from distillery.cache.plan import differences
 from distillery.cache.store import parse_json
 from distillery.precompute.loop import remove_leftovers
@@ -147,6 +148,9 @@ class EmbeddingFolder:
             self._check_identity(summary, parse_json(summary, read_regular(summary)))
         wanted = {part.number: part for part in self.images.parts}
         names = [path for path in sorted(self.directory.iterdir()) if _PATTERN.fullmatch(path.name)]
+        foreign = [name for name in (FAILURES_NAME, INDEX_NAME) if (self.directory / name).exists()]
+        if foreign and not names and not summary.exists():
+            raise UserError(f"--out {self.directory} holds something else ({', '.join(foreign)}). Give another --out.")
         numbers = {path: int(path.stem.rpartition("_")[2]) for path in names}
         return {number for path, number in numbers.items() if self._is_made(path, wanted.get(number))}
 

@@ -1,5 +1,6 @@
 """The cache folders that a configuration needs, this process's share of each, and a summary at the end."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from distillery.sources.evaluation import PartOfSource, label_warnings, number_a
 from distillery.sources.pixels import PreprocessSpec
 from distillery.sources.registry import open_source
 from distillery.system.console import ProgressLine
-from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, UserError
+from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, EXIT_USAGE, UserError
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 
@@ -154,10 +155,9 @@ def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, s
 
 
 def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
-    """Print what the folders hold now; returns exit status 3 where too many images failed.
+    """Print what the folders hold now; returns the exit status.
 
-    Raises:
-        UserError: masks hold classes that their evaluation set does not have; after all is printed.
+    It is 3 where too many images failed, and 2 where masks do not fit the classes that their evaluation set has.
     """
     status = EXIT_DONE
     for job in jobs:
@@ -176,14 +176,12 @@ def report_outcome(jobs: list[CacheJob], max_failed_fraction: float) -> int:
             print(f"  more than max_failed_fraction {max_failed_fraction} allows: look at the reasons")
             status = EXIT_TOO_MANY_FAILED
     for job in jobs:
-        _check_masks(job)
+        if job.plan.mask_dtype is None or not (job.plan.directory / INDEX_NAME).exists():
+            continue
+        name, entry = job.part.dataset
+        try:
+            check_mask_classes(load_index(job.plan.directory), name, entry.num_classes, entry.ignore_index)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = status or EXIT_USAGE
     return status
-
-
-def _check_masks(job: CacheJob) -> None:
-    """Raise UserError where the masks made so far hold classes that their evaluation set does not have."""
-    if job.plan.mask_dtype is None or not (job.plan.directory / INDEX_NAME).exists():
-        return
-    index, (name, entry) = load_index(job.plan.directory), job.part.dataset
-    if index.mask_classes:  # none: every row failed, and has its reason
-        check_mask_classes(index, name, entry.num_classes, entry.ignore_index)

@@ -132,15 +132,15 @@ class EveryImage(ABC):
 
 
 class CachedImages(EveryImage):
-    """The valid rows of a cache, as many of them as training takes."""
+    """The valid rows of a cache, among the first rows of the source that max_samples and max_shards allow."""
 
     def __init__(self, data: DataConfig, index: CacheIndex) -> None:
-        self._dataset = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
-        self._index = self._dataset.index
+        self._limit = min(data.max_rows or index.source_num_samples, index.source_num_samples)
+        self._index = index.only(slice(0, int(np.searchsorted(index.shard_starts, self._limit))))
+        self._dataset = CachedTensorDataset(self._index)
         self.parts = [self._part(s) for s in range(len(self._index.shard_names))]
-        num_wanted = min(index.source_num_samples, data.max_rows or index.source_num_samples)
         # of its predecessor's caches nobody knows how many rows there should be
-        self.is_whole = index.num_samples >= num_wanted or not index.verified
+        self.is_whole = sum(part.stop - part.first for part in self.parts) == self._limit or not index.verified
         self.has_labels, self.image_shape = index.labels, index.image_shape
         self.num_threads = data.num_workers or min(_MOST_READING_THREADS, usable_cpus())
         self.identity = {
@@ -153,18 +153,17 @@ class CachedImages(EveryImage):
         if not index.verified:
             self.identity["shards"] = sha256_of([index.shard_names, index.shard_bytes.tolist()])
         self.fingerprint = index.fingerprint or sha256_of(self.identity)
-        self.line = f"reading the cache {index.directory}: {len(self._dataset)} images in {len(self.parts)} shards"
+        num_images = sum(part.num_read for part in self.parts)
+        self.line = f"reading the cache {index.directory}: {num_images} images in {len(self.parts)} shards"
 
     def _part(self, s: int) -> Part:
         first, num_rows = int(self._index.shard_starts[s]), int(self._index.shard_rows[s])
         num_read = int(self._dataset.shard_rows[s])
-        if num_read < num_rows - self._index.shard_failed[s]:  # max_samples ends inside this shard
-            num_rows = int(self._local_rows(s, np.array([num_read - 1]))[0]) + 1
+        if first + num_rows > self._limit:
+            num_rows = self._limit - first
+            num_read = int(self._dataset.rows.files.layout(s).valid[:num_rows].sum())
         number = first // self._index.shard_size if self._index.verified else s
         return Part(number, first, first + num_rows, num_read)
-
-    def _local_rows(self, s: int, nth: np.ndarray) -> np.ndarray:
-        return self._dataset.rows.files.local_rows(np.full(len(nth), s), nth)
 
     def _listed(self, part: Part) -> int:
         """Its shard's position in the index."""
@@ -227,7 +226,8 @@ class RawImages(EveryImage):
             "labels": self.has_labels,
         }
         self.fingerprint = sha256_of(self.identity)
-        why = "use_cached is false" if data.use_cached is False else f"there is no cache at {data.cache_dir}"
+        place = "cache_dir is null" if data.cache_dir is None else f"there is no cache at {data.cache_dir}"
+        why = "use_cached is false" if data.use_cached is False else place
         self.line = f"decoding raw images ({why}), {self.num_threads} at a time: {source.describe()}"
 
     def _places(self, part: Part, start: int, stop: int) -> RowIds:
@@ -247,5 +247,6 @@ class RawImages(EveryImage):
 
     def failures(self, part: Part) -> list[dict]:
         """See EveryImage."""
-        found = sorted(item for item in self._decoder.failed.items() if part.first <= item[0] < part.stop)
+        # a list of them is taken in one go: threads add to them meanwhile
+        found = sorted(item for item in list(self._decoder.failed.items()) if part.first <= item[0] < part.stop)
         return [{"global_idx": number, "reason": reason} for number, reason in found]

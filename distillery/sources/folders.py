@@ -110,7 +110,10 @@ class ImageFolderSource(Source):
             )
         masks: list[int] | None = None
         if masks_required and listing is None:
-            pairs = pair_masks(names, image_column, mask_column, listed, where=files.root, left_out=left_out)
+            where = files.root or (origin or {}).get("dataset_name") or "the image folder"
+            if metadata:
+                where += f" ({Path(metadata[0].name).name} names no masks: that needs file_name and mask_file_name)"
+            pairs = pair_masks(names, image_column, mask_column, listed, where=where, left_out=left_out)
             rows, masks = pairs.images, pairs.masks
             identity |= {"image_column": pairs.image_folder, "mask_column": pairs.mask_folder, "num_rows": len(rows)}
             identity |= {} if listed is None else {"listed": f"sha256:{sha256_of(listed)}"}

@@ -87,7 +87,7 @@ def _decode(data: bytes | memoryview) -> tuple[np.ndarray, int, bool]:
     try:
         with Image.open(io.BytesIO(bytes(data)), formats=known_formats()) as mask:
             check_pixel_count(*mask.size)
-            if mask.format == "JPEG":
+            if mask.format == "JPEG" or "jpeg" in str(mask.info.get("compression", "")):
                 raise DecodeError("mask is a JPEG, which changes class numbers; it must be lossless, as PNG is")
             # before the orientation: to look for it may load the file, which forgets how it was stored
             stored, orientation = mask.tile[0].args if mask.tile else None, orientation_of(mask)

@@ -135,7 +135,7 @@ def listed_images(data_files: DataFiles, data_dir: str | None, split: str) -> li
     for text in entries[split]:
         path = expand_path(data_dir) / expand_path(text)
         if not path.is_file():
-            raise MissingFileError(f"data_files: there is no list {path.absolute()}")
+            raise MissingFileError(f"data_files: there is no list {path.absolute()}; lists are relative to data_dir")
         lines += [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise UserError(f"data_files: the list of {split!r} is empty.")

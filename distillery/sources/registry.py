@@ -75,6 +75,11 @@ def open_source(
         files = resolve_files(dataset_name, kind.suffixes, data_files, data_dir, split)
         return _open(dataset_name, files, split, columns)
     place = _local_folder(dataset_name)
+    if place is not None and masks_required:
+        root = place / (data_dir or "")
+        if (listed := listed_images(data_files, str(root), split)) is not None:
+            files = scan_folder(root, ImageFolderSource.suffixes)
+            return _open("imagefolder", files, split, columns, listed=listed)
     if place is not None and is_saved_dataset(place):
         return _open("arrow", saved_dataset_files(place, split), split, columns)
     if place is not None and glob.has_magic(os.path.realpath(os.path.join(place, data_dir or ""))):

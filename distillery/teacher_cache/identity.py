@@ -75,9 +75,8 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
     if repo is not None and (code := expand_path(repo) / "hubconf.py").is_file():
         repo = f"{LOCAL_REPO}{file_hash(code.resolve())}"  # the same folder wherever it is moved
     # only where they are set: identities of outputs that were stored before these keys stay as they are
-    added = ({} if entry is None else {"checkpoint_entry": entry}) | (
-        {"projection": True} if of.get("projection") else {}
-    )
+    added = {} if entry is None else {"checkpoint_entry": entry}
+    added |= {"projection": True} if of.get("projection") else {}
     return {
         "source": of["source"],
         "name": of["name"],
@@ -90,7 +89,7 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
         "std": of["std"],
         "use_cls_token": model["use_cls_token"],
         "precision": precision,
-    } | {key: value for key, value in added.items() if value is not None}
+    } | added
 
 
 def _token_form(teacher_cache: Mapping[str, Any], needed: bool) -> dict:

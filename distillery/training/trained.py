@@ -13,6 +13,7 @@ from distillery.losses.teacher_space import TeacherSpace, fold_heads, last_linea
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import ModelSpec
 from distillery.models.pair import build_projector
+from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
@@ -165,3 +166,15 @@ def build_heads(state: Mapping[str, Tensor], config: dict[str, dict[str, Any]], 
         heads[field] = build_projector(own[field], len(weights[-1]), **projector)
     heads.load_state_dict({name: value for name, value in state.items() if name.partition(".")[0] in heads})
     return heads
+
+
+def check_teacher(teacher: nn.Module, checkpoints: Iterable[Path]) -> None:
+    """Raise UserError unless the students were trained towards a teacher of these weights."""
+    now = weights_hash(teacher)
+    for path in checkpoints:
+        trained = load_checkpoint(path).get("teacher_hash")
+        if trained not in (None, now):
+            raise UserError(
+                f"{path}: its student was trained towards a teacher of other weights ({trained}) than there are now "
+                f"({now}). Put the teacher's files (teacher_name, teacher_repo, teacher_checkpoint) back."
+            )

@@ -229,7 +229,7 @@ def test_sets_of_both_tasks_are_measured_in_one_run(tmp_path, sets, monkeypatch)
     for step, linear in ((0, True), (5, False), (9, True)):
         assert own.record(log, console, [], step=step, epoch=step, linear=linear)
     rows = [(row["step"], row["dataset"], row["model"]) for row in read_rows(log.path)]
-    assert rows[:4] == [(0, name, model) for name in ("digits", "streets") for model in ("teacher", "untrained")]
+    assert rows[:4] == [(0, name, model) for name in ("digits", "streets") for model in ("untrained", "teacher")]
     assert rows[4:] == [(step, name, "student") for step in (5, 9) for name in ("digits", "streets")]
     student = read_rows(log.path)[-1]
     assert "knn_top1" not in student and student["weights"] == "last" and student["knn_miou"] == 0.25

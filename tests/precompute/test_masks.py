@@ -19,7 +19,7 @@ from distillery.precompute import jobs, pool
 from distillery.reading.datasets import LabelledBatches, MaskedBatches
 from distillery.sources.masks import preprocess_mask
 from distillery.sources.pixels import PreprocessSpec, preprocess_image
-from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, UserError
+from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, EXIT_USAGE, UserError
 from distillery.system.signals import StopFlag
 
 
@@ -152,8 +152,9 @@ def test_a_cut_split_has_masks_from_all_over_it(tmp_path):
         ((0, 5), 5, 255, r"train hold class 5, num_classes is 5 \(0\.\.4\): set num_classes: 6, or ignore_index: 5$"),
         ((0, 5, 9), 5, 255, r"train hold the classes 5, 9, num_classes is 5 \(0\.\.4\): set num_classes: 10$"),
         (tuple(range(20)), 5, 255, r"5, 6, 7, 8, 9, 10, 11, 12, \.\.\., num_classes"),
-        ((255,), 5, 255, "hold no class, only ignore_index 255"),
-        ((), None, 255, "hold no class"),
+        ((255,), 5, 255, "hold no class beside ignore_index 255: there is nothing to tell apart"),
+        ((0, 255), None, 255, "hold class 0 alone beside ignore_index 255: .* In binary masks of 0 and 255 write 1"),
+        ((), None, 255, r"could not be read, not one: the reasons are in .*failures\.jsonl"),
     ],
 )
 def test_classes_are_counted_and_compared_by_the_index_alone(tmp_path, classes, num_classes, ignore_index, found):
@@ -171,9 +172,10 @@ def test_classes_are_counted_and_compared_by_the_index_alone(tmp_path, classes, 
 def test_stage_1_ends_with_one_message_where_masks_hold_a_class_too_many(tmp_path, capsys):
     entry = make_mosaics(tmp_path, 9, 9) | {"num_classes": 9}
     data = configuration(tmp_path, entry)
-    with pytest.raises(UserError, match=r"^eval_datasets\.e: the masks of train hold class 9, .*: set num_classes: 10"):
-        make(data)
-    assert "eval/e/test: 9 images in 2 shards" in capsys.readouterr().out
+    assert make(data) == EXIT_USAGE
+    said = capsys.readouterr()
+    assert "error: eval_datasets.e: the masks of train hold class 9, " in said.err and "set num_classes: 10" in said.err
+    assert "eval/e/test: 9 images in 2 shards" in said.out
     # what was made is kept, and is right once the configuration is
     data["eval_datasets"]["e"]["num_classes"] = 10
     assert make(data) == EXIT_DONE and "shards made" not in capsys.readouterr().out
