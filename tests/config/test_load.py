@@ -640,3 +640,16 @@ def test_import_brings_neither_torch_nor_numpy():
     code = "import sys, distillery.config; print(sorted({'torch', 'numpy', 'datasets', 'timm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "entry, found",
+    [
+        ({"ignore_index": 0}, "ignore_index: only with task: segmentation"),
+        ({"mask_column": "mask", "num_classes": 3}, "mask_column and num_classes: only with task: segmentation"),
+        ({"task": "segmentation", "label_column": "label"}, "label_column: only with task: classification"),
+    ],
+)
+def test_keys_of_the_other_task_are_refused(entry, found):
+    with pytest.raises(UserError, match=found):
+        load_configs({"dataset_name": "parquet", "eval_datasets": {"e": {"dataset_name": "parquet"} | entry}})

@@ -226,6 +226,8 @@ def test_metadata_that_says_nothing_of_masks_leaves_the_folders_to_decide(tmp_pa
     write_layout(tmp_path, "images", "masks", "train")
     write_files(tmp_path, **{"metadata.csv": b"file_name,author\nimages/n1.jpg,me"})
     assert pairs_of(open_masked(dataset_name="imagefolder", data_dir=str(tmp_path))) == PAIRS
+    with pytest.raises(UserError, match=r"metadata\.csv names no masks: that needs .* there is no folder 'other'"):
+        open_masked(dataset_name="imagefolder", data_dir=str(tmp_path), mask_column="other")
 
 
 def write_voc(folder):
@@ -250,6 +252,8 @@ def test_lists_of_images_give_the_splits_of_pascal_voc_in_their_order(tmp_path):
     assert pairs_of(train) == [PAIRS[4], PAIRS[1]] and pairs_of(val) == [PAIRS[0], PAIRS[2]]
     assert "1 images without a mask left out" in val.describe()
     assert train.identity["files"] == val.identity["files"] and train.identity["listed"] != val.identity["listed"]
+    by_name = arguments | {"dataset_name": str(tmp_path), "data_dir": None}
+    assert open_masked(**by_name).identity == train.identity
 
 
 def test_the_ready_configuration_reads_ade20k_and_pascal_voc_as_they_are_unpacked(tmp_path):

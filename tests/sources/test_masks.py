@@ -86,11 +86,16 @@ def test_the_largest_numbers_of_each_type_are_kept():
         (encode(Image.fromarray(SQUARE.astype(np.uint8)).convert("LA")), "uint8", r"^mask has mode LA"),
         (encode(Image.fromarray(SQUARE.astype(np.float32)), "TIFF"), "uint8", r"^mask has mode F"),
         (encode(Image.fromarray(SQUARE.astype(np.uint8)), "JPEG"), "uint8", r"^mask is a JPEG, .*lossless"),
+        (
+            encode(Image.fromarray(SQUARE.astype(np.uint8)), "TIFF", compression="jpeg"),
+            "uint8",
+            r"^mask is a JPEG, .*lossless",
+        ),
         (encode(Image.fromarray((SQUARE + 200).astype(np.uint16))), "uint8", r"^mask holds 343; .*0 to 255"),
         (encode(Image.fromarray((SQUARE + 32700).astype(np.uint16))), "int16", r"^mask holds 32843; .*0 to 32767"),
         (encode(Image.fromarray((SQUARE - 1).astype(np.int32)), "TIFF"), "int16", r"^mask holds -1; "),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_is_no_mask_of_class_numbers_is_a_decode_error_that_says_why(data, dtype, reason):
     with pytest.raises(DecodeError, match=reason):
