@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("precompute", {"ours", "seed-style"}),
         ("loader", {"ours", "ours, read_mode: mmap", "ceiling: bare preadv", "torch.load"}),
         ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
-        ("onnx", {"ResNet-18", "MobileNetV3-small"}),
+        ("onnx", {"MobileNetV3-small"}),
         ("teacher", {"student alone", "ours, stored outputs", "ours, live teacher"}),
     ],
 )
