@@ -181,13 +181,13 @@ def format_agreement(rows: list[Agreement], precision: str, compared: ImageRows,
     return [f"{precision}, {format_bytes(num_bytes)}, against PyTorch on {compared.where}:", *lines]
 
 
-def usage(facts: dict[str, Any], loaded_from: str) -> str:
+def usage(facts: dict[str, Any]) -> str:
     """Python for the card: from `images` to the outputs."""
     names = [output["name"] for output in facts["outputs"]]
     targets = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
     return (
         "import onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{loaded_from}", providers=["CPUExecutionProvider"])\n'
+        'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n'
         f'{targets} = session.run({names!r}, {{"{facts["input"]["name"]}": images}})\n'.replace("'", '"')
     )
 

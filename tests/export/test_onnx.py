@@ -232,6 +232,7 @@ def test_in_the_teachers_space_the_outputs_are_pooled_and_tokens_at_any_size(run
     assert facts["compared_on"] == "90 images of the cache"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| output | `tokens` | float32 `[batch, patches, 20]` |" in card and "| pooled | " in card
+    assert "- `tokens` [batch, patches, 20]: " in card and "- `pooled` [batch, 12]: " in card
     assert "fp32, " in capsys.readouterr().out
 
 
