@@ -91,12 +91,12 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict:
                 content = to_float16(content)
             elif precision == "int8":
                 content = to_int8(content, calibration.split(BATCH))
-            found = measure_agreement(content, backbone, model.fields, compared.split(BATCH), are_real=True)
+            found = measure_agreement(content, backbone, model.fields, compared.split(BATCH), neighbours=True)
             facts = {"name": family, "precision": precision, "bytes": len(content), "input": model.input_shape}
             rows += [facts | row for row in as_dicts(found)]
             for cells in table_rows(found):
                 print(f"| {' | '.join((family, precision, format_bytes(len(content)), *cells))} |", flush=True)
-    kept = {key: getattr(arguments, key) for key in ("images", "size", "steps")}
+    kept = {"images": len(images), "size": arguments.size, "steps": arguments.steps}
     return {"setting": kept | {"parquet": arguments.parquet and arguments.parquet.name}, "results": rows}
 
 

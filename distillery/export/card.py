@@ -13,8 +13,8 @@ from distillery.config.load import dataset_label
 from distillery.config.yaml_text import as_yaml
 from distillery.export import onnx_export
 from distillery.export.results import results, rows_of
+from distillery.export.student import hub_folder
 from distillery.export.teacher_card import closeness_section, describe_space, introduction, usage_in_teacher_space
-from distillery.system.files import expand_path
 
 if TYPE_CHECKING:
     from distillery.export.student import Student
@@ -135,7 +135,7 @@ def _hub_note(config: dict[str, Any], format: str) -> list[str]:
 
 def _usage(config: dict[str, Any], format: str) -> str:
     if format == "onnx":
-        return onnx_export.usage(config["onnx"], "model.onnx")
+        return onnx_export.usage(config["onnx"])
     features = config["distillation"]["features"]
     imports = ["torch"] if "torch." in features else []
     source, arguments = config["distillation"]["student_source"], config["model_args"]
@@ -158,7 +158,7 @@ def _usage_of_other_source(config: dict[str, Any], imports: list[str]) -> str:
         load = f'torchvision.models.get_model("{config["architecture"]}"{arguments})'
     else:
         imports = [*imports, "torch"]
-        where = ', source="local"' if expand_path(facts["student_repo"]).is_dir() else ""
+        where = ', source="local"' if hub_folder(facts) else ""
         load = f'torch.hub.load("{facts["student_repo"]}", "{config["architecture"]}"{where}{arguments})'
     return (
         _imports(imports) + "from safetensors.torch import load_file\n"

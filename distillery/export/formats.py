@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from distillery.export.card import build_card, describe
 from distillery.export.expressions import evaluate, find_feature_call, find_forward, is_same, sample_features
 from distillery.export.onnx_export import OnnxOptions, make_onnx
-from distillery.export.standalone import CODE_NAME, check_alone, code_of, hub_code, weights_of
+from distillery.export.standalone import CODE_NAME, HUB_NAME, check_alone, code_of, hub_code, weights_of
 from distillery.export.student import Student, hub_folder, load_from_hub, load_student
-from distillery.export.teacher_card import left_out
+from distillery.export.teacher_card import reservations
 from distillery.system.errors import UserError
 from distillery.system.files import write_atomic
 
@@ -48,7 +49,8 @@ def export_student(
 
     Args:
         run_dir: the run folder.
-        out_dir: made if need be; files of the same names are replaced.
+        out_dir: made if need be; files of the same names are replaced. With other files of an earlier export beside
+            them the folder would be neither, and is refused.
         format: of FORMATS; None: "timm", in the teacher's space "safetensors".
         checkpoint: a checkpoint file; the run's newest complete one by default.
         weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
@@ -57,15 +59,17 @@ def export_student(
     Returns:
         The files written: the weights, config.json, README.md and what else there is.
     Raises:
-        UserError: no checkpoint, no EMA weights, an unknown format or space, weights that are not this student's, a
-            model that cannot be written as ONNX or is then too far from PyTorch, a run without heads for the teacher's
-            space, code of the student that needs more than its .py files. Nothing is written then.
+        UserError: no checkpoint, no EMA weights, an unknown format or space, an out_dir that is a file or has files of
+            another export, weights that are not this student's, a model that cannot be written as ONNX or is then too
+            far from PyTorch, a run without heads for the teacher's space, code of the student that needs more than its
+            .py files. Nothing is written then.
     """
     format = format or {"backbone": "timm", "teacher": "safetensors"}.get(space)
     _check_choice(format, space)
     onnx = onnx or OnnxOptions()
     onnx.check(format)
     student = load_student(run_dir, checkpoint, weights=weights)
+    _check_folder(out_dir, _names_of(student, format, space))
     build = _build_in_teacher_space if space == "teacher" else _build_in_own_space
     return _write(build(student, run_dir, out_dir, format, onnx), out_dir)
 
@@ -78,6 +82,28 @@ def _check_choice(format: str, space: str) -> None:
         raise UserError(
             "--format timm holds the student alone, and timm cannot load the heads of --space teacher: use --format "
             "safetensors (the default there), huggingface or onnx"
+        )
+
+
+def _names_of(student: Student, format: str, space: str) -> set[str]:
+    """What this export writes beside config.json and README.md."""
+    if format == "onnx":
+        return {ONNX_NAME}
+    if space == "backbone":
+        return {WEIGHTS_NAME}
+    return {WEIGHTS_NAME, CODE_NAME, *([HUB_NAME] if hub_folder(student.config["model"]) else [])}
+
+
+def _check_folder(out_dir: Path, names: set[str]) -> None:
+    """Refuse a place where the folder cannot be, or where parts of another export would stay beside this one's."""
+    if (place := next(path for path in (out_dir, *out_dir.parents) if path.exists())) and not place.is_dir():
+        raise UserError(f"--out {out_dir}: {place} is a file. Name a folder, which is made if need be")
+    others = [name for name in (WEIGHTS_NAME, ONNX_NAME, CODE_NAME, HUB_NAME) if name not in names]
+    if left := [name for name in others if (out_dir / name).exists()]:
+        remove = shlex.join(["rm", "-r", *(str(out_dir / name) for name in left)])
+        raise UserError(
+            f"--out {out_dir} holds {' and '.join(left)}, of another kind of export: the new {CONFIG_NAME} and "
+            f"{CARD_NAME} would not be theirs. Name another folder, or remove them: {remove}"
         )
 
 
@@ -107,9 +133,9 @@ def _build_in_teacher_space(
 ) -> dict[str, bytes]:
     """The files of an export with folded heads, checked."""
     space = student.trained.in_teacher_space()
-    for sentence in left_out(space.widths):
-        print(sentence.replace("`", ""), file=sys.stderr)
     config = describe(student, space=space)
+    for sentence in reservations(config["distillation"]):
+        print(sentence.replace("`", ""), file=sys.stderr)
     if format == "onnx":
         model, config["onnx"] = make_onnx(student.trained, space, "teacher", onnx)
         return _with_texts(model, config, run_dir, format)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ INPUT_NAME = "images"
 OTHER_FORMATS = "Take another format, e.g. --format safetensors"
 # of the largest value: two float32 programs of one model
 EXACT = 1e-4
+
+
+class GraphError(UserError):
+    """onnxruntime cannot load a graph, or run it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +81,13 @@ def build_onnx(module: nn.Module, names: Mapping[str, str] = OUTPUT_NAMES["backb
         try:
             with at_any_size(backbone):
                 proto = _trace(module, images, fields, open_size=True)
-                _compare_sizes(module, fields, proto.SerializeToString(), open_sizes)
+                fixed_because = _why_not_open(module, fields, proto.SerializeToString(), open_sizes)
         except Exception as error:  # whatever a model's code raises when it is run without numbers
             if _is_about_batch(error):
                 raise _refusal(backbone, error) from error
-            open_sizes, fixed_because = (), f"with open sizes, {first_cause(error)}"
+            fixed_because = f"with open sizes, {first_cause(error)}"
+    if fixed_because:
+        open_sizes = ()
     try:
         if not open_sizes:
             proto = _trace(module, images, fields, open_size=False)
@@ -146,20 +153,30 @@ def _sizes_of_pytorch(module: nn.Module, fields: Mapping[str, str]) -> tuple[tup
     return tuple(taken), ""
 
 
-def _compare_sizes(
+def _why_not_open(
     module: nn.Module, fields: Mapping[str, str], content: bytes, sizes: tuple[tuple[int, int], ...]
-) -> None:
-    """Raise unless the graph gives what PyTorch gives at each (height, width)."""
+) -> str:
+    """For people, why a graph with open sizes is of no use; "" where it gives PyTorch's values at each (height, width).
+
+    What onnxruntime says of a graph that fails goes to standard error: it names nodes and lines of its own code.
+    """
     import torch
 
-    session = open_session(content, quiet=True)
+    session = None
     for size in sizes:
-        images = noise(1, size)
+        images, at = noise(1, size), f"at {size[0]} x {size[1]} px"
         with torch.no_grad():
             ours = module(images).tensors()
-        for name, values in run_session(session, images).items():
+        try:
+            session = session or open_session(content, quiet=True)
+            theirs = run_session(session, images)
+        except GraphError as error:
+            print(f"onnxruntime, {at}: {first_cause(error)}", file=sys.stderr)
+            return f"the graph traced with open sizes fails {at}"
+        for name, values in theirs.items():
             if not (difference := relative_difference(values, ours[fields[name]])) <= EXACT:
-                raise ValueError(f"{name} differs by {difference:.1e} at {size[0]} x {size[1]} px")
+                return f"the graph traced with open sizes gives other {name} {at} (they differ by {difference:.1e})"
+    return ""
 
 
 def _trace(module: nn.Module, images: Tensor, fields: Mapping[str, str], *, open_size: bool) -> Any:
@@ -242,21 +259,37 @@ def open_session(content: bytes, *, quiet: bool = False) -> Any:
     Args:
         content: the model.
         quiet: no messages of onnxruntime's own about a run that may fail.
+    Raises:
+        GraphError: onnxruntime does not take it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4 if quiet else 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    with _runtime_errors():
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def run_session(session: Any, images: Tensor) -> dict[str, Tensor]:
-    """Output -> what the graph gives for images [B, 3, H, W]."""
+    """Output -> what the graph gives for images [B, 3, H, W].
+
+    Raises:
+        GraphError: onnxruntime fails.
+    """
     import torch
 
     names = [output.name for output in session.get_outputs()]
-    given = session.run(names, {INPUT_NAME: images.contiguous().numpy()})
+    with _runtime_errors():
+        given = session.run(names, {INPUT_NAME: images.contiguous().numpy()})
     return {name: torch.from_numpy(values) for name, values in zip(names, given, strict=True)}
+
+
+@contextlib.contextmanager
+def _runtime_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise GraphError(f"onnxruntime cannot run the ONNX model: {first_cause(error)}. {OTHER_FORMATS}") from error
 
 
 def relative_difference(theirs: Tensor, ours: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distillery.export.onnx import (
     INPUT_NAME,
     OUTPUT_NAMES,
+    GraphError,
     OnnxModel,
     at_any_size,
     build_onnx,
@@ -16,16 +17,15 @@ from distillery.export.onnx import (
     open_session,
     run_session,
 )
-from distillery.export.parity import HEADINGS, as_dicts, check_limits, measure_agreement, table_rows
+from distillery.export.parity import HEADINGS, Agreement, as_dicts, check_limits, measure_agreement, table_rows
 from distillery.export.quantise import PRECISIONS, to_float16, to_int8
-from distillery.export.run_images import ImageRows, find_images
+from distillery.export.run_images import ImageRows, find_images, noise_rows
 from distillery.system.console import format_bytes
 from distillery.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from distillery.export.parity import Agreement
     from distillery.training.trained import TrainedStudent
 
 CALIBRATION_IMAGES = 256
@@ -99,12 +99,25 @@ def make_onnx(
     if not has_runtime:
         print("not compared with PyTorch: onnxruntime is not installed (pip install onnxruntime)")
         return content, facts
-    rows = measure_agreement(content, module, model.fields, compared, are_real=compared.are_real)
+    compared, rows = _compare(content, module, model, compared, num_calibration)
     print("\n".join(format_agreement(rows, options.precision, compared, len(content))))
     check_limits(rows, options.precision, options.min_cosine)
     if options.precision != "fp32":
         _check_other_sizes(content, module, model)
     return content, facts | {"compared_on": compared.where, "agreement": as_dicts(rows)}
+
+
+def _compare(
+    content: bytes, module: nn.Module, model: OnnxModel, compared: ImageRows, num_calibration: int
+) -> tuple[ImageRows, list[Agreement]]:
+    """(what it was compared on, the agreement): noise where images cannot be read and none is needed."""
+    try:
+        return compared, measure_agreement(content, module, model.fields, compared, neighbours=compared.have_neighbours)
+    except UserError as error:
+        if num_calibration or isinstance(error, GraphError):
+            raise
+        instead = noise_rows(compared.backbone, error)
+        return instead, measure_agreement(content, module, model.fields, instead, neighbours=False)
 
 
 def _has_runtime(options: OnnxOptions) -> bool:
@@ -127,7 +140,11 @@ def _in_precision(content: bytes, precision: str, calibration: ImageRows | None)
 
 
 def _check_other_sizes(content: bytes, module: nn.Module, model: OnnxModel) -> None:
-    """The smaller graph still runs at the sizes that the float32 one was compared at."""
+    """The smaller graph still runs at the sizes that the float32 one was compared at.
+
+    Raises:
+        UserError: it does not.
+    """
     import torch
 
     session = open_session(content)
@@ -136,7 +153,11 @@ def _check_other_sizes(content: bytes, module: nn.Module, model: OnnxModel) -> N
             images = noise(1, size)
             ours = module(images).tensors()
             for name, values in run_session(session, images).items():
-                assert values.shape == ours[model.fields[name]].shape, f"{name} at {size}: {list(values.shape)}"
+                if values.shape != (expected := ours[model.fields[name]].shape):
+                    raise UserError(
+                        f"at {size[0]} x {size[1]} px the smaller ONNX model gives {name} {list(values.shape)}, not "
+                        f"{list(expected)}. Take --precision fp32"
+                    )
 
 
 def _describe(model: OnnxModel, precision: str, calibration: ImageRows | None, num_bytes: int) -> dict[str, Any]:
@@ -160,13 +181,13 @@ def format_agreement(rows: list[Agreement], precision: str, compared: ImageRows,
     return [f"{precision}, {format_bytes(num_bytes)}, against PyTorch on {compared.where}:", *lines]
 
 
-def usage(facts: dict[str, Any], loaded_from: str) -> str:
+def usage(facts: dict[str, Any]) -> str:
     """Python for the card: from `images` to the outputs."""
     names = [output["name"] for output in facts["outputs"]]
     targets = ", ".join(names) if len(names) > 1 else f"({names[0]},)"
     return (
         "import onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{loaded_from}", providers=["CPUExecutionProvider"])\n'
+        'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n'
         f'{targets} = session.run({names!r}, {{"{facts["input"]["name"]}": images}})\n'.replace("'", '"')
     )
 
@@ -196,8 +217,6 @@ def _shape_text(shape: list[int | str]) -> str:
 def _agreement_lines(facts: dict[str, Any]) -> list[str]:
     if "agreement" not in facts:
         return ["Not compared with PyTorch: onnxruntime was not installed."]
-    from distillery.export.parity import Agreement
-
     cells = [HEADINGS, ("---",) * len(HEADINGS), *table_rows(Agreement(**row) for row in facts["agreement"])]
     return [
         f"Against PyTorch in float32 on {facts['compared_on']} (difference: share of the largest value; cosines of "

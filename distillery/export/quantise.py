@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRECISIONS = ("fp32", "fp16", "int8")
-# where the weights are. Norms, softmax and other activation functions lose much and save nothing
+# where the weights are. Norms, softmax and activation functions (but those below) lose much and save nothing
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # these two only cut the range of the convolution before them: its scale is that of what is left
 CUTTING = ("Relu", "Clip")
@@ -25,7 +25,9 @@ CUTTING = ("Relu", "Clip")
 def to_float16(content: bytes) -> bytes:
     """The same graph computed in float16; inputs and outputs stay float32.
 
-    On a CPU, onnxruntime has few float16 kernels: it computes most of it in float32, with casts between.
+    A linear layer that gives an output stays in float32: in the teacher's space its bias holds the teacher's mean,
+    which may be far above the deviation, and in float16 the sum would keep little else. On a CPU, onnxruntime has few
+    float16 kernels: it computes most of the graph in float32, with casts between.
 
     Raises:
         UserError: it cannot be converted.
@@ -35,10 +37,39 @@ def to_float16(content: bytes) -> bytes:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     with _as_user_error("float16"), _silent("onnxruntime.transformers.float16"):
-        converted = OnnxModel(convert_float_to_float16(onnx.load_model_from_string(content), keep_io_types=True))
+        model = onnx.load_model_from_string(content)
+        kept = _layers_of_outputs(model.graph)
+        converted = OnnxModel(convert_float_to_float16(model, keep_io_types=True, node_block_list=kept))
+        _keep_float32(converted)
         converted.topological_sort()  # the casts of inputs and outputs stand at the end
         onnx.checker.check_model(converted.model)
         return converted.model.SerializeToString()
+
+
+def _layers_of_outputs(graph: Any) -> list[str]:
+    """Names of the nodes of each linear layer that gives an output: Gemm, or MatMul and the Add of its bias."""
+    weights = {tensor.name for tensor in graph.initializer}
+    givers = {name: node for node in graph.node for name in node.output}
+    names = []
+    for output in graph.output:
+        node = givers[output.name]
+        parts = [node, *(givers[name] for name in node.input if name in givers)] if node.op_type == "Add" else [node]
+        # an Add of two activations is no bias
+        if node.op_type == "Gemm" or (parts[-1].op_type == "MatMul" and not weights.isdisjoint(node.input)):
+            names += [part.name for part in parts]
+    return names
+
+
+def _keep_float32(model: Any) -> None:
+    """Let what stays in float32 reach a node in float32, or an output, without a cast to float16 on the way."""
+    from onnx import TensorProto, helper
+
+    givers = model.output_name_to_node()
+    for node in model.nodes():
+        before = model.get_parent(node, 0, givers) if node.op_type == "Cast" else None
+        if before and before.op_type == "Cast" and helper.get_node_attr_value(before, "to") == TensorProto.FLOAT16:
+            node.input[0] = before.input[0]
+    model.prune_graph()
 
 
 def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
@@ -50,7 +81,7 @@ def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
         content: float32.
         calibration: batches of images [B, 3, H, W], all of one size; the range of each activation is taken from them.
     Raises:
-        UserError: it cannot be quantised.
+        UserError: it cannot be quantised, or the images cannot be read.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
@@ -98,6 +129,8 @@ class _Reader:
 def _as_user_error(what: str) -> Iterator[None]:
     try:
         yield
+    except UserError:  # of the images
+        raise
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise UserError(f"the ONNX model cannot be made {what}: {first_cause(error)}. {OTHER_FORMATS}") from error
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.export.onnx import noise
-from distillery.system.errors import MissingFileError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from distillery.reading.datasets import CachedTensorDataset
 
 COMPARED_IMAGES = 256
-# with fewer, the nearest ten would be a large part of all
+# with fewer, the nearest ten would be a large part of all: they would agree whatever the graph gives
 FEWEST_IMAGES = 50
 # a number that divides neither 256 nor what a graph was traced with: the last batch is short, so two sizes are seen
 BATCH = 24
@@ -38,9 +39,9 @@ class ImageRows:
     backbone: Backbone
 
     @property
-    def are_real(self) -> bool:
-        """Whether these are images, not noise."""
-        return self.dataset is not None
+    def have_neighbours(self) -> bool:
+        """Whether these are images, not noise, and enough for k-NN."""
+        return self.dataset is not None and len(self) >= FEWEST_IMAGES
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,14 +67,41 @@ def find_images(data: dict[str, Any], backbone: Backbone, num_calibration: int) 
     """(images to calibrate with, images to compare on).
 
     The first are spread over the run's cache. The second are those of the first test split of eval_datasets that is
-    cached; else images of the cache that are not among the first; where it has too few, the same ones; without a cache,
-    noise, and the first are None.
+    cached and has enough; else images of the cache that are not among the first; where it has too few, the same ones;
+    without a cache, noise, and the first are None. A cache that cannot be read counts as none, and this is said.
 
     Args:
         data: the run's section.
         backbone: takes images normalised with its own mean and std, as the graph does.
         num_calibration: images to calibrate with, 0 for none; a smaller cache gives all that it has.
+    Raises:
+        UserError: images to calibrate with are wanted, and the cache cannot be read.
     """
+    try:
+        return _choose(data, backbone, num_calibration)
+    except UserError as error:
+        if num_calibration:
+            raise
+        return None, noise_rows(backbone, error)
+
+
+def noise_rows(backbone: Backbone, error: UserError | None = None) -> ImageRows:
+    """Random noise in place of images.
+
+    Args:
+        backbone: at whose size.
+        error: why images cannot be read, which is printed; None: there are none.
+    """
+    import numpy as np
+
+    reason = "the run has no cache here"
+    if error is not None:
+        print(f"the images of the run cannot be read: {error}", file=sys.stderr)
+        reason = "the images of the run could not be read"
+    return ImageRows(None, np.arange(32), f"32 images of random noise, because {reason}", backbone)
+
+
+def _choose(data: dict[str, Any], backbone: Backbone, num_calibration: int) -> tuple[ImageRows | None, ImageRows]:
     import numpy as np
 
     cache_dir = expand_path(data["cache_dir"])
@@ -85,12 +113,12 @@ def find_images(data: dict[str, Any], backbone: Backbone, num_calibration: int) 
     if len(chosen):
         calibration = ImageRows(cache, chosen, f"{len(chosen)} images of the cache", backbone)
     for name in data.get("eval_datasets") or {}:
-        if (test := _open(cache_dir / "eval" / name / "test")) is not None:
+        test = _open(cache_dir / "eval" / name / "test")
+        if test is not None and len(test) >= FEWEST_IMAGES:
             rows = _spread(np.arange(len(test)), COMPARED_IMAGES)
             return calibration, ImageRows(test, rows, f"{len(rows)} images of {name}/test", backbone)
     if cache is None:
-        where = "32 images of random noise, because the run has no cache here"
-        return None, ImageRows(None, np.arange(32), where, backbone)
+        return None, noise_rows(backbone)
     others = np.setdiff1d(np.arange(len(cache)), chosen)
     if len(others) >= FEWEST_IMAGES or not len(chosen):
         rows = _spread(others, COMPARED_IMAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.export import onnx_export
@@ -18,12 +19,18 @@ _NAMES = {"pooled": "the image feature", "tokens": "the patch tokens"}
 # LossTerm.fixes -> what that means for one who uses the outputs; the first that a field's losses have counts
 _SCALES = {
     "values": "",
-    "directions": "Of {} the losses fix no scale: measured from the teacher's mean, the directions are the teacher's, "
-    "the lengths are not.",
-    "channels": "Of {} the losses fix no scale: each channel rises and falls with the teacher's, at a scale and an "
-    "offset of its own.",
-    "relations": "Of {} the losses fix neither direction nor scale, only how alike two of them are: do not put them "
-    "beside the teacher's.",
+    "directions": "Of {output} the losses fix no scale: measured from {origin}, the directions are the teacher's, the "
+    "lengths are not.",
+    "channels": "Of {output} the losses fix no scale: each {channel} rises and falls with the teacher's, at a scale "
+    "and an offset of its own.",
+    "relations": "Of {output} the losses fix neither direction nor scale, only how alike two of them are: do not put "
+    "them beside the teacher's.",
+}
+# what was undone in the heads -> what the losses saw: from where directions count, and what a channel was
+_SEEN = {
+    True: {"origin": "the teacher's mean", "channel": "channel"},
+    "phi_s": {"origin": "the teacher's mean", "channel": "channel of the rotated features"},
+    False: {"origin": "zero", "channel": "channel"},
 }
 _UNDONE = {
     True: "The heads were trained towards targets of which each channel had its mean subtracted and was divided by its "
@@ -42,19 +49,30 @@ def describe_space(student: Student, space: TeacherSpace) -> dict[str, Any]:
         "outputs": space.widths,
         "grid": list(student.backbone.grid),
         "standardisation_undone": method if student.trained.statistics else False,
+        "heads": "averaged" if student.trained.heads_are_averaged else "last",
         "use_cls_token": student.config["model"]["use_cls_token"],
         "teacher_projection": student.config["model"].get("teacher_projection", False),
         "hub_code": hub_folder(student.config["model"]) is not None,
     }
 
 
-def left_out(outputs: dict[str, int]) -> list[str]:
-    """A sentence for each output that is not there."""
-    return [
+def reservations(facts: dict[str, Any]) -> list[str]:
+    """A sentence for each output that is not there, and one where the heads are not of the student's own weights.
+
+    Args:
+        facts: config["distillation"] of the export.
+    """
+    sentences = [
         f"`{field}` is left out: no loss of the run compares {name}, so there is no head that gives them."
         for field, name in {"pooled": "image features", "tokens": "patch tokens"}.items()
-        if field not in outputs
+        if field not in facts["outputs"]
     ]
+    if facts["heads"] != facts["weights"]:
+        sentences.append(
+            f"The student's weights are {facts['weights']}, those of its heads are the {facts['heads']}: the run is of "
+            "a version that did not average heads. With `--weights student` both are the last."
+        )
+    return sentences
 
 
 def introduction(config: dict[str, Any]) -> list[str]:
@@ -72,22 +90,26 @@ def introduction(config: dict[str, Any]) -> list[str]:
 def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
     """How the export is loaded, and what comes out."""
     facts = config["distillation"]
-    cells = facts["grid"][0] * facts["grid"][1]
     source = "class token or attention pooling where it has one, else its own pooling"
     if facts["teacher_projection"]:
         source = "feature after its projection into text space"
     elif not facts["use_cls_token"]:
         source = "mean of patch tokens, or its own pooling"
-    texts = {
-        "pooled": f"- `pooled` [batch, {{}}]: the image feature (the teacher's {source}).",
-        "tokens": f"- `tokens` [batch, {cells}, {{}}]: the patch tokens, row by row on the student's grid of "
-        f"{facts['grid'][0]} x {facts['grid'][1]} over the image, whatever the teacher's.",
-    }
-    lines = [texts[field].format(width) for field, width in facts["outputs"].items()]
     height, width = config["pretrained_cfg"]["input_size"][1:]
+    rows, columns = facts["grid"]
+    texts = {
+        "pooled": f"the image feature (the teacher's {source})",
+        "tokens": f"the patch tokens, row by row on the student's grid: {rows} x {columns} for {height} x {width} px",
+    }
+    if format == "onnx":
+        shapes = {output["name"]: output["shape"] for output in config["onnx"]["outputs"]}
+    else:
+        between = {"pooled": [], "tokens": [rows * columns]}
+        shapes = {field: ["batch", *between[field], wide] for field, wide in facts["outputs"].items()}
+    lines = [f"- `{field}` [{', '.join(map(str, shape))}]: {texts[field]}." for field, shape in shapes.items()]
     note = "" if format == "onnx" else f"Images of another size are resized to {height} x {width} px."
-    code = onnx_export.usage(config["onnx"], "model.onnx") if format == "onnx" else _code(facts, format)
-    return "\n\n".join(filter(None, [f"```python\n{code}```", "\n".join(lines), *left_out(facts["outputs"]), note]))
+    code = onnx_export.usage(config["onnx"]) if format == "onnx" else _code(facts, format)
+    return "\n\n".join(filter(None, [f"```python\n{code}```", "\n".join(lines), *reservations(facts), note]))
 
 
 def _code(facts: dict[str, Any], format: str) -> str:
@@ -117,13 +139,17 @@ def closeness_section(config: dict[str, Any], rows: list[dict[str, Any]]) -> lis
         config: of the export.
         rows: rows_of the run.
     """
+    from distillery.training.checkpoints import checkpoint_path
+
     facts = config["distillation"]
     table = closeness(rows)
     if table:
         table = f"On the test images of the run's evaluation sets:\n\n{table}"
+    # with the step: the run may go on, and figures of its newest checkpoint would be of another student
     missing = (
-        "How close the outputs are has not been measured: `python -m distillery.evaluate --run DIR` does it, and the "
-        "next export has the figures."
+        "How close the outputs are has not been measured: `python -m distillery.evaluate --run DIR --checkpoint "
+        f"{checkpoint_path(Path('DIR'), facts['step'])}` does it on the run's `eval_datasets`, which it needs. "
+        "The next export has the figures."
     )
     return [
         "## How close it is to the teacher",
@@ -140,4 +166,5 @@ def scale_remarks(facts: dict[str, Any]) -> list[str]:
         if weight and LOSSES[name].field in fixed:
             fixed[LOSSES[name].field].add(LOSSES[name].fixes)
     kinds = {field: next(kind for kind in _SCALES if kind in of) for field, of in fixed.items()}
-    return [_SCALES[kind].format(f"`{field}`") for field, kind in kinds.items() if _SCALES[kind]]
+    seen = _SEEN[facts["standardisation_undone"]]
+    return [_SCALES[kind].format(output=f"`{field}`", **seen) for field, kind in kinds.items() if _SCALES[kind]]

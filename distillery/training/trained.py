@@ -26,7 +26,8 @@ class TrainedStudent:
 
     backbone: with its weights. weights: those of the raw model. head_weights: of the heads as trained, towards targets
     that are standardised with `statistics`. config: the run's, sections data, model and train. global_batch_size:
-    images per step, None where the checkpoint does not say. is_averaged: whether these are the averaged weights.
+    images per step, None where the checkpoint does not say. is_averaged: whether these are the averaged weights;
+    heads_are_averaged: likewise of the heads, which runs of earlier versions did not average.
     """
 
     backbone: Backbone
@@ -37,6 +38,7 @@ class TrainedStudent:
     step: int
     global_batch_size: int | None
     is_averaged: bool
+    heads_are_averaged: bool
 
     def in_teacher_space(self) -> TeacherSpace:
         """The student with folded heads: its features are those of the teacher, in the teacher's units.
@@ -81,6 +83,7 @@ def load_trained(
     chosen = state.get("ema") if is_averaged else state["student"]
     if chosen is None:
         raise UserError(f"{path} has no averaged weights: the run had ema_decay: null. Use --weights student.")
+    averaged_heads = state.get("ema_heads") if is_averaged else None
     config = state["config"]
     backbone = build_bare_student(config, data_mean, data_std)
     own = own_weights(backbone.model, chosen, path)
@@ -88,13 +91,13 @@ def load_trained(
     return TrainedStudent(
         backbone=backbone.eval(),
         weights=own,
-        # runs of earlier versions averaged the backbone alone
-        head_weights=(state.get("ema_heads") if is_averaged else None) or state["heads"],
+        head_weights=averaged_heads or state["heads"],
         statistics=state.get("target_statistics") or {},
         config=config,
         step=state["progress"]["step"],
         global_batch_size=state.get("global_batch_size"),
         is_averaged=is_averaged,
+        heads_are_averaged=bool(averaged_heads),
     )
 
 

@@ -330,6 +330,15 @@ def test_what_cannot_be_exported_says_what_to_do(tmp_path):
         export_student(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", ["file", "file/inner"])
+def test_an_out_that_is_a_file_is_refused(tmp_path, out):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"--out .*{out}: .*/file is a file. Name a folder"):
+        export_student(tmp_path / "run", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_nothing_of_the_teacher_heads_or_optimiser_leaves(tmp_path):
     make_run(tmp_path / "run", STUDENTS["cnn"])
     student = load_student(tmp_path / "run")

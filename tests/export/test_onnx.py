@@ -1,6 +1,8 @@
 """Students as ONNX: what the graph gives, at which sizes and in which types, and what is refused."""
 
+import copy
 import json
+import re
 import sys
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from caches import Images
 
 from distillery.cache.plan import CachePlan, survey_cache
-from distillery.export import onnx_export
+from distillery.export import onnx as onnx_module
+from distillery.export import onnx_export, parity
 from distillery.export.formats import export_student
-from distillery.export.onnx import build_onnx, open_session, run_session
+from distillery.export.onnx import OUTPUT_NAMES, build_onnx, open_session, run_session
 from distillery.export.onnx_export import OnnxOptions
 from distillery.export.parity import Agreement, check_limits, measure_agreement
 from distillery.export.plain_attention import PlainAttention, plain_attention
+from distillery.export.quantise import to_float16
 from distillery.export.run_images import find_images
 from distillery.models.backbone import Backbone, Features, ModelSpec, build_backbone
 from distillery.models.builders import BuiltModel
@@ -26,7 +30,7 @@ from distillery.system.errors import UserError
 from distillery.system.signals import StopFlag
 from distillery.training.checkpoints import save_checkpoint
 from distillery.training.trained import load_trained
-from tests.export.test_formats import STUDENTS, TINY, make_run, trained_features
+from tests.export.test_formats import HUBCONF, STUDENTS, TINY, make_run, trained_features
 
 pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="without onnxruntime there is nothing to compare with")
@@ -69,12 +73,18 @@ def add_heads(run_dir, **widths):
     save_checkpoint(run_dir, state | {"heads": torch.nn.ModuleDict(heads).state_dict()}, 41, keep=1)
 
 
+def of_hub(tmp_path):
+    """The keys of the smallest student: one convolution, of a torch.hub folder."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(HUBCONF)
+    return {"student_name": "small", "student_source": "torch_hub", "student_repo": str(tmp_path / "hub")}
+
+
 FUSED = {
-    "added to the scores": ("beit_base_patch16_224", TINY, 48),
+    "relative positions": ("vit_relpos_small_patch16_224", TINY | {"depth": 1}, 48),
     "five dimensions": (
-        "hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1), "mask_unit_size": (2, 2), "q_pool": 1}, 32
+        "hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1,), "mask_unit_size": (2, 2), "q_pool": 0}, 32
     ),
-    "relative positions": ("vit_relpos_small_patch16_224", TINY, 48),
 }  # fmt: skip
 
 
@@ -94,7 +104,7 @@ def test_models_with_fused_attention_become_onnx_and_stay_fused_themselves(name)
     assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
     model = build_onnx(backbone)
     assert model.input_shape[2:] == backbone.img_size and "takes no other size" in model.fixed_because
-    (row, _) = measure_agreement(model.content, backbone, model.fields, [images_like(backbone)], are_real=False)
+    (row, _) = measure_agreement(model.content, backbone, model.fields, [images_like(backbone)], neighbours=False)
     assert row.output == "features" and row.max_difference < 1e-4
     assert any(getattr(part, "fused_attn", False) for part in backbone.modules())
 
@@ -137,6 +147,7 @@ class Unexportable(torch.nn.Module):
     def forward_features(self, images):
         x = self.stem(images)
         if self.way == "operation":
+            assert images.shape[-1] == 16, "at one size the exporter tries once"
             return x + torch.linalg.eigvalsh(x @ x.transpose(-2, -1))[..., None]
         return x + torch.zeros(len(images), 1, 1, 1)
 
@@ -184,11 +195,24 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(run):
-    """The graph of the run's student."""
-    return build_onnx(load_trained(run).backbone)
+def space(run):
+    """The run's student in its teacher's space."""
+    return load_trained(run).in_teacher_space()
 
 
+@pytest.fixture(scope="module")
+def model(space):
+    """The graph of it."""
+    return build_onnx(space, OUTPUT_NAMES["teacher"])
+
+
+@pytest.fixture
+def traced_once(model, monkeypatch):
+    """The exports of the run take the graph that there is."""
+    monkeypatch.setattr(onnx_export, "build_onnx", lambda module, names: model)
+
+
+@pytest.mark.usefixtures("traced_once")
 def test_in_the_teachers_space_the_outputs_are_pooled_and_tokens_at_any_size(run, tmp_path, capsys):
     export_student(run, tmp_path / "out", "onnx", space="teacher")
     module = load_trained(run).in_teacher_space()
@@ -208,11 +232,12 @@ def test_in_the_teachers_space_the_outputs_are_pooled_and_tokens_at_any_size(run
     assert facts["compared_on"] == "90 images of the cache"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| output | `tokens` | float32 `[batch, patches, 20]` |" in card and "| pooled | " in card
+    assert "- `tokens` [batch, patches, 20]: " in card and "- `pooled` [batch, 12]: " in card
     assert "fp32, " in capsys.readouterr().out
 
 
 def test_a_run_without_a_head_for_patches_leaves_their_output_out(tmp_path):
-    make_run(tmp_path / "run", STUDENTS["small vit"])
+    make_run(tmp_path / "run", of_hub(tmp_path))
     add_heads(tmp_path / "run", pooled=12)
     export_student(tmp_path / "run", tmp_path / "out", "onnx", space="teacher")
     session = open_session((tmp_path / "out" / "model.onnx").read_bytes())
@@ -226,12 +251,12 @@ def weight_types(content):
     return {tensor.data_type for tensor in onnx.load_model_from_string(content).graph.initializer if tensor.dims}
 
 
-def test_smaller_types_keep_inputs_outputs_and_agreement(run, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_export, "build_onnx", lambda module, names: model)  # traced once
+@pytest.mark.usefixtures("traced_once")
+def test_smaller_types_keep_inputs_outputs_and_agreement(run, tmp_path, capsys):
     sizes = {}
     for precision in ("fp32", "fp16", "int8"):
         options = OnnxOptions(precision, 32 if precision == "int8" else None)
-        export_student(run, tmp_path / precision, "onnx", onnx=options)
+        export_student(run, tmp_path / precision, "onnx", space="teacher", onnx=options)
         content = (tmp_path / precision / "model.onnx").read_bytes()
         session, sizes[precision] = open_session(content), len(content)
         assert {value.type for value in [*session.get_inputs(), *session.get_outputs()]} == {"tensor(float)"}
@@ -239,7 +264,7 @@ def test_smaller_types_keep_inputs_outputs_and_agreement(run, model, tmp_path, m
         assert (facts["precision"], facts["bytes"]) == (precision, len(content))
         assert all(row["mean_cosine"] > 0.99 for row in facts["agreement"])
         # other sizes work in each of them
-        assert run_session(session, torch.randn(2, 3, 64, 96))["features"].shape == (2, 96)
+        assert run_session(session, torch.randn(2, 3, 64, 96))["tokens"].shape == (2, 6, 20)
     assert sizes["fp16"] < 0.6 * sizes["fp32"] and sizes["int8"] < 0.5 * sizes["fp32"]
     assert facts["calibrated_with"] == "32 images of the cache"
     assert facts["compared_on"] == "58 images of the cache, none of them calibrated with"
@@ -249,26 +274,29 @@ def test_smaller_types_keep_inputs_outputs_and_agreement(run, model, tmp_path, m
     for precision, message in (
         (
             "fp16",
-            r"fp16 ONNX model is too far.*features has mean cosine 0.99.*at least 1 is asked.*--precision fp32",
+            r"fp16 ONNX model is too far.*pooled has mean cosine 0.99.*at least 1 is asked.*--precision fp32",
         ),
         ("int8", r"int8 ONNX model is too far.*Try --calibration_images N with more images, .*--min_cosine 0.9"),
     ):
         with pytest.raises(UserError, match=message):
-            export_student(run, tmp_path / "refused", "onnx", onnx=OnnxOptions(precision, min_cosine=1.0))
+            options = OnnxOptions(precision, min_cosine=1.0)
+            export_student(run, tmp_path / "refused", "onnx", space="teacher", onnx=options)
     assert not (tmp_path / "refused").exists()
 
 
 def test_images_come_from_the_test_split_first_and_are_normalised_as_the_student_takes_them(run, tmp_path):
     trained = load_trained(run)
     data = trained.config["data"] | {"eval_datasets": {"pets": {}}, "cache_dir": str(tmp_path)}
-    write_images(tmp_path / "eval" / "pets" / "test", 20)
+    write_images(tmp_path / "eval" / "pets" / "test", 50)
     calibration, compared = find_images(data, trained.backbone, 8)
-    assert calibration is None and compared.where == "20 images of pets/test"
+    assert calibration is None and compared.where == "50 images of pets/test" and compared.have_neighbours
     write_images(tmp_path, 10)
     calibration, compared = find_images(data, trained.backbone, 8)
-    assert calibration.where == "8 images of the cache" and compared.where == "20 images of pets/test"
-    calibration, compared = find_images(data | {"eval_datasets": {}}, trained.backbone, 8)
+    assert calibration.where == "8 images of the cache" and compared.where == "50 images of pets/test"
+    write_images(tmp_path / "eval" / "few" / "test", 49)
+    calibration, compared = find_images(data | {"eval_datasets": {"few": {}}}, trained.backbone, 8)
     assert compared.where == "10 images of the cache, some of them calibrated with: it has few"
+    assert not compared.have_neighbours, "the ten nearest of ten agree whatever the graph gives"
     pixels = torch.from_numpy(np.stack([Patches(10).pixels(i) for i in range(10)])).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     torch.testing.assert_close(torch.cat(list(compared)), (pixels - mean) / std, atol=1e-5, rtol=1e-5)
@@ -277,8 +305,86 @@ def test_images_come_from_the_test_split_first_and_are_normalised_as_the_student
     assert torch.equal(trained.backbone.prepare(images), images)
 
 
+def break_index(cache_dir):
+    (cache_dir / "index.json").write_text("{")
+
+
+def remove_shard(cache_dir):
+    (cache_dir / "images_shard_00001.pt").unlink()
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("damage, reason", [(break_index, "index.json"), (remove_shard, "images_shard_00001.pt")])
+def test_a_damaged_cache_stops_calibration_but_no_comparison(run, space, model, tmp_path, capsys, damage, reason):
+    trained = load_trained(run)
+    trained.config["data"]["cache_dir"] = str(tmp_path)
+    write_images(tmp_path, 90)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=reason) as refused:
+        onnx_export.make_onnx(trained, space, "teacher", OnnxOptions("int8", 32))
+    assert "cannot be made int8" not in str(refused.value)
+    _, facts = onnx_export.make_onnx(trained, space, "teacher", OnnxOptions())
+    assert facts["compared_on"] == "32 images of random noise, because the images of the run could not be read"
+    assert facts["agreement"][0]["neighbour_overlap"] is None
+    assert re.search(f"the images of the run cannot be read: .*{reason}", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_cache_whose_place_is_not_known_stops_no_export_in_float32(run, space, monkeypatch, capsys):
+    trained = load_trained(run)
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    trained.config["data"]["cache_dir"] = "$NO_SUCH_PLACE/cache"
+    _, facts = onnx_export.make_onnx(trained, space, "teacher", OnnxOptions())
+    assert facts["compared_on"].startswith("32 images of random noise")
+    assert "the environment variable $NO_SUCH_PLACE is not set" in capsys.readouterr().err
+
+
+def test_what_float16_loses_does_not_grow_with_the_teachers_mean(run, space, model):
+    _, found = find_images(load_trained(run).config["data"], space.student, 0)
+    images, far = next(iter(found)), copy.deepcopy(space)
+    proto = onnx.load_model_from_string(model.content)
+    for field, head in far.heads.items():
+        with torch.no_grad():
+            head[-1].bias += 10 * torch.randn(len(head[-1].bias), generator=torch.Generator().manual_seed(4))
+        (bias,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith(f"heads.{field}.3.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(head[-1].bias.numpy(), bias.name))
+    errors = []
+    for module, content in ((space, model.content), (far, proto.SerializeToString())):
+        found = run_session(open_session(to_float16(content)), images)
+        with torch.no_grad():
+            wanted = module(images).tensors()
+        # beside how far the features of images lie from their mean
+        errors.append([(found[name] - wanted[name]).norm() / wanted[name].std(0).norm() for name in found])
+    torch.testing.assert_close(*errors, rtol=0.05, atol=0)
+
+
+def test_k_nn_agreement_takes_evenly_spread_rows_whatever_the_batches(monkeypatch):
+    monkeypatch.setattr(parity, "MAX_ROWS", 8)
+    ours = torch.randn(45, 3, generator=torch.Generator().manual_seed(1))
+    for sizes in ([45], [7] * 6 + [3], [1] * 45):
+        total = parity._Total()
+        for part in ours.split(sizes):
+            total.add(part + 1, part)
+            assert total.kept.shape[1] <= 8
+        assert torch.equal(total.kept[1], ours[::8]) and torch.equal(total.kept[0], ours[::8] + 1)
+
+
+def test_a_graph_that_fails_at_other_sizes_keeps_its_size_and_the_card_quotes_no_runtime(monkeypatch, capsys):
+    backbone = build_timm_student("test_resnet", {}, 32)
+
+    def fail(session, images):
+        with onnx_module._runtime_errors():
+            raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code in batch node")
+
+    monkeypatch.setattr(onnx_module, "run_session", fail)
+    monkeypatch.setattr(onnx_module, "open_session", lambda content, quiet: "session")
+    reason = onnx_module._why_not_open(backbone, {"features": "pooled"}, b"", ((32, 64),))
+    assert reason == "the graph traced with open sizes fails at 32 x 64 px"
+    assert "INVALID_ARGUMENT" in capsys.readouterr().err
+
+
 class Shifted(torch.nn.Module):
-    """A backbone whose pooled feature and tokens are moved a little."""
+    """A backbone, or a student in its teacher's space, whose pooled feature and tokens are moved a little."""
 
     def __init__(self, backbone, by):
         super().__init__()
@@ -289,18 +395,17 @@ class Shifted(torch.nn.Module):
         return Features(own.pooled + self.by, own.tokens * float("nan") if self.by == 0 else own.tokens, own.grid)
 
 
-def test_a_graph_that_gives_something_else_is_refused(run, model):
-    backbone = load_trained(run).backbone
-    images = [images_like(backbone)]
-    check_limits(measure_agreement(model.content, backbone, model.fields, images, are_real=True), "fp32", None)
+def test_a_graph_that_gives_something_else_is_refused(space, model):
+    images = [images_like(space.student)]
+    check_limits(measure_agreement(model.content, space, model.fields, images, neighbours=True), "fp32", None)
     for by, message in (
         (
             0.1,
-            r"the fp32 ONNX model is too far from PyTorch: features differs by \d.\de-\d+ of the largest",
+            r"the fp32 ONNX model is too far from PyTorch: pooled differs by \d.\de-\d+ of the largest",
         ),
         (0, "tokens differs by inf"),
     ):
-        rows = measure_agreement(model.content, Shifted(backbone, by), model.fields, images, are_real=True)
+        rows = measure_agreement(model.content, Shifted(space, by), model.fields, images, neighbours=True)
         with pytest.raises(UserError, match=message):
             check_limits(rows, "fp32", None)
 
@@ -309,6 +414,7 @@ def test_a_graph_that_gives_something_else_is_refused(run, model):
     "precision, row, min_cosine, refused",
     [
         ("fp16", Agreement("features", 1e-2, 0.9, 0.99995, 0.9), None, None),
+        ("fp16", Agreement("features", 1e-2, 0.9, 0.99999, 0.12), None, "agrees on 12% of the nearest images"),
         ("fp16", Agreement("features", 1e-2, 0.9, 0.9998, 0.9), None, "mean cosine 0.9998, at least 0.9999"),
         ("int8", Agreement("tokens", 1e-1, 0.9, 0.98, 0.1), None, None),
         ("int8", Agreement("features", 1e-1, 0.9, 0.98, 0.6), None, "agrees on 60% of the nearest images"),
@@ -349,7 +455,7 @@ def test_int8_without_a_cache_says_what_it_needs(tmp_path):
 
 
 def test_without_onnxruntime_fp32_is_written_uncompared_and_at_one_size(tmp_path, monkeypatch, capsys):
-    make_run(tmp_path / "run", STUDENTS["cnn"])
+    make_run(tmp_path / "run", of_hub(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="--precision fp16 needs the package onnxruntime.*pip install onnxruntime"):
         export_student(tmp_path / "run", tmp_path / "out", "onnx", onnx=OnnxOptions("fp16"))

@@ -256,6 +256,40 @@ def test_averaged_weights_leave_with_averaged_heads(tmp_path, monkeypatch):
     assert not any(torch.equal(last[key], ema[key]) for key in last)
 
 
+def test_heads_that_an_older_run_did_not_average_are_remarked_on(tmp_path, capsys):
+    make_space_run(tmp_path / "run", STUDENTS["cnn"], ema=True)
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    del state["ema_heads"]
+    torch.save(state, tmp_path / "older.pt")
+    for weights, checkpoint, is_said in (
+        ("auto", "older.pt", True),
+        ("student", "older.pt", False),
+        ("auto", path, False),
+    ):
+        export_student(tmp_path / "run", tmp_path / "out", None, tmp_path / checkpoint, weights, "teacher")
+        words = "weights are averaged, those of its heads are the last"
+        assert (words in capsys.readouterr().err) is is_said
+        assert (words in (tmp_path / "out" / "README.md").read_text()) is is_said
+
+
+@pytest.mark.parametrize(
+    "first, second, left",
+    [
+        ({"space": "teacher"}, {}, "student.py and hub"),
+        ({}, {"format": "onnx"}, "model.safetensors"),
+        ({"space": "teacher"}, {"format": "onnx", "space": "teacher"}, "model.safetensors and student.py and hub"),
+    ],
+)
+def test_an_export_does_not_leave_its_files_beside_those_of_another_kind(tmp_path, first, second, left):
+    make_space_run(tmp_path / "run", hub_model(tmp_path, "small"))
+    export_student(tmp_path / "run", tmp_path / "out", **{"format": "safetensors"} | first)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=f"out holds {left}, of another kind of export.*or remove them: rm -r /"):
+        export_student(tmp_path / "run", tmp_path / "out", **{"format": "safetensors"} | second)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("field, other", [("pooled", "tokens"), ("tokens", "pooled")])
 def test_an_output_without_a_head_is_left_out_and_this_is_said(tmp_path, monkeypatch, capsys, field, other):
     space = make_space_run(tmp_path / "run", STUDENTS["vit"], fields=[field])
@@ -294,7 +328,7 @@ def test_the_card_says_what_was_undone(tmp_path, monkeypatch, method, words):
 @pytest.mark.parametrize("loss", sorted(name for name, term in LOSSES.items() if term.field in WIDTHS))
 def test_every_loss_that_fixes_no_scale_is_remarked_on(loss):
     field = LOSSES[loss].field
-    facts = {"outputs": {field: 5}, "losses": {loss: 1.0, "layers": 1.0}}
+    facts = {"outputs": {field: 5}, "losses": {loss: 1.0, "layers": 1.0}, "standardisation_undone": True}
     # what a loss says of a target that is twice as long, as a fraction of what it says of an unrelated one
     generator = torch.Generator().manual_seed(0)
     target, other = torch.randn(2, 6, 4, 5, generator=generator)
@@ -308,6 +342,23 @@ def test_every_loss_that_fixes_no_scale_is_remarked_on(loss):
     beside = {"pooled": "mse", "tokens": "patch_mse"}[field]
     assert not scale_remarks(facts | {"losses": {loss: 1.0, beside: 0.1}})
     assert bool(scale_remarks(facts | {"losses": {beside: 0, loss: 1.0}})) is bool(is_blind)
+
+
+@pytest.mark.parametrize(
+    "loss, method, words",
+    [
+        ("cosine", True, "measured from the teacher's mean, the directions"),
+        ("cosine", "phi_s", "measured from the teacher's mean, the directions"),
+        ("cosine", False, "measured from zero, the directions"),
+        ("barlow", True, "each channel rises and falls"),
+        ("barlow", "phi_s", "each channel of the rotated features rises and falls"),
+        ("barlow", False, "each channel rises and falls"),
+    ],
+)
+def test_the_remark_on_scale_is_true_of_the_targets_that_the_loss_saw(loss, method, words):
+    facts = {"outputs": {"pooled": 5}, "losses": {loss: 1.0}, "standardisation_undone": method}
+    (remark,) = scale_remarks(facts)
+    assert words in remark
 
 
 IN_SPACE = {
@@ -342,7 +393,8 @@ def test_a_run_that_did_not_measure_it_names_the_command_that_does(tmp_path):
     write_evaluations(tmp_path / "run", {"model": "student", "knn_top1": 0.8})
     export_student(tmp_path / "run", tmp_path / "out", space="teacher")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "`python -m distillery.evaluate --run DIR`" in card and "| digits | student | 80.0% |" in card
+    command = "`python -m distillery.evaluate --run DIR --checkpoint DIR/checkpoints/step_00000040.pt`"
+    assert command in card and "`eval_datasets`, which it needs" in card and "| digits | student | 80.0% |" in card
 
 
 def test_onnx_gives_the_teachers_space_under_the_names_of_its_fields(tmp_path, monkeypatch):
