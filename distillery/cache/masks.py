@@ -25,7 +25,8 @@ def check_mask_classes(index: CacheIndex, name: str, num_classes: int | None, ig
     classes = [number for number in index.mask_classes if number != ignore_index]
     if not index.mask_classes:
         raise UserError(f"{where} could not be read, not one: the reasons are in {index.directory / FAILURES_NAME}.")
-    if len(classes) < 2 and index.directory.name == "train":
+    # of the whole split: another job of an array may add the other classes
+    if len(classes) < 2 and index.complete and index.directory.name == "train":
         held = f"class {classes[0]} alone" if classes else "no class"
         raise UserError(
             f"{where} hold {held} beside ignore_index {ignore_index}: there is nothing to tell apart. In binary masks "
