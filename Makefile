@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # these fork the process they run in, which torch allows only before its first backward pass: one process for each file
-FORKING := $(wildcard tests/faults/test_training_*.py) tests/system/test_distributed.py
+FORKING := $(wildcard tests/faults/test_training_*.py) tests/system/test_distributed.py tests/test_embed.py
 
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)

@@ -181,7 +181,7 @@ def test_tokens_are_the_same_with_the_projection_and_without():
         assert torch.equal(plain.eval()(images).tokens, projected.eval()(images).tokens)
 
 
-@pytest.mark.parametrize("kwargs, found", [({"num_classes": 0}, "nothing"), ({}, "a classifier of 1000 ImageNet cl")])
+@pytest.mark.parametrize("kwargs, found", [({"num_classes": 0}, "nothing"), ({}, "a classifier of 1000 classes")])
 def test_a_model_without_a_projection_is_refused(kwargs, found):
     with pytest.raises(UserError, match=f"teacher_projection: timm model 'test_vit' has {found}"):
         timm_backbone(kwargs=kwargs, projection=True)
