@@ -113,7 +113,7 @@ def use_tiny_data(arguments: argparse.Namespace, work: Path) -> None:
     arguments.teacher_repo = ROOT / "examples" / "demo"
     arguments.teacher = arguments.student = "efficientnet_lite0"
     arguments.epochs, arguments.ablation_epochs, arguments.seeds = 2, 1, [0]
-    arguments.image_size, arguments.max_images = 64, 256
+    arguments.image_size, arguments.max_images = 32, 128
     arguments.contenders = [name for name in arguments.contenders if name in ("ours", "timm-mse")]
 
 

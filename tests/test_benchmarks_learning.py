@@ -43,7 +43,7 @@ def test_a_tiny_run_measures_ours_beside_timm_draws_curves_and_is_not_repeated(t
     result = json.loads((tmp_path / "learning.json").read_text())
     assert [row["name"] for row in result["results"]] == ["untrained student", "ours", "timm-mse", "teacher"]
     for run in result["runs"]:
-        assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 256), (2, 512)]
+        assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128), (2, 256)]
         seconds = [point["seconds"] for point in run["curve"]]
         assert 0 < seconds[0] < seconds[1] < seconds[2]
     assert result["runs"][0]["curve"][0]["knn"] == result["runs"][1]["curve"][0]["knn"]

@@ -347,7 +347,7 @@ def test_an_evaluation_split_over_two_processes_has_the_figures_of_one(runs):
         for name in ("one", "two")
     )
     # before the first step the weights are the same: so is everything to the last bit
-    assert [row["model"] for row in one] == ["teacher", "untrained", "student"]
+    assert [row["model"] for row in one] == ["untrained", "teacher", "student"]
     assert two[:2] == one[:2]
     assert two[2].keys() == one[2].keys() and two[2]["knn_top1"] == one[2]["knn_top1"]
     assert two[2]["weights"] == "averaged"
