@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from distillery.export.card import build_card, describe
 from distillery.export.expressions import evaluate, find_feature_call, find_forward, is_same, sample_features
 from distillery.export.onnx_export import OnnxOptions, make_onnx
-from distillery.export.standalone import CODE_NAME, HUB_NAME, check_alone, code_of, hub_code, weights_of
+from distillery.export.standalone import CODE_NAME, check_alone, code_of, hub_code, weights_of
 from distillery.export.student import Student, hub_folder, load_from_hub, load_student
 from distillery.export.teacher_card import reservations
 from distillery.system.errors import UserError
@@ -69,7 +69,7 @@ def export_student(
     onnx = onnx or OnnxOptions()
     onnx.check(format)
     student = load_student(run_dir, checkpoint, weights=weights)
-    _check_folder(out_dir, _names_of(student, format, space))
+    _check_folder(out_dir, format, space)
     build = _build_in_teacher_space if space == "teacher" else _build_in_own_space
     return _write(build(student, run_dir, out_dir, format, onnx), out_dir)
 
@@ -85,25 +85,14 @@ def _check_choice(format: str, space: str) -> None:
         )
 
 
-def _names_of(student: Student, format: str, space: str) -> set[str]:
-    """What this export writes beside config.json and README.md."""
-    if format == "onnx":
-        return {ONNX_NAME}
-    if space == "backbone":
-        return {WEIGHTS_NAME}
-    return {WEIGHTS_NAME, CODE_NAME, *([HUB_NAME] if hub_folder(student.config["model"]) else [])}
-
-
-def _check_folder(out_dir: Path, names: set[str]) -> None:
-    """Refuse a place where the folder cannot be, or where parts of another export would stay beside this one's."""
+def _check_folder(out_dir: Path, format: str, space: str) -> None:
+    """Refuse a place where no folder can be, or where student.py of an earlier export would get other weights."""
     if (place := next(path for path in (out_dir, *out_dir.parents) if path.exists())) and not place.is_dir():
         raise UserError(f"--out {out_dir}: {place} is a file. Name a folder, which is made if need be")
-    others = [name for name in (WEIGHTS_NAME, ONNX_NAME, CODE_NAME, HUB_NAME) if name not in names]
-    if left := [name for name in others if (out_dir / name).exists()]:
-        remove = shlex.join(["rm", "-r", *(str(out_dir / name) for name in left)])
+    if format != "onnx" and space == "backbone" and (out_dir / CODE_NAME).exists():
         raise UserError(
-            f"--out {out_dir} holds {' and '.join(left)}, of another kind of export: the new {CONFIG_NAME} and "
-            f"{CARD_NAME} would not be theirs. Name another folder, or remove them: {remove}"
+            f"--out {out_dir} holds {CODE_NAME} of an export with --space teacher, which the new {WEIGHTS_NAME} would "
+            f"not fit. Name another folder, or remove that one: {shlex.join(['rm', '-r', str(out_dir)])}"
         )
 
 
