@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,20 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 CUTTING = ("Relu", "Clip")
 
 
+@contextlib.contextmanager
+def _own_path() -> Iterator[None]:
+    """onnxruntime's folder on sys.path for a while: it adds it for good, and its `models` would hide a student's."""
+    import onnxruntime
+
+    path = list(sys.path)
+    sys.path.append(str(Path(onnxruntime.__file__).parent / "transformers"))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
+@_own_path()
 def to_float16(content: bytes) -> bytes:
     """The same graph computed in float16; inputs and outputs stay float32.
 
@@ -72,6 +87,7 @@ def _keep_float32(model: Any) -> None:
     model.prune_graph()
 
 
+@_own_path()
 def to_int8(content: bytes, calibration: Iterable[Tensor]) -> bytes:
     """The same graph with int8 weights, one scale for each output channel, and uint8 activations.
 
