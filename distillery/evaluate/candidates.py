@@ -129,7 +129,7 @@ def evaluate_run(
         )
     if texts is not None and all(of.is_segmentation for of in sets):
         raise UserError("--text_embeddings is for sets with labels; all eval_datasets of this run have masks")
-    # all that may be wrong is told before minutes of work
+    # mistakes are found before minutes of work
     for of in sets:
         if space == "teacher" or (texts is not None and not of.is_segmentation):
             _check_head(of, fields_needed(configs.train.distill_loss_weights))

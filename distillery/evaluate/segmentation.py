@@ -240,7 +240,7 @@ class _Sample:
 
     @property
     def _largest_key(self) -> float:
-        """Keys below it belong to MAX_PATCHES patches, on average, of the images so far."""
+        """The key below which, on average, MAX_PATCHES patches of the images so far lie."""
         return MAX_PATCHES / self._num_images
 
     def patches(self) -> _Patches:

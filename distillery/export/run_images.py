@@ -68,7 +68,7 @@ def find_images(data: dict[str, Any], backbone: Backbone, num_calibration: int) 
 
     The first are spread over the run's cache. The second are those of the first test split of eval_datasets that is
     cached and has enough; else images of the cache that are not among the first; where it has too few, the same ones;
-    without a cache, noise, and the first are None. A cache that cannot be read counts as none, and this is said.
+    without a cache, noise, and the first are None. A cache that cannot be read counts as none, and a line says so.
 
     Args:
         data: the run's section.

@@ -35,7 +35,7 @@ class Student:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Of the raw model."""
+        """The weights of the raw model."""
         return self.trained.weights
 
     @property
