@@ -134,14 +134,17 @@ def test_a_hangup_that_nohup_ignores_is_none(monkeypatch):
 
 def test_a_terminal_that_is_gone_is_no_error_of_the_work():
     master, slave = os.openpty()
+    told, tell = os.pipe()  # not the terminal: its line can be read here while the worker is still writing it
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    work = WORK.replace("print(stop.reason, flush=True)", "print(stop.reason, flush=True); sys.exit(75)")
+    work = WORK.replace('print("ready", flush=True)', f'import os; os.write({tell}, b"ready")')
     worker = subprocess.Popen(
-        [sys.executable, "-c", work, "obey"], env=environment, stdin=slave, stdout=slave, stderr=slave,
-        start_new_session=True,
+        [sys.executable, "-c", work + "sys.exit(75)", "obey"], env=environment, stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, pass_fds=[tell],
     )  # fmt: skip
     os.close(slave)
-    assert b"ready" in os.read(master, 100)
+    os.close(tell)
+    assert os.read(told, 100) == b"ready"
+    os.close(told)
     os.close(master)  # what is written to the terminal now is an error
     worker.send_signal(signal.SIGHUP)
     assert worker.wait(timeout=20) == EXIT_INTERRUPTED
