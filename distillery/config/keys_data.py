@@ -108,10 +108,26 @@ class DataConfig(StrictModel):
         None,
         description="true: cache or error; false: raw images; null: cache when there is one",
     )
-    cache_dtype: Literal["float32", "float16", "bfloat16", "uint8"] = Field(
+    cache_dtype: Literal["float32", "float16", "bfloat16", "uint8", "jpeg"] = Field(
         "float32",
-        description="float32, float16, bfloat16, or uint8: a quarter of float32's bytes. "
-        "Images of uint8 are normalised on the device, the others are stored normalised",
+        description="float32, float16, bfloat16, uint8 or jpeg. "
+        "uint8 takes a quarter of float32's bytes, jpeg about a tenth of uint8's. Images of uint8 and jpeg are normalised on the device, the others are stored normalised. Rows of jpeg are "
+        "decoded while training reads them; evaluation sets are stored as uint8 then",
+    )
+    stored_size: PositiveInt | Literal["original"] | None = Field(
+        None,
+        description="px of a jpeg row's shorter side, or original; null: image_size. "
+        "original stores files as they came. "
+        "Images are never enlarged and keep their aspect; resize_mode is applied when they are read. A larger one gives "
+        "random crops more pixels",
+    )
+    jpeg_quality: Annotated[PositiveInt, Field(le=100)] = Field(
+        90, description="1 to 100, of jpeg rows. Their colours have half the resolution (4:2:0)"
+    )
+    jpeg_decode: Literal["exact", "scaled"] = Field(
+        "exact",
+        description="exact, or scaled: large JPEGs are decoded at a fraction of their size. "
+        "Never at less than twice the size wanted; faster, and the pixels differ a little",
     )
     cache_shard_size: PositiveInt = Field(2048, description="images per shard")
     max_samples: PositiveInt | None = Field(
@@ -144,6 +160,14 @@ class DataConfig(StrictModel):
         "pread", description="mmap: faster on a local disk and in memory; not for a network disk"
     )
     pin_memory: bool = Field(True, description="page-locked batches where CUDA is used")
+    stage_dir: PathText | None = Field(
+        None,
+        description="folder on the node's disk for copies of the shards in use; null: none. "
+        "For instance $TMPDIR, where the cache lies on a network disk",
+    )
+    stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="GB (10^9 bytes) that stage_dir may hold; null: 0.9 of what is free"
+    )
     eval_datasets: dict[Annotated[str, AfterValidator(folder_name)], EvalDataset] = Field(
         {},
         description="name -> labelled data set for k-NN and linear probe. "
@@ -161,6 +185,23 @@ class DataConfig(StrictModel):
     def _check_window(self) -> "DataConfig":
         if self.run_bytes and self.window_bytes and self.window_bytes < self.run_bytes:
             raise ValueError(f"window_bytes ({self.window_bytes}) is smaller than run_bytes ({self.run_bytes})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_jpeg(self) -> "DataConfig":
+        if self.cache_dtype != "jpeg" and (self.stored_size is not None or self.jpeg_quality != 90):
+            name = "stored_size" if self.stored_size is not None else "jpeg_quality"
+            raise ValueError(f"{name}: only with cache_dtype: jpeg, and this is {self.cache_dtype}")
+        if isinstance(self.stored_size, int) and self.stored_size < self.image_size:
+            raise ValueError(f"stored_size ({self.stored_size}) is smaller than image_size ({self.image_size})")
+        if self.stored_size == "original" and self.jpeg_quality != 90:
+            raise ValueError("jpeg_quality: stored_size: original stores files as they came, nothing is encoded")
+        return self
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> "DataConfig":
+        if self.stage_gb is not None and self.stage_dir is None:
+            raise ValueError("stage_gb: only with stage_dir, the folder that may hold so much")
         return self
 
     @property

@@ -210,7 +210,7 @@ def test_exponent_numbers_inside_free_options_are_numbers_too(tmp_path):
         ("data", "std", [0.2, 0.0, 0.2], "std.1: expected greater than 0"),
         ("data", "resize_mode", "pad", "resize_mode: expected 'squash' or 'crop', found \"pad\""),
         ("data", "interpolation", "nearest", "'bilinear', 'bicubic' or 'lanczos'"),
-        ("data", "cache_dtype", "float64", "'float32', 'float16', 'bfloat16' or 'uint8'"),
+        ("data", "cache_dtype", "float64", "'float32', 'float16', 'bfloat16', 'uint8' or 'jpeg'"),
         ("data", "shard_subset_mode", "random", "'cycle', 'independent' or 'fixed'"),
         ("data", "shuffle", True, "'block' or 'none'"),
         ("data", "data_files", 3, "a path or pattern, a list of them"),
@@ -284,6 +284,21 @@ def test_cross_field_rules():
     assert load_data_config({**DATA, "run_bytes": 8, "window_bytes": 8}).window_bytes == 8
     with pytest.raises(UserError, match="window_bytes .* is smaller than run_bytes"):
         load_data_config({**DATA, "run_bytes": 8, "window_bytes": 7})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"stored_size": 256}, "stored_size: only with cache_dtype: jpeg, and this is float32"),
+        ({"jpeg_quality": 80, "cache_dtype": "uint8"}, "jpeg_quality: only with cache_dtype: jpeg, and this is uint8"),
+        ({"cache_dtype": "jpeg", "stored_size": 200}, r"stored_size \(200\) is smaller than image_size \(224\)"),
+        ({"cache_dtype": "jpeg", "stored_size": "original", "jpeg_quality": 80}, "nothing is encoded"),
+        ({"stage_gb": 100}, "stage_gb: only with stage_dir"),
+    ],
+)
+def test_keys_of_jpeg_rows_and_of_the_stage_go_together(values, message):
+    with pytest.raises(UserError, match=message):
+        load_data_config({**DATA, **values})
 
 
 def test_accepted_forms_of_flexible_keys():
