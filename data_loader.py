@@ -30,7 +30,7 @@ from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
 from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.reading.raw import PretrainDataset, RawRows
 from distillery.reading.rows import CachedRows
-from distillery.reading.shard_files import ShardFiles
+from distillery.reading.shard_files import open_files
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system import distributed
 from distillery.system.console import format_bytes
@@ -185,7 +185,7 @@ def _cached_images(data: DataConfig, index: CacheIndex, shards: Sequence[str] | 
     index = dataset.index
     return _Images(
         dataset,
-        CachedRows(index, raw=raw, files=ShardFiles(index, mode=data.read_mode)),
+        CachedRows(index, raw=raw, files=open_files(index, mode=data.read_mode)),
         index.image_shape,
         index.row_bytes,
         num_threads=_READING_THREADS if data.num_workers is None else max(1, data.num_workers),

@@ -37,7 +37,10 @@ try:
 except ImportError:  # an accelerator only, 16 times as fast: the same numbers
     from zlib import crc32
 
+# of images whose rows all have the same number of bytes
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
+# of images whose rows are encoded files, each of its own length
+ENCODED_DTYPE = "jpeg"
 
 
 @dataclass
@@ -134,9 +137,14 @@ def pickle_of(tensors: dict[str, tuple[str, tuple[int, ...]]], meta: str) -> byt
     return b"\x80\x02}(" + items + _text("meta") + _text(meta) + b"u."
 
 
+def pixel_dtype_of(dtype: str) -> str:
+    """What the pixels of a stored image are, one of DTYPES: encoded ones are uint8 once they are decoded."""
+    return "uint8" if dtype == ENCODED_DTYPE else dtype
+
+
 def row_bytes_of(image_shape: Sequence[int], dtype: str) -> int:
-    """Bytes of one stored image; dtype: one of DTYPES."""
-    return math.prod(image_shape) * np.dtype(DTYPES[dtype]).itemsize
+    """Bytes of one image as a raw batch holds it: as it is stored, or of an encoded one the pixels."""
+    return math.prod(image_shape) * np.dtype(DTYPES[pixel_dtype_of(dtype)]).itemsize
 
 
 class ForeignShardError(UserError):

@@ -4,6 +4,7 @@ The place of each tensor in the file follows from the sizes alone, so rows of ev
 place. This file does not import torch.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,8 @@ _ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in (DTYPES | FIELD
 class Field:
     """A big tensor of a shard: num_rows rows with a checksum each; `offset` is its first byte in the file.
 
-    A row is an image, or what the teacher says of one view of one image.
+    A row is an image, or what the teacher says of one view of one image. row_sizes: int64 [num_rows], bytes of each row
+    where they differ; None: all have row_bytes.
     """
 
     name: str
@@ -35,16 +37,17 @@ class Field:
     num_rows: int
     offset: int
     header_offset: int = 0
+    row_sizes: np.ndarray | None = None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row, where all have the same."""
         return math.prod(self.shape) // self.num_rows * _ITEM_BYTES[self.dtype]
 
     @property
     def size(self) -> int:
         """Bytes of all."""
-        return self.num_rows * self.row_bytes
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     @property
     def end(self) -> int:
@@ -141,8 +144,10 @@ class _RowDigests:
 
     def __init__(self, field: Field) -> None:
         self.values = np.zeros(field.num_rows, np.uint64)
-        self.row, self._left, self._row_bytes = 0, field.row_bytes, field.row_bytes
-        self._hash = xxhash.xxh3_64()
+        sizes = itertools.repeat(field.row_bytes) if field.row_sizes is None else field.row_sizes.tolist()
+        self.row, self._left = 0, 0
+        self._hash, self._sizes = xxhash.xxh3_64(), iter(sizes)
+        self._begin_row()
 
     def update(self, block: memoryview) -> None:
         while block:
@@ -150,6 +155,17 @@ class _RowDigests:
             self._hash.update(part)
             block, self._left = block[len(part) :], self._left - len(part)
             if self._left == 0:
-                self.values[self.row] = self._hash.intdigest()
-                self._hash.reset()
-                self.row, self._left = self.row + 1, self._row_bytes
+                self._end_row()
+
+    def _end_row(self) -> None:
+        self.values[self.row] = self._hash.intdigest()
+        self._hash.reset()
+        self.row += 1
+        self._begin_row()
+
+    def _begin_row(self) -> None:
+        """Take up the next row that has any bytes."""
+        self._left = next(self._sizes, 0)
+        while self._left == 0 and self.row < len(self.values):
+            self.values[self.row], self.row = xxhash.xxh3_64_intdigest(b""), self.row + 1
+            self._left = next(self._sizes, 0)

@@ -15,8 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import DTYPES, find_payload, read_member
-from distillery.cache.images import IMAGE_SHARDS, INDEX_NAME, SHARD_PATTERN, image_fields, valid_rows
+from distillery.cache.archive import DTYPES, find_payload
+from distillery.cache.encoded import decode_row_sizes, offsets_of
+from distillery.cache.images import (
+    IMAGE_SHARDS,
+    INDEX_NAME,
+    SHARD_PATTERN,
+    image_fields,
+    read_labels,
+    valid_rows,
+)
 from distillery.cache.index import OWN_KEYS, CacheIndex, checked_index, own_fields, shard_arrays, whole_number
 from distillery.cache.store import (
     FORMAT_VERSION,
@@ -38,13 +46,15 @@ class ShardLayout:
 
     payload_offset: byte offset of row 0 in the file; valid: bool [N]; row_checksums: uint64 [N], XXH3-64 of each row's
     bytes, or None in a predecessor's cache; num_bytes: of the file where it is not what the index says: a cache that
-    grows has put a longer shard in the place of its short last one.
+    grows has put a longer shard in the place of its short last one. offsets: of encoded rows, int64 [N + 1], bytes from
+    row 0 on to where each begins, and to where the last one ends; None where all rows have the same size.
     """
 
     payload_offset: int
     valid: np.ndarray
     row_checksums: np.ndarray | None
     num_bytes: int | None = None
+    offsets: np.ndarray | None = None
 
 
 def load_index(directory: str | os.PathLike) -> CacheIndex:
@@ -88,7 +98,8 @@ def load_shard_layout(index: CacheIndex, s: int) -> ShardLayout:
     if index.verified:
         record, num_bytes = _record_listed(index, s)
         checksums = decode_checksums(record["row_checksums"])[:rows]
-        return ShardLayout(record["payload_offset"], valid_rows(record)[:rows], checksums, num_bytes)
+        offsets = offsets_of(decode_row_sizes(record)[:rows]) if index.is_encoded else None
+        return ShardLayout(record["payload_offset"], valid_rows(record)[:rows], checksums, num_bytes, offsets)
     with _listed_files():
         offset, size, _ = find_payload(path)
     if size != rows * index.row_bytes:
@@ -167,7 +178,7 @@ def load_labels(index: CacheIndex, s: int) -> np.ndarray | None:
     """int64 [N] of the s-th shard listed, its CRC checked; None in a cache without labels."""
     if not index.labels:
         return None
-    data = read_member(index.shard_path(s), "data/2")
+    data = read_labels(index.shard_path(s), index.dtype)
     if len(data) != 8 * index.shard_rows[s]:
         raise UserError(f"{index.shard_path(s)}: holds {len(data)} bytes of labels for {index.shard_rows[s]} rows.")
     return np.frombuffer(data, dtype="<i8")

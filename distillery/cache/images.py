@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distillery.cache.archive import PAYLOAD_OFFSET, read_member, row_bytes_of
+from distillery.cache.encoded import decode_row_sizes, is_encoded, offsets_of, place_encoded_rows
 from distillery.cache.fields import Field, digest_file, place_fields
 from distillery.cache.store import FORMAT_VERSION, ShardKind, decode_checksums, encode_checksums
 from distillery.sources.masks import MASK_DTYPES
@@ -81,6 +82,7 @@ def _is_consistent(record: dict, name: str) -> bool:
         and ("source_sizes" not in record or len(decode_sizes(record["source_sizes"])) == rows)
         and all(number.isdecimal() and type(name) is str for number, name in record.get("class_names", {}).items())
         and _are_masks_consistent(record)
+        and _are_row_sizes_consistent(record, failed)
         and max(field.end for field in image_fields(record)) <= record["bytes"]
         and record["fingerprint"] == sha256_of(identity)
         and re.fullmatch(r"xxh3_128:[0-9a-f]{32}", record["hash"])
@@ -101,6 +103,21 @@ def _are_masks_consistent(record: dict) -> bool:
         and len(decode_checksums(record["mask_checksums"])) == record["num_samples"]
         and all(type(number) is int and 0 <= number < 2**15 for number in classes)
         and sorted(set(classes)) == classes
+    )
+
+
+def _are_row_sizes_consistent(record: dict, failed: list[int]) -> bool:
+    """Whether a record says how long its encoded rows are, those without an image being empty; others do not."""
+    if not is_encoded(record["dtype"]):
+        return "row_sizes" not in record
+    is_empty = np.zeros(record["num_samples"], bool)
+    is_empty[failed] = True
+    sizes = decode_row_sizes(record)
+    return (
+        len(sizes) == record["num_samples"]
+        and np.array_equal(sizes == 0, is_empty)
+        and record["payload_offset"] == PAYLOAD_OFFSET
+        and record["identity"].get("masks") is None
     )
 
 
@@ -166,7 +183,9 @@ def rehash_record(path: Path, record: dict) -> dict:
 
 
 def image_fields(record: dict) -> list[Field]:
-    """The big tensors of a shard: images, [N, 3, H, W], and where there are masks, [N, H, W]."""
+    """The big tensors of a shard: images, [N, 3, H, W], and where there are masks, [N, H, W]; or encoded rows."""
+    if is_encoded(record["dtype"]):
+        return place_encoded_rows(decode_row_sizes(record))
     rows, shape = record["num_samples"], record["image_shape"]
     if "mask_dtype" in record:
         return place_image_fields(rows, record["dtype"], shape, record["mask_dtype"])
@@ -181,14 +200,32 @@ def place_image_fields(rows: int, dtype: str, shape: Sequence[int], mask_dtype: 
     return place_fields(big, row_dims=1)
 
 
-def small_tensors(valid: np.ndarray, labels: np.ndarray | None) -> dict[str, np.ndarray]:
-    """What a shard holds beside its images: valid, bool [N], and where there are labels, int64 [N]."""
-    return {"valid": valid.astype(np.bool_)} | ({} if labels is None else {"labels": labels.astype("<i8")})
+def small_tensors(
+    valid: np.ndarray, labels: np.ndarray | None, row_sizes: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What a shard holds beside its images.
+
+    Args:
+        valid: bool [N].
+        labels: int64 [N], or None where there are none.
+        row_sizes: int64 [N], bytes of each encoded row, or None where images are not encoded.
+    """
+    return {
+        **({} if row_sizes is None else {"offsets": offsets_of(row_sizes)}),
+        "valid": valid.astype(np.bool_),
+        **({} if labels is None else {"labels": labels.astype("<i8")}),
+    }
+
+
+def read_labels(path: Path, dtype: str) -> bytes:
+    """The labels of a shard that has some, int64 [N], with its CRC checked."""
+    return read_member(path, "data/3" if is_encoded(dtype) else "data/2")
 
 
 def _small_tensors_of(record: dict, path: Path) -> dict[str, np.ndarray]:
-    labels = np.frombuffer(read_member(path, "data/2"), "<i8") if record["identity"]["labels"] else None
-    return small_tensors(valid_rows(record), labels)
+    labels = np.frombuffer(read_labels(path, record["dtype"]), "<i8") if record["identity"]["labels"] else None
+    row_sizes = decode_row_sizes(record) if is_encoded(record["dtype"]) else None
+    return small_tensors(valid_rows(record), labels, row_sizes)
 
 
 def _views_of(records: list[dict], num_target: int | None) -> tuple[dict, dict[str, bytes]]:
@@ -201,9 +238,10 @@ IMAGE_SHARDS = ShardKind(
     is_consistent=_is_consistent,
     fields_of=image_fields,
     checksums_of=lambda record: (
-        {"images": record["row_checksums"]} | ({"masks": record["mask_checksums"]} if "mask_dtype" in record else {})
+        {"encoded" if is_encoded(record["dtype"]) else "images": record["row_checksums"]}
+        | ({"masks": record["mask_checksums"]} if "mask_dtype" in record else {})
     ),
     small_tensors=_small_tensors_of,
     views_of=_views_of,
-    bulk=("row_checksums", "mask_checksums", "source_sizes"),
+    bulk=("row_checksums", "mask_checksums", "row_sizes", "source_sizes"),
 )

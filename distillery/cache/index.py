@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distillery.cache.archive import DTYPES, row_bytes_of
+from distillery.cache.archive import DTYPES, ENCODED_DTYPE, pixel_dtype_of, row_bytes_of
+from distillery.cache.encoded import is_encoded
 from distillery.cache.images import INDEX_NAME, SHARD_PATTERN
 from distillery.cache.store import FORMAT_VERSION
 from distillery.sources.masks import MASK_DTYPES
@@ -70,8 +71,18 @@ class CacheIndex:
         return tuple(self.preprocess["std"])
 
     @property
+    def is_encoded(self) -> bool:
+        """Whether rows are encoded images, each of its own length, to be decoded when they are read."""
+        return is_encoded(self.dtype)
+
+    @property
+    def pixel_dtype(self) -> str:
+        """What the pixels are: as they are stored, or of encoded images uint8."""
+        return pixel_dtype_of(self.dtype)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one stored image."""
+        """Bytes of one image as a raw batch holds it: as it is stored, or of an encoded one its uint8 pixels."""
         return row_bytes_of(self.image_shape, self.dtype)
 
     @property
@@ -164,7 +175,7 @@ def checked_index(index: CacheIndex) -> CacheIndex:
     if (index.shard_rows <= 0).any() or (index.shard_failed > index.shard_rows).any():
         raise UserError(f"{path}: a shard without rows, or with more failures than rows.")
     if (
-        index.dtype not in DTYPES
+        index.dtype not in {*DTYPES, ENCODED_DTYPE}
         or len(index.image_shape) != 3
         or not all(type(extent) is int and 0 < extent < _MAX_COUNT for extent in index.image_shape)
         or index.mask_dtype not in (None, *MASK_DTYPES)
@@ -177,8 +188,9 @@ def checked_index(index: CacheIndex) -> CacheIndex:
         raise UserError(f"{path}: num_samples {index.num_samples}, the shards listed hold {index.shard_rows.sum()}.")
     if ends[-1] > index.source_num_samples:
         raise UserError(f"{path}: lists rows up to {ends[-1]} of a source of {index.source_num_samples}.")
+    least = 0 if index.is_encoded else index.row_bytes
     for s, rows in enumerate(index.shard_rows.tolist()):
-        if rows * index.row_bytes > index.shard_bytes[s]:
+        if rows * least > index.shard_bytes[s]:
             raise UserError(
                 f"{path}: {index.shard_names[s]} cannot hold {rows} images in {index.shard_bytes[s]} bytes."
             )

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from distillery.cache.archive import ForeignShardError, read_meta, row_bytes_of
+from distillery.cache.archive import ForeignShardError, pixel_dtype_of, read_meta, row_bytes_of
+from distillery.cache.encoded import RowEncoding
 from distillery.cache.images import (
     FAILURES_NAME,
     IMAGE_SHARDS,
@@ -47,7 +48,7 @@ class CachePlan:
     """What the cache shall be: everything that decides its bytes, and how many rows it shall hold.
 
     num_rows: rows wanted, the first so many of the source; image sizes in px inside `spec`; mask_dtype: of the masks
-    stored beside the images, one of MASK_DTYPES, None: none.
+    stored beside the images, one of MASK_DTYPES, None: none; encoding: of the rows, where dtype is jpeg.
     """
 
     directory: Path
@@ -59,6 +60,7 @@ class CachePlan:
     source_identity: dict
     labels: bool
     mask_dtype: str | None = None
+    encoding: RowEncoding | None = None
     kind: ClassVar[ShardKind] = IMAGE_SHARDS
 
     @cached_property
@@ -67,7 +69,9 @@ class CachePlan:
         masks = {"dtype": self.mask_dtype, "resampler": "nearest", "policy_version": MASK_POLICY_VERSION}
         return {
             "source": self.source_identity,
-            "preprocess": self.spec.identity() | {"normalized": self.dtype != "uint8"},
+            "preprocess": self.spec.identity()
+            | {"normalized": pixel_dtype_of(self.dtype) != "uint8"}
+            | ({} if self.encoding is None else self.encoding.identity()),
             "dtype": self.dtype,
             "image_shape": list(self.image_shape),
             "shard_size": self.shard_size,
@@ -87,12 +91,14 @@ class CachePlan:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of a stored image."""
+        """Bytes of a stored image, where all have the same."""
         return row_bytes_of(self.image_shape, self.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a stored image and its mask."""
+        """Bytes of a stored image and its mask; of an encoded image what one takes on average, more or less."""
+        if self.encoding is not None:
+            return self.encoding.typical_bytes(self.spec.image_size)
         fields = place_image_fields(1, self.dtype, self.image_shape, self.mask_dtype)
         return sum(field.row_bytes for field in fields)
 

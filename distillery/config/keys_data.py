@@ -111,15 +111,15 @@ class DataConfig(StrictModel):
     cache_dtype: Literal["float32", "float16", "bfloat16", "uint8", "jpeg"] = Field(
         "float32",
         description="float32, float16, bfloat16, uint8 or jpeg. "
-        "uint8 takes a quarter of float32's bytes, jpeg about a tenth of uint8's. Images of uint8 and jpeg are normalised on the device, the others are stored normalised. Rows of jpeg are "
-        "decoded while training reads them; evaluation sets are stored as uint8 then",
+        "uint8 takes a quarter of float32's bytes, jpeg about a sixth of uint8's. Images of uint8 and jpeg are "
+        "normalised on the device, the others are stored normalised. Rows of jpeg are decoded while training reads "
+        "them; evaluation sets are stored as uint8 then",
     )
     stored_size: PositiveInt | Literal["original"] | None = Field(
         None,
         description="px of a jpeg row's shorter side, or original; null: image_size. "
-        "original stores files as they came. "
-        "Images are never enlarged and keep their aspect; resize_mode is applied when they are read. A larger one gives "
-        "random crops more pixels",
+        "original stores files as they came. Images are never enlarged and keep their aspect; resize_mode is applied "
+        "when they are read. A larger one gives random crops more pixels",
     )
     jpeg_quality: Annotated[PositiveInt, Field(le=100)] = Field(
         90, description="1 to 100, of jpeg rows. Their colours have half the resolution (4:2:0)"

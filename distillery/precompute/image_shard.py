@@ -2,15 +2,17 @@
 
 import errno
 import json
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
 
 from distillery.cache.archive import PAYLOAD_OFFSET, crc32, payload_header
-from distillery.cache.fields import frame_of
-from distillery.cache.images import encode_sizes, place_image_fields, small_tensors
+from distillery.cache.encoded import encode_row_sizes
+from distillery.cache.fields import Field, frame_of
+from distillery.cache.images import encode_sizes, image_fields, small_tensors
 from distillery.cache.plan import CachePlan
 from distillery.cache.store import encode_checksums
 from distillery.precompute.loop import OpenShard, ShardLoop
@@ -52,6 +54,7 @@ class OpenImageShard(OpenShard):
         self.checksums = np.zeros(self.num_rows, np.uint64)
         self.source_sizes = np.zeros((self.num_rows, 2), np.uint32)
         self.failures: list[tuple[int, str]] = []
+        self.row_sizes = None if self.plan.encoding is None else np.zeros(self.num_rows, np.int64)
         self.masks: np.ndarray | None = None
         if self.plan.mask_dtype is not None:
             self.masks = np.zeros((self.num_rows, *self.plan.image_shape[1:]), MASK_DTYPES[self.plan.mask_dtype])
@@ -63,6 +66,8 @@ class OpenImageShard(OpenShard):
         rows = slice(result.first_row, result.first_row + len(result.checksums))
         self.checksums[rows], self.source_sizes[rows] = result.checksums, result.source_sizes
         self.failures += result.failures
+        if self.row_sizes is not None:
+            self.row_sizes[rows] = [len(row) for row in result.encoded]
         if self.masks is not None:
             self.masks[rows], self.mask_checksums[rows] = result.masks.rows, result.masks.checksums
             self.mask_classes |= result.masks.classes
@@ -82,6 +87,7 @@ class OpenImageShard(OpenShard):
             "image_shape": list(self.plan.image_shape),
             "payload_offset": PAYLOAD_OFFSET,
             "row_checksums": encode_checksums(self.checksums),
+            **({} if self.row_sizes is None else {"row_sizes": encode_row_sizes(self.row_sizes)}),
             "source_sizes": encode_sizes(self.source_sizes),
             "libraries": library_versions(),
             **({"class_names": self.class_names} if self.class_names else {}),
@@ -100,9 +106,9 @@ class OpenImageShard(OpenShard):
         meta = self.meta()
         valid = np.ones(self.num_rows, dtype=bool)
         valid[[row for row, _ in self.failures]] = False
-        shape = (self.num_rows, *self.plan.image_shape)
-        text = json.dumps(meta, sort_keys=True)
-        size, digest = self.payload.finish(self.plan.dtype, shape, valid, self.labels, text, masks=self.masks)
+        fields = image_fields(meta)
+        small = small_tensors(valid, self.labels, self.row_sizes)
+        size, digest = self.payload.finish(fields, small, json.dumps(meta, sort_keys=True), masks=self.masks)
         self.masks = None
         self.publish_file(meta | {"bytes": size, "hash": digest})
 
@@ -162,6 +168,17 @@ class PayloadWriter:
         self._rest = bytes(memory[whole:])
         self._position += whole
 
+    def append(self, data: bytes) -> None:
+        """Take in the next bytes of the payload, of any length, from memory that is no page's beginning.
+
+        Raises:
+            OSError: as write().
+        """
+        gap = len(self._rest)
+        memory = memoryview(mmap.mmap(-1, gap + len(data)))
+        memory[gap:] = data
+        self.write(memory)
+
     def _check_no_error(self) -> None:
         """Bytes that could not be written are missing in this file for good: nothing may follow them."""
         if self._error is not None:
@@ -183,21 +200,17 @@ class PayloadWriter:
 
     def finish(
         self,
-        dtype: str,
-        shape: tuple[int, ...],
-        valid: np.ndarray,
-        labels: np.ndarray | None,
+        fields: list[Field],
+        small: Mapping[str, np.ndarray],
         meta: str,
         *,
         masks: np.ndarray | None = None,
     ) -> tuple[int, str]:
-        """Write what follows the payload, which is `shape` rows of `dtype`: the masks, then all else. Does not fsync.
+        """Write what follows the payload: the masks, then all else. Does not fsync.
 
         Args:
-            dtype: of the payload.
-            shape: of the payload, [N, 3, H, W].
-            valid: bool [N].
-            labels: int64 [N] or None.
+            fields: the big tensors: the payload, and where there are masks, theirs.
+            small: the tensors that follow, by small_tensors.
             meta: the shard's description of itself.
             masks: [N, H, W] of a dtype of MASK_DTYPES, contiguous, or None.
         Returns:
@@ -207,14 +220,13 @@ class PayloadWriter:
             OSError: another program truncated the file meanwhile.
         """
         self._check_no_error()
-        fields = place_image_fields(shape[0], dtype, shape[1:], None if masks is None else masks.dtype.name)
         end = fields[0].end
         assert self._position + len(self._rest) == end, f"{self._position + len(self._rest)} bytes instead of {end}"
         if (size := os.fstat(self._fd).st_size) < self._position:
             raise OSError(errno.EIO, f"the file ends at byte {size} of {self._position}: another program truncated it")
         bypass_page_cache(self._fd, False)
         crcs = [self._crc, *([] if masks is None else [crc32(masks)])]
-        _, (_, after_images), *after_masks = frame_of(fields, crcs, small_tensors(valid, labels), meta)
+        _, (_, after_images), *after_masks = frame_of(fields, crcs, small, meta)
         self._file_hash.update(after_images)
         pwrite_all(self._fd, self._rest + after_images, self._position)
         end += len(after_images)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distillery.cache.archive import pixel_dtype_of
+from distillery.cache.encoded import RowEncoding, is_encoded
 from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
 from distillery.cache.masks import check_mask_classes
@@ -94,20 +96,30 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             labels = (of.labels(0, len(of)) for of in (bank, source))
             warnings = label_warnings(*labels, dict(enumerate(source.class_names or [])))
         sources[part.folder] = source
+        is_training = part.dataset is None
         plan = CachePlan(
             directory=part.folder,
             spec=spec,
-            dtype=data.cache_dtype,
+            # evaluation sets are small, and what is measured on them shall not depend on how training images are stored
+            dtype=data.cache_dtype if is_training else pixel_dtype_of(data.cache_dtype),
             shard_size=data.cache_shard_size,
             num_rows=min(part.limit or len(source), len(source)),
             source_num_samples=len(source),
             source_identity=source.identity,
             labels=part.labels,
-            mask_dtype=None if part.dataset is None else part.dataset[1].mask_dtype,
+            mask_dtype=None if is_training else part.dataset[1].mask_dtype,
+            encoding=row_encoding(data) if is_training else None,
         )
         share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
         jobs.append(CacheJob(part, plan, source, share, warnings))
     return jobs
+
+
+def row_encoding(data: DataConfig) -> RowEncoding | None:
+    """How the training images become rows of a compressed cache; None: rows are pixels."""
+    if not is_encoded(data.cache_dtype):
+        return None
+    return RowEncoding(data.image_size if data.stored_size is None else data.stored_size, data.jpeg_quality)
 
 
 def _rows_wanted(part: CachePart, source: Source) -> Source:

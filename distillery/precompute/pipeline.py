@@ -156,7 +156,7 @@ class _Pipeline:
                 if self.loop.grace_is_over():
                     return False
                 of_part, masks = masks[: len(part)], masks[len(part) :]
-                self._submit(Unit(first, part, plan.spec, plan.dtype, of_part, plan.mask_dtype), shard)
+                self._submit(Unit(first, part, plan.spec, plan.dtype, of_part, plan.mask_dtype, plan.encoding), shard)
                 first += len(part)
         return True
 
@@ -204,7 +204,7 @@ class _Pipeline:
         self.busy_seconds["decode"] += result.seconds
         shard.note(result)
         # units are collected in order, so all rows before these are written
-        written = self.disk.submit(self._write, shard, work.memory)
+        written = self.disk.submit(self._write, shard, work.memory, result.encoded)
         self.writing.append((written, work))
         if not shard.rows_left:
             self.publishing.append((self.publisher.submit(self._publish, shard, written), shard))
@@ -214,9 +214,12 @@ class _Pipeline:
         while len(self.publishing) > _PUBLISH_AHEAD or (self.publishing and self.publishing[0][0].done()):
             self._collect_published()
 
-    def _write(self, shard: OpenImageShard, memory: memoryview) -> None:
+    def _write(self, shard: OpenImageShard, memory: memoryview, encoded: list[bytes] | None) -> None:
         began = time.monotonic()
-        shard.payload.write(memory)
+        if encoded is None:
+            shard.payload.write(memory)
+        else:
+            shard.payload.append(b"".join(encoded))
         self.busy_seconds["write"] += time.monotonic() - began
 
     @staticmethod

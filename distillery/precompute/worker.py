@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from distillery.cache.archive import DTYPES
+from distillery.cache.encoded import RowEncoding
 from distillery.sources.masks import MASK_DTYPES, preprocess_mask
 from distillery.sources.pixels import (
     DecodeError,
@@ -22,7 +23,10 @@ from distillery.sources.pixels import (
 
 @dataclass(frozen=True)
 class Unit:
-    """Encoded images for consecutive rows of one shard, from first_row on; where mask_dtype is not None, with masks."""
+    """Encoded images for consecutive rows of one shard, from first_row on; where mask_dtype is not None, with masks.
+
+    encoding: of the rows of a compressed cache; None: rows are pixels of `dtype`.
+    """
 
     first_row: int
     images: Sequence[bytes | memoryview]
@@ -30,6 +34,7 @@ class Unit:
     dtype: str
     masks: Sequence[bytes | memoryview] = ()
     mask_dtype: str | None = None
+    encoding: RowEncoding | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class UnitResult:
 
     checksums: uint64 [n], XXH3-64 of each row's bytes; source_sizes: uint32 [n, 2], height and width in px that each
     image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took;
-    masks: None where none were asked for.
+    masks: None where none were asked for; encoded: the rows of a compressed cache, b"" for a bad one, else None.
     """
 
     first_row: int
@@ -59,6 +64,7 @@ class UnitResult:
     failures: list[tuple[int, str]]
     seconds: float
     masks: MaskRows | None = None
+    encoded: list[bytes] | None = None
 
 
 @lru_cache(maxsize=4)
@@ -105,6 +111,19 @@ def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
         checksums[i] = xxhash.xxh3_64_intdigest(rows[i])
     mask_rows = None if masks is None else _mask_rows(masks, [i for i in range(count) if decoded[i] is not None])
     return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, mask_rows)
+
+
+def encode_unit(unit: Unit) -> UnitResult:
+    """Make a unit's images into the rows of a compressed cache."""
+    began, count = time.monotonic(), len(unit.images)
+    rows, sizes, failures = [b""] * count, np.zeros((count, 2), np.uint32), []
+    for i in range(count):
+        try:
+            rows[i], sizes[i] = unit.encoding.encode(unit.images[i], unit.spec)
+        except DecodeError as error:
+            failures.append((unit.first_row + i, str(error)))
+    checksums = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
+    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, encoded=rows)
 
 
 def _mask_rows(masks: np.ndarray, valid: list[int]) -> MaskRows:

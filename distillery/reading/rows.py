@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from torch import Tensor
 
 from distillery.cache.folder import load_index
 from distillery.cache.index import CacheIndex
-from distillery.reading.shard_files import ShardFiles
+from distillery.reading.shard_files import ShardFiles, open_files
 from distillery.reading.stream import Batch, BatchMemory, BatchStream
-from distillery.sources.pixels import normalisation_table, normalise_into
+from distillery.sources.pixels import (
+    DecodeError,
+    PreprocessSpec,
+    normalisation_table,
+    normalise_into,
+    preprocess_image,
+)
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.machine import usable_cpus
 
@@ -31,7 +38,7 @@ class ToFloat:
     """
 
     def __init__(self, index: CacheIndex) -> None:
-        self.shape, self.dtype = index.image_shape, getattr(torch, index.dtype)
+        self.shape, self.dtype = index.image_shape, getattr(torch, index.pixel_dtype)
         self.table = self.shift = None
         if self.dtype == torch.uint8:
             self.table = normalisation_table(index.mean, index.std, "float32")
@@ -55,18 +62,32 @@ class ToFloat:
             out.sub_(self.shift).div_(self.scale)
 
 
+def spec_of(index: CacheIndex) -> PreprocessSpec:
+    """How the images of an index become pixels.
+
+    Raises:
+        UserError: it does not say so, or what nobody can do.
+    """
+    try:
+        known = {field.name for field in fields(PreprocessSpec)}
+        values = {name: value for name, value in index.preprocess.items() if name in known}
+        return PreprocessSpec(**values | {"mean": index.mean, "std": index.std})
+    except TypeError as error:
+        raise UserError(f"{index.directory}: its index does not say how images become pixels ({error!r}).") from error
+
+
 class CachedRows:
     """The valid rows of a cache in the form that BatchStream reads (stream.Rows).
 
     Args:
         index: the cache.
-        raw: rows as stored; else normalised float32.
-        files: the cache's shards; None: to be opened here, read by preadv.
+        raw: rows as stored, of encoded images the uint8 pixels; else normalised float32.
+        files: the cache's shards, by open_files; None: to be opened here, read by preadv.
     """
 
     def __init__(self, index: CacheIndex, *, raw: bool = False, files: ShardFiles | None = None) -> None:
         self.index, self.raw = index, raw
-        self.files = files or ShardFiles(index)
+        self.files = files or open_files(index)
         self._reset()
 
     def _reset(self) -> None:
@@ -75,6 +96,7 @@ class CachedRows:
         self.dtype = self._to_float.dtype if self.raw else torch.float32
         self.row_bytes = int(np.prod(self.index.image_shape)) * self.dtype.itemsize
         self._scratch = threading.local()
+        self._spec = spec_of(self.index) if self.index.is_encoded else None
 
     def __getstate__(self) -> dict:
         return {"index": self.index, "raw": self.raw, "files": self.files}
@@ -93,11 +115,29 @@ class CachedRows:
         local = self._local_rows(shards, nth)
         global_idx[:] = self.index.shard_starts[shards] + local
         if self._copies:
-            self.files.read(shards, local, out)
+            self._read_pixels(shards, local, out)
             return
         stored = self._scratch_rows(len(local))
-        self.files.read(shards, local, stored)
+        self._read_pixels(shards, local, stored)
         self._to_float(stored, torch.from_numpy(out).view(torch.float32).view(-1, *self.index.image_shape))
+
+    def _read_pixels(self, shards: np.ndarray, local: np.ndarray, out: np.ndarray) -> None:
+        """Rows as they are stored, or decoded, into out, uint8 [n, row bytes]."""
+        if self._spec is None:
+            self.files.read(shards, local, out)
+            return
+        for i, data in enumerate(self.files.read_encoded(shards, local)):
+            out[i] = self._decode(data, int(shards[i]), int(local[i])).reshape(-1) if len(data) else 0
+
+    def _decode(self, data: memoryview, shard: int, row: int) -> np.ndarray:
+        """uint8 [3, H, W] of an encoded row."""
+        try:
+            return preprocess_image(data, self._spec)
+        except DecodeError as error:
+            raise UserError(
+                f"{self.index.shard_path(shard)}: row {row} (global_idx {self.index.shard_starts[shard] + row}) could "
+                f"be decoded when it was stored, and cannot be now: {error}. Has Pillow or simplejpeg changed?"
+            ) from error
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Have the system read these rows into its page cache."""

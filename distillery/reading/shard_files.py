@@ -34,7 +34,7 @@ _PRESENCE_CHECK_S = 1.0
 class _OpenShard:
     """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read.
 
-    mapped: the rows, uint8 [N, row_bytes], where they are read through a mapping.
+    mapped: the whole file, uint8 [bytes], where it is read through a mapping.
     """
 
     def __init__(self, shard: int, fd: int, layout: ShardLayout) -> None:
@@ -42,11 +42,9 @@ class _OpenShard:
         self.checked_at = time.monotonic()
         self.mapped: np.ndarray | None = None
 
-    def map_rows(self, row_bytes: int) -> None:
+    def map_file(self) -> None:
         """Map the file; its size has been compared with the index before."""
-        whole = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
-        first, count = self.layout.payload_offset, len(self.layout.valid)
-        self.mapped = whole[first : first + count * row_bytes].reshape(count, row_bytes)
+        self.mapped = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -141,6 +139,20 @@ class ShardFiles:
             local: int64 [n], rows in the shard.
             out: uint8 [n, row_bytes], contiguous; row i gets the bytes of (shards[i], local[i]).
         """
+        memory, row_bytes = memoryview(out).cast("B"), self.row_bytes
+        self._read_runs(
+            shards, local,
+            lambda layout, first, places: [memory[place * row_bytes : (place + 1) * row_bytes] for place in places],
+        )  # fmt: skip
+
+    def _read_runs(
+        self, shards: np.ndarray, local: np.ndarray, take: Callable[[ShardLayout, int, list[int]], list[memoryview]]
+    ) -> None:
+        """Read n rows, int64 [n] each, in the order of the files.
+
+        take: gives memory for rows that follow each other in a shard, of its layout, the first row, and the place of
+            each among the n.
+        """
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]
         unchecked = self._unchecked(shards, local)
@@ -149,7 +161,7 @@ class ShardFiles:
         is_start[1:] = (shards[1:] != shards[:-1]) | (local[1:] != local[:-1] + 1)
         is_start[::_MAX_SEGMENT_ROWS] = True
         starts = np.flatnonzero(is_start)
-        memory, row_bytes, places = memoryview(out).cast("B"), self.row_bytes, order.tolist()
+        places = order.tolist()
         opened, thread, names, read_segment = None, threading.get_ident(), self.index.shard_names, self._read_segment
         try:
             for start, stop, shard, first in zip(
@@ -159,7 +171,7 @@ class ShardFiles:
                 if opened is None or opened.shard != shard:
                     opened = self._opened(shard)
                 self.reading[thread] = names[shard], time.monotonic()
-                buffers = [memory[place * row_bytes : (place + 1) * row_bytes] for place in places[start:stop]]
+                buffers = take(opened.layout, first, places[start:stop])
                 read_segment(opened, first, buffers)
                 if unchecked is not None:
                     self._check(opened, first, buffers, unchecked[start:stop].tolist())
@@ -187,20 +199,22 @@ class ShardFiles:
             if not go_on():
                 return
             if not self._is_run_resident(shard, first, count):
-                opened, offset = self._place(shard, first)
-                end = offset + int(count) * self.row_bytes
+                opened, offset, end = self._place(shard, first, count)
                 for position in range(offset, end, _ADVICE_BYTES):
                     os.posix_fadvise(opened.fd, position, min(_ADVICE_BYTES, end - position), os.POSIX_FADV_WILLNEED)
 
-    def _place(self, shard: int, row: int) -> tuple[_OpenShard, int]:
-        """The open shard and a row's byte offset in it."""
+    def _offset(self, layout: ShardLayout, row: int) -> int:
+        """The first byte of a row in its file; of as many as there are: the byte after the last one's."""
+        return layout.payload_offset + row * self.row_bytes
+
+    def _place(self, shard: int, first: int, count: int) -> tuple[_OpenShard, int, int]:
+        """The open shard, the first byte of a run of rows in it, and the byte after it."""
         opened = self._opened(int(shard))
-        return opened, opened.layout.payload_offset + int(row) * self.row_bytes
+        return opened, *(self._offset(opened.layout, int(row)) for row in (first, first + count))
 
     def _is_run_resident(self, shard: int, first: int, count: int) -> bool:
         """Whether the first and the last byte of a run of rows are in memory."""
-        opened, offset = self._place(shard, first)
-        end = offset + int(count) * self.row_bytes
+        opened, offset, end = self._place(shard, first, count)
         probe = [bytearray(1)]
         return _is_resident(opened.fd, probe, offset) and _is_resident(opened.fd, probe, end - 1)
 
@@ -226,7 +240,7 @@ class ShardFiles:
             if is_unchecked and xxhash.xxh3_64_intdigest(buffer) != layout.row_checksums[row]:
                 raise UserError(
                     f"{self._path(opened.shard)}: {self._row_name(opened.shard, row)}, "
-                    f"byte {layout.payload_offset + row * self.row_bytes}) is damaged: its checksum is not the one "
+                    f"byte {self._offset(layout, row)}) is damaged: its checksum is not the one "
                     f"recorded when it was made. {self._advice()}"
                 )
 
@@ -236,11 +250,12 @@ class ShardFiles:
             np.bitwise_or.at(self._checked, bits >> 3, np.left_shift(1, bits & 7).astype(np.uint8))
 
     def _read_segment(self, opened: _OpenShard, first: int, buffers: list[memoryview]) -> None:
-        offset = opened.layout.payload_offset + first * self.row_bytes
-        wanted = len(buffers) * self.row_bytes
-        if opened.mapped is not None and os.fstat(opened.fd).st_size >= offset + wanted:
-            for row, buffer in enumerate(buffers, start=first):
-                np.copyto(np.frombuffer(buffer, np.uint8), opened.mapped[row])
+        offset, end = (self._offset(opened.layout, row) for row in (first, first + len(buffers)))
+        wanted = end - offset
+        if opened.mapped is not None and os.fstat(opened.fd).st_size >= end:
+            for buffer in buffers:
+                np.copyto(np.frombuffer(buffer, np.uint8), opened.mapped[offset : offset + len(buffer)])
+                offset += len(buffer)
             return
         try:
             count = os.preadv(opened.fd, buffers, offset)
@@ -250,7 +265,7 @@ class ShardFiles:
                 if more == 0:
                     raise UserError(
                         f"{self._path(opened.shard)} ends at byte {offset + count}, inside row "
-                        f"{first + count // self.row_bytes}: it was shortened while in use. {self._advice()}"
+                        f"{first + _num_full(buffers, count)}: it was shortened while in use. {self._advice()}"
                     )
                 count += more
         except OSError as error:
@@ -294,7 +309,7 @@ class ShardFiles:
             if opened.layout.num_bytes != size:
                 raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
         if self.mode == "mmap":
-            opened.map_rows(self.row_bytes)
+            opened.map_file()
         return opened
 
     def _load_layout(self, shard: int) -> ShardLayout:
@@ -327,11 +342,42 @@ class MaskFiles(ShardFiles):
         return f"the mask of {super()._row_name(shard, row)}"
 
 
+class EncodedFiles(ShardFiles):
+    """The rows of a compressed cache: encoded images, each of its own length. Arguments as ShardFiles."""
+
+    def read_encoded(self, shards: np.ndarray, local: np.ndarray) -> list[memoryview]:
+        """n encoded images, int64 [n] each, in any order; one that could not be decoded in stage 1 is empty."""
+        rows: list[memoryview] = [memoryview(b"")] * len(local)
+
+        def take(layout: ShardLayout, first: int, places: list[int]) -> list[memoryview]:
+            sizes = np.diff(layout.offsets[first : first + len(places) + 1]).tolist()
+            memory = [memoryview(np.empty(size, np.uint8)) for size in sizes]
+            for place, row in zip(places, memory, strict=True):
+                rows[place] = row
+            return memory
+
+        self._read_runs(shards, local, take)
+        return rows
+
+    def _offset(self, layout: ShardLayout, row: int) -> int:
+        return layout.payload_offset + int(layout.offsets[row])
+
+
+def open_files(index: CacheIndex, *, mode: str = "pread") -> ShardFiles:
+    """The files of a cache's images: EncodedFiles where its rows are encoded."""
+    return (EncodedFiles if index.is_encoded else ShardFiles)(index, mode=mode)
+
+
 def _descriptor_limit() -> int:
     import resource
 
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return soft if soft > 0 else 1024
+
+
+def _num_full(buffers: list[memoryview], count: int) -> int:
+    """How many of the buffers the first `count` bytes fill."""
+    return int(np.searchsorted(np.cumsum([len(buffer) for buffer in buffers]), count, side="right"))
 
 
 def _tail_of(buffers: list[memoryview], skip: int) -> list[memoryview]:

@@ -121,7 +121,7 @@ def resize_image(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     """Crop or squash, and resize, the pixels of decode_image: uint8 [3, image_size, image_size], contiguous."""
     if spec.resize_mode == "crop":
         pixels = _centre_square(pixels)
-    return _resize(pixels, spec.image_size, spec.interpolation)
+    return resize_pixels(pixels, spec.image_size, spec.image_size, spec.interpolation)
 
 
 def decode_image(data: bytes | memoryview) -> np.ndarray:
@@ -289,16 +289,16 @@ def _centre_square(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels[top : top + side, left : left + side])
 
 
-def _resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """[H, W, 3] -> contiguous [3, size, size]."""
-    if pixels.shape[:2] == (size, size):
+def resize_pixels(pixels: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    """uint8 [H, W, 3], contiguous -> uint8 [3, height, width], contiguous."""
+    if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     if interpolation == "lanczos":
-        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     torch = load_resampler()
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(batch, size=(size, size), mode=interpolation, antialias=True)
+    resized = torch.nn.functional.interpolate(batch, size=(height, width), mode=interpolation, antialias=True)
     return np.ascontiguousarray(resized[0].numpy())
 
 

@@ -25,6 +25,7 @@ from distillery.cache.archive import (
 from distillery.precompute.image_shard import PayloadWriter, gap_before
 from distillery.system.errors import UserError
 from distillery.system.files import open_regular, read_regular
+from tests.support.caches import finish
 
 META = json.dumps({"reason": "Ümläut \u2028", "numbers": [1, 2.5]})
 
@@ -46,7 +47,7 @@ def write_shard(path, dtype="float32", shape=(5, 3, 4, 4), labels=True, meta=MET
     with open(path, "r+b" if path.exists() else "w+b") as file:
         payload = PayloadWriter(file.fileno())
         payload.write(in_memory(rows.tobytes()))
-        size, digest = payload.finish(dtype, shape, valid, numbers, meta)
+        size, digest = finish(payload, dtype, shape, valid, numbers, meta)
     return rows.tobytes(), valid, numbers, size, digest
 
 
@@ -114,7 +115,7 @@ def write_big_shard(path, rows: int) -> None:
         payload = PayloadWriter(file.fileno())
         # the CRC is wrong, which neither torch nor finding members minds
         payload._position, payload._rest = PAYLOAD_OFFSET + rows * 3072, b""
-        payload.finish("uint8", (rows, 3, 32, 32), np.ones(rows, bool), np.arange(rows), META)
+        finish(payload, "uint8", (rows, 3, 32, 32), np.ones(rows, bool), np.arange(rows), META)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_every_crc_of_a_shard_beyond_4_gib_is_right(tmp_path):
         payload = PayloadWriter(file.fileno())
         for start in range(0, rows, at_once):
             payload.write(in_memory(bytes(3072 * min(at_once, rows - start)), start * 3072))
-        payload.finish("uint8", (rows, 3, 32, 32), np.ones(rows, bool), None, META)
+        finish(payload, "uint8", (rows, 3, 32, 32), np.ones(rows, bool), None, META)
     with zipfile.ZipFile(tmp_path / "s.pt") as archive:
         assert archive.testzip() is None
 

@@ -15,6 +15,7 @@ from distillery.cache.store import FutureFormatError, record_text
 from distillery.precompute.image_shard import PayloadWriter
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import UserError
+from tests.support.caches import finish
 
 SOURCE = SmallSource()
 
@@ -185,7 +186,7 @@ def make_future_shard(folder):
     with open(folder / "images_shard_00000.pt", "w+b") as file:
         payload = PayloadWriter(file.fileno())
         payload.write(memoryview(bytearray(128 + 768)))
-        payload.finish("float32", (1, 3, 8, 8), np.ones(1, bool), None, json.dumps({"format_version": 4}))
+        finish(payload, "float32", (1, 3, 8, 8), np.ones(1, bool), None, json.dumps({"format_version": 4}))
 
 
 @pytest.mark.parametrize("which", ["index", "record", "shard"])

@@ -13,6 +13,7 @@ from distillery.cache.archive import PAYLOAD_OFFSET
 from distillery.precompute import image_shard
 from distillery.precompute.image_shard import PayloadWriter, gap_before
 from distillery.system.direct_io import ALIGNMENT_BYTES
+from tests.support.caches import finish
 
 ROWS = np.random.default_rng(0).integers(0, 256, (40, 3, 10, 11), dtype=np.uint8)
 ROW_BYTES = ROWS[0].nbytes
@@ -36,7 +37,7 @@ def write(path, lengths: list[int]) -> tuple[int, str]:
         payload = PayloadWriter(file.fileno())
         for memory in pieces_of(lengths):
             payload.write(memory)
-        return payload.finish("uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
+        return finish(payload, "uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_after_an_error_nothing_more_is_taken_in_and_the_file_is_never_finished(
         with pytest.raises(OSError, match="Input/output error"):
             payload.write(third)
         with pytest.raises(OSError, match="Input/output error"):
-            payload.finish("uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
+            finish(payload, "uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
 
 
 def test_a_file_that_shrank_under_the_writer_is_an_error_and_no_shard(tmp_path):
@@ -110,4 +111,4 @@ def test_a_file_that_shrank_under_the_writer_is_an_error_and_no_shard(tmp_path):
             payload.write(memory)
         os.ftruncate(file.fileno(), ALIGNMENT_BYTES)
         with pytest.raises(OSError, match="another program truncated it"):
-            payload.finish("uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
+            finish(payload, "uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")

@@ -7,12 +7,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from distillery.cache.images import place_image_fields, small_tensors
 from distillery.cache.plan import CachePlan, survey_cache
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.signals import StopFlag
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def finish(payload, dtype, shape, valid, labels, meta):
+    """Complete a shard of images, `shape` [N, 3, H, W] of `dtype`, without masks."""
+    return payload.finish(place_image_fields(shape[0], dtype, shape[1:], None), small_tensors(valid, labels), meta)
 
 
 class Images:
