@@ -13,7 +13,8 @@ from distillery.precompute.pool import memory_bytes, needs_resampler
 from distillery.precompute.worker import Unit, decode_unit
 from distillery.sources.base import Source
 from distillery.sources.hub import HubSplit
-from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler
+from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions
+from distillery.sources.resizing import load_resampler
 from distillery.system.console import format_bytes, format_duration
 from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 
