@@ -2,6 +2,7 @@
 
 import struct
 
+JPEG_START = b"\xff\xd8"
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 # libjpeg-turbo has 3/8 and others too, but Pillow offers these alone
 _SCALES = (8, 4, 2)
@@ -11,7 +12,7 @@ _LEAST_SCALED = 8
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of an 8-bit grey or colour JPEG, Huffman-coded, without Exif or XMP; None for anything else."""
-    if data[:2] != b"\xff\xd8":
+    if data[:2] != JPEG_START:
         return None
     size, position = None, 2
     try:
