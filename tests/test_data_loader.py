@@ -462,6 +462,19 @@ def test_a_cache_of_another_configuration_is_refused_field_by_field(tmp_path):
     assert len(build(tmp_path, data=same)) == 2
 
 
+def test_a_cache_made_by_another_jpeg_decode_is_refused_where_the_configuration_sets_the_key(tmp_path):
+    folders = {jpeg_decode: tmp_path / jpeg_decode for jpeg_decode in ("exact", "scaled")}
+    for jpeg_decode, folder in folders.items():
+        make_test_cache(folder, 16, jpeg_decode=jpeg_decode)
+        assert "scaled" in (folder / "index.json").read_text() or jpeg_decode == "exact"
+        assert len(build(folder, data={"image_size": 8, "cache_shard_size": 8})) == 2
+        assert len(build(folder, data={"jpeg_decode": jpeg_decode})) == 2
+    with pytest.raises(UserError, match=r"jpeg_decode: exact in the cache, scaled in data_config\nGive these values"):
+        build(folders["exact"], data={"jpeg_decode": "scaled"})
+    with pytest.raises(UserError, match=r"jpeg_decode: scaled in the cache, exact in data_config\nGive these values"):
+        build(folders["scaled"], data={"jpeg_decode": "exact"})
+
+
 def test_a_batch_larger_than_the_epoch_is_an_error_with_the_figures(tmp_path):
     make_test_cache(tmp_path, 16)
     with pytest.raises(UserError, match=r"a step takes 32 images .* an epoch holds at most 8 \(1 of 2 shards\)"):

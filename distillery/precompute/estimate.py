@@ -1,7 +1,7 @@
 """Estimate what stage 1 costs, from a few decoded images: bytes, files, memory and hours."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,12 @@ from distillery.cache.archive import DTYPES
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.keys_data import DataConfig
 from distillery.precompute.pool import memory_bytes, needs_resampler
-from distillery.precompute.worker import Unit, decode_unit
+from distillery.precompute.worker import Unit, UnitResult, decode_unit
 from distillery.sources.base import Source
 from distillery.sources.hub import HubSplit
-from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions, load_resampler
+from distillery.sources.jpeg import JPEG_START
+from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image, library_versions
+from distillery.sources.resizing import load_resampler
 from distillery.system.console import format_bytes, format_duration
 from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
 
@@ -23,6 +25,8 @@ _WORKER_BYTES, _SERVER_BYTES = {False: 8 << 20, True: 84 << 20}, {False: 27 << 2
 # Pillow's image, its conversion and the array of the same pixels are there at once
 _COPIES_OF_PIXELS = 3
 _FIRST = 8
+# of the seconds that decoding takes: a smaller gain is not worth other pixels
+_GAIN_WORTH_A_LINE = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class DecodeSpeed:
     """A few images of the source, made into rows by this process.
 
     seconds: an image, by one worker; encoded_bytes: of an image, on average; pixels: of the largest; needs_torch: to
-    resize them.
+    resize them; other: the other value of jpeg_decode, with the seconds that an image takes by it and the pixels that
+    the median image has; None: it would make no difference.
     """
 
     num_images: int
@@ -38,6 +43,7 @@ class DecodeSpeed:
     encoded_bytes: float
     pixels: int
     needs_torch: bool
+    other: tuple[str, float, float] | None = None
 
 
 def bytes_to_write(plan: CachePlan, survey: Survey) -> int:
@@ -111,14 +117,28 @@ def measure_decoding(source: Source, spec: PreprocessSpec, dtype: str, num_image
         num_images=num_decoded,
         seconds=max(results[-1].seconds / num_decoded, 1e-9),
         encoded_bytes=sum(map(len, images)) / count,
-        pixels=max(map(_num_pixels, images[:_FIRST])),
+        pixels=max(_num_pixels(data, spec) for data in images[:_FIRST]),
         needs_torch=needs_torch,
+        other=_decode_otherwise(Unit(0, parts[-1], spec, dtype), results[-1], memory[: len(parts[-1]) * row_bytes]),
     )
 
 
-def _num_pixels(data: bytes) -> int:
+def _decode_otherwise(unit: Unit, result: UnitResult, memory: memoryview) -> tuple[str, float, float] | None:
+    """DecodeSpeed.other, for a unit that was decoded into `memory`; that is written again."""
+    sizes = result.source_sizes.tolist()  # zeros where an image could not be decoded
+    scaled = replace(unit.spec, jpeg_decode="scaled")
+    starts = [bytes(data[: len(JPEG_START)]) for data in unit.images]
+    if not any(start == JPEG_START and scaled.jpeg_scale(*size) > 1 for start, size in zip(starts, sizes, strict=True)):
+        return None
+    other = "exact" if unit.spec.jpeg_decode == "scaled" else "scaled"
+    again = decode_unit(replace(unit, spec=replace(unit.spec, jpeg_decode=other)), memory)
+    pixels = [height * width for height, width in sizes if height]
+    return other, again.seconds / len(pixels), float(np.median(pixels))
+
+
+def _num_pixels(data: bytes, spec: PreprocessSpec) -> int:
     try:
-        height, width, _ = decode_image(data).shape
+        height, width, _ = decode_image(data, spec).shape
     except DecodeError:
         return 0
     return height * width
@@ -164,6 +184,7 @@ def plan_lines(
         f"speed: {speed.num_images} images took {1000 * speed.seconds:.3g} ms each here: {1 / speed.seconds:,.0f} "
         f"images/s by one worker{by_all}"
     )
+    lines += _other_decode_lines(speed)
     rows = [_num_rows(plan, shards) for plan, shards in to_make]
     if num_images := sum(rows):
         seconds = num_images / rate
@@ -174,6 +195,19 @@ def plan_lines(
             f"{format_bytes(num_bytes / seconds)}/s; a slower one of the two decides"
         )
     return lines
+
+
+def _other_decode_lines(speed: DecodeSpeed) -> list[str]:
+    """What the other value of jpeg_decode would cost or gain, where it is worth a line."""
+    if speed.other is None:
+        return []
+    name, seconds, pixels = speed.other
+    if name == "scaled" and seconds > (1 - _GAIN_WORTH_A_LINE) * speed.seconds:
+        return []
+    return [
+        f"jpeg_decode: {name} would take {1000 * seconds:.3g} ms an image instead of {1000 * speed.seconds:.3g} "
+        f"(the median image has {pixels / 1e6:.2g} megapixels)"
+    ]
 
 
 def _num_rows(plan: CachePlan, shards: Iterable[int]) -> int:

@@ -195,7 +195,7 @@ def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
         return False
     for data in images:
         try:
-            height, width, _ = decode_image(data).shape
+            height, width, _ = decode_image(data, spec).shape
         except DecodeError:
             continue
         if height != spec.image_size or width != spec.image_size:

@@ -14,10 +14,9 @@ from distillery.sources.masks import MASK_DTYPES, preprocess_mask
 from distillery.sources.pixels import (
     DecodeError,
     PreprocessSpec,
-    decode_oriented,
     normalisation_table,
     normalise_into,
-    resize_image,
+    prepare_image,
 )
 
 
@@ -87,10 +86,10 @@ def _decode(unit: Unit, i: int, mask_row: np.ndarray | None) -> tuple[np.ndarray
 
     A function of its own: what it decoded into is free on return, and still in the core's cache for the next image.
     """
-    pixels, orientation = decode_oriented(unit.images[i])
+    image = prepare_image(unit.images[i], unit.spec)
     if mask_row is not None:
-        mask_row[:] = preprocess_mask(unit.masks[i], pixels.shape[:2], orientation, unit.spec, unit.mask_dtype)
-    return resize_image(pixels, unit.spec), pixels.shape[:2]
+        mask_row[:] = preprocess_mask(unit.masks[i], image.size, image.orientation, unit.spec, unit.mask_dtype)
+    return image.pixels, image.size
 
 
 def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:

@@ -120,6 +120,10 @@ def test_a_short_last_shard_is_missing_in_a_cache_that_shall_grow_and_done_in_on
         ),
         ({"dtype": "float16"}, [r"  dtype: the cache has 'float32', now it would be 'float16'"]),
         ({"dtype": "uint8"}, [r"preprocess\.normalized: the cache has True", "dtype: the cache has 'float32'"]),
+        (
+            {"spec": PreprocessSpec(8, "squash", "lanczos", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "scaled")},
+            [r":\n  preprocess\.jpeg_decode: the cache has 'exact', now it would be 'scaled'\nNothing"],
+        ),
         ({"shard_size": 4}, ["shard_size: the cache has 8, now it would be 4"]),
         ({"labels": False}, ["labels: the cache has True, now it would be False"]),
         (

@@ -1,5 +1,9 @@
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
@@ -37,6 +41,42 @@ def test_a_few_images_are_decoded_from_the_middle(png_images, dtype):
     assert speed.encoded_bytes == pytest.approx(np.mean([len(data) for data in png_images[middle : middle + 20]]))
     assert speed.pixels > 0
     assert not speed.needs_torch
+
+
+def jpeg(height, width):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("jpeg_decode, other", [("exact", "scaled"), ("scaled", "exact")])
+def test_large_jpegs_are_decoded_both_ways(jpeg_decode, other):
+    images = [b"broken", jpeg(300, 200), jpeg(70, 40), jpeg(400, 250)] * 4
+    speed = measure_decoding(Images(images), replace(SPEC, jpeg_decode=jpeg_decode), "uint8")
+    name, seconds, pixels = speed.other
+    assert (name, pixels) == (other, 300 * 200) and 0 < seconds < 1
+    # a worker needs room for what it decodes: at half the size
+    assert speed.pixels == (400 * 250 if jpeg_decode == "exact" else 200 * 125)
+
+
+def test_where_no_image_is_scaled_nothing_is_decoded_twice(png_images):
+    assert measure_decoding(Images([*png_images[:9], jpeg(126, 80)] * 2), SPEC, "uint8").other is None
+
+
+@pytest.mark.parametrize(
+    "other, line",
+    [
+        (
+            ("scaled", 0.003, 4.1e6),
+            "scaled would take 3 ms an image instead of 4 (the median image has 4.1 megapixels)",
+        ),
+        (("scaled", 0.0033, 4.1e6), None),
+        (("exact", 0.0123, 4.1e6), "exact would take 12.3 ms an image instead of 4 (the median image has 4.1 megapix"),
+    ],
+)
+def test_the_plan_says_what_the_other_jpeg_decode_takes_where_it_is_worth_it(tmp_path, monkeypatch, other, line):
+    text = "\n".join(lines_of(tmp_path, monkeypatch, speed=replace(DECODING, other=other)))
+    assert ("jpeg_decode: " in text) == (line is not None) and (line or "") in text
 
 
 def test_a_source_of_one_image_is_enough(png_images):

@@ -68,10 +68,11 @@ def make_test_cache(
     bad: tuple[int, ...] = (),
     labels: bool = False,
     shards: list[int] | None = None,
+    jpeg_decode: str = "exact",
 ) -> Images:
     """Stage 1 of `num_rows` images; with `shards` only of these, so that the cache has gaps. Returns the source."""
     source = Images(num_rows, size, bad, labels)
-    spec = PreprocessSpec(size, "squash", "bicubic", MEAN, STD)
+    spec = PreprocessSpec(size, "squash", "bicubic", MEAN, STD, jpeg_decode)
     plan = CachePlan(directory, spec, dtype, shard_size, num_rows, num_rows, source.identity, labels)
     wanted = list(range(plan.num_shards)) if shards is None else shards
     survey = survey_cache(plan, wanted)
