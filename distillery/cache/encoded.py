@@ -79,11 +79,11 @@ class RowEncoding:
                 raise DecodeError(f"the file has {len(data)} bytes; a row has less than 4 GiB")
             return data, size
         # a scaled JPEG keeps twice stored_size
-        image = shrink_image(data, replace(spec, image_size=self.stored_size), self._shape)
+        image = shrink_image(data, replace(spec, image_size=self.stored_size), self.stored_shape)
         pixels = np.ascontiguousarray(image.pixels.transpose(1, 2, 0))
         return load_encoder().encode_jpeg(pixels, quality=self.quality, colorsubsampling="420"), image.size
 
-    def _shape(self, height: int, width: int) -> tuple[int, int]:
+    def stored_shape(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) with stored_size as the shorter side, or what the image has or a JPEG can have, if less."""
         short, long = min(height, width), max(height, width)
         shorter = min(short, self.stored_size)

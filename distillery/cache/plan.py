@@ -90,13 +90,13 @@ class CachePlan:
         return 3, self.spec.image_size, self.spec.image_size
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of a stored image, where all have the same."""
-        return row_bytes_of(self.image_shape, self.dtype)
+    def image_bytes(self) -> int | None:
+        """Bytes of a stored image; None: images are encoded, each has its own length."""
+        return row_bytes_of(self.image_shape, self.dtype) if self.encoding is None else None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a stored image and its mask; of an encoded image what one takes on average, more or less."""
+        """Bytes of a stored image and its mask; of an encoded image what is typical (RowEncoding.typical_bytes)."""
         if self.encoding is not None:
             return self.encoding.typical_bytes(self.spec.image_size)
         fields = place_image_fields(1, self.dtype, self.image_shape, self.mask_dtype)

@@ -54,7 +54,8 @@ class UnitResult:
 
     checksums: uint64 [n], XXH3-64 of each row's bytes; source_sizes: uint32 [n, 2], height and width in px that each
     image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took;
-    masks: None where none were asked for; encoded: the rows of a compressed cache, b"" for a bad one, else None.
+    masks: None where none were asked for; row_sizes: int64 [n], bytes of each row of a compressed cache, 0 for a bad
+    one, None: all rows have the same size; overflow: these rows, where the unit's memory is too small for them.
     """
 
     first_row: int
@@ -63,7 +64,12 @@ class UnitResult:
     failures: list[tuple[int, str]]
     seconds: float
     masks: MaskRows | None = None
-    encoded: list[bytes] | None = None
+    row_sizes: np.ndarray | None = None
+    overflow: bytes | None = None
+
+    def encoded_rows(self, memory: memoryview) -> bytes | memoryview:
+        """The rows of a compressed cache, one after another, that were made into `memory`."""
+        return memory[: self.row_sizes.sum()] if self.overflow is None else self.overflow
 
 
 @lru_cache(maxsize=4)
@@ -112,17 +118,24 @@ def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, mask_rows)
 
 
-def encode_unit(unit: Unit) -> UnitResult:
-    """Make a unit's images into the rows of a compressed cache."""
+def encode_unit(unit: Unit, memory: memoryview) -> UnitResult:
+    """Make a unit's images into the rows of a compressed cache, one after another in `memory`; bad ones are empty."""
     began, count = time.monotonic(), len(unit.images)
-    rows, sizes, failures = [b""] * count, np.zeros((count, 2), np.uint32), []
+    rows: list[bytes | memoryview] = [b""] * count
+    sizes, failures = np.zeros((count, 2), np.uint32), []
     for i in range(count):
         try:
             rows[i], sizes[i] = unit.encoding.encode(unit.images[i], unit.spec)
         except DecodeError as error:
             failures.append((unit.first_row + i, str(error)))
     checksums = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
-    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, encoded=rows)
+    row_sizes, overflow = np.array(list(map(len, rows)), np.int64), None
+    if (num_bytes := int(row_sizes.sum())) <= len(memory):
+        memory[:num_bytes] = b"".join(rows)
+    else:
+        overflow = b"".join(rows)
+    seconds = time.monotonic() - began
+    return UnitResult(unit.first_row, checksums, sizes, failures, seconds, row_sizes=row_sizes, overflow=overflow)
 
 
 def _mask_rows(masks: np.ndarray, valid: list[int]) -> MaskRows:
