@@ -78,13 +78,21 @@ class RowEncoding:
             if len(data) > _MAX_ROW_BYTES:
                 raise DecodeError(f"the file has {len(data)} bytes; a row has less than 4 GiB")
             return data, size
-        # a scaled JPEG keeps twice stored_size
-        image = shrink_image(data, replace(spec, image_size=self.stored_size), self.stored_shape)
+        image = shrink_image(data, self.decode_spec(spec), self.stored_shape)
         pixels = np.ascontiguousarray(image.pixels.transpose(1, 2, 0))
         return load_encoder().encode_jpeg(pixels, quality=self.quality, colorsubsampling="420"), image.size
 
+    def decode_spec(self, spec: PreprocessSpec) -> PreprocessSpec:
+        """How images are decoded before they are encoded: scaled JPEGs keep at least twice stored_size."""
+        return spec if self.stored_size == "original" else replace(spec, image_size=self.stored_size)
+
     def stored_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) with stored_size as the shorter side, or what the image has or a JPEG can have, if less."""
+        """(height, width) of the row of an image: stored_size is the shorter side, unless the image has fewer px.
+
+        Where the longer side is more than a JPEG can have, both become shorter.
+        """
+        if self.stored_size == "original":
+            return height, width
         short, long = min(height, width), max(height, width)
         shorter = min(short, self.stored_size)
         longer = _rounded(long * shorter, short)

@@ -35,6 +35,7 @@ class ShardPlan(Protocol):
     fingerprint: str
     num_rows: int
     row_bytes: int
+    rows_vary: bool
 
     def rows_of(self, shard_idx: int) -> tuple[int, int]:
         """(first row, row after the last) of a shard in the source."""
@@ -101,6 +102,11 @@ class CachePlan:
             return self.encoding.typical_bytes(self.spec.image_size)
         fields = place_image_fields(1, self.dtype, self.image_shape, self.mask_dtype)
         return sum(field.row_bytes for field in fields)
+
+    @property
+    def rows_vary(self) -> bool:
+        """Whether each row has its own length, and row_bytes is only what is typical."""
+        return self.encoding is not None
 
     @property
     def num_shards(self) -> int:

@@ -25,7 +25,7 @@ from multiprocessing.reduction import DupFd
 from distillery.cache.archive import pixel_dtype_of
 from distillery.cache.encoded import RowEncoding
 from distillery.cache.plan import CachePlan
-from distillery.precompute.worker import Unit, UnitResult, decode_unit, encode_unit
+from distillery.precompute.worker import Unit, UnitResult, make_rows
 from distillery.sources.pixels import DecodeError, PreprocessSpec, size_of_image
 from distillery.system.console import format_bytes
 from distillery.system.direct_io import ALIGNMENT_BYTES
@@ -205,13 +205,12 @@ def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes], encoding: Row
     """Whether some of the images must be resized by torch; encoding: of rows that are encoded images."""
     if spec.interpolation == "lanczos":
         return False
-    stored_shape = (lambda *_: (spec.image_size, spec.image_size)) if encoding is None else encoding.stored_shape
     for data in images:
         try:
             size = size_of_image(data, spec)
         except DecodeError:
             continue
-        if size != stored_shape(*size):
+        if size != ((spec.image_size, spec.image_size) if encoding is None else encoding.stored_shape(*size)):
             return True
     return False
 
@@ -347,9 +346,8 @@ def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int | None, lengths
 
 
 def _decode_into(slots: Slots, slot: int, gap: int, unit: Unit, row_bytes: int | None) -> UnitResult:
-    if row_bytes is None:
-        return encode_unit(unit, slots.stored(slot))
-    return decode_unit(unit, slots.stored(slot)[gap : gap + len(unit.images) * row_bytes])
+    memory = slots.stored(slot)[gap:]
+    return make_rows(unit, memory if row_bytes is None else memory[: len(unit.images) * row_bytes])
 
 
 @contextmanager

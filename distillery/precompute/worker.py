@@ -138,6 +138,11 @@ def encode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     return UnitResult(unit.first_row, checksums, sizes, failures, seconds, row_sizes=row_sizes, overflow=overflow)
 
 
+def make_rows(unit: Unit, memory: memoryview) -> UnitResult:
+    """Make a unit's images into the rows that are stored, in `memory`."""
+    return decode_unit(unit, memory) if unit.encoding is None else encode_unit(unit, memory)
+
+
 def _mask_rows(masks: np.ndarray, valid: list[int]) -> MaskRows:
     checksums = np.array([xxhash.xxh3_64_intdigest(mask) for mask in masks], np.uint64)
     return MaskRows(masks, checksums, frozenset(np.unique(masks[valid]).tolist()))
