@@ -20,9 +20,10 @@ from distillery.system.errors import UserError
 _MAX_SIDE = 65_500
 # a record has 32 bits for the bytes of a row
 _MAX_ROW_BYTES = (1 << 32) - 1
-# of a photograph at quality 90; 4:2:0: one value of each colour for 2 x 2 pixels
-_TYPICAL_BYTES_A_PIXEL, _TYPICAL_ASPECT = 0.4, 4 / 3
+# one value of each colour for 2 x 2 pixels
 _SUBSAMPLING = "4:2:0"
+# of photographs at quality 90; 300 of ImageNet had 0.36 at 224 px and 0.34 at 256 px, taken as 4:3
+_TYPICAL_BYTES_A_PIXEL, _TYPICAL_ASPECT = 0.36, 4 / 3
 
 
 @dataclass(frozen=True)

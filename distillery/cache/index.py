@@ -179,6 +179,7 @@ def checked_index(index: CacheIndex) -> CacheIndex:
         or len(index.image_shape) != 3
         or not all(type(extent) is int and 0 < extent < _MAX_COUNT for extent in index.image_shape)
         or index.mask_dtype not in (None, *MASK_DTYPES)
+        or (index.is_encoded and index.mask_dtype is not None)
     ):
         raise UserError(
             f"{path}: dtype {index.dtype!r}, mask_dtype {index.mask_dtype!r} and image_shape {index.image_shape} are "
