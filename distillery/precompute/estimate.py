@@ -80,8 +80,10 @@ def job_lines(
         survey: what is there of them.
         speed: what measure_decoding found, which tells the bytes of encoded rows; None: nothing was measured.
     """
-    about = "about " if plan.rows_vary else ""
-    num_bytes, to_write = round(plan.num_rows * row_bytes_of_plan(plan, speed)), bytes_to_write(plan, survey, speed)
+    whole, to_write = (
+        _size_text(plan, count)
+        for count in (plan.num_rows * row_bytes_of_plan(plan, speed), bytes_to_write(plan, survey, speed))
+    )
     state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
     if survey.to_check:
         state += f", {len(survey.to_check)} of them to check"
@@ -91,10 +93,15 @@ def job_lines(
         f"{title}: {source.describe()}",
         f"  -> {plan.directory}",
         f"  {plan.num_rows} of {plan.source_num_samples} images, {_stored(plan)}: {plan.num_shards} shards of "
-        f"{plan.shard_size}, {about}{format_bytes(num_bytes)}",
-        f"  {state}; {about}{format_bytes(to_write)} to write",
+        f"{plan.shard_size}, {whole}",
+        f"  {state}; {to_write} to write",
         *(f"  WARNING: {note}" for note in survey.notes),
     ]
+
+
+def _size_text(plan: CachePlan, num_bytes: float) -> str:
+    """Bytes of a plan's rows, which nobody knows exactly before encoded ones are made."""
+    return f"{'about ' if plan.rows_vary and num_bytes else ''}{format_bytes(round(num_bytes))}"
 
 
 def _stored(plan: CachePlan) -> str:

@@ -28,7 +28,6 @@ from distillery.precompute.estimate import (
     plan_lines,
     remote_lines,
 )
-from distillery.reading.shard_files import EncodedFiles
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED
@@ -85,14 +84,6 @@ def test_array_jobs_and_a_cache_that_grows_equal_the_single_run(tmp_path, refere
     for num_rows in (3, 12, 22):
         run_stage1(small_plan(tmp_path / "grown", SOURCE, max_samples=num_rows, **STORED["px"]), SOURCE)
     assert folder_bytes(tmp_path / "array") == folder_bytes(tmp_path / "grown") == references["px"]
-
-
-def test_a_reader_of_the_short_cache_keeps_its_rows_when_it_has_grown(tmp_path):
-    run_stage1(small_plan(tmp_path, SOURCE, max_samples=12, **STORED["original"]), SOURCE)
-    files = EncodedFiles(load_index(tmp_path))
-    run_stage1(small_plan(tmp_path, SOURCE, **STORED["original"]), SOURCE)
-    rows = files.read_encoded(np.array([1, 1, 0]), np.array([3, 0, 7]))
-    assert list(map(bytes, rows)) == [SOURCE.images[i] for i in (11, 8, 7)]
 
 
 @pytest.mark.parametrize("stored", STORED)
