@@ -96,7 +96,10 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             labels = (of.labels(0, len(of)) for of in (bank, source))
             warnings = label_warnings(*labels, dict(enumerate(source.class_names or [])))
         sources[part.folder] = source
-        is_training = part.dataset is None
+        is_training, encoding = part.dataset is None, None
+        if is_training and is_encoded(data.cache_dtype):
+            encoding = jpeg_encoding(data)
+            encoding.identity()  # that the encoder is missing is said before anything is written
         plan = CachePlan(
             directory=part.folder,
             spec=spec,
@@ -108,7 +111,7 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             source_identity=source.identity,
             labels=part.labels,
             mask_dtype=None if is_training else part.dataset[1].mask_dtype,
-            encoding=jpeg_encoding(data) if is_training and is_encoded(data.cache_dtype) else None,
+            encoding=encoding,
         )
         share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
         jobs.append(CacheJob(part, plan, source, share, warnings))

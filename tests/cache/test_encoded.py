@@ -111,7 +111,7 @@ def test_a_lower_quality_takes_fewer_bytes():
 def test_without_simplejpeg_jpegs_cannot_be_stored_and_originals_can(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(UserError, match="needs the package simplejpeg. Run: pip install simplejpeg"):
-        _ = small_plan("cache", SOURCE, **JPEG).fingerprint
+        RowEncoding(8, 90).identity()
     assert RowEncoding("original", 90).identity() == {"stored_size": "original"}
 
 

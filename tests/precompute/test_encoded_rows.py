@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from distillery.precompute.estimate import (
 )
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
-from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED
+from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, UserError
 from distillery.system.signals import StopFlag
 
 
@@ -128,6 +129,13 @@ def parquet(folder, num_rows):
         "image_column": "image",
         "label_column": "label",
     }
+
+
+def test_without_an_encoder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    folder = {"cache_dir": str(tmp_path / "cache"), "cache_dtype": "jpeg"}
+    with pytest.raises(UserError, match="cache_dtype: jpeg needs the package simplejpeg"):
+        jobs.open_jobs(load_data_config(parquet(tmp_path, 22) | folder), 1, 0)
 
 
 def test_sets_to_evaluate_on_are_uint8_pixels_whatever_is_stored_of_them(tmp_path):
