@@ -79,9 +79,8 @@ class RowEncoding:
             if len(data) > _MAX_ROW_BYTES:
                 raise DecodeError(f"the file has {len(data)} bytes; a row has less than 4 GiB")
             return data, size
-        image = shrink_image(data, self.decode_spec(spec), self.stored_shape)
-        pixels = np.ascontiguousarray(image.pixels.transpose(1, 2, 0))
-        return load_encoder().encode_jpeg(pixels, quality=self.quality, colorsubsampling="420"), image.size
+        pixels, size = shrink_image(data, self.decode_spec(spec), self.stored_shape)
+        return load_encoder().encode_jpeg(pixels, quality=self.quality, colorsubsampling="420"), size
 
     def decode_spec(self, spec: PreprocessSpec) -> PreprocessSpec:
         """How images are decoded before they are encoded: scaled JPEGs keep at least twice stored_size."""

@@ -43,7 +43,7 @@ from PIL import Image, UnidentifiedImageError
 
 from distillery.sources import jpeg
 from distillery.sources.png import bare_png
-from distillery.sources.resizing import centre_square, resize
+from distillery.sources.resizing import centre_square, resize, resize_interleaved
 from distillery.sources.transparency import stored_as, take_transparent_colour, without_empty_alpha
 from distillery.system.errors import UserError
 
@@ -180,39 +180,39 @@ def prepare_image(data: bytes | memoryview, spec: PreprocessSpec) -> Prepared:
     if image.scale == 1:
         pixels = resize_image(image.upright(), spec)
     else:
-        pixels = _turned_last(_resize_scaled(image, spec), image)
+        # turned last: the resampler takes a part of a pixel at the right and lower end only, where libjpeg has it
+        resized = _resize_scaled(image, spec).transpose(1, 2, 0)
+        pixels = np.ascontiguousarray(upright(resized, image.turn).transpose(2, 0, 1))
     return Prepared(pixels, image.orientation, image.upright_size)
 
 
 def shrink_image(
     data: bytes | memoryview, spec: PreprocessSpec, shape_of: Callable[[int, int], tuple[int, int]]
-) -> Prepared:
-    """As prepare_image, but the whole image with its own aspect: its pixels are uint8 [3, *shape_of(height, width)].
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode, turn upright, resize without a crop.
 
-    spec: of which image_size says how far a JPEG may be scaled; shape_of: of the size that the image has, upright.
+    Args:
+        data: an encoded image file.
+        spec: its image_size says how far a JPEG may be scaled.
+        shape_of: height and width wanted, of those of the upright image.
+    Returns:
+        (uint8 [H, W, 3], RGB, contiguous; the image's height and width in px, upright).
+    Raises:
+        DecodeError: no image can be had from `data`.
     """
     image = _decode(data, spec)
     shape = shape_of(*image.upright_size)
     if image.scale == 1:
-        pixels = resize(image.upright(), shape, spec.interpolation)
-    else:
-        shape = shape[::-1] if image.turn in _TURNED else shape
-        covered = tuple(extent / image.scale for extent in image.size)
-        pixels = _turned_last(resize(image.pixels, shape, spec.interpolation, covered), image)
-    return Prepared(pixels, image.orientation, image.upright_size)
+        return resize_interleaved(image.upright(), shape, spec.interpolation), image.upright_size
+    covered = tuple(extent / image.scale for extent in image.size)
+    shape = shape[::-1] if image.turn in _TURNED else shape
+    resized = resize_interleaved(image.pixels, shape, spec.interpolation, covered)
+    return np.ascontiguousarray(upright(resized, image.turn)), image.upright_size
 
 
 def size_of_image(data: bytes | memoryview, spec: PreprocessSpec) -> tuple[int, int]:
     """Height and width of an image in px, upright, after it was decoded whole; errors as preprocess_image."""
     return _decode(data, spec).upright_size
-
-
-def _turned_last(resized: np.ndarray, image: _Decoded) -> np.ndarray:
-    """Turn what a scaled JPEG was resized to, uint8 [3, H, W], upright; contiguous.
-
-    Not before: the resampler takes a part of a pixel at the right and lower end only, where libjpeg has it.
-    """
-    return np.ascontiguousarray(upright(resized.transpose(1, 2, 0), image.turn).transpose(2, 0, 1))
 
 
 def resize_image(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
