@@ -298,10 +298,13 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
     remedy = "give another cache_dir"
     if is_evaluation:
         remedy = f"remove that folder (rm -r {shlex.quote(str(plan.directory))}): the same command makes it anew"
+    remedy = f"Put the values back, or {remedy}"
+    if {key for key, _, _ in changed} == {"preprocess.encoder"}:
+        encoder = str(changed[0][1]).replace(" ", "==")
+        remedy = f"Install the version of the cache (pip install {encoder}), or give another cache_dir"
     lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
-        f"{path} was made with another configuration:\n" + "\n".join(lines) + "\n"
-        f"Nothing was written. Put the values back, or {remedy}."
+        f"{path} was made with another configuration:\n" + "\n".join(lines) + f"\nNothing was written. {remedy}."
     )
 
 

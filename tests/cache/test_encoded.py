@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image
 from stage1 import MEAN, STD, SmallSource, folder_bytes, run_stage1, small_plan
 
-from distillery.cache.encoded import RowEncoding, decode_row_sizes, encode_row_sizes
+from distillery.cache.encoded import RowEncoding, decode_row_sizes, encode_row_sizes, place_encoded_rows
 from distillery.cache.folder import load_index, load_labels, load_shard_layout
-from distillery.cache.images import IMAGE_SHARDS
+from distillery.cache.images import IMAGE_SHARDS, small_tensors
 from distillery.cache.plan import survey_cache
 from distillery.cache.rebuild import rebuild_index
 from distillery.cache.store import record_text
 from distillery.cache.verify import verify_cache
+from distillery.precompute.image_shard import PayloadWriter
 from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image
 from distillery.system.errors import UserError
 
@@ -145,6 +147,17 @@ def test_plain_torch_load_gives_the_tensors_and_rows_are_files(made):
         assert json.loads(shard["meta"])["identity"]["preprocess"]["stored_size"] == 8
 
 
+def test_the_bytes_of_a_compressed_shard_of_format_3_never_change(tmp_path):
+    rows, sizes = [b"first", b"", b"third"], np.array([5, 0, 5])
+    small = small_tensors(sizes > 0, np.array([4, 5, 6]), sizes)
+    with open(tmp_path / "s.pt", "w+b") as file:
+        payload = PayloadWriter(file.fileno())
+        payload.append(b"".join(rows))
+        payload.finish(place_encoded_rows(sizes), small, "{}")
+    # another value here makes every compressed cache there is unreadable for stage 1: raise format_version instead
+    assert xxhash.xxh3_64_hexdigest((tmp_path / "s.pt").read_bytes()) == "e3af2837f4bc86ab"
+
+
 def test_the_index_says_jpeg_and_readers_find_every_row_and_label(made):
     index = load_index(made)
     assert (index.dtype, index.pixel_dtype, index.image_shape) == ("jpeg", "uint8", (3, 8, 8))
@@ -242,6 +255,23 @@ def test_row_sizes_that_move_bytes_from_row_to_row_are_found(cache):
         ({"dtype": "png"}, "not of this format"),
         ({"dtype": "uint8"}, "unlike index.json|cannot hold"),
         ({"image_shape": [3, 9, 9]}, "unlike index.json"),
+        (
+            {
+                "num_samples": 10**9,
+                "source_num_samples": 10**9,
+                "shards": [
+                    {
+                        "shard_path": f"{FIRST}.pt",
+                        "global_start": 0,
+                        "num_samples": 10**9,
+                        "num_failed": 0,
+                        "bytes": 10**6,
+                        "hash": "",
+                    }
+                ],
+            },
+            "cannot hold 1000000000 images in 1000000 bytes",
+        ),
     ],
 )
 def test_a_hostile_index_is_refused(cache, edit, reason):
@@ -272,5 +302,10 @@ def test_another_version_of_the_encoder_is_refused(made, monkeypatch):
     import simplejpeg
 
     monkeypatch.setattr(simplejpeg, "__version__", "1.0.0")
-    with pytest.raises(UserError, match=r"preprocess.encoder: .* now it would be 'simplejpeg 1.0.0'"):
+    version = json.loads((made / "index.json").read_text())["preprocess"]["encoder"].removeprefix("simplejpeg ")
+    told = (
+        f"preprocess.encoder: the cache has 'simplejpeg {version}', now it would be 'simplejpeg 1.0.0'\n"
+        rf"Nothing was written. Install the version of the cache \(pip install simplejpeg=={version}\), or give another"
+    )
+    with pytest.raises(UserError, match=told):
         survey_cache(small_plan(made, SOURCE, **JPEG), range(3))
