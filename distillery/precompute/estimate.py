@@ -186,7 +186,7 @@ def measure_decoding(
 
 
 def _jpeg_bytes(unit: Unit, result: UnitResult, encoding: RowEncoding) -> float | None:
-    """DecodeSpeed.jpeg_bytes, for a unit with its result; None: there is no encoder, or too few images can be decoded."""
+    """DecodeSpeed.jpeg_bytes, for a unit with its result; None: no encoder is there, or no image can be decoded."""
     if result.row_sizes is None:
         count = max(1, int(len(unit.images) * min(1.0, _ASIDE_S / max(result.seconds, 1e-9))))
         try:
