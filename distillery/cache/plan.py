@@ -134,13 +134,15 @@ class Survey:
     """What a folder holds of a plan's shards.
 
     done: finished; to_check: to hash before they count; missing: to make, where there is none or an outdated one.
-    notes: what the user should know although it stops nothing.
+    notes: what the user should know although it stops nothing. row_bytes: of a row in the shards there are, on
+    average, None: there are none.
     """
 
     done: list[int]
     to_check: list[int]
     missing: list[int]
     notes: list[str] = field(default_factory=list)
+    row_bytes: float | None = None
 
 
 def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
@@ -208,7 +210,8 @@ def survey_shards(
             missing.append(shard_idx)
         else:
             done.append(shard_idx)
-    return Survey(done, to_check, missing, list(notes))
+    rows, num_bytes = (sum(record[key] for record in records.values()) for key in ("num_samples", "bytes"))
+    return Survey(done, to_check, missing, list(notes), num_bytes / rows if rows else None)
 
 
 def is_untouched(path: Path, record: dict) -> bool:

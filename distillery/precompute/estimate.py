@@ -27,7 +27,7 @@ _WORKER_BYTES, _SERVER_BYTES = {False: 8 << 20, True: 84 << 20}, {False: 27 << 2
 # Pillow's image, its conversion and the array of the same pixels are there at once
 _COPIES_OF_PIXELS = 3
 _FIRST = 8
-# that images may take for what nobody waits for: the bytes of jpeg rows where the cache is of another dtype
+# for the bytes of jpeg rows where the cache is of another dtype: nobody shall wait long for them
 _ASIDE_S = 2.0
 # of the seconds that decoding takes: a smaller gain is not worth other pixels
 _GAIN_WORTH_A_LINE = 0.2
@@ -64,9 +64,16 @@ def row_bytes_of_plan(plan: CachePlan, speed: DecodeSpeed | None) -> float:
     return plan.row_bytes
 
 
+def _row_bytes(plan: CachePlan, survey: Survey, speed: DecodeSpeed | None) -> float:
+    """As row_bytes_of_plan, but encoded rows that are there already tell more than a sample."""
+    if plan.rows_vary and survey.row_bytes is not None:
+        return survey.row_bytes
+    return row_bytes_of_plan(plan, speed)
+
+
 def bytes_to_write(plan: CachePlan, survey: Survey, speed: DecodeSpeed | None = None) -> int:
     """Of the shards that are missing; of encoded rows more or less."""
-    return round(_num_rows(plan, survey.missing) * row_bytes_of_plan(plan, speed))
+    return round(_num_rows(plan, survey.missing) * _row_bytes(plan, survey, speed))
 
 
 def job_lines(
@@ -84,7 +91,7 @@ def job_lines(
     """
     whole, to_write = (
         _size_text(plan, count)
-        for count in (plan.num_rows * row_bytes_of_plan(plan, speed), bytes_to_write(plan, survey, speed))
+        for count in (plan.num_rows * _row_bytes(plan, survey, speed), bytes_to_write(plan, survey, speed))
     )
     state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
     if survey.to_check:
@@ -178,7 +185,7 @@ def measure_decoding(
         num_images=num_decoded,
         seconds=max(results[-1].seconds / num_decoded, 1e-9),
         encoded_bytes=sum(map(len, images)) / count,
-        pixels=max(_num_pixels(data, spec) for data in images[:_FIRST]),
+        pixels=max(_num_pixels(data, units[0].decode_spec) for data in images[:_FIRST]),
         needs_torch=needs_torch,
         jpeg_bytes=_jpeg_bytes(units[-1], results[-1], encoding),
         other=_decode_otherwise(units[-1], results[-1], memory[: len(parts[-1]) * row_bytes]),
@@ -200,8 +207,7 @@ def _jpeg_bytes(unit: Unit, result: UnitResult, encoding: RowEncoding) -> float 
 def _decode_otherwise(unit: Unit, result: UnitResult, memory: memoryview) -> tuple[str, float, float] | None:
     """DecodeSpeed.other, for a unit that was decoded into `memory`; that is written again."""
     sizes = result.source_sizes.tolist()  # zeros where an image could not be decoded
-    spec = unit.spec if unit.encoding is None else unit.encoding.decode_spec(unit.spec)
-    scaled = replace(spec, jpeg_decode="scaled")
+    scaled = replace(unit.decode_spec, jpeg_decode="scaled")
     starts = [bytes(data[: len(JPEG_START)]) for data in unit.images]
     if not any(start == JPEG_START and scaled.jpeg_scale(*size) > 1 for start, size in zip(starts, sizes, strict=True)):
         return None

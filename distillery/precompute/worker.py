@@ -35,6 +35,11 @@ class Unit:
     mask_dtype: str | None = None
     encoding: RowEncoding | None = None
 
+    @property
+    def decode_spec(self) -> PreprocessSpec:
+        """How far its large JPEGs may be scaled while they are decoded."""
+        return self.spec if self.encoding is None else self.encoding.decode_spec(self.spec)
+
 
 @dataclass(frozen=True)
 class MaskRows:

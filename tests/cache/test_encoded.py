@@ -93,6 +93,11 @@ def test_a_row_is_an_upright_rgb_jpeg_of_what_a_viewer_shows(kind, shape, jpeg_d
         assert np.abs(np.asarray(stored, int) - np.asarray(wanted, int)).mean() < 3
 
 
+def test_a_scaled_jpeg_keeps_twice_stored_size():
+    spec = RowEncoding(40, 90).decode_spec(replace(SPEC, jpeg_decode="scaled"))
+    assert [spec.jpeg_scale(height, 900) for height in (640, 320, 160, 158)] == [8, 4, 2, 1]
+
+
 def test_original_keeps_every_byte_of_any_format_that_can_be_decoded_and_no_other():
     image, original = Image.fromarray(picture(30, 20)), RowEncoding("original", 90)
     for data in (encoded(image, "PNG"), encoded(image, "JPEG") + b"behind it", encoded(image, "WEBP")):

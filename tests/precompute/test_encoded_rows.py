@@ -31,6 +31,7 @@ from distillery.precompute.estimate import (
 )
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
+from distillery.system.console import format_bytes
 from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, UserError
 from distillery.system.signals import StopFlag
 
@@ -179,6 +180,10 @@ def test_the_bytes_of_the_plan_are_those_of_a_sample(tmp_path, references, store
     assert "3 to go; about " in lines
     typical = "\n".join(job_lines("images", SOURCE, plan, range(3), survey))
     assert typical.count("about") == 2 and typical != lines
+    run_stage1(plan, SOURCE, range(1))
+    made = json.loads((tmp_path / "none" / "images_shard_00000.json").read_text())["bytes"]
+    begun = "\n".join(job_lines("images", SOURCE, plan, range(3), survey_cache(plan, range(3)), speed))
+    assert f"about {format_bytes(round(14 * made / 8))} to write" in begun
     *_, time = plan_lines([(plan, range(3))], tmp_path, 2, speed)
     assert "the cache's disk takes" in time
 
