@@ -155,10 +155,11 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
         UserError: the folder holds a cache of another configuration, with the differences field by field; or of a later
             or earlier format; or a link or pipe under a shard's name.
     """
-    if not plan.directory.is_dir():
-        if os.path.lexists(plan.directory):
-            raise UserError(f"{plan.directory} is a file, or a symbolic link to nothing. Give another cache_dir.")
+    # in this order: another job may make the folder between the two questions
+    if not os.path.lexists(plan.directory):
         return Survey([], [], list(shards))
+    if not plan.directory.is_dir():
+        raise UserError(f"{plan.directory} is a file, or a symbolic link to nothing. Give another cache_dir.")
     try:
         return _survey_folder(plan, shards)
     except PermissionError as error:

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,19 @@ def test_a_cache_dir_that_is_a_link_works_and_one_that_is_a_file_is_refused(cach
     for name in ("file", "dangling"):
         with pytest.raises(UserError, match="is a file, or a symbolic link to nothing"):
             survey(tmp_path / name)
+
+
+def test_a_cache_dir_that_another_job_makes_at_this_moment_is_taken_for_an_empty_one(tmp_path, monkeypatch):
+    is_dir = Path.is_dir
+
+    def made_afterwards(path):
+        found = is_dir(path)
+        if path == tmp_path / "new":
+            path.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", made_afterwards)
+    assert survey(tmp_path / "new").missing == [0, 1, 2]
 
 
 def make_future_shard(folder):

@@ -12,7 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from distillery.system.machine import file_system_of
+
 IMAGE_BYTES = 600_000_000
+NUM_CLIENTS = 3
 # program -> Debian package
 PROGRAMS = {
     "xfs": {"mkfs.xfs": "xfsprogs"},
@@ -40,14 +43,14 @@ class NotHere(Exception):
 
 
 def call(*command: str | Path) -> None:
-    """Run a command; where it fails, NotHere with the last line that it prints."""
+    """Run a command; where it fails, NotHere with the end of what it prints."""
     environment = os.environ | {"PATH": _PATH, "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
     )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise NotHere(f"{command[0]}: {said}")
+        printed = " ".join((done.stderr or done.stdout or f"status {done.returncode}").split())
+        raise NotHere(f"{command[0]}: {printed[-300:]}")
 
 
 def install(kind: str) -> None:
@@ -70,8 +73,10 @@ def install(kind: str) -> None:
 
 
 @contextlib.contextmanager
-def mounted(kind: str, work: Path) -> Iterator[Path]:
-    """A folder on a file system of this kind, empty; afterwards it is gone.
+def mounted(kind: str, work: Path) -> Iterator[list[Path]]:
+    """A folder on a file system of this kind, empty, as NUM_CLIENTS nodes have it; afterwards it is gone.
+
+    Of sshfs they are mounts of their own, each with what it has cached; a disk has one node, so they are all the same.
 
     Args:
         kind: of PROGRAMS.
@@ -80,18 +85,18 @@ def mounted(kind: str, work: Path) -> Iterator[Path]:
         NotHere: the kernel, a right or a program is missing.
     """
     install(kind)
-    folder = work / "mounted"
-    folder.mkdir()
-    with _ssh_server(work) if kind == "sshfs" else contextlib.nullcontext() as port:
-        if kind == "sshfs":
-            _mount_sshfs(work, folder, port)
-        else:
-            _mount_image(kind, work, folder)
-        try:
-            assert os.path.ismount(folder)
-            yield folder
-        finally:
-            _unmount(folder)
+    folders = [work / f"client{number}" for number in range(NUM_CLIENTS if kind == "sshfs" else 1)]
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(_ssh_server(work)) if kind == "sshfs" else None
+        for folder in folders:
+            folder.mkdir()
+            if port is None:
+                _mount_image(kind, work, folder)
+            else:
+                _mount_sshfs(work, folder, port)
+            stack.callback(_unmount, folder)
+            assert file_system_of(folder) == {"sshfs": "fuse.sshfs"}.get(kind, kind)
+        yield folders * (NUM_CLIENTS // len(folders))
 
 
 def _mount_image(kind: str, work: Path, folder: Path) -> None:
@@ -103,7 +108,6 @@ def _mount_image(kind: str, work: Path, folder: Path) -> None:
 
 
 def _mount_sshfs(work: Path, folder: Path, port: int) -> None:
-    (work / "served").mkdir()
     options = {"IdentityFile": work / "user", "UserKnownHostsFile": work / "known_hosts", "IdentitiesOnly": "yes"}
     flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
     # the user's own ~/.ssh/config plays no part
@@ -119,6 +123,7 @@ def _ssh_server(work: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (work / "known_hosts").write_text(f"[127.0.0.1]:{port} {(work / 'host.pub').read_text()}")
+    (work / "served").mkdir()
     (work / "sshd_config").write_text(_SSHD.format(port=port, folder=work))
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks for it; a service would make it
     program = shutil.which("sshd", path=_PATH)  # it starts itself again, by its full name
