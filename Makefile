@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 DEMO := examples/demo
 DEMO_CONFIG := --data_config $(DEMO)/data_config.yaml --train_config $(DEMO)/train_config_kd.yaml --model_config $(DEMO)/model_config_kd.yaml
 
-.PHONY: install schemas pictures test test-slurm lint demo gpu soak clean
+.PHONY: install schemas pictures test test-slurm test-filesystems lint demo gpu soak clean
 
 install: $(STAMP)
 
@@ -62,6 +62,11 @@ soak: install
 # or Ubuntu, some three minutes; anywhere else it says why not
 test-slurm: install
 	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -rs --durations=0
+
+# both commands on XFS and btrfs in a file and on sshfs from this machine, mounted for the test: as root, on Debian or
+# Ubuntu, some minutes; programs that are missing are installed; anywhere else it says why not
+test-filesystems: install
+	TEST_FILESYSTEMS=1 $(BIN)/python -m pytest tests/filesystems -rs --durations=0
 
 clean:
 	rm -rf $(DEMO)/out .pytest_cache .ruff_cache

@@ -137,11 +137,10 @@ def find_cache(data: DataConfig, keys_given: Set[str] = frozenset(DataConfig.mod
 
 def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: set[str]) -> None:
     """Raise UserError, field by field, when the cache was made with other values than the configuration gives."""
-    stored = {"cache_dtype": index.dtype, "cache_shard_size": index.shard_size, **index.preprocess}
-    wanted = preprocess_spec(data).identity() | {
-        "cache_dtype": data.cache_dtype,
-        "cache_shard_size": data.cache_shard_size,
-    }
+    # an index names jpeg_decode only where it is not exact
+    own = {"cache_dtype": index.dtype, "cache_shard_size": index.shard_size, "jpeg_decode": "exact"}
+    stored = own | index.preprocess
+    wanted = preprocess_spec(data).identity() | {key: getattr(data, key) for key in own}
     if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
         stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
     differing = [

@@ -19,7 +19,7 @@ from distillery.cache.rebuild import rebuild_index
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs, load_configs
 from distillery.losses.registry import check_losses
-from distillery.precompute.estimate import measure_decoding, plan_lines, remote_lines
+from distillery.precompute.estimate import dtype_line, jpeg_encoding, measure_decoding, plan_lines, remote_lines
 from distillery.precompute.jobs import build_jobs, list_parts, make_job, open_jobs, print_plan, report_outcome
 from distillery.sources.hub import NotDownloadedError
 from distillery.sources.registry import open_source
@@ -141,8 +141,10 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
         except NotDownloadedError as error:
             remote.append((part, error.hub_split))
     jobs = build_jobs(data, opened, num_jobs, job_id)
-    surveys = [survey_cache(job.plan, job.shards) for job in jobs]
-    print_plan(jobs, surveys, data)
+    surveys, speed = [survey_cache(job.plan, job.shards) for job in jobs], None
+    if jobs:
+        speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, jobs[0].plan.dtype, jpeg_encoding(data))
+    print_plan(jobs, surveys, data, speed)
     if with_teacher and jobs and jobs[0].plan.directory == data.cache_path:
         from distillery.precompute.teacher_job import plan_outputs
 
@@ -152,7 +154,8 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
     for part, facts in remote:
         print("\n".join(remote_lines(part.title, facts, part.limit, data)))
     if jobs:
-        speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, data.cache_dtype)
+        if jobs[0].part.dataset is None:
+            print(dtype_line(jobs[0].plan, jpeg_encoding(data), speed))
         to_make = [(job.plan, [*survey.missing, *survey.to_check]) for job, survey in zip(jobs, surveys, strict=True)]
         print("\n".join(plan_lines(to_make, data.cache_path, data.num_workers or usable_cpus(), speed)))
     return EXIT_DONE

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("loader", {"ours", "ours, read_mode: mmap", "ceiling: bare preadv", "torch.load"}),
         ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
         ("onnx", {"MobileNetV3-small"}),
+        ("scaled_decoding", {"0.02 megapixels", "0.1 megapixels"}),
         ("teacher", {"student alone", "ours, stored outputs", "ours, live teacher"}),
     ],
 )

@@ -1,4 +1,5 @@
 import gc
+import io
 import itertools
 import json
 import os
@@ -11,7 +12,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from caches import Images, make_test_cache, normalised, stored_images
+from caches import MEAN, STD, Images, make_test_cache, normalised, stored_images
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import data_loader
@@ -25,6 +27,7 @@ from data_loader import (
 )
 from distillery.reading import raw as raw_module
 from distillery.reading.datasets import LabelledBatches
+from distillery.sources.pixels import PreprocessSpec, preprocess_image
 from distillery.system import distributed
 from distillery.system.errors import MissingFileError, RunError, UserError
 
@@ -462,6 +465,19 @@ def test_a_cache_of_another_configuration_is_refused_field_by_field(tmp_path):
     assert len(build(tmp_path, data=same)) == 2
 
 
+def test_a_cache_made_by_another_jpeg_decode_is_refused_where_the_configuration_sets_the_key(tmp_path):
+    folders = {jpeg_decode: tmp_path / jpeg_decode for jpeg_decode in ("exact", "scaled")}
+    for jpeg_decode, folder in folders.items():
+        make_test_cache(folder, 16, jpeg_decode=jpeg_decode)
+        assert "scaled" in (folder / "index.json").read_text() or jpeg_decode == "exact"
+        assert len(build(folder, data={"image_size": 8, "cache_shard_size": 8})) == 2
+        assert len(build(folder, data={"jpeg_decode": jpeg_decode})) == 2
+    with pytest.raises(UserError, match=r"jpeg_decode: exact in the cache, scaled in data_config\nGive these values"):
+        build(folders["exact"], data={"jpeg_decode": "scaled"})
+    with pytest.raises(UserError, match=r"jpeg_decode: scaled in the cache, exact in data_config\nGive these values"):
+        build(folders["scaled"], data={"jpeg_decode": "exact"})
+
+
 def test_a_batch_larger_than_the_epoch_is_an_error_with_the_figures(tmp_path):
     make_test_cache(tmp_path, 16)
     with pytest.raises(UserError, match=r"a step takes 32 images .* an epoch holds at most 8 \(1 of 2 shards\)"):
@@ -795,6 +811,21 @@ def test_batches_arrive_on_the_device_as_they_were(tmp_path):
     assert loader._memory.pinned
     for images, global_idx in held:
         assert torch.equal(images.cpu(), torch.stack([stored[i] for i in global_idx.cpu().tolist()]))
+
+
+def test_raw_images_are_scaled_as_the_cache_of_the_same_configuration_is(raw_source):
+    class Jpegs(Images):
+        def encoded(self, i):
+            buffer = io.BytesIO()
+            Image.fromarray(self.pixels(i)).resize((70, 45)).save(buffer, "JPEG")
+            return buffer.getvalue()
+
+    source = raw_source(Jpegs(4))
+    images = {how: PretrainDataset(RAW | {"jpeg_decode": how}) for how in ("exact", "scaled")}
+    for i in range(4):
+        pixels = preprocess_image(source.encoded(i), PreprocessSpec(8, "squash", "bicubic", MEAN, STD, "scaled"))
+        assert torch.equal(images["scaled"][i], normalised(torch.from_numpy(pixels)))
+        assert not torch.equal(images["scaled"][i], images["exact"][i])
 
 
 def test_raw_images_may_be_asked_for_more_than_once_in_a_batch(tmp_path, raw_source):

@@ -16,6 +16,8 @@ from distillery.system.errors import UserError, stage1_command
 # what an index of this project has and its predecessor's has not
 OWN_KEYS = frozenset({"complete", "fingerprint", "preprocess", "image_shape"})
 _MAX_COUNT = 1 << 53
+# of an encoded row in its shard: its offset, and whether it is valid
+_LEAST_ENCODED_BYTES = 9
 # key of a row of index.json -> field of CacheIndex
 _SHARD_ARRAYS = {
     "global_start": "shard_starts",
@@ -179,6 +181,7 @@ def checked_index(index: CacheIndex) -> CacheIndex:
         or len(index.image_shape) != 3
         or not all(type(extent) is int and 0 < extent < _MAX_COUNT for extent in index.image_shape)
         or index.mask_dtype not in (None, *MASK_DTYPES)
+        or (index.is_encoded and index.mask_dtype is not None)
     ):
         raise UserError(
             f"{path}: dtype {index.dtype!r}, mask_dtype {index.mask_dtype!r} and image_shape {index.image_shape} are "
@@ -188,7 +191,7 @@ def checked_index(index: CacheIndex) -> CacheIndex:
         raise UserError(f"{path}: num_samples {index.num_samples}, the shards listed hold {index.shard_rows.sum()}.")
     if ends[-1] > index.source_num_samples:
         raise UserError(f"{path}: lists rows up to {ends[-1]} of a source of {index.source_num_samples}.")
-    least = 0 if index.is_encoded else index.row_bytes
+    least = _LEAST_ENCODED_BYTES if index.is_encoded else index.row_bytes
     for s, rows in enumerate(index.shard_rows.tolist()):
         if rows * least > index.shard_bytes[s]:
             raise UserError(

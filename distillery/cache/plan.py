@@ -35,6 +35,7 @@ class ShardPlan(Protocol):
     fingerprint: str
     num_rows: int
     row_bytes: int
+    rows_vary: bool
 
     def rows_of(self, shard_idx: int) -> tuple[int, int]:
         """(first row, row after the last) of a shard in the source."""
@@ -90,17 +91,22 @@ class CachePlan:
         return 3, self.spec.image_size, self.spec.image_size
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of a stored image, where all have the same."""
-        return row_bytes_of(self.image_shape, self.dtype)
+    def image_bytes(self) -> int | None:
+        """Bytes of a stored image; None: images are encoded, each has its own length."""
+        return row_bytes_of(self.image_shape, self.dtype) if self.encoding is None else None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a stored image and its mask; of an encoded image what one takes on average, more or less."""
+        """Bytes of a stored image and its mask; of an encoded image what is typical (RowEncoding.typical_bytes)."""
         if self.encoding is not None:
             return self.encoding.typical_bytes(self.spec.image_size)
         fields = place_image_fields(1, self.dtype, self.image_shape, self.mask_dtype)
         return sum(field.row_bytes for field in fields)
+
+    @property
+    def rows_vary(self) -> bool:
+        """Whether each row has its own length, and row_bytes is only what is typical."""
+        return self.encoding is not None
 
     @property
     def num_shards(self) -> int:
@@ -128,13 +134,15 @@ class Survey:
     """What a folder holds of a plan's shards.
 
     done: finished; to_check: to hash before they count; missing: to make, where there is none or an outdated one.
-    notes: what the user should know although it stops nothing.
+    notes: what the user should know although it stops nothing. row_bytes: of a row in the shards there are, on
+    average, None: there are none.
     """
 
     done: list[int]
     to_check: list[int]
     missing: list[int]
     notes: list[str] = field(default_factory=list)
+    row_bytes: float | None = None
 
 
 def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
@@ -147,10 +155,11 @@ def survey_cache(plan: CachePlan, shards: Iterable[int]) -> Survey:
         UserError: the folder holds a cache of another configuration, with the differences field by field; or of a later
             or earlier format; or a link or pipe under a shard's name.
     """
-    if not plan.directory.is_dir():
-        if os.path.lexists(plan.directory):
-            raise UserError(f"{plan.directory} is a file, or a symbolic link to nothing. Give another cache_dir.")
+    # in this order: another job may make the folder between the two questions
+    if not os.path.lexists(plan.directory):
         return Survey([], [], list(shards))
+    if not plan.directory.is_dir():
+        raise UserError(f"{plan.directory} is a file, or a symbolic link to nothing. Give another cache_dir.")
     try:
         return _survey_folder(plan, shards)
     except PermissionError as error:
@@ -202,7 +211,8 @@ def survey_shards(
             missing.append(shard_idx)
         else:
             done.append(shard_idx)
-    return Survey(done, to_check, missing, list(notes))
+    rows, num_bytes = (sum(record[key] for record in records.values()) for key in ("num_samples", "bytes"))
+    return Survey(done, to_check, missing, list(notes), num_bytes / rows if rows else None)
 
 
 def is_untouched(path: Path, record: dict) -> bool:
@@ -292,10 +302,13 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
     remedy = "give another cache_dir"
     if is_evaluation:
         remedy = f"remove that folder (rm -r {shlex.quote(str(plan.directory))}): the same command makes it anew"
+    remedy = f"Put the values back, or {remedy}"
+    if {key for key, _, _ in changed} == {"preprocess.encoder"}:
+        encoder = str(changed[0][1]).replace(" ", "==")
+        remedy = f"Install the version of the cache (pip install {encoder}), or give another cache_dir"
     lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
-        f"{path} was made with another configuration:\n" + "\n".join(lines) + "\n"
-        f"Nothing was written. Put the values back, or {remedy}."
+        f"{path} was made with another configuration:\n" + "\n".join(lines) + f"\nNothing was written. {remedy}."
     )
 
 
@@ -305,10 +318,15 @@ def is_made_of(directory: Path, source_identity: dict) -> bool:
     return any(record["identity"]["source"] == source_identity for record in records)
 
 
+# what an identity means that does not name a key
+_UNNAMED = {"jpeg_decode": "exact"}
+
+
 def differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:
     """(dotted key, value in a, value in b) wherever two nested dicts differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            yield from differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+            unnamed = _UNNAMED.get(key)
+            yield from differences(a.get(key, unnamed), b.get(key, unnamed), f"{prefix}.{key}" if prefix else key)
     elif a != b:
         yield prefix, a, b

@@ -213,7 +213,8 @@ class DataConfig(StrictModel):
     @property
     def preprocess_arguments(self) -> dict[str, Any]:
         """What sources.pixels.PreprocessSpec takes: how images become pixels."""
-        return {name: getattr(self, name) for name in ("image_size", "resize_mode", "interpolation", "mean", "std")}
+        names = "image_size resize_mode interpolation mean std jpeg_decode"
+        return {name: getattr(self, name) for name in names.split()}
 
     @property
     def max_rows(self) -> int | None:

@@ -48,7 +48,9 @@ class OpenImageShard(OpenShard):
         class_names: Sequence[str] | None = None,
     ) -> None:
         start, stop = loop.plan.rows_of(shard_idx)
-        super().__init__(loop, shard_idx, PAYLOAD_OFFSET + (stop - start) * loop.plan.row_bytes)
+        # nobody knows before how many bytes encoded rows take: no room is set aside for them
+        payload_bytes = 0 if loop.plan.image_bytes is None else (stop - start) * loop.plan.row_bytes
+        super().__init__(loop, shard_idx, PAYLOAD_OFFSET + payload_bytes)
         self.labels, self.class_names = labels, _names_of(labels, class_names)
         self.rows_left = self.num_rows
         self.checksums = np.zeros(self.num_rows, np.uint64)
@@ -67,7 +69,7 @@ class OpenImageShard(OpenShard):
         self.checksums[rows], self.source_sizes[rows] = result.checksums, result.source_sizes
         self.failures += result.failures
         if self.row_sizes is not None:
-            self.row_sizes[rows] = [len(row) for row in result.encoded]
+            self.row_sizes[rows] = result.row_sizes
         if self.masks is not None:
             self.masks[rows], self.mask_checksums[rows] = result.masks.rows, result.masks.checksums
             self.mask_classes |= result.masks.classes
@@ -141,6 +143,7 @@ class PayloadWriter:
         self._file_hash, self._crc = xxhash.xxh3_128(self._rest), 0
         self._is_direct = is_direct and bypass_page_cache(fd, True)
         self._error: OSError | None = None
+        self._buffer = memoryview(b"")
 
     def write(self, memory: memoryview) -> None:
         """Take in the next bytes of the payload.
@@ -168,16 +171,18 @@ class PayloadWriter:
         self._rest = bytes(memory[whole:])
         self._position += whole
 
-    def append(self, data: bytes) -> None:
-        """Take in the next bytes of the payload, of any length, from memory that is no page's beginning.
+    def append(self, data: bytes | memoryview) -> None:
+        """Take in the next bytes of the payload, of any length and from any memory.
 
         Raises:
             OSError: as write().
         """
         gap = len(self._rest)
-        memory = memoryview(mmap.mmap(-1, gap + len(data)))
-        memory[gap:] = data
-        self.write(memory)
+        if len(self._buffer) < gap + len(data):
+            # a page's beginning, as writes past the page cache need it
+            self._buffer = memoryview(mmap.mmap(-1, gap + len(data)))
+        self._buffer[gap : gap + len(data)] = data
+        self.write(self._buffer[: gap + len(data)])
 
     def _check_no_error(self) -> None:
         """Bytes that could not be written are missing in this file for good: nothing may follow them."""

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from distillery.cache.archive import pixel_dtype_of
-from distillery.cache.encoded import RowEncoding, is_encoded
+from distillery.cache.encoded import is_encoded
 from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
 from distillery.cache.masks import check_mask_classes
 from distillery.cache.plan import CachePlan, Survey, is_made_of
 from distillery.config.keys_data import DataConfig, EvalDataset
-from distillery.precompute.estimate import bytes_to_write, job_lines, room_lines
+from distillery.precompute.estimate import DecodeSpeed, bytes_to_write, job_lines, jpeg_encoding, room_lines
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.base import Source
 from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
@@ -96,7 +96,10 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             labels = (of.labels(0, len(of)) for of in (bank, source))
             warnings = label_warnings(*labels, dict(enumerate(source.class_names or [])))
         sources[part.folder] = source
-        is_training = part.dataset is None
+        is_training, encoding = part.dataset is None, None
+        if is_training and is_encoded(data.cache_dtype):
+            encoding = jpeg_encoding(data)
+            encoding.identity()  # that the encoder is missing is said before anything is written
         plan = CachePlan(
             directory=part.folder,
             spec=spec,
@@ -108,18 +111,11 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             source_identity=source.identity,
             labels=part.labels,
             mask_dtype=None if is_training else part.dataset[1].mask_dtype,
-            encoding=row_encoding(data) if is_training else None,
+            encoding=encoding,
         )
         share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
         jobs.append(CacheJob(part, plan, source, share, warnings))
     return jobs
-
-
-def row_encoding(data: DataConfig) -> RowEncoding | None:
-    """How the training images become rows of a compressed cache; None: rows are pixels."""
-    if not is_encoded(data.cache_dtype):
-        return None
-    return RowEncoding(data.image_size if data.stored_size is None else data.stored_size, data.jpeg_quality)
 
 
 def _rows_wanted(part: CachePart, source: Source) -> Source:
@@ -131,14 +127,14 @@ def _rows_wanted(part: CachePart, source: Source) -> Source:
     return PartOfSource(source, rows=spread_rows(len(source), part.limit))
 
 
-def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig) -> None:
-    """Print what will be made, how much room it takes and how much there is."""
+def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, speed: DecodeSpeed | None = None) -> None:
+    """Print what will be made, how much room it takes and how much there is; speed as job_lines has it."""
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
-        print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey)))
+        print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey, speed)))
         for warning in job.warnings:
             print(f"  WARNING: {warning}")
-        total += bytes_to_write(job.plan, survey)
+        total += bytes_to_write(job.plan, survey, speed)
     print("\n".join(room_lines(data, total)))
 
 

@@ -354,9 +354,10 @@ def explain_write_error(plan: ShardPlan, error: OSError, shards_left: Iterable[i
 def _no_space_message(plan: ShardPlan, error: OSError, shards_left: list[int]) -> str:
     needed = sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * plan.row_bytes
     what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit (ulimit -f) was reached"}
+    about = "about " if plan.rows_vary else ""
     return (
         f"{plan.directory}: {what.get(error.errno, 'the disk is full')} ({os.strerror(error.errno)}). "
-        f"{len(shards_left)} shards are left to make: {needed} bytes ({format_bytes(needed)}) needed, "
+        f"{len(shards_left)} shards are left to make: {about}{needed} bytes ({format_bytes(needed)}) needed, "
         f"{free_bytes(plan.directory)} bytes ({format_bytes(free_bytes(plan.directory))}) free. "
         "Everything published is intact; make room and run the same command again."
     )

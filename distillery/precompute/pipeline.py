@@ -3,8 +3,9 @@
     source (main process, in order) -> units of encoded images, through shared memory -> decode workers -> rows, in the
     same memory -> disk thread: CRC, hash and write, past the page cache; fsync, publish, record -> index.json
 
-A worker decodes a pixel into shared memory, and the disk thread writes it from there; no copy lies between. The units
-in flight therefore bound the memory, whatever the shard size.
+A worker decodes a pixel into shared memory, and the disk thread writes it from there; no copy lies between. Rows of a
+compressed cache are copied once more: what a page of the file begins with is known only then. The units in flight
+therefore bound the memory, whatever the shard size.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from distillery.cache.plan import CachePlan, Survey
 from distillery.precompute.image_shard import OpenImageShard, gap_before
 from distillery.precompute.loop import MakingReport, ShardLoop
 from distillery.precompute.pool import WRITE_AHEAD, Work, decode_pool, split_into_units
-from distillery.precompute.worker import Unit
+from distillery.precompute.worker import Unit, UnitResult
 from distillery.system.errors import RunError, UserError
 from distillery.system.signals import StopFlag
 
@@ -148,10 +149,10 @@ class _Pipeline:
         while first < stop - start:
             count = min(self.batch_size, self.rows_at_once, stop - start - first)
             images, masks = self._read_images(start + first, start + first + count)
-            plan, row_bytes = self.plan, self.plan.image_bytes
+            plan = self.plan
             if self.pool is None:
-                self.pool = decode_pool(self.num_workers, plan.spec, plan.dtype, row_bytes, images)
-            for part in split_into_units(images, row_bytes):
+                self.pool = decode_pool(self.num_workers, plan, images)
+            for part in split_into_units(images, plan.image_bytes):
                 self._make_room()
                 if self.loop.grace_is_over():
                     return False
@@ -171,7 +172,9 @@ class _Pipeline:
         began = time.monotonic()
         if self.began is None:
             self.began = began
-        work = self.pool.submit(unit, gap_before(unit.first_row * self.plan.image_bytes))
+        row_bytes = self.plan.image_bytes
+        # where encoded rows come to lie in the file is known only when all before them are made
+        work = self.pool.submit(unit, 0 if row_bytes is None else gap_before(unit.first_row * row_bytes))
         self.units.append((work, shard, time.monotonic() - began))
 
     def _read_images(self, start: int, stop: int) -> tuple[list[bytes | memoryview], list[bytes | memoryview]]:
@@ -204,7 +207,7 @@ class _Pipeline:
         self.busy_seconds["decode"] += result.seconds
         shard.note(result)
         # units are collected in order, so all rows before these are written
-        written = self.disk.submit(self._write, shard, work.memory, result.encoded)
+        written = self.disk.submit(self._write, shard, work.memory, result)
         self.writing.append((written, work))
         if not shard.rows_left:
             self.publishing.append((self.publisher.submit(self._publish, shard, written), shard))
@@ -214,12 +217,12 @@ class _Pipeline:
         while len(self.publishing) > _PUBLISH_AHEAD or (self.publishing and self.publishing[0][0].done()):
             self._collect_published()
 
-    def _write(self, shard: OpenImageShard, memory: memoryview, encoded: list[bytes] | None) -> None:
+    def _write(self, shard: OpenImageShard, memory: memoryview, result: UnitResult) -> None:
         began = time.monotonic()
-        if encoded is None:
+        if result.row_sizes is None:
             shard.payload.write(memory)
         else:
-            shard.payload.append(b"".join(encoded))
+            shard.payload.append(result.encoded_rows(memory))
         self.busy_seconds["write"] += time.monotonic() - began
 
     @staticmethod

@@ -22,8 +22,11 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 
-from distillery.precompute.worker import Unit, UnitResult, decode_unit, encode_unit
-from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image
+from distillery.cache.archive import pixel_dtype_of
+from distillery.cache.encoded import RowEncoding
+from distillery.cache.plan import CachePlan
+from distillery.precompute.worker import Unit, UnitResult, make_rows
+from distillery.sources.pixels import DecodeError, PreprocessSpec, size_of_image
 from distillery.system.console import format_bytes
 from distillery.system.direct_io import ALIGNMENT_BYTES
 from distillery.system.errors import UserError
@@ -31,6 +34,8 @@ from distillery.system.signals import STOP_SIGNALS, ignore_stop_signals
 
 # of a unit: encoded images at most; and rows as they are stored, unless one alone is larger
 SLOT_BYTES, STORED_BYTES = 4 << 20, 16 << 20
+# of a unit's rows that are encoded images, seldom larger than those they are made of; more go through a pipe
+_ENCODED_BYTES = 2 * SLOT_BYTES
 # units whose rows wait for the disk, besides those that are being decoded
 WRITE_AHEAD = 4
 _IMAGES_LOOKED_AT = 4
@@ -38,7 +43,10 @@ _IMAGES_LOOKED_AT = 4
 
 @dataclass
 class Work:
-    """A unit that was given to a pool. future: of its UnitResult; memory: `gap` free bytes, then its rows."""
+    """A unit that was given to a pool.
+
+    future: of its UnitResult; memory: `gap` free bytes, then its rows; of encoded rows all that they may take.
+    """
 
     future: Future
     memory: memoryview
@@ -50,11 +58,11 @@ class Pool(ABC):
 
     Args:
         capacity: how many units may be decoded or wait for it; WRITE_AHEAD others may be waiting for their release.
-        row_bytes: of a row as it is stored.
+        row_bytes: of a row as it is stored; None: rows are encoded images, each of its own length.
         is_shared: whether other processes decode.
     """
 
-    def __init__(self, capacity: int, row_bytes: int, *, is_shared: bool = True) -> None:
+    def __init__(self, capacity: int, row_bytes: int | None, *, is_shared: bool = True) -> None:
         self.capacity, self._row_bytes = capacity, row_bytes
         count, stored_bytes = capacity + WRITE_AHEAD, stored_bytes_of(row_bytes)
         fd = create_shared_memory(count * (SLOT_BYTES + stored_bytes)) if is_shared else -1
@@ -68,8 +76,10 @@ class Pool(ABC):
         Raises:
             BrokenProcessPool: a worker died.
         """
-        slot, num_bytes = self._free.pop(), len(unit.images) * self._row_bytes
-        memory = self._slots.stored(slot)[: gap + num_bytes]
+        slot = self._free.pop()
+        memory = self._slots.stored(slot)
+        if self._row_bytes is not None:
+            memory = memory[: gap + len(unit.images) * self._row_bytes]
         return Work(self._start(unit, slot, gap), memory, slot)
 
     def release(self, work: Work) -> None:
@@ -87,7 +97,7 @@ class Pool(ABC):
 class InlinePool(Pool):
     """Decodes in submit: for one worker there is nothing to gain from a second process."""
 
-    def __init__(self, row_bytes: int) -> None:
+    def __init__(self, row_bytes: int | None) -> None:
         super().__init__(1, row_bytes, is_shared=False)
 
     def _start(self, unit: Unit, slot: int, gap: int) -> Future:
@@ -109,7 +119,7 @@ class ProcessPool(Pool):
     outlives this process, however it dies, and signals to the whole process group are left to it.
     """
 
-    def __init__(self, num_workers: int, row_bytes: int, *, preload: Sequence[str] = ()) -> None:
+    def __init__(self, num_workers: int, row_bytes: int | None, *, preload: Sequence[str] = ()) -> None:
         super().__init__(units_in_flight(num_workers), row_bytes)
         self._unfinished: set[Future] = set()
         self._is_broken = False
@@ -164,14 +174,14 @@ class ProcessPool(Pool):
         self._slots.close()
 
 
-def decode_pool(
-    num_workers: int, spec: PreprocessSpec, dtype: str, row_bytes: int, first_images: Sequence[bytes]
-) -> InlinePool | ProcessPool:
+def decode_pool(num_workers: int, plan: CachePlan, first_images: Sequence[bytes]) -> InlinePool | ProcessPool:
     """Worker processes, or this process itself for one worker; the first images tell what the workers will need."""
     if num_workers <= 1:
-        return InlinePool(row_bytes)
-    preload = ["torch"] if needs_resampler(spec, first_images[:_IMAGES_LOOKED_AT]) else []
-    return ProcessPool(num_workers, row_bytes, preload=[*preload, *(["cv2"] if dtype != "uint8" else [])])
+        return InlinePool(plan.image_bytes)
+    preload = ["cv2"] if pixel_dtype_of(plan.dtype) != "uint8" else []
+    if needs_resampler(plan.spec, first_images[:_IMAGES_LOOKED_AT], plan.encoding):
+        preload.append("torch")
+    return ProcessPool(num_workers, plan.image_bytes, preload=preload)
 
 
 def units_in_flight(num_workers: int) -> int:
@@ -179,35 +189,37 @@ def units_in_flight(num_workers: int) -> int:
     return 2 * num_workers + 2
 
 
-def stored_bytes_of(row_bytes: int) -> int:
-    """Memory for a unit's rows, in whole pages."""
+def stored_bytes_of(row_bytes: int | None) -> int:
+    """Memory for a unit's rows, in whole pages; row_bytes as Pool has it."""
+    if row_bytes is None:
+        return _ENCODED_BYTES
     return -(-(ALIGNMENT_BYTES + max(STORED_BYTES, row_bytes)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def memory_bytes(num_workers: int, row_bytes: int) -> int:
-    """What a pool's units take at the most."""
+def memory_bytes(num_workers: int, row_bytes: int | None) -> int:
+    """What a pool's units take at the most; row_bytes as Pool has it."""
     return (units_in_flight(num_workers) + WRITE_AHEAD) * (SLOT_BYTES + stored_bytes_of(row_bytes))
 
 
-def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes]) -> bool:
-    """Whether some of the images must be resized by torch."""
+def needs_resampler(spec: PreprocessSpec, images: Sequence[bytes], encoding: RowEncoding | None = None) -> bool:
+    """Whether some of the images must be resized by torch; encoding: of rows that are encoded images."""
     if spec.interpolation == "lanczos":
         return False
     for data in images:
         try:
-            height, width, _ = decode_image(data).shape
+            size = size_of_image(data, spec)
         except DecodeError:
             continue
-        if height != spec.image_size or width != spec.image_size:
+        if size != ((spec.image_size, spec.image_size) if encoding is None else encoding.stored_shape(*size)):
             return True
     return False
 
 
 def split_into_units(
-    images: Sequence[bytes | memoryview], row_bytes: int, most: int = SLOT_BYTES
+    images: Sequence[bytes | memoryview], row_bytes: int | None, most: int = SLOT_BYTES
 ) -> Iterator[Sequence[bytes | memoryview]]:
     """Runs of consecutive images of `most` bytes and STORED_BYTES of rows; what is larger alone is a run of its own."""
-    most_rows = max(1, STORED_BYTES // row_bytes)
+    most_rows = len(images) if row_bytes is None else max(1, STORED_BYTES // row_bytes)
     start = num_bytes = 0
     for i, data in enumerate(images):
         if i > start and (num_bytes + len(data) > most or i - start == most_rows):
@@ -324,7 +336,7 @@ def _end_with_parent(leash: int) -> None:
     os._exit(1)
 
 
-def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int, lengths: list[int] | None) -> UnitResult:
+def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int | None, lengths: list[int] | None) -> UnitResult:
     """In a worker; lengths: of the encoded images, then masks, in the slot, None where the unit has them itself."""
     if lengths is not None:
         encoded = _slots.read(slot, lengths)
@@ -333,11 +345,9 @@ def _decode_slot(slot: int, gap: int, unit: Unit, row_bytes: int, lengths: list[
     return _decode_into(_slots, slot, gap, unit, row_bytes)
 
 
-def _decode_into(slots: Slots, slot: int, gap: int, unit: Unit, row_bytes: int) -> UnitResult:
-    if unit.encoding is not None:
-        # a tenth of the bytes of pixels, of a length that nobody knows before: they go through the pipe
-        return encode_unit(unit)
-    return decode_unit(unit, slots.stored(slot)[gap : gap + len(unit.images) * row_bytes])
+def _decode_into(slots: Slots, slot: int, gap: int, unit: Unit, row_bytes: int | None) -> UnitResult:
+    memory = slots.stored(slot)[gap:]
+    return make_rows(unit, memory if row_bytes is None else memory[: len(unit.images) * row_bytes])
 
 
 @contextmanager

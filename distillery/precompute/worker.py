@@ -14,10 +14,9 @@ from distillery.sources.masks import MASK_DTYPES, preprocess_mask
 from distillery.sources.pixels import (
     DecodeError,
     PreprocessSpec,
-    decode_oriented,
     normalisation_table,
     normalise_into,
-    resize_image,
+    prepare_image,
 )
 
 
@@ -35,6 +34,11 @@ class Unit:
     masks: Sequence[bytes | memoryview] = ()
     mask_dtype: str | None = None
     encoding: RowEncoding | None = None
+
+    @property
+    def decode_spec(self) -> PreprocessSpec:
+        """How far its large JPEGs may be scaled while they are decoded."""
+        return self.spec if self.encoding is None else self.encoding.decode_spec(self.spec)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class UnitResult:
 
     checksums: uint64 [n], XXH3-64 of each row's bytes; source_sizes: uint32 [n, 2], height and width in px that each
     image had, upright, zeros where it could not be decoded; failures: (row in the shard, reason); seconds: it took;
-    masks: None where none were asked for; encoded: the rows of a compressed cache, b"" for a bad one, else None.
+    masks: None where none were asked for; row_sizes: int64 [n], bytes of each row of a compressed cache, 0 for a bad
+    one, None: all rows have the same size; overflow: these rows, where the unit's memory is too small for them.
     """
 
     first_row: int
@@ -64,7 +69,12 @@ class UnitResult:
     failures: list[tuple[int, str]]
     seconds: float
     masks: MaskRows | None = None
-    encoded: list[bytes] | None = None
+    row_sizes: np.ndarray | None = None
+    overflow: bytes | None = None
+
+    def encoded_rows(self, memory: memoryview) -> bytes | memoryview:
+        """The rows of a compressed cache, one after another, that were made into `memory`."""
+        return memory[: self.row_sizes.sum()] if self.overflow is None else self.overflow
 
 
 @lru_cache(maxsize=4)
@@ -87,10 +97,10 @@ def _decode(unit: Unit, i: int, mask_row: np.ndarray | None) -> tuple[np.ndarray
 
     A function of its own: what it decoded into is free on return, and still in the core's cache for the next image.
     """
-    pixels, orientation = decode_oriented(unit.images[i])
+    image = prepare_image(unit.images[i], unit.spec)
     if mask_row is not None:
-        mask_row[:] = preprocess_mask(unit.masks[i], pixels.shape[:2], orientation, unit.spec, unit.mask_dtype)
-    return resize_image(pixels, unit.spec), pixels.shape[:2]
+        mask_row[:] = preprocess_mask(unit.masks[i], image.size, image.orientation, unit.spec, unit.mask_dtype)
+    return image.pixels, image.size
 
 
 def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
@@ -113,17 +123,29 @@ def decode_unit(unit: Unit, memory: memoryview) -> UnitResult:
     return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, mask_rows)
 
 
-def encode_unit(unit: Unit) -> UnitResult:
-    """Make a unit's images into the rows of a compressed cache."""
+def encode_unit(unit: Unit, memory: memoryview) -> UnitResult:
+    """Make a unit's images into the rows of a compressed cache, one after another in `memory`; bad ones are empty."""
     began, count = time.monotonic(), len(unit.images)
-    rows, sizes, failures = [b""] * count, np.zeros((count, 2), np.uint32), []
+    rows: list[bytes | memoryview] = [b""] * count
+    sizes, failures = np.zeros((count, 2), np.uint32), []
     for i in range(count):
         try:
             rows[i], sizes[i] = unit.encoding.encode(unit.images[i], unit.spec)
         except DecodeError as error:
             failures.append((unit.first_row + i, str(error)))
     checksums = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
-    return UnitResult(unit.first_row, checksums, sizes, failures, time.monotonic() - began, encoded=rows)
+    row_sizes, overflow = np.array(list(map(len, rows)), np.int64), None
+    if (num_bytes := int(row_sizes.sum())) <= len(memory):
+        memory[:num_bytes] = b"".join(rows)
+    else:
+        overflow = b"".join(rows)
+    seconds = time.monotonic() - began
+    return UnitResult(unit.first_row, checksums, sizes, failures, seconds, row_sizes=row_sizes, overflow=overflow)
+
+
+def make_rows(unit: Unit, memory: memoryview) -> UnitResult:
+    """Make a unit's images into the rows that are stored, in `memory`."""
+    return decode_unit(unit, memory) if unit.encoding is None else encode_unit(unit, memory)
 
 
 def _mask_rows(masks: np.ndarray, valid: list[int]) -> MaskRows:

@@ -68,8 +68,11 @@ def build_cache_page(index: CacheIndex) -> str:
     """The whole HTML page."""
     rows, pixels, jpegs = sample(index)
     failures = read_failures(index.directory)
-    usual_bytes = float(np.median(index.shard_bytes))
-    is_unusual = 2 * (index.shard_failed > 0) + (index.shard_bytes != usual_bytes)
+    usual_bytes, row_bytes = float(np.median(index.shard_bytes)), index.row_bytes
+    # of encoded rows hardly two shards have the same number of bytes
+    is_unusual = 2 * (index.shard_failed > 0) + (not index.is_encoded) * (index.shard_bytes != usual_bytes)
+    if index.is_encoded:
+        row_bytes = round(index.shard_bytes.sum() / index.shard_rows.sum())
     _, height, width = index.image_shape
     return render(
         "cache.html",
@@ -85,6 +88,7 @@ def build_cache_page(index: CacheIndex) -> str:
         shown_failures=SHOWN_FAILURES,
         shown_shards=sorted(np.argsort(-is_unusual, kind="stable")[:SHOWN_SHARDS].tolist()),
         usual_bytes=usual_bytes,
+        row_bytes=row_bytes,
         origin=origin_of(index),
     )
 

@@ -22,20 +22,28 @@ new number would have made all those caches anew. A cache that holds such files 
 JPEGs are decoded by libjpeg-turbo's accurate integer path. simplejpeg decodes plain files a quarter faster than Pillow
 (ten times for 32 px thumbnails) into exactly Pillow's pixels; what it does not take without a warning, Pillow decides.
 Bilinear and bicubic resizing is torch's antialiased uint8 kernel: fixed-point, so the same on every CPU, and 3 to 4
-times the speed of Pillow's. Lanczos is Pillow's. DCT-domain downscaling is not used: it changes pixels.
+times the speed of Pillow's. Lanczos is Pillow's.
+
+With jpeg_decode "scaled", libjpeg decodes large JPEGs at 1/2, 1/4 or 1/8 of their size, at no less than twice
+image_size, and the same kernel resizes what it gives. That skips most of the work of decoding, and changes pixels a
+little. It is off by default, and a cache made so has another fingerprint. simplejpeg and Pillow get the same scale, so
+a file's pixels do not depend on whether simplejpeg is installed.
 """
 
 import functools
 import importlib.metadata
 import io
 import re
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from distillery.sources import jpeg
 from distillery.sources.png import bare_png
+from distillery.sources.resizing import centre_square, resize, resize_interleaved
 from distillery.sources.transparency import stored_as, take_transparent_colour, without_empty_alpha
 from distillery.system.errors import UserError
 
@@ -46,12 +54,15 @@ except ImportError:  # an accelerator only: Pillow gives the same pixels
 
 RESIZE_MODES = ("squash", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+JPEG_DECODES = ("exact", "scaled")
 POLICY_VERSION = 1
 MAX_PIXELS = 178_956_970  # where Pillow refuses by default: half a gigabyte of RGB
 # an explicit list: some of Pillow's other plugins run external programs or accept any text as an image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _ORIENTATION_TAG = 0x0112
-_OTHER_JPEG_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_TURNED = (5, 6, 7, 8)  # orientations by which height becomes width
+# MPO: a JPEG with further pictures behind it, as many phones write
+_JPEG_FORMATS = ("JPEG", "MPO")
 
 
 class DecodeError(ValueError):
@@ -67,6 +78,7 @@ class PreprocessSpec:
         resize_mode: "squash" (H and W straight to image_size) or "crop" (the largest centred square, then resized).
         interpolation: "bilinear", "bicubic" or "lanczos", antialiased.
         mean, std: normalisation per channel, of pixels scaled to 0..1.
+        jpeg_decode: "exact", or "scaled" (large JPEGs at 1/2, 1/4 or 1/8, at least twice image_size, then resized).
     """
 
     image_size: int
@@ -74,6 +86,7 @@ class PreprocessSpec:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    jpeg_decode: str = "exact"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -82,6 +95,8 @@ class PreprocessSpec:
             raise UserError(f"resize_mode is {self.resize_mode!r}; it must be one of {', '.join(RESIZE_MODES)}.")
         if self.interpolation not in INTERPOLATIONS:
             raise UserError(f"interpolation is {self.interpolation!r}; it must be one of {', '.join(INTERPOLATIONS)}.")
+        if self.jpeg_decode not in JPEG_DECODES:
+            raise UserError(f"jpeg_decode is {self.jpeg_decode!r}; it must be one of {', '.join(JPEG_DECODES)}.")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
             raise UserError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0.")
 
@@ -100,7 +115,49 @@ class PreprocessSpec:
             "orientation": "exif",
             "frame": "first",
             "max_pixels": MAX_PIXELS,
+            # absent where exact: the fingerprints of caches made before there was a choice stay as they are
+            **({} if self.jpeg_decode == "exact" else {"jpeg_decode": self.jpeg_decode}),
         }
+
+    def jpeg_scale(self, height: int, width: int) -> int:
+        """1, 2, 4 or 8: by how much a JPEG of height x width px is smaller when it is decoded."""
+        # a crop takes the shorter side, and squash needs enough of both: the same rule
+        return 1 if self.jpeg_decode == "exact" else jpeg.largest_scale(min(height, width), 2 * self.image_size)
+
+
+class Prepared(NamedTuple):
+    """An image as it is stored, and what is known of its file.
+
+    pixels: uint8 [3, image_size, image_size], RGB, contiguous; orientation: Exif, 1 to 8, that the file had; size:
+    height and width of the file's image in px, upright.
+    """
+
+    pixels: np.ndarray
+    orientation: int
+    size: tuple[int, int]
+
+
+class _Decoded(NamedTuple):
+    """An image as its file has it.
+
+    pixels: uint8 [H, W, 3]; orientation: Exif, of the file; turn: the orientation that is left to undo; scale: of a
+    scaled JPEG; size: height and width before it was scaled, not upright yet.
+    """
+
+    pixels: np.ndarray
+    orientation: int
+    turn: int
+    scale: int
+    size: tuple[int, int]
+
+    def upright(self) -> np.ndarray:
+        """The pixels upright, contiguous."""
+        return np.ascontiguousarray(upright(self.pixels, self.turn))
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width before it was scaled, upright."""
+        return self.size[::-1] if self.turn in _TURNED else self.size
 
 
 def preprocess_image(data: bytes, spec: PreprocessSpec) -> np.ndarray:
@@ -114,61 +171,104 @@ def preprocess_image(data: bytes, spec: PreprocessSpec) -> np.ndarray:
     Raises:
         DecodeError: no image can be had from `data`.
     """
-    return resize_image(decode_image(data), spec)
+    return prepare_image(data, spec).pixels
+
+
+def prepare_image(data: bytes | memoryview, spec: PreprocessSpec) -> Prepared:
+    """As preprocess_image, with the image's size and orientation."""
+    image = _decode(data, spec)
+    if image.scale == 1:
+        pixels = resize_image(image.upright(), spec)
+    else:
+        # turned last: the resampler takes a part of a pixel at the right and lower end only, where libjpeg has it
+        resized = _resize_scaled(image, spec).transpose(1, 2, 0)
+        pixels = np.ascontiguousarray(upright(resized, image.turn).transpose(2, 0, 1))
+    return Prepared(pixels, image.orientation, image.upright_size)
+
+
+def shrink_image(
+    data: bytes | memoryview, spec: PreprocessSpec, shape_of: Callable[[int, int], tuple[int, int]]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode, turn upright, resize without a crop.
+
+    Args:
+        data: an encoded image file.
+        spec: its image_size says how far a JPEG may be scaled.
+        shape_of: height and width wanted, of those of the upright image.
+    Returns:
+        (uint8 [H, W, 3], RGB, contiguous; the image's height and width in px, upright).
+    Raises:
+        DecodeError: no image can be had from `data`.
+    """
+    image = _decode(data, spec)
+    shape = shape_of(*image.upright_size)
+    if image.scale == 1:
+        return resize_interleaved(image.upright(), shape, spec.interpolation), image.upright_size
+    covered = tuple(extent / image.scale for extent in image.size)
+    shape = shape[::-1] if image.turn in _TURNED else shape
+    resized = resize_interleaved(image.pixels, shape, spec.interpolation, covered)
+    return np.ascontiguousarray(upright(resized, image.turn)), image.upright_size
+
+
+def size_of_image(data: bytes | memoryview, spec: PreprocessSpec) -> tuple[int, int]:
+    """Height and width of an image in px, upright, after it was decoded whole; errors as preprocess_image."""
+    return _decode(data, spec).upright_size
 
 
 def resize_image(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     """Crop or squash, and resize, the pixels of decode_image: uint8 [3, image_size, image_size], contiguous."""
     if spec.resize_mode == "crop":
-        pixels = _centre_square(pixels)
-    return resize_pixels(pixels, spec.image_size, spec.image_size, spec.interpolation)
+        pixels = centre_square(pixels)
+    return resize(pixels, (spec.image_size, spec.image_size), spec.interpolation)
 
 
-def decode_image(data: bytes | memoryview) -> np.ndarray:
+def _resize_scaled(image: _Decoded, spec: PreprocessSpec) -> np.ndarray:
+    """resize_image for a scaled JPEG: its last row and column may reach beyond the image, by a part of a pixel."""
+    pixels, (height, width) = image.pixels, image.size
+    if spec.resize_mode == "crop":
+        side = min(height, width)
+        top, left = (((extent - side) // 2 + image.scale // 2) // image.scale for extent in (height, width))
+        height = width = side
+        kept = jpeg.shrunk(side, image.scale)
+        pixels = np.ascontiguousarray(pixels[top : top + kept, left : left + kept])
+    covered = height / image.scale, width / image.scale
+    return resize(pixels, (spec.image_size, spec.image_size), spec.interpolation, covered)
+
+
+def decode_image(data: bytes | memoryview, spec: PreprocessSpec | None = None) -> np.ndarray:
     """The pixels of an encoded image, uint8 [H, W, 3], RGB, contiguous, upright.
 
+    Args:
+        data: an encoded image file.
+        spec: where its jpeg_decode is "scaled", a large JPEG gives fewer pixels; None: exact.
     Raises:
         DecodeError: no image can be had from `data`.
     """
-    return decode_oriented(data)[0]
+    return decode_oriented(data, spec)[0]
 
 
-def decode_oriented(data: bytes | memoryview) -> tuple[np.ndarray, int]:
+def decode_oriented(data: bytes | memoryview, spec: PreprocessSpec | None = None) -> tuple[np.ndarray, int]:
     """(the pixels as decode_image gives them, the Exif orientation, 1 to 8, that they had before they were upright)."""
+    image = _decode(data, spec)
+    return image.upright(), image.orientation
+
+
+def _decode(data: bytes | memoryview, spec: PreprocessSpec | None) -> _Decoded:
     if not data:
         raise DecodeError("no data (0 bytes)")
-    size = _plain_jpeg_size(data) if simplejpeg is not None else None
+    size = jpeg.plain_size(data) if simplejpeg is not None else None
     if size is None:
-        return _decode_with_pillow(data)
-    check_pixel_count(*size)
+        return _decode_with_pillow(data, spec)
+    height, width = size
+    check_pixel_count(width, height)
+    scale = 1 if spec is None else spec.jpeg_scale(height, width)
+    # the smallest of its scales that gives this size: no smaller one gives it too (jpeg.largest_scale)
+    least = {} if scale == 1 else {"min_height": jpeg.shrunk(height, scale), "min_width": jpeg.shrunk(width, scale)}
     try:
         # strict: a file libjpeg warns about is Pillow's to judge
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True), 1
+        return _Decoded(simplejpeg.decode_jpeg(data, "RGB", strict=True, **least), 1, 1, scale, size)
     except (ValueError, MemoryError):
-        return _decode_with_pillow(data)
-
-
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an 8-bit grey or colour JPEG, Huffman-coded, without Exif or XMP; None for anything else."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    size, position = None, 2
-    try:
-        while True:
-            prefix, marker, length = struct.unpack_from(">BBH", data, position)
-            if marker == 0xDA:  # the scan begins
-                return size
-            # APP1 is where Exif and XMP are: both can turn the image, and Pillow reads them
-            if prefix != 0xFF or marker == 0xE1 or marker < 0xC0 or marker in _OTHER_JPEG_FRAMES:
-                return None
-            if marker in (0xC0, 0xC1, 0xC2):
-                precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-                if precision != 8 or components not in (1, 3) or size is not None:
-                    return None
-                size = width, height
-            position += 2 + length
-    except struct.error:
-        return None
+        return _decode_with_pillow(data, spec)
 
 
 @functools.cache
@@ -184,25 +284,27 @@ def check_pixel_count(width: int, height: int) -> None:
         raise DecodeError(f"more than {MAX_PIXELS} pixels: too large, or a decompression bomb")
 
 
-def _decode_with_pillow(data: bytes | memoryview) -> tuple[np.ndarray, int]:
+def _decode_with_pillow(data: bytes | memoryview, spec: PreprocessSpec | None) -> _Decoded:
     data = bytes(data)  # of a view, the one copy that BytesIO would make
     try:
-        return _decode_whole(data)
+        return _decode_whole(data, spec)
     except DecodeError:
         bare = bare_png(data)
         if bare is None:
             raise
         try:
-            return _decode_whole(bare)
+            return _decode_whole(bare, spec)
         except DecodeError:
             pass  # it was no text: the reason is the first one's
         raise
 
 
-def _decode_whole(data: bytes) -> tuple[np.ndarray, int]:
+def _decode_whole(data: bytes, spec: PreprocessSpec | None) -> _Decoded:
     try:
         with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             check_pixel_count(*image.size)
+            # of a JPEG alone: other formats may have another size once they are loaded
+            size, scale = image.size[::-1], _scale_jpeg(image, spec)
             stored = stored_as(image)
             # TIFF files are turned by Pillow itself, which takes the tag away
             turned_by_pillow = orientation_of(image) if image.format == "TIFF" else 1
@@ -221,7 +323,20 @@ def _decode_whole(data: bytes) -> tuple[np.ndarray, int]:
         raise DecodeError(reason_of(error)) from error
     if transparent is not None:
         pixels[transparent] = 255
-    return np.ascontiguousarray(upright(pixels, orientation)), max(orientation, turned_by_pillow)
+    size = pixels.shape[:2] if scale == 1 else size
+    return _Decoded(pixels, max(orientation, turned_by_pillow), orientation, scale, size)
+
+
+def _scale_jpeg(image: Image.Image, spec: PreprocessSpec | None) -> int:
+    """Have an opened JPEG loaded at the scale that it returns."""
+    if spec is None or image.format not in _JPEG_FORMATS:
+        return 1
+    width, height = image.size
+    scale = spec.jpeg_scale(height, width)
+    if scale > 1:
+        # Pillow takes the largest scale that leaves this much; rounded down, that is ours, and never the next one
+        image.draft(None, (width // scale, height // scale))
+    return scale
 
 
 def reason_of(error: Exception) -> str:
@@ -241,7 +356,7 @@ def orientation_of(image: Image.Image) -> int:
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo the Exif orientation of [H, W, ...]; source: Exif 2.32, tag 0x0112."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TURNED:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
@@ -279,35 +394,6 @@ def _scale_float(values: np.ndarray) -> np.ndarray:
 
 def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _centre_square(pixels: np.ndarray) -> np.ndarray:
-    """The largest centred square of [H, W, 3], cut before the one resize so that extreme shapes stay cheap."""
-    height, width, _ = pixels.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
-
-
-def resize_pixels(pixels: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    """uint8 [H, W, 3], contiguous -> uint8 [3, height, width], contiguous."""
-    if pixels.shape[:2] == (height, width):
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    if interpolation == "lanczos":
-        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    torch = load_resampler()
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(batch, size=(height, width), mode=interpolation, antialias=True)
-    return np.ascontiguousarray(resized[0].numpy())
-
-
-@functools.cache
-def load_resampler():
-    """Import torch (about 1.5 s, once). Call it before forking decode workers, so that they share what it loads."""
-    import torch
-
-    return torch
 
 
 def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> np.ndarray:

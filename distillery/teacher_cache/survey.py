@@ -22,6 +22,7 @@ class TeacherPlan:
     images: CachePlan
     spec: TeacherCacheSpec
     kind: ClassVar[ShardKind] = TEACHER_SHARDS
+    rows_vary: ClassVar[bool] = False
 
     @property
     def identity(self) -> dict:

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,10 @@ def test_a_short_last_shard_is_missing_in_a_cache_that_shall_grow_and_done_in_on
         ),
         ({"dtype": "float16"}, [r"  dtype: the cache has 'float32', now it would be 'float16'"]),
         ({"dtype": "uint8"}, [r"preprocess\.normalized: the cache has True", "dtype: the cache has 'float32'"]),
+        (
+            {"spec": PreprocessSpec(8, "squash", "lanczos", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "scaled")},
+            [r":\n  preprocess\.jpeg_decode: the cache has 'exact', now it would be 'scaled'\nNothing"],
+        ),
         ({"shard_size": 4}, ["shard_size: the cache has 8, now it would be 4"]),
         ({"labels": False}, ["labels: the cache has True, now it would be False"]),
         (
@@ -180,6 +185,19 @@ def test_a_cache_dir_that_is_a_link_works_and_one_that_is_a_file_is_refused(cach
     for name in ("file", "dangling"):
         with pytest.raises(UserError, match="is a file, or a symbolic link to nothing"):
             survey(tmp_path / name)
+
+
+def test_a_cache_dir_that_another_job_makes_at_this_moment_is_taken_for_an_empty_one(tmp_path, monkeypatch):
+    is_dir = Path.is_dir
+
+    def made_afterwards(path):
+        found = is_dir(path)
+        if path == tmp_path / "new":
+            path.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", made_afterwards)
+    assert survey(tmp_path / "new").missing == [0, 1, 2]
 
 
 def make_future_shard(folder):

@@ -79,7 +79,7 @@ def _start_forked_worker(slots) -> None:
 
 def use_forked_workers() -> None:
     """In a process that was forked itself: decode in a ForkedPool from now on."""
-    pipeline.decode_pool = lambda _num_workers, _spec, _dtype, row_bytes, _images: ForkedPool(row_bytes)
+    pipeline.decode_pool = lambda _num_workers, plan, _images: ForkedPool(plan.image_bytes)
 
 
 def members(group: int) -> list[int]:

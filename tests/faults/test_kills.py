@@ -14,6 +14,7 @@ from scale import scaled
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan
 from syscalls import killed_at, watched
 
+from distillery.cache.encoded import RowEncoding
 from distillery.cache.verify import verify_cache
 
 STAGE1 = Path(__file__).resolve().parents[1] / "support" / "stage1.py"
@@ -57,11 +58,14 @@ def test_killed_at_every_single_write_fsync_link_and_rename_it_resumes_to_the_sa
     assert fatal > (8 if mode == "half" else 40)
 
 
+@pytest.mark.parametrize("stored", [{}, {"dtype": "jpeg", "encoding": RowEncoding(8, 90)}], ids=["pixels", "jpeg"])
 def test_a_cache_that_grows_killed_at_every_change_of_the_disk_ends_like_one_made_at_once(
-    folder, source, reference, tally
+    folder, source, tally, stored
 ):
-    run_stage1(small_plan(folder / "short", source, max_samples=12), source)
-    plan = small_plan(folder / "cache", source)
+    run_stage1(small_plan(folder / "straight", source, **stored), source)
+    reference = folder_bytes(folder / "straight")
+    run_stage1(small_plan(folder / "short", source, max_samples=12, **stored), source)
+    plan = small_plan(folder / "cache", source, **stored)
     for fatal in itertools.count(1):
         shutil.rmtree(plan.directory, ignore_errors=True)
         shutil.copytree(folder / "short", plan.directory)

@@ -1,6 +1,11 @@
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from distillery.cache.encoded import RowEncoding
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
 from distillery.precompute import estimate
@@ -9,6 +14,7 @@ from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 
 SPEC = PreprocessSpec(32, "squash", "lanczos", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+JPEG = RowEncoding(32, 90)
 DECODING = DecodeSpeed(num_images=56, seconds=0.004, encoded_bytes=110_000, pixels=500 * 400, needs_torch=True)
 
 
@@ -29,7 +35,7 @@ class Images:
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_a_few_images_are_decoded_from_the_middle(png_images, dtype):
     source = Images(png_images)
-    speed = measure_decoding(source, SPEC, dtype, num_images=20)
+    speed = measure_decoding(source, SPEC, dtype, JPEG, num_images=20)
     middle = (len(png_images) - 20) // 2
     assert source.asked == [(middle, middle + 20)]
     assert speed.num_images == 12  # the first eight pay for what happens once
@@ -39,12 +45,48 @@ def test_a_few_images_are_decoded_from_the_middle(png_images, dtype):
     assert not speed.needs_torch
 
 
+def jpeg(height, width):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("jpeg_decode, other", [("exact", "scaled"), ("scaled", "exact")])
+def test_large_jpegs_are_decoded_both_ways(jpeg_decode, other):
+    images = [b"broken", jpeg(300, 200), jpeg(70, 40), jpeg(400, 250)] * 4
+    speed = measure_decoding(Images(images), replace(SPEC, jpeg_decode=jpeg_decode), "uint8", JPEG)
+    name, seconds, pixels = speed.other
+    assert (name, pixels) == (other, 300 * 200) and 0 < seconds < 1
+    # a worker needs room for what it decodes: at half the size
+    assert speed.pixels == (400 * 250 if jpeg_decode == "exact" else 200 * 125)
+
+
+def test_where_no_image_is_scaled_nothing_is_decoded_twice(png_images):
+    assert measure_decoding(Images([*png_images[:9], jpeg(126, 80)] * 2), SPEC, "uint8", JPEG).other is None
+
+
+@pytest.mark.parametrize(
+    "other, line",
+    [
+        (
+            ("scaled", 0.003, 4.1e6),
+            "scaled would take 3 ms an image instead of 4 (the median image has 4.1 megapixels)",
+        ),
+        (("scaled", 0.0033, 4.1e6), None),
+        (("exact", 0.0123, 4.1e6), "exact would take 12.3 ms an image instead of 4 (the median image has 4.1 megapix"),
+    ],
+)
+def test_the_plan_says_what_the_other_jpeg_decode_takes_where_it_is_worth_it(tmp_path, monkeypatch, other, line):
+    text = "\n".join(lines_of(tmp_path, monkeypatch, speed=replace(DECODING, other=other)))
+    assert ("jpeg_decode: " in text) == (line is not None) and (line or "") in text
+
+
 def test_a_source_of_one_image_is_enough(png_images):
-    assert measure_decoding(Images(png_images[:1]), SPEC, "float32").num_images == 1
+    assert measure_decoding(Images(png_images[:1]), SPEC, "float32", JPEG).num_images == 1
 
 
 def test_images_that_cannot_be_decoded_tell_nothing():
-    assert measure_decoding(Images([b"broken"] * 20), SPEC, "float32") is None
+    assert measure_decoding(Images([b"broken"] * 20), SPEC, "float32", JPEG) is None
 
 
 def test_plan_lines_count_what_is_left_of_every_folder(tmp_path):

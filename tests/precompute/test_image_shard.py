@@ -58,6 +58,23 @@ def test_the_file_is_the_same_whatever_the_pieces_and_the_way(tmp_path, monkeypa
     assert (torch.load(tmp_path / "s.pt", weights_only=True)["images"].numpy() == ROWS).all()
 
 
+@pytest.mark.parametrize(
+    "lengths", [[13_200], [1] * 200 + [13_000], [0, 3967, 2, 0, 4096, 5135, 0], [9000, 4200]], ids=str
+)
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_appended_pieces_of_any_length_give_the_same_file(tmp_path, monkeypatch, expected, lengths, is_direct):
+    if not is_direct:
+        monkeypatch.setattr(image_shard, "bypass_page_cache", lambda _fd, _wanted: False)
+    data, first = ROWS.tobytes(), 0
+    with open(tmp_path / "s.pt", "w+b") as file:
+        payload = PayloadWriter(file.fileno())
+        for length in lengths:
+            payload.append(data[first : first + length])
+            first += length
+        finish(payload, "uint8", ROWS.shape, np.ones(len(ROWS), bool), None, "{}")
+    assert first == len(data) and (tmp_path / "s.pt").read_bytes() == expected
+
+
 def failing_pwrite(monkeypatch, number: int, fatal: int, *, written: int = 0) -> list[int]:
     """Have the fatal-th os.pwrite fail after so many bytes; returns the list of offsets that were written to."""
     pwrite, offsets = os.pwrite, []

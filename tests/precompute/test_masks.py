@@ -1,3 +1,4 @@
+import io
 import json
 from dataclasses import replace
 
@@ -77,6 +78,29 @@ def test_a_shard_holds_each_image_and_its_mask_and_both_are_read_in_order(tmp_pa
         index = load_index(folder)
         assert index.mask_dtype == "uint8" and index.mask_classes == tuple(np.unique(masks)) and not index.labels
         assert verify_cache(folder) == []
+
+
+def test_masks_lie_on_images_that_are_decoded_at_a_fraction_of_their_size(tmp_path):
+    # four fields of grey values that are the mask's numbers, in photographs of 300 x 210 px, upright and turned
+    numbers = np.repeat(np.repeat(np.array([[0, 80], [160, 240]], np.uint8), 105, axis=0), 150, axis=1)
+    images, masks, exif = [], [encode_png(numbers)] * 2, Image.Exif()
+    for exif[0x0112] in (1, 6):
+        buffer = io.BytesIO()
+        Image.fromarray(numbers).convert("RGB").save(buffer, "JPEG", quality=95, exif=exif)
+        images.append(buffer.getvalue())
+    data = configuration(
+        tmp_path, write_split(tmp_path, images, masks), cache_dtype="uint8", jpeg_decode="scaled", image_size=8
+    )
+    assert make(data) == EXIT_DONE
+    folder = tmp_path / "cache" / "eval" / "e" / "train"
+    stored_images, found, valid = stored(folder)
+    assert valid.all()
+    away = torch.ones(8, 8, dtype=torch.bool)  # from the fields' edges, which resizing blurs
+    away[3:5], away[:, 3:5] = False, False
+    difference = stored_images[:, 0].int() - found.int()
+    assert difference[:, away].abs().max() <= 4 and found.unique().tolist() == [0, 80, 160, 240]
+    record = json.loads((folder / "images_shard_00000.json").read_text())
+    assert record["identity"]["preprocess"]["jpeg_decode"] == "scaled"
 
 
 def test_neither_batches_nor_workers_change_a_byte_of_a_cache_with_masks(tmp_path):

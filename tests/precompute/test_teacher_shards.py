@@ -13,6 +13,7 @@ from caches import make_test_cache
 from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
+from distillery.cache.encoded import RowEncoding
 from distillery.cache.store import record_path
 from distillery.models.backbone import Features
 from distillery.precompute import teacher_shards
@@ -122,6 +123,18 @@ def test_images_that_could_not_be_decoded_are_zero_and_count_nowhere(reference):
     assert shard["pooled"][2].any()
     counts = json.loads((reference.directory / "statistics.json").read_text())
     assert (counts["pooled_count"], counts["tokens_count"]) == (39 * 2, 39 * 2 * 16)
+
+
+def test_over_a_compressed_cache_the_teacher_sees_the_images_that_its_rows_decode_to(reference, tmp_path):
+    make_test_cache(tmp_path, 40, dtype="jpeg", bad=(3,))  # of PNG files as they are: the pixels of the reference
+    images = replace(images_plan(tmp_path, 40), dtype="jpeg", encoding=RowEncoding("original", 90))
+    teacher = live_teacher()
+    plan = teacher_plan(images, teacher, **FULL)
+    assert run_pass(plan, teacher).shards_made == 5
+    for name in sorted(path.name for path in plan.directory.glob("*.pt")):
+        shards = [torch.load(folder / name, weights_only=True) for folder in (plan.directory, reference.directory)]
+        assert all(torch.equal(shards[0][field], shards[1][field]) for field in ("pooled", "tokens", "valid"))
+    assert list(find_teacher_problems(plan.directory)) == []
 
 
 def test_the_bytes_of_a_shard_do_not_depend_on_the_shards_made_before(reference, work):

@@ -47,10 +47,11 @@ def test_a_unit_stores_every_pixel_through_its_channels_table_and_zeros_for_bad_
     assert result.source_sizes.tolist() == [[0, 0] if i in (0, 3) else [SIZE, SIZE] for i in range(7)]
 
 
-def test_the_size_an_image_had_is_that_of_the_image_turned_upright():
+@pytest.mark.parametrize("jpeg_decode", ["exact", "scaled"])
+def test_the_size_an_image_had_is_that_of_the_file_turned_upright(jpeg_decode):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=exif)
-    spec = PreprocessSpec(SIZE, "crop", "lanczos", MEAN, STD)
+    Image.new("RGB", (70, 51)).save(buffer, "JPEG", exif=exif)
+    spec = PreprocessSpec(SIZE, "crop", "lanczos", MEAN, STD, jpeg_decode)
     result = decode_unit(Unit(0, [buffer.getvalue()], spec, "uint8"), memoryview(bytearray(3 * SIZE * SIZE)))
-    assert result.source_sizes.tolist() == [[40, 30]]
+    assert result.source_sizes.tolist() == [[70, 51]]

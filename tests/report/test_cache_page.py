@@ -30,7 +30,7 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "jpeg"])
 def test_the_contact_sheet_shows_the_pixels_without_normalisation(tmp_path, dtype):
     source = make_test_cache(tmp_path, 20, dtype=dtype)
     rows, pixels, contacts = sample(load_index(tmp_path))
@@ -75,6 +75,14 @@ def test_the_sizes_that_images_had_are_shown_and_small_ones_pointed_out(tmp_path
     assert "Of 19 images" in words and "40 x 90 px" in words and "73.7%" in words
     assert "26.3% had a shorter side below 8 px: enlarged." in words
     assert "smallest 6, median 40, largest 40 px" in words
+
+
+def test_the_page_of_a_compressed_cache_says_what_its_images_take_on_average(tmp_path):
+    make_test_cache(tmp_path / "cache", 20, shard_size=8, dtype="jpeg", bad=(11,))
+    text = write_cache_report(tmp_path / "cache", tmp_path / "page.html").read_text()
+    num_bytes = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.pt"))
+    assert f"{num_bytes / 20:.0f} bytes an image, on average" in text
+    assert "8 px, the size they are read at" in text and "stored_size" in text
 
 
 def test_a_cache_without_recorded_sizes_says_so(cache, tmp_path):

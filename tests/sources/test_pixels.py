@@ -15,24 +15,28 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
+from distillery.sources import jpeg
 from distillery.sources import pixels as pixels_module
 from distillery.sources.pixels import (
     MAX_PIXELS,
     DecodeError,
     PreprocessSpec,
     decode_image,
+    decode_oriented,
     library_versions,
     normalisation_table,
     normalise_into,
+    prepare_image,
     preprocess_image,
 )
 from distillery.system.errors import UserError
+from distillery.system.files import sha256_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def spec_of(image_size=16, resize_mode="squash", interpolation="bicubic"):
-    return PreprocessSpec(image_size, resize_mode, interpolation, MEAN, STD)
+def spec_of(image_size=16, resize_mode="squash", interpolation="bicubic", jpeg_decode="exact"):
+    return PreprocessSpec(image_size, resize_mode, interpolation, MEAN, STD, jpeg_decode)
 
 
 def photo(height=40, width=56, seed=0):
@@ -93,13 +97,13 @@ JPEG_OPTIONS = {
 @pytest.mark.parametrize("size", [(40, 56), (33, 47), (1, 1), (8, 300)])
 def test_the_fast_jpeg_path_gives_exactly_pillows_pixels(name, size):
     data = encode(photo(*size), "JPEG", **JPEG_OPTIONS[name])
-    assert pixels_module._plain_jpeg_size(data) == size[::-1]
+    assert jpeg.plain_size(data) == size
     np.testing.assert_array_equal(decode_image(data), pillow_rgb(data))
 
 
 def test_the_fast_jpeg_path_takes_grey_and_leaves_exif_xmp_cmyk_and_other_formats_to_pillow():
     grey = encode(Image.fromarray(photo()).convert("L"), "JPEG")
-    assert pixels_module._plain_jpeg_size(grey) == (56, 40)
+    assert jpeg.plain_size(grey) == (40, 56)
     np.testing.assert_array_equal(decode_image(grey), pillow_rgb(grey))
     others = [
         encode(photo(), "JPEG", exif=exif_block(1)),
@@ -109,16 +113,17 @@ def test_the_fast_jpeg_path_takes_grey_and_leaves_exif_xmp_cmyk_and_other_format
         b"\xff\xd8",
         b"\xff\xd8\xff",
     ]
-    assert [pixels_module._plain_jpeg_size(data) for data in others] == [None] * len(others)
+    assert [jpeg.plain_size(data) for data in others] == [None] * len(others)
 
 
-def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monkeypatch):
+@pytest.mark.parametrize("jpeg_decode", pixels_module.JPEG_DECODES)
+def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monkeypatch, jpeg_decode):
     rng = np.random.default_rng(0)
-    original = encode(photo(), "JPEG")
+    original, spec = encode(photo(), "JPEG"), spec_of(8, jpeg_decode=jpeg_decode)
 
     def outcome(data):
         try:
-            return decode_image(data).tobytes()
+            return decode_image(data, spec).tobytes()
         except DecodeError as error:
             return str(error)
 
@@ -132,6 +137,88 @@ def test_a_damaged_jpeg_has_the_same_outcome_with_and_without_the_fast_path(monk
     monkeypatch.setattr(pixels_module, "simplejpeg", None)
     assert fast == [outcome(data) for data in damaged]
     assert 10 < sum(isinstance(result, str) for result in fast) < 140
+
+
+# height, width -> scale at image_size 16, of which twice is 32: a side of 63 px becomes one of 32, rounded up
+SCALES = {(62, 300): 1, (63, 64): 2, (124, 130): 2, (125, 131): 4, (130, 125): 4, (248, 900): 4, (249, 251): 8,
+          (700, 530): 8, (40, 600): 1}  # fmt: skip
+
+
+def scaled_shape(shape):
+    scale = SCALES[shape]
+    return -(-shape[0] // scale), -(-shape[1] // scale), 3
+
+
+@pytest.mark.parametrize("interpolation", pixels_module.INTERPOLATIONS)
+@pytest.mark.parametrize("resize_mode", pixels_module.RESIZE_MODES)
+@pytest.mark.parametrize("shape", SCALES)
+def test_a_scaled_jpeg_keeps_twice_the_target_size_and_hardly_changes(shape, resize_mode, interpolation):
+    data = encode(photo(*shape), "JPEG", quality=95)
+    spec = spec_of(16, resize_mode, interpolation, "scaled")
+    assert decode_image(data, spec).shape == scaled_shape(shape)
+    image = prepare_image(data, spec)
+    assert image.size == shape and image.pixels.shape == (3, 16, 16) and image.pixels.flags.c_contiguous
+    difference = np.abs(image.pixels.astype(int) - preprocess_image(data, spec_of(16, resize_mode, interpolation)))
+    # a crop begins at a whole pixel of the smaller image
+    assert difference.mean() <= (0 if SCALES[shape] == 1 else 0.6 if resize_mode == "squash" else 4)
+
+
+def variants(shape):
+    """The same photograph as different kinds of JPEGs, some of which only Pillow reads: name -> file."""
+    pixels, kinds = photo(*shape), {}
+    for name, options in JPEG_OPTIONS.items():
+        kinds[name] = encode(pixels, "JPEG", **options)
+    kinds["grey"] = encode(Image.fromarray(pixels).convert("L"), "JPEG")
+    kinds["CMYK"] = encode(Image.fromarray(pixels).convert("CMYK"), "JPEG")
+    kinds["Exif"] = encode(pixels, "JPEG", exif=exif_block(1))
+    kinds["two pictures"] = encode(pixels, "MPO", save_all=True, append_images=[Image.fromarray(pixels[:20])])
+    return kinds
+
+
+@pytest.mark.parametrize("shape", [(63, 64), (125, 131), (700, 530)])
+def test_every_kind_of_jpeg_is_scaled_alike_with_and_without_the_fast_path(monkeypatch, shape):
+    spec, files = spec_of(16, jpeg_decode="scaled"), variants(shape)
+    fast = {name: decode_image(data, spec) for name, data in files.items()}
+    monkeypatch.setattr(pixels_module, "simplejpeg", None)
+    for name, data in files.items():
+        np.testing.assert_array_equal(decode_image(data, spec), fast[name], err_msg=name)
+        expected = preprocess_image(data, spec_of(16)).astype(int)
+        assert np.abs(preprocess_image(data, spec) - expected).mean() < 3, name
+    np.testing.assert_array_equal(fast["Exif"], fast["4:2:0"])
+    assert {pixels.shape for pixels in fast.values()} == {scaled_shape(shape)}
+
+
+def test_tiny_jpegs_for_a_tiny_target_are_scaled_alike_with_and_without_the_fast_path(monkeypatch):
+    spec = spec_of(1, jpeg_decode="scaled")
+    files = [encode(photo(height, width), "JPEG") for height in range(1, 34, 3) for width in (1, 7, 15, 16, 29, 64)]
+    fast = [decode_image(data, spec) for data in files]
+    monkeypatch.setattr(pixels_module, "simplejpeg", None)
+    for data, pixels in zip(files, fast, strict=True):
+        np.testing.assert_array_equal(decode_image(data, spec), pixels)
+
+
+@pytest.mark.parametrize("resize_mode", pixels_module.RESIZE_MODES)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_jpeg_is_turned_upright_and_its_size_too(orientation, resize_mode):
+    spec, pixels = spec_of(16, resize_mode, jpeg_decode="scaled"), photo(70, 91)
+    plain, turned = encode(pixels, "JPEG"), encode(pixels, "JPEG", exif=exif_block(orientation))
+    found, noted = decode_oriented(turned, spec)
+    assert noted == orientation
+    np.testing.assert_array_equal(found, pixels_module.upright(decode_image(plain, spec), orientation))
+    assert decode_image(plain, spec).shape == (35, 46, 3)
+    image = prepare_image(turned, spec)
+    assert image.orientation == orientation and image.size == ((91, 70) if orientation >= 5 else (70, 91))
+    expected = pixels_module.upright(preprocess_image(plain, spec).transpose(1, 2, 0), orientation).transpose(2, 0, 1)
+    np.testing.assert_array_equal(image.pixels, expected)
+
+
+@pytest.mark.parametrize("format, options", [("PNG", {}), ("WEBP", {}), ("TIFF", {"compression": "jpeg"})])
+def test_other_formats_are_never_scaled(format, options):
+    data = encode(photo(140, 150), format, **options)
+    assert prepare_image(data, spec_of(16, jpeg_decode="scaled")).size == (140, 150)
+    np.testing.assert_array_equal(
+        preprocess_image(data, spec_of(16, jpeg_decode="scaled")), preprocess_image(data, spec_of(16))
+    )
 
 
 def antialias_weights(source, target, interpolation):
@@ -201,7 +288,8 @@ def test_pixels_are_the_same_at_every_instruction_set_level_of_the_cpu():
         "import hashlib, sys; from tests.sources.test_pixels import *; digest = hashlib.sha256()\n"
         "for mode in ('bilinear', 'bicubic'):\n"
         "    for shape in ((40, 56), (375, 500), (20, 17)):\n"
-        "        digest.update(preprocess_image(encode(photo(*shape), 'JPEG'), spec_of(32, 'squash', mode)))\n"
+        "        for how in ('exact', 'scaled'):\n"
+        "            digest.update(preprocess_image(encode(photo(*shape), 'JPEG'), spec_of(32, 'squash', mode, how)))\n"
         "print(digest.hexdigest())"
     )
     results = set()
@@ -638,10 +726,15 @@ def test_identity_tells_every_choice_apart_and_is_json():
             (32, "squash", "lanczos", MEAN, STD),
             (32, "squash", "bicubic", (0.5,) * 3, STD),
             (32, "squash", "bicubic", MEAN, (0.5,) * 3),
+            (32, "squash", "bicubic", MEAN, STD, "scaled"),
         ]
     ]
     assert len({json.dumps(spec.identity(), sort_keys=True, allow_nan=False) for spec in specs}) == len(specs)
     assert json.loads(json.dumps(specs[0].identity())) == specs[0].identity()
+
+
+def test_the_identity_of_exact_decoding_is_that_of_caches_made_before_there_was_a_choice():
+    assert sha256_of(spec_of().identity()) == "3a93a6900bc30bc2f54d1122458a50effedaf9b537ecdfa1a56c136a4ef3e0c2"
 
 
 @pytest.mark.parametrize(
@@ -650,6 +743,7 @@ def test_identity_tells_every_choice_apart_and_is_json():
         ((0, "squash", "bicubic", MEAN, STD), "image_size is 0; it must be at least 1 px"),
         ((8, "pad", "bicubic", MEAN, STD), "resize_mode is 'pad'; it must be one of squash, crop"),
         ((8, "crop", "nearest", MEAN, STD), "interpolation is 'nearest'; it must be one of bilinear, bicubic, lanczos"),
+        ((8, "crop", "bicubic", MEAN, STD, "fast"), "jpeg_decode is 'fast'; it must be one of exact, scaled"),
         ((8, "crop", "bicubic", MEAN, (0.2, 0.0, 0.2)), "three numbers each, std above 0"),
         ((8, "crop", "bicubic", (0.5,), STD), "three numbers each"),
     ],

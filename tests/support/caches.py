@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from distillery.cache.encoded import RowEncoding
 from distillery.cache.images import place_image_fields, small_tensors
 from distillery.cache.plan import CachePlan, survey_cache
 from distillery.precompute.pipeline import make_cache
@@ -68,11 +69,16 @@ def make_test_cache(
     bad: tuple[int, ...] = (),
     labels: bool = False,
     shards: list[int] | None = None,
+    jpeg_decode: str = "exact",
 ) -> Images:
-    """Stage 1 of `num_rows` images; with `shards` only of these, so that the cache has gaps. Returns the source."""
+    """Stage 1 of `num_rows` images; with `shards` only of these, so that the cache has gaps. Returns the source.
+
+    A cache of dtype "jpeg" holds the PNG files as they are: its pixels are those of a uint8 cache.
+    """
     source = Images(num_rows, size, bad, labels)
-    spec = PreprocessSpec(size, "squash", "bicubic", MEAN, STD)
-    plan = CachePlan(directory, spec, dtype, shard_size, num_rows, num_rows, source.identity, labels)
+    spec = PreprocessSpec(size, "squash", "bicubic", MEAN, STD, jpeg_decode)
+    encoding = RowEncoding("original", 90) if dtype == "jpeg" else None
+    plan = CachePlan(directory, spec, dtype, shard_size, num_rows, num_rows, source.identity, labels, encoding=encoding)
     wanted = list(range(plan.num_shards)) if shards is None else shards
     survey = survey_cache(plan, wanted)
     with StopFlag() as stop:
