@@ -32,7 +32,6 @@ from distillery.cache.store import record_path
 from distillery.system.direct_io import drop_written, start_writeback
 from distillery.system.errors import UserError
 from distillery.system.files import (
-    CHUNK_BYTES,
     create_temporary,
     hash_file,
     open_regular,
@@ -42,6 +41,7 @@ from distillery.system.files import (
 )
 
 _USERS, _COPIER, _SET_ASIDE = "users", "copier", ".left"
+_BLOCK_BYTES = 16 << 20  # of one read: between two of them the storage may turn to other requests
 _ATTEMPTS = 20  # to enter a folder that others are removing
 
 
@@ -219,8 +219,8 @@ class CopyFolder:
         return record["hash"]
 
     def _copy_bytes(self, shard: int, fd: int, expected: str, go_on: Callable[[], bool]) -> bool:
-        buffer, digest, position = memoryview(bytearray(CHUNK_BYTES)), xxhash.xxh3_128(), 0
         size = int(self.index.shard_bytes[shard])
+        buffer, digest, position = memoryview(bytearray(min(size, _BLOCK_BYTES))), xxhash.xxh3_128(), 0
         try:
             source = open_regular(self.index.shard_path(shard))
         except (OSError, UserError) as error:

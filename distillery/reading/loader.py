@@ -84,11 +84,14 @@ class PretrainingLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through; a position that was loaded for it is kept."""
+        self._choose_epoch(epoch)
+        self._tell_position()
+
+    def _choose_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch, self._samples, self._resume_at = epoch, 0, 0
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        self._tell_position()
 
     def close(self) -> None:
         """Remove the copies on the node's own disk, unless other processes use them; batches can be read on."""
@@ -111,7 +114,7 @@ class PretrainingLoader:
                 f"a position of {samples} samples is not a multiple of {global_batch} (batch_size {self.batch_size} x "
                 f"{self.world_size} processes): choose a batch_size whose product with the processes divides it."
             )
-        self.set_epoch(state["epoch"])
+        self._choose_epoch(state["epoch"])
         self._samples = self._resume_at = samples
         self._tell_position()
 

@@ -2,8 +2,9 @@
 
 A copy is a whole file, read from beginning to end: a network file system gives that at its full speed, and gives random
 runs of a few rows slowly. While an epoch is read, the thread copies its shards in the order in which the epoch first
-needs them, then those of the next epoch, as far as there is room (`stage_gb`). Readers take a shard's copy where there
-is one, else the cache's own file. The bytes are the same, so order, checks, resume and results do not change.
+needs them, but for those of which it has read more than half already; then those of the next epoch, as far as there is
+room (`stage_gb`). Readers take a shard's copy where there is one, else the cache's own file. The bytes are the same, so
+order, checks, resume and results do not change.
 
 A copy stays as long as its room is not needed. One that neither the rest of this epoch nor the next epoch needs goes
 first; then those of the next epoch, when this one lacks room. An epoch never takes room from its own copies: where its
@@ -75,7 +76,7 @@ class Staging:
         self.folder = CopyFolder(stage_dir, files.index)
         # its draws keep a position: the loader's own are used by another thread
         self._sampling = replace(sampling)
-        self._spans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._spans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._position = (-1, 0)
         self._unreadable: set[int] = set()
         self._moved, self._ended = threading.Event(), threading.Event()
@@ -148,19 +149,19 @@ class Staging:
         return True
 
     def _needed(self) -> tuple[list[int], list[int]]:
-        """The shards of the rest of this epoch, then those that only the next one needs, by first need."""
+        """(shards worth a copy for the rest of this epoch, those that only the next epoch needs), by first need."""
         epoch, samples = self._position
         wanted = [number for number in (epoch, epoch + 1) if number < max(self.num_epochs, epoch + 1)]
         self._spans = {number: self._spans.get(number) or self._span_of(number) for number in wanted}
         left_out = self._unreadable | self.folder.rejected
-        shards, stop = self._spans[epoch]
-        now = [shard for shard in shards[stop > samples].tolist() if shard not in left_out]
+        shards, first, stop = self._spans[epoch]
+        # of the others more than half is read already: their copies would cost more than they save
+        now = [shard for shard in shards[first + stop > 2 * samples].tolist() if shard not in left_out]
         later = self._spans[epoch + 1][0].tolist() if epoch + 1 in self._spans else []
         return now, [shard for shard in later if shard not in left_out.union(now)]
 
-    def _span_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards, _, stop = self._sampling.order(epoch).spans()
-        return shards, stop
+    def _span_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._sampling.order(epoch).spans()
 
 
 def next_copy(
@@ -245,11 +246,13 @@ def plan_lines(index: CacheIndex, sampling: Sampling, stage_dir: Path, room: int
     num_bytes, all_bytes = int(index.shard_bytes[shards].sum()), int(index.shard_bytes.sum())
     copied = min(num_bytes, room)
     num_runs = -(-len(order) // order.run_rows) if order.shuffle == "block" else len(shards)
-    how_often = "once" if all_bytes <= room else "an epoch"
+    how_often = "once" if sampling.draws.mode == "fixed" else "an epoch"
+    until = f" until all {format_bytes(all_bytes)} are there" if num_bytes < all_bytes <= room else ""
+    least = min(2 * num_bytes, all_bytes)  # this epoch's and the next one's
     lines = [
-        f"staging: {format_bytes(copied)} copied to {stage_dir} {how_often}, {len(shards)} files read from beginning "
-        f"to end in place of {num_runs:,} runs of {order.run_rows} rows; disk: "
-        f"{format_bytes(min(room, 2 * num_bytes, all_bytes))} of {format_bytes(room)}"
+        f"staging: {format_bytes(copied)} copied to {stage_dir} {how_often}{until}: {len(shards)} files, each from "
+        f"beginning to end, in place of {num_runs:,} runs of {order.run_rows} rows. It takes {format_bytes(least)} of "
+        f"disk to have the next epoch's ready too, and there is room for {format_bytes(room)}"
     ]
     rate = timed_read(index, int(shards[0]))
     if rate is not None:

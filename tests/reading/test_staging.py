@@ -180,6 +180,19 @@ def test_what_an_epoch_has_used_up_makes_room_for_the_rest_of_it(cache, stage):
     loader.close()
 
 
+def test_a_shard_that_an_epoch_has_more_than_half_read_is_copied_for_the_next_one_alone(cache, stage):
+    # mixed in one window, every shard of an epoch is in use from its first batch to its last
+    loader = build(cache, stage, shards_per_epoch=5)
+    loader.load_state_dict({"epoch": 0, "samples": 24})
+    wait_until(lambda: copies(stage) == names_of(loader, 1))
+    assert len(read(loader)) == 2
+    loader.close()
+    half = build(cache, stage)
+    half.load_state_dict({"epoch": 0, "samples": 56})
+    wait_until(lambda: len(copies(stage)) == SHARDS)  # the next epoch has the same ones
+    half.close()
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
