@@ -112,20 +112,20 @@ def test_a_slow_cache_is_waited_for_without_copies_and_hardly_with_them(cache, s
     def slow(fd, buffers, offset, *flags):
         if os.readlink(f"/proc/self/fd/{fd}").startswith(str(cache)) and not flags:
             requests.append(fd)
-            time.sleep(0.004)
+            time.sleep(0.03)
         return preadv(fd, buffers, offset, *flags)
 
     monkeypatch.setattr(os, "preadv", slow)
     shares, counts = [], []
     for loader in (build(cache, shards_per_epoch=4), build(cache, stage, shards_per_epoch=4)):
-        read(loader, 0)
         if loader.staging:
+            loader.set_epoch(0)
             wait_until(lambda: copies(stage) >= names_of(loader, 1))  # noqa: B023
         requests.clear()
         loader.set_epoch(1)
         began, waited = time.monotonic(), loader.wait_seconds
         for _ in loader:
-            time.sleep(0.005)  # a step
+            time.sleep(0.04)  # a step
         shares.append((loader.wait_seconds - waited) / (time.monotonic() - began))
         counts.append(len(requests))
         loader.close()
