@@ -226,7 +226,8 @@ class CopyFolder:
         except (OSError, UserError) as error:
             raise SourceError(str(error)) from error
         with source:
-            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            with contextlib.suppress(OSError):  # only a hint
+                os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             while position < size and (count := _read(source.fileno(), buffer[: size - position], position)):
                 if not go_on():
                     return False

@@ -272,13 +272,14 @@ class ShardFiles:
 
     def _read_copy(self, copy: _OpenShard, first: int, buffers: list[memoryview]) -> bool:
         """Read rows from a shard's copy, and check them; False: it failed, and is rejected."""
-        rows = slice(first, first + len(buffers))
+        rows, copies = slice(first, first + len(buffers)), self.copies
         try:
             self._read_segment(copy, first, buffers)
             if self.verify != "never":
                 self._check(copy, first, buffers, copy.unchecked[rows].tolist())
         except (UserError, RunError):
-            self.copies.reject(copy.shard, "this copy cannot be read, or is damaged")
+            if copies is not None:  # the loader may be closing
+                copies.reject(copy.shard, "this copy cannot be read, or is damaged")
             self._forget(copy)
             return False
         if self.verify == "first":
@@ -340,7 +341,8 @@ class ShardFiles:
         """Whether the copy that is open was removed, or the file of the cache that is open has a copy by now."""
         if opened.unchecked is not None:
             return opened.is_removed
-        return self.copies is not None and opened.layout.num_bytes is None and self.copies.has(opened.shard)
+        copies = self.copies
+        return copies is not None and opened.layout.num_bytes is None and copies.has(opened.shard)
 
     def _forget(self, opened: _OpenShard) -> None:
         with self._lock:
@@ -349,7 +351,8 @@ class ShardFiles:
 
     def _open_copy(self, shard: int, layout: ShardLayout) -> _OpenShard | None:
         # num_bytes: another shard is in the place of the one listed, and the layout is of that
-        fd = self.copies.open(shard) if self.copies is not None and layout.num_bytes is None else None
+        copies = self.copies
+        fd = copies.open(shard) if copies is not None and layout.num_bytes is None else None
         return None if fd is None else _OpenShard(shard, fd, layout, is_copy=True)
 
     def _open_shard(self, shard: int) -> _OpenShard:

@@ -14,7 +14,7 @@ from workplace import at_call, send
 
 from data_loader import build_pretraining_dataloader
 from distillery.reading import shard_files, staging
-from distillery.reading.staging import next_copy
+from distillery.reading.staging import next_copy, plan_lines
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training import engine
 from tests.reading.test_shard_files import flip_bit
@@ -371,6 +371,18 @@ def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path,
     (tmp_path / "old" / "index.json").write_text(shard)
     assert build(tmp_path / "old", stage).staging is None
     assert "nothing is staged, as the predecessor's caches have no hashes" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_staging_costs_and_when_it_does_not_pay(cache, stage):
+    loader = build(cache, shards_per_epoch=4)
+    first, second = plan_lines(loader.index, loader.sampling, stage, 10**9)
+    assert f"staging: 34.2 kB copied to {stage} an epoch until all 85.4 kB are there: 4 files" in first
+    assert "It takes 68.3 kB of disk to have the next epoch's ready too, and there is room for 1.0 GB" in first
+    assert "the cache gives" in second
+    assert f"{stage} once: 10 files" in plan_lines(loader.index, build(cache).sampling, stage, 10**9)[0]
+    capped = build_pretraining_dataloader({"cache_dir": str(cache)}, {"batch_size": 8, "max_steps_per_epoch": 3})
+    assert "advice: an epoch reads 30%" in plan_lines(capped.index, capped.sampling, stage, 10**9)[-1]
+    assert not stage.exists()
 
 
 def test_a_stage_dir_that_cannot_be_one_is_an_error_of_one_line(cache, tmp_path, monkeypatch):
