@@ -114,7 +114,8 @@ class Staging:
     def _work(self) -> None:
         try:
             self.folder.enter()
-            self.files.copies = self.folder
+            if self._goes_on():
+                self.files.copies = self.folder
             while self._goes_on():
                 self.files.close_removed_copies()
                 is_copier = self.may_copy and self.folder.become_copier(self._goes_on)
@@ -149,16 +150,22 @@ class Staging:
         return True
 
     def _needed(self) -> tuple[list[int], list[int]]:
-        """(shards worth a copy for the rest of this epoch, those that only the next epoch needs), by first need."""
+        """(shards to have copies of for the rest of this epoch, those that only the next one needs), by first need."""
         epoch, samples = self._position
         wanted = [number for number in (epoch, epoch + 1) if number < max(self.num_epochs, epoch + 1)]
         self._spans = {number: self._spans.get(number) or self._span_of(number) for number in wanted}
         left_out = self._unreadable | self.folder.rejected
         shards, first, stop = self._spans[epoch]
-        # of the others more than half is read already: their copies would cost more than they save
-        now = [shard for shard in shards[first + stop > 2 * samples].tolist() if shard not in left_out]
+        # where more than half of a shard is read already, a copy would cost more than it saves; one that is there stays
+        is_left, worth_it = stop > samples, first + stop > 2 * samples
+        now = [
+            shard
+            for shard, is_worth_it in zip(shards[is_left].tolist(), worth_it[is_left].tolist(), strict=True)
+            if shard not in left_out and (is_worth_it or shard in self.folder.held)
+        ]
         later = self._spans[epoch + 1][0].tolist() if epoch + 1 in self._spans else []
-        return now, [shard for shard in later if shard not in left_out.union(now)]
+        left_out |= set(now)
+        return now, [shard for shard in later if shard not in left_out]
 
     def _span_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._sampling.order(epoch).spans()

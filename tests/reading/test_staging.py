@@ -193,6 +193,19 @@ def test_a_shard_that_an_epoch_has_more_than_half_read_is_copied_for_the_next_on
     half.close()
 
 
+def test_an_epoch_keeps_its_copies_to_its_end_where_there_is_room_for_one_epoch(cache, stage):
+    room = sum(path.stat().st_size for path in cache.glob("*.pt")) * 0.55
+    loader = staged(build(cache, stage, shards_per_epoch=5, stage_gb=room / 1e9), stage, 5)
+    batches = iter(loader)
+    for _ in range(4):
+        next(batches)
+    time.sleep(0.1)  # many looks at what there is to do
+    assert copies(stage) == names_of(loader, 0)
+    next(batches)
+    wait_until(lambda: copies(stage) == names_of(loader, 1))
+    loader.close()
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
