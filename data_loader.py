@@ -31,10 +31,12 @@ from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_si
 from distillery.reading.raw import PretrainDataset, RawRows
 from distillery.reading.rows import CachedRows
 from distillery.reading.shard_files import open_files
+from distillery.reading.staging import Staging, describe_staging, room_in, stage_path
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import MissingFileError, UserError, stage1_command
+from distillery.system.launcher import world_from_environment
 from distillery.system.machine import file_system_of, is_network_file_system, usable_cpus
 
 __all__ = [
@@ -88,7 +90,8 @@ def build_pretraining_dataloader(
     if index is not None and sampling.draws.count < len(dataset.shard_rows):
         # the loader's own draws: with max_steps_per_epoch they are shorter than shards_per_epoch
         dataset = RandomShardSubsetCachedDataset(dataset, data.shards_per_epoch, draws=sampling.shards)
-    lines = [*images.lines, _describe_order(data, sampling), *_advise_longer_runs(images, sampling)]
+    staging, staging_line = _build_staging(data, train, images, sampling)
+    lines = [*images.lines, _describe_order(data, sampling), *_advise_longer_runs(images, sampling), *staging_line]
     if distributed.is_main():
         print("\n".join(lines), flush=True)
     return PretrainingLoader(
@@ -103,6 +106,7 @@ def build_pretraining_dataloader(
         with_indices=with_indices,
         index=images.index,
         normalized=images.normalized,
+        staging=staging,
     )
 
 
@@ -237,6 +241,25 @@ def _sampling(data: DataConfig, train: TrainConfig, images: _Images) -> Sampling
     )
 
 
+def _build_staging(
+    data: DataConfig, train: TrainConfig, images: _Images, sampling: Sampling
+) -> tuple[Staging | None, list[str]]:
+    """(copies of the cache's shards on the node's own disk, a line for the console); (None, []) without stage_dir."""
+    if data.stage_dir is None:
+        return None, []
+    if images.index is None:
+        return None, ["  stage_dir: nothing is staged, as the images are not read from a cache"]
+    place = stage_path(data.stage_dir, images.index.directory)
+    if not images.index.verified:
+        return None, ["  stage_dir: nothing is staged, as the predecessor's caches have no hashes to check copies with"]
+    room = room_in(place, images.index, data.stage_gb)
+    staging = Staging(
+        images.rows.files, sampling, place,
+        room=room, num_epochs=train.num_epochs, may_copy=world_from_environment().local_rank == 0,
+    )  # fmt: skip
+    return staging, [describe_staging(images.index, sampling, place, room)]
+
+
 def _advise_longer_runs(images: _Images, sampling: Sampling) -> list[str]:
     """What to set where short runs of a parquet file cost most of a row group each."""
     if images.index is not None or images.dataset.decoder.source.identity["kind"] != "parquet":
@@ -274,10 +297,10 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]
         )
     if not index.verified:
         lines.append("  it is in the predecessor's format: its bytes carry no checksums and cannot be verified")
-    if is_network_file_system(index.directory):
+    if data.stage_dir is None and is_network_file_system(index.directory):
         lines.append(
-            f"  it lies on a network file system ({file_system_of(index.directory)}): copy it to a local disk first "
-            f'(cp -r {index.directory} "$TMPDIR"/) and give that as cache_dir'
+            f"  it lies on a network file system ({file_system_of(index.directory)}): --set stage_dir=FOLDER, on the "
+            "node's own disk ('$TMPDIR' for instance), copies each epoch's shards there ahead of their use"
         )
     return lines
 

@@ -99,12 +99,17 @@ def main() -> int:
 
     with StopFlag(arguments.max_minutes) as stop:
         device = choose_device(arguments.device)
-        with process_group(device, lambda: stop.requested):
-            return distill(arguments, configs, device, stop)
+        with process_group(device, lambda: stop.requested), contextlib.ExitStack() as at_end:
+            return distill(arguments, configs, device, stop, at_end)
 
 
-def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: StopFlag) -> int:
-    """Build the run in six steps, then train its epochs; --dry_run ends before the first. Returns the exit status."""
+def distill(
+    arguments: argparse.Namespace, configs: Configs, device: Any, stop: StopFlag, at_end: contextlib.ExitStack
+) -> int:
+    """Build the run in six steps, then train its epochs; --dry_run ends before the first. Returns the exit status.
+
+    at_end: closes what must be closed however the run ends.
+    """
     from distillery.evaluate.during import RunEvaluation
     from distillery.evaluate.sets import eval_sets
     from distillery.system.console import ProgressLine
@@ -124,7 +129,7 @@ def distill(arguments: argparse.Namespace, configs: Configs, device: Any, stop: 
     notes = [*start.notes]
 
     # 2. The images: a run that goes on has those of its start.
-    loader = build_loader(configs, frozen, is_plan=arguments.dry_run)
+    loader = at_end.enter_context(contextlib.closing(build_loader(configs, frozen, is_plan=arguments.dry_run)))
     shards = bindings.shards_of(loader)
     if frozen is not None:
         folder.check_shards(frozen, shards, data.cache_dir)
@@ -234,7 +239,10 @@ def build_loader(configs: Configs, frozen: dict | None, *, is_plan: bool) -> Any
     if is_plan and frozen is None and (loader := synthetic_loader(configs)) is not None:
         return loader
     data, shards = data_of_frozen(configs.data, frozen), (frozen or {}).get("shards") or None
-    return build_pretraining_dataloader(data, configs.train, with_indices=True, raw=True, shards=shards)
+    loader = build_pretraining_dataloader(data, configs.train, with_indices=True, raw=True, shards=shards)
+    if is_plan:
+        loader.staging = None  # a plan writes nothing
+    return loader
 
 
 def evaluate_if_due(run: Any, evaluation: Any) -> bool:

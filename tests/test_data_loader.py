@@ -501,7 +501,7 @@ def test_a_network_file_system_is_noticed(tmp_path, monkeypatch, capsys):
     build(tmp_path)
     out = capsys.readouterr().out
     assert out.count("reading the cache") == 1
-    assert "it lies on a network file system (lustre): copy it to a local disk first" in out
+    assert "it lies on a network file system (lustre): --set stage_dir=FOLDER" in out
 
 
 # ---- raw images --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from distillery.cache.index import CacheIndex
 from distillery.reading.order import EpochOrder, Sampling, rank_slice
 from distillery.reading.raw import RawRows
 from distillery.reading.rows import CachedRows
+from distillery.reading.staging import Staging
 from distillery.reading.stream import Batch, BatchMemory, BatchStream
 from distillery.system import distributed
 from distillery.system.errors import UserError
@@ -29,7 +30,8 @@ class PretrainingLoader:
     """Batches of an epoch in its order, read ahead by threads; made by build_pretraining_dataloader.
 
     dataset: the data set the rows come from. valid_rows_per_shard, shard_names (None for raw images), fingerprint,
-    normalized (whether float batches are normalised; uint8 ones never are): facts for the trainer.
+    normalized (whether float batches are normalised; uint8 ones never are), index (None for raw images): facts for the
+    trainer. staging: copies of the shards on the node's own disk; None: there are none. The loader closes it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class PretrainingLoader:
         with_indices: bool,
         index: CacheIndex | None,
         normalized: bool,
+        staging: Staging | None = None,
         stall_s: float = 60.0,
     ) -> None:
         self.dataset, self.sampling, self.normalized = dataset, sampling, normalized
@@ -54,6 +57,7 @@ class PretrainingLoader:
         self.pin_memory, self.stall_s = pin_memory, stall_s
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.valid_rows_per_shard: list[int] = sampling.shard_rows.tolist()
+        self.index, self.staging = index, staging
         self.shard_names = index and list(index.shard_names)
         self.fingerprint = index.fingerprint if index else ""
         self.epoch = 0
@@ -63,6 +67,8 @@ class PretrainingLoader:
         self._stream: BatchStream | None = None
         self._memory: BatchMemory | None = None
         self._order: tuple[int, EpochOrder] | None = None
+        if staging is not None:
+            staging.close_with(self)
 
     @property
     def wait_seconds(self) -> float:
@@ -78,10 +84,19 @@ class PretrainingLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through; a position that was loaded for it is kept."""
+        self._choose_epoch(epoch)
+        self._tell_position()
+
+    def _choose_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch, self._samples, self._resume_at = epoch, 0, 0
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Remove the copies on the node's own disk, unless other processes use them; batches can be read on."""
+        if self.staging is not None:
+            self.staging.close()
 
     def state_dict(self) -> dict[str, int]:
         """{"epoch", "samples"}: samples of the epoch's global order that all ranks together have been given."""
@@ -99,8 +114,9 @@ class PretrainingLoader:
                 f"a position of {samples} samples is not a multiple of {global_batch} (batch_size {self.batch_size} x "
                 f"{self.world_size} processes): choose a batch_size whose product with the processes divides it."
             )
-        self.set_epoch(state["epoch"])
+        self._choose_epoch(state["epoch"])
         self._samples = self._resume_at = samples
+        self._tell_position()
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of this process: float32 [B, 3, H, W], or as stored; with_indices: (batch, int64 [B])."""
@@ -113,6 +129,7 @@ class PretrainingLoader:
     def _iterate(self, *, held: bool) -> Iterator[Any]:
         first = self._resume_at // self.sampling.global_batch
         self._samples, self._resume_at = self._resume_at, 0
+        self._tell_position()
         rows = self._rows if isinstance(self._rows, CachedRows) else self._rows()
         if isinstance(rows, CachedRows):
             rows.files.recheck_presence()
@@ -137,8 +154,13 @@ class PretrainingLoader:
 
     def _item(self, batch: Batch, dtype: torch.dtype) -> Any:
         self._samples += self.sampling.global_batch
+        self._tell_position()
         images = batch.memory.view(dtype).view(self.batch_size, *self.image_shape)
         return (images, torch.from_numpy(batch.global_idx)) if self.with_indices else images
+
+    def _tell_position(self) -> None:
+        if self.staging is not None:
+            self.staging.move_to(self.epoch, self._samples)
 
     def _epoch_order(self) -> EpochOrder:
         if self._order is None or self._order[0] != self.epoch:

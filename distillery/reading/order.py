@@ -17,6 +17,7 @@ Memory: 16 bytes per chosen shard and per row of two windows; nothing per row of
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +37,7 @@ from distillery.system.errors import UserError
 SHUFFLES = ("block", "none")
 RUN_BYTES = 4 << 20
 WINDOW_BYTES = 512 << 20
+_RUNS_AT_A_TIME = 1 << 16
 
 
 class EpochOrder:
@@ -106,6 +108,54 @@ class EpochOrder:
         """[start, stop) of the window that holds `position`: the rows that are read from the same runs."""
         low, high = self._bounds(self._window_of(position + self.first))
         return max(0, low - self.first), min(self.num_rows, high - self.first)
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """When the epoch needs which shard, from the order of the runs alone: no row is computed.
+
+        Returns:
+            (shards, first, stop): int64 [n] each, the shards that are read, by first need. Their rows are at positions
+            [first, stop) of the order, borders of windows. With shuffle none the borders are exact. A window that the
+            beginning or the end of the epoch cuts counts as a whole, so a shard may be listed that it only just misses.
+        """
+        lap = np.concatenate([self.starts[:-1], self.starts + self.total])  # the circle of rows, twice
+        num_shards = len(self.shards)
+        first, stop = np.full(num_shards, self.total), np.zeros(num_shards, np.int64)
+        for begin, end, low, high in self._stretches():
+            # a stretch of rows lies in the shards from that of its first row to that of its last
+            place = np.searchsorted(lap, begin, side="right") - 1
+            count = np.searchsorted(lap, end - 1, side="right") - place
+            each = np.repeat(np.arange(len(begin)), count)
+            shard = (np.arange(len(each)) - np.repeat(np.cumsum(count) - count, count) + place[each]) % num_shards
+            np.minimum.at(first, shard, low[each])
+            np.maximum.at(stop, shard, high[each])
+        first, stop = np.maximum(first - self.first, 0), np.minimum(stop - self.first, self.num_rows)
+        found = np.flatnonzero((first < stop) & (np.diff(self.starts) > 0))
+        found = found[np.argsort(first[found], kind="stable")]
+        return self.shards[found], first[found], stop[found]
+
+    def _stretches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """The epoch's rows as stretches [begin, end) of the circle, each read within positions [low, high); in parts.
+
+        end may be past the circle's end, where the stretch goes on at its beginning.
+        """
+        last = self.first + self.num_rows
+        if self.shuffle == "none":
+            edges = np.unique(np.concatenate([self.starts, [self.first, last]]).clip(self.first, last))
+            yield edges[:-1], edges[1:], edges[:-1], edges[1:]
+            return
+        windows = self._window_of(self.first), self._window_of(last - 1)
+        runs = self._first_run(windows[0]), self._first_run(windows[1] + 1)
+        for start in range(runs[0], runs[1], _RUNS_AT_A_TIME):
+            number = np.arange(start, min(runs[1], start + _RUNS_AT_A_TIME))
+            window = ((number + 1) * self.num_windows - 1) // self.num_runs
+            low, high = self._first_run(window) * self.run_rows, self._first_run(window + 1) * self.run_rows
+            begin = (self._run_order(number) * self.run_rows + self.offset) % self.total
+            yield begin, begin + self.run_rows, low, np.where(window == self.num_windows - 1, self.total, high)
+        rest = self.num_runs * self.run_rows
+        if windows[1] == self.num_windows - 1 and rest < self.total:
+            begin = (rest + self.offset) % self.total
+            low = self._first_run(windows[1]) * self.run_rows
+            yield tuple(np.array([value]) for value in (begin, begin + self.total - rest, low, self.total))
 
     def _window_of(self, position: int) -> int:
         run = min(position // self.run_rows, self.num_runs - 1)

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -31,16 +32,36 @@ _SAMPLED_RUNS = 8  # of a window: when they are all in memory, the others are ta
 _PRESENCE_CHECK_S = 1.0
 
 
+class Copies(Protocol):
+    """Copies of shards on a faster disk (distillery/reading/copies.py)."""
+
+    def open(self, shard: int) -> int | None:
+        """A descriptor of a shard's copy, of the size that the index lists; None where there is none to use."""
+
+    def has(self, shard: int) -> bool:
+        """Whether open() would give a descriptor."""
+
+    def reject(self, shard: int, reason: str) -> None:
+        """Give this copy to nobody any more."""
+
+
 class _OpenShard:
     """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read.
 
-    mapped: the whole file, uint8 [bytes], where it is read through a mapping.
+    mapped: the whole file, uint8 [bytes], where it is read through a mapping. unchecked: of a copy: bool [N], rows that
+    were not compared with their checksums since it was opened; None: this is the cache's own file.
     """
 
-    def __init__(self, shard: int, fd: int, layout: ShardLayout) -> None:
+    def __init__(self, shard: int, fd: int, layout: ShardLayout, *, is_copy: bool = False) -> None:
         self.shard, self.fd, self.layout = shard, fd, layout
         self.checked_at = time.monotonic()
         self.mapped: np.ndarray | None = None
+        self.unchecked = np.ones(len(layout.valid), bool) if is_copy else None
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more."""
+        return os.fstat(self.fd).st_nlink == 0
 
     def map_file(self) -> None:
         """Map the file; its size has been compared with the index before."""
@@ -68,6 +89,9 @@ class ShardFiles:
         mode: "pread", or "mmap": faster for files that are local and in memory. The file's size is looked at before
             every copy from the mapping, but one cut short during the copy kills the process.
 
+    copies: where copies of the shards are looked for before the cache is read. A copy that cannot be read, or has a
+    damaged row, is rejected, and the same rows are read from the cache.
+
     Errors of every reading method:
         MissingFileError: the shard is gone. UserError: it is damaged, shrank, or is not the one the index lists.
         RunError: the system could not read it. All name the file, and the row where there is one.
@@ -80,6 +104,7 @@ class ShardFiles:
             if value not in known:
                 raise UserError(f"{name} {value!r}: expected one of {', '.join(known)}.")
         self.index, self.verify, self.max_open, self.mode = index, verify, max_open, mode
+        self.copies: Copies | None = None
         self._reset()
         _all_files.add(self)
 
@@ -99,6 +124,7 @@ class ShardFiles:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        self.copies = None
         self._reset()
         _all_files.add(self)
 
@@ -163,6 +189,7 @@ class ShardFiles:
         starts = np.flatnonzero(is_start)
         places = order.tolist()
         opened, thread, names, read_segment = None, threading.get_ident(), self.index.shard_names, self._read_segment
+        is_from_cache = np.ones(len(order), bool)
         try:
             for start, stop, shard, first in zip(
                 starts.tolist(), [*starts[1:].tolist(), len(order)], shards[starts].tolist(), local[starts].tolist(),
@@ -172,13 +199,18 @@ class ShardFiles:
                     opened = self._opened(shard)
                 self.reading[thread] = names[shard], time.monotonic()
                 buffers = take(opened.layout, first, places[start:stop])
+                if opened.unchecked is not None:
+                    if self._read_copy(opened, first, buffers):
+                        is_from_cache[start:stop] = False
+                        continue
+                    opened = self._opened(shard)
                 read_segment(opened, first, buffers)
                 if unchecked is not None:
                     self._check(opened, first, buffers, unchecked[start:stop].tolist())
         finally:
             self.reading.pop(thread, None)
         if unchecked is not None:
-            self._mark_checked(shards, local)
+            self._mark_checked(shards[is_from_cache], local[is_from_cache])
 
     def advise(self, shards: np.ndarray, local: np.ndarray, go_on: Callable[[], bool] = lambda: True) -> None:
         """Have the system read these rows into its page cache, in file order; costs little if they are there.
@@ -224,6 +256,14 @@ class ShardFiles:
             for opened in self._open.values():
                 opened.checked_at = 0.0
 
+    def close_removed_copies(self) -> None:
+        """Let go of copies that were removed: until then their bytes take room on the disk."""
+        with self._lock:
+            opened = list(self._open.values())
+        for each in opened:
+            if each.unchecked is not None and each.is_removed:
+                self._forget(each)
+
     def _unchecked(self, shards: np.ndarray, local: np.ndarray) -> np.ndarray | None:
         """bool [n], rows whose checksum is to be compared; None: none of them."""
         if self.verify == "never" or not self.index.verified:
@@ -243,6 +283,22 @@ class ShardFiles:
                     f"byte {self._offset(layout, row)}) is damaged: its checksum is not the one "
                     f"recorded when it was made. {self._advice()}"
                 )
+
+    def _read_copy(self, copy: _OpenShard, first: int, buffers: list[memoryview]) -> bool:
+        """Read rows from a shard's copy, and check them; False: it failed, and is rejected."""
+        rows, copies = slice(first, first + len(buffers)), self.copies
+        try:
+            self._read_segment(copy, first, buffers)
+            if self.verify != "never":
+                self._check(copy, first, buffers, copy.unchecked[rows].tolist())
+        except (UserError, RunError):
+            if copies is not None:  # the loader may be closing
+                copies.reject(copy.shard, "this copy cannot be read, or is damaged")
+            self._forget(copy)
+            return False
+        if self.verify == "first":
+            copy.unchecked[rows] = False
+        return True
 
     def _mark_checked(self, shards: np.ndarray, local: np.ndarray) -> None:
         bits = self._first_bit[shards] + local
@@ -279,21 +335,49 @@ class ShardFiles:
         with self._lock:
             if (opened := self._open.get(shard)) is not None:
                 self._open.move_to_end(shard)
+        is_due = opened is not None and time.monotonic() - opened.checked_at > _PRESENCE_CHECK_S
+        if is_due and self._has_moved(opened):
+            self._forget(opened)
+            opened = None
         if opened is None:
             opened = self._open_shard(shard)
             with self._lock:
                 self._open[shard] = opened
                 while len(self._open) > self._open_limit:
                     self._open.popitem(last=False)
-        elif time.monotonic() - opened.checked_at > _PRESENCE_CHECK_S:
+        elif is_due:
             # a name that leads to another file is a shard that stage 1 replaced; the rows of the index are in ours
-            if os.fstat(opened.fd).st_nlink == 0 and not self.index.shard_path(shard).exists():
+            if opened.is_removed and not self.index.shard_path(shard).exists():
                 raise MissingFileError(f"{self._path(shard)} was removed while in use. Run: {self._command()}")
             opened.checked_at = time.monotonic()
         return opened
 
+    def _has_moved(self, opened: _OpenShard) -> bool:
+        """Whether the copy that is open was removed, or the file of the cache that is open has a copy by now."""
+        if opened.unchecked is not None:
+            return opened.is_removed
+        copies = self.copies
+        return copies is not None and opened.layout.num_bytes is None and copies.has(opened.shard)
+
+    def _forget(self, opened: _OpenShard) -> None:
+        with self._lock:
+            if self._open.get(opened.shard) is opened:
+                del self._open[opened.shard]
+
+    def _open_copy(self, shard: int, layout: ShardLayout) -> _OpenShard | None:
+        # num_bytes: another shard is in the place of the one listed, and the layout is of that
+        copies = self.copies
+        fd = copies.open(shard) if copies is not None and layout.num_bytes is None else None
+        return None if fd is None else _OpenShard(shard, fd, layout, is_copy=True)
+
     def _open_shard(self, shard: int) -> _OpenShard:
         layout = self.layout(shard)
+        opened = self._open_copy(shard, layout) or self._open_listed(shard, layout)
+        if self.mode == "mmap":
+            opened.map_file()
+        return opened
+
+    def _open_listed(self, shard: int, layout: ShardLayout) -> _OpenShard:
         path = self.index.shard_path(shard)
         try:
             with open_regular(path) as file:
@@ -308,8 +392,6 @@ class ShardFiles:
             opened.layout = self._load_layout(shard)
             if opened.layout.num_bytes != size:
                 raise UserError(f"{path.name} has {size} bytes, index.json says {expected}. {self._advice()}")
-        if self.mode == "mmap":
-            opened.map_file()
         return opened
 
     def _load_layout(self, shard: int) -> ShardLayout:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from distillery.cache.archive import DTYPES
 from distillery.cache.images import shard_name
+from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.shard_draws import rows_of_draw
+from distillery.reading.staging import plan_lines, room_in, stage_path
 from distillery.system import distributed
 from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
@@ -158,8 +160,9 @@ def speed_advice(
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
     if wait > _MUCH_WAIT:
         lines.append(
-            f"reading is slower than computing: some {wait:.0%} of the time would be spent waiting for data. Put the "
-            "cache on a local disk, take cache_dtype: uint8 (a quarter of float32's bytes), or raise num_workers"
+            f"reading is slower than computing: some {wait:.0%} of the time would be spent waiting for data. Set "
+            "stage_dir to a folder on a local disk, take cache_dtype: uint8 (a quarter of float32's bytes), or raise "
+            "num_workers"
         )
     free, cache_bytes = memory_left(), num_images * row_bytes
     if free is not None and cache_bytes > free:
@@ -202,6 +205,9 @@ class SyntheticLoader:
         images = torch.randn(self.batch_size, *self.image_shape, generator=generator)
         while True:
             yield images, torch.arange(self.batch_size) % self.num_images
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def synthetic_loader(configs: Configs) -> SyntheticLoader | None:
@@ -252,8 +258,17 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
     lines = training_lines(
         speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
     )
-    lines.append(fit_line(task, train, data.image_size))
+    lines += [fit_line(task, train, data.image_size), *staging_plan(data, loader)]
     return [*lines, *(f"advice: {text}." for text in advice)]
+
+
+def staging_plan(data: DataConfig, loader: Any) -> list[str]:
+    """What copies on the node's own disk cost and save; no line without stage_dir, or before there is a cache."""
+    index = getattr(loader, "index", None)
+    if data.stage_dir is None or index is None or not index.verified:
+        return []
+    place = stage_path(data.stage_dir, index.directory)
+    return plan_lines(index, loader.sampling, place, room_in(place, index, data.stage_gb))
 
 
 def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:

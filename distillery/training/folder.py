@@ -42,7 +42,7 @@ _LOCK_PATIENCE_S = 60.0
 FREE_KEYS = {
     # which images there are stands in shards.json, with the fingerprint that they must have
     "data": {"num_workers", "prefetch_batches", "pin_memory", "read_mode", "eval_datasets", "cache_dir", "use_cached",
-             "data_files", "data_dir", "max_failed_fraction", "max_samples", "max_shards"},
+             "data_files", "data_dir", "max_failed_fraction", "max_samples", "max_shards", "stage_dir", "stage_gb"},
     "train": {"num_epochs", "log_every", "save_every", "save_every_minutes", "keep_checkpoints", "eval_every_epochs",
               "knn_k", "tensorboard", "tensorboard_histograms", "wandb_project", "compile", "compile_student",
               "compile_teacher", "use_fused_adamw", "max_bad_steps", "gradient_checkpointing", "refresh_shards",

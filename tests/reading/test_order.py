@@ -113,6 +113,33 @@ def test_any_part_of_the_order_equals_that_part_of_the_whole(start):
     assert pairs(fresh.rows(start, start)) == []
 
 
+@pytest.mark.parametrize("shuffle", ["block", "none"])
+@pytest.mark.parametrize("seed", range(60))
+def test_spans_say_between_which_windows_the_rows_of_each_shard_come(seed, shuffle):
+    rng = np.random.default_rng(seed)
+    rows, (run_rows, window_runs) = rng.integers(0, 12, 7) + (np.arange(7) == 3), rng.integers(1, 20, 2).tolist()
+    part = [{}, {"first": 3}, {"num_rows": 5}, {"first": 4, "num_rows": int(rows.sum()) // 2}][seed % 4]
+    if part.get("first", 0) >= rows.sum():
+        part = {}
+    order = order_of(seed, seed, shuffle, rows, run_rows=run_rows, window_runs=window_runs, **part)
+    listed = order.rows(0, len(order))[0]
+    expected = {}
+    for shard in np.unique(listed).tolist():
+        first, last = np.flatnonzero(listed == shard)[[0, -1]].tolist()
+        is_exact = shuffle == "none"
+        expected[shard] = (
+            first if is_exact else order.window_bounds(first)[0],
+            last + 1 if is_exact else order.window_bounds(last)[1],
+        )
+    shards, first, stop = order.spans()
+    found = {shard: span for shard, *span in zip(shards.tolist(), first.tolist(), stop.tolist(), strict=True)}
+    assert (np.diff(first) >= 0).all()
+    if shuffle == "none" or not part:
+        assert {shard: tuple(span) for shard, span in found.items()} == expected
+    for shard, (low, high) in expected.items():  # a window that is cut counts as a whole
+        assert found[shard][0] <= low and high <= found[shard][1]
+
+
 def test_positions_outside_the_order_are_errors():
     with pytest.raises(IndexError, match=r"positions 30\.\.41 of an order of 40 rows"):
         order_of().rows(30, 41)
