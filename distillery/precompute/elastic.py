@@ -11,8 +11,8 @@ from distillery.cache.lease_names import Lease
 from distillery.cache.plan import is_untouched
 from distillery.cache.store import record_path
 from distillery.precompute.leases import (
-    RUN_S,
     Leases,
+    Looks,
     describe,
     holders_of,
     is_left_to_others,
@@ -65,9 +65,8 @@ class ElasticClaim:
         self._names: dict[int, tuple[str, str]] = {}
         self._publications: deque[float] = deque(maxlen=_PUBLICATIONS)
         self._shard_s: float | None = None
-        # (when, how many shards of others this process has seen appear by then)
-        self._looks: deque[tuple[float, int]] = deque()
-        self._num_by_others, self._said = 0, -_SAY_S
+        self._looks, self._num_by_others = Looks(), 0
+        self._said = -_SAY_S
 
     def shards(self) -> Iterator[int]:
         """The shards that this process is to make now; ends when nothing is free, or a stop is requested.
@@ -140,7 +139,8 @@ class ElasticClaim:
         num_others = len(holders_of(others))
         self.num_workers = num_others + 1
         free = [shard_idx for shard_idx in free if shard_idx not in self._unfinished] or free
-        if not free or is_left_to_others(len(free), num_others, self._others_rate(), self._shard_s):
+        self._looks.note(self.clock(), self._num_by_others, num_others, self._shard_s)
+        if not free or is_left_to_others(len(free), num_others, self._looks.others_shard_s(), self._shard_s):
             return []
         begin = random.randrange(min(2**losses, len(free)))
         run = [free[begin]]
@@ -183,10 +183,6 @@ class ElasticClaim:
             self._records[shard_idx] = inode
             if is_there:
                 self._count(shard_idx)
-        self._looks.append((self.clock(), self._num_by_others))
-        # long enough to see many processes publish, and this one at least once
-        while len(self._looks) > 2 and self._looks[1][0] < self.clock() - max(RUN_S, self._shard_s or 0):
-            self._looks.popleft()
 
     def _count(self, shard_idx: int) -> None:
         """Take in that another process has published a shard."""
@@ -194,10 +190,6 @@ class ElasticClaim:
         self._num_by_others += 1
         start, stop = self.loop.plan.rows_of(shard_idx)
         self.loop.on_rows(stop - start, shards=self.loop.num_made)
-
-    def _others_rate(self) -> float:
-        (began, before), (now, after) = self._looks[0], self._looks[-1]
-        return (after - before) / max(now - began, 1e-9)
 
     def _is_settled(self, shard_idx: int) -> bool:
         """Whether the shard wanted is there; one that may have changed since its record must have a newer one."""

@@ -6,10 +6,12 @@ once, whoever makes it, so a lease that is lost, damaged or cannot be written co
 """
 
 import contextlib
+import itertools
 import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from distillery.cache.lease_names import (
 # a process of another machine without a heartbeat for so long has lost its shards to whoever wants them
 STALE_S = 60.0
 # work taken at a time: long enough that looking for it is nothing beside it
-RUN_S = 120.0
+RUN_S = 60.0
 # a process that has not got on for so long stops its heartbeat: it hangs
 STUCK_S = 900.0
 _BEATS_UNTIL_STALE = 5
@@ -51,18 +53,39 @@ def run_length(num_free: int, num_workers: int, shard_s: float | None) -> int:
     return max(1, min(int(RUN_S / max(shard_s, 1e-9)), num_free // (2 * num_workers)))
 
 
-def is_left_to_others(num_free: int, num_others: int, others_rate: float, shard_s: float | None) -> bool:
+class Looks:
+    """What a process saw whenever it looked for work lately: how fast the others are."""
+
+    def __init__(self) -> None:
+        # (when, shards of others published by then, how many others are at work)
+        self._seen: deque[tuple[float, int, int]] = deque()
+
+    def note(self, now: float, num_published: int, num_others: int, shard_s: float | None) -> None:
+        """Add a look; shard_s: what this process needs for a shard, so long at least are looks remembered."""
+        self._seen.append((now, num_published, num_others))
+        while len(self._seen) > 2 and self._seen[1][0] < now - max(RUN_S, shard_s or 0.0):
+            self._seen.popleft()
+
+    def others_shard_s(self) -> float | None:
+        """Seconds that one of the others needs for a shard, on average; None where they published nothing."""
+        seen = list(self._seen)
+        published = seen[-1][1] - seen[0][1] if seen else 0
+        busy_s = sum((b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in itertools.pairwise(seen))
+        return busy_s / published if published else None
+
+
+def is_left_to_others(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> bool:
     """Whether a slow process takes nothing more, because the others will have made all before it has made one shard.
 
     Args:
         num_free: shards that nobody has taken.
         num_others: other processes that are at work on the folder.
-        others_rate: shards that they publish, a second.
+        others_shard_s: seconds that one of them needs for a shard; None: not known.
         shard_s: as for run_length.
     """
-    if shard_s is None or not num_others or others_rate <= 0:
+    if shard_s is None or others_shard_s is None or not num_others:
         return False
-    return (num_free + num_others) / others_rate < shard_s
+    return others_shard_s * (1 + num_free / num_others) < shard_s
 
 
 def look_again_s(waited_s: float) -> float:
