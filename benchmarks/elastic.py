@@ -173,11 +173,10 @@ class Elastic:
         self._watch(process)
         num_others = len(self._leases)
         process.looks.note(self.now, self.num_published - process.num_made, num_others, process.known_shard_s)
-        others_shard_s = process.looks.others_shard_s()
-        if not self.free or is_left_to_others(len(self.free), num_others, others_shard_s, process.known_shard_s):
+        seen = len(self.free), num_others, process.looks.others_shard_s(), process.known_shard_s
+        if not self.free or is_left_to_others(*seen):
             return
-        count = run_length(len(self.free), num_others + 1, process.known_shard_s)
-        process.taken = [heapq.heappop(self.free) for _ in range(count)]
+        process.taken = [heapq.heappop(self.free) for _ in range(run_length(*seen))]
         process.lease = next(self._numbers)
         self._leases[process.lease] = process
         self.calls += _TAKE_CALLS + _GIVE_BACK_CALLS
@@ -249,6 +248,7 @@ cache_dir: {folder}/cache
 cache_dtype: uint8
 cache_shard_size: 50
 num_workers: 1
+interpolation: lanczos
 """
         (folder / "data.yaml").write_text(config)
         print(

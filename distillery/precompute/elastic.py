@@ -140,11 +140,12 @@ class ElasticClaim:
         self.num_workers = num_others + 1
         free = [shard_idx for shard_idx in free if shard_idx not in self._unfinished] or free
         self._looks.note(self.clock(), self._num_by_others, num_others, self._shard_s)
-        if not free or is_left_to_others(len(free), num_others, self._looks.others_shard_s(), self._shard_s):
+        seen = len(free), num_others, self._looks.others_shard_s(), self._shard_s
+        if not free or is_left_to_others(*seen):
             return []
         begin = random.randrange(min(2**losses, len(free)))
         run = [free[begin]]
-        for shard_idx in free[begin + 1 :][: run_length(len(free), self.num_workers, self._shard_s) - 1]:
+        for shard_idx in free[begin + 1 :][: run_length(*seen) - 1]:
             # those between are there already, or held: a run does not reach over what another process holds
             if any(between in self.loop.left for between in range(run[-1] + 1, shard_idx)):
                 break

@@ -36,23 +36,6 @@ _BEATS_UNTIL_STALE = 5
 _ATTEMPTS = 5
 
 
-def run_length(num_free: int, num_workers: int, shard_s: float | None) -> int:
-    """How many of the free shards a process takes at a time.
-
-    So many as it makes in RUN_S, so that a slow process takes few. Towards the end it is half of a fair share of what
-    is free, so that all end at about the same time. It is at least one, and one before the speed is known.
-
-    Args:
-        num_free: shards that nobody has taken.
-        num_workers: processes that are at work on the folder, this one included.
-        shard_s: seconds this process needs for a shard; None: not known yet.
-    Source: the share is that of guided self-scheduling (Polychronopoulos and Kuck 1987) with half of its size.
-    """
-    if shard_s is None:
-        return 1
-    return max(1, min(int(RUN_S / max(shard_s, 1e-9)), num_free // (2 * num_workers)))
-
-
 class Looks:
     """What a process saw whenever it looked for work lately: how fast the others are."""
 
@@ -74,14 +57,30 @@ class Looks:
         return busy_s / published if published else None
 
 
-def is_left_to_others(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> bool:
-    """Whether a slow process takes nothing more, because the others will have made all before it has made one shard.
+def run_length(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> int:
+    """How many of the free shards a process takes at a time: at least one, and one before its speed is known.
+
+    As many as it makes in RUN_S, or in half of the time in which all processes together make what is free, whichever is
+    less. So a slow process takes fewer than a fast one, and all end at about the same time.
 
     Args:
         num_free: shards that nobody has taken.
         num_others: other processes that are at work on the folder.
-        others_shard_s: seconds that one of them needs for a shard; None: not known.
-        shard_s: as for run_length.
+        others_shard_s: seconds that one of them needs for a shard; None: not known, taken to be as fast as this one.
+        shard_s: seconds this process needs for a shard; None: not known yet.
+    Source: halves of what is left, as in factoring (Hummel, Schonberg and Flynn 1992), weighted by speed.
+    """
+    if shard_s is None:
+        return 1
+    shard_s = max(shard_s, 1e-9)
+    together_s = num_free / (1 / shard_s + num_others / max(others_shard_s or shard_s, 1e-9))
+    return max(1, int(min(RUN_S, together_s / 2) / shard_s))
+
+
+def is_left_to_others(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> bool:
+    """Whether a slow process takes nothing more, because the others will have made all before it has made one shard.
+
+    Arguments as of run_length.
     """
     if shard_s is None or others_shard_s is None or not num_others:
         return False
