@@ -1,5 +1,6 @@
 """Which shards of a folder a process makes while others join and leave: the next free run, until nothing is left."""
 
+import math
 import os
 import random
 import time
@@ -23,8 +24,8 @@ from distillery.precompute.leases import (
 if TYPE_CHECKING:
     from distillery.precompute.loop import ShardLoop
 
-# seconds between two lines about the processes that this one waits for
-_SAY_S = 30.0
+# seconds of waiting until a line says for whom, and between two such lines
+_QUIET_S, _SAY_S = 2.0, 30.0
 _SLEEP_S = 0.1
 # publications over which this process takes its own speed
 _PUBLICATIONS = 16
@@ -66,7 +67,7 @@ class ElasticClaim:
         self._publications: deque[float] = deque(maxlen=_PUBLICATIONS)
         self._shard_s: float | None = None
         self._looks, self._num_by_others = Looks(), 0
-        self._said = -_SAY_S
+        self._said = -math.inf
 
     def shards(self) -> Iterator[int]:
         """The shards that this process is to make now; ends when nothing is free, or a stop is requested.
@@ -90,7 +91,7 @@ class ElasticClaim:
     def wait(self) -> None:
         """Return when there is something to take, when all shards are there, or when a stop is requested."""
         began, known = self.clock(), None
-        self._said = max(self._said, began - _SAY_S + 2)
+        self._said = max(self._said, began + _QUIET_S - _SAY_S)
         while not self.loop.stop.requested:
             others = self.leases.living()
             names = {lease.name for lease in others}
@@ -212,7 +213,7 @@ class ElasticClaim:
     def _say_for_whom(self, others: list[Lease]) -> None:
         if others and self.clock() - self._said >= _SAY_S:
             self._said = self.clock()
-            self.say(f"{len(self.loop.left)} shards are left, waiting for {describe(others)}")
+            self.say(f"waiting for {describe(others)}; shards left: {len(self.loop.left)}")
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, but not beyond a request to stop."""
