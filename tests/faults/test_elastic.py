@@ -99,7 +99,7 @@ class Crowd:
 
 def test_ten_workers_that_come_and_go_make_what_one_would(folder, slow_source, slow_reference, tally, rng, impatient):
     plan = small_plan(folder / "cache", slow_source, shard_size=4)
-    for _ in range(scaled(2)):
+    for _ in range(scaled(1)):
         shutil.rmtree(plan.directory, ignore_errors=True)
         crowd, history = Crowd(plan, slow_source, rng, tally), {}
         for _ in range(NUM_WORKERS // 2):

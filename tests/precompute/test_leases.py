@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 import time
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
+from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
 import precompute_cache
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
@@ -359,6 +361,26 @@ def test_a_record_that_others_published_and_nobody_can_read_is_made_again(plan, 
     monkeypatch.setattr(elastic.ElasticClaim, "_see_published", see_with_damage)
     run_stage1(plan, SOURCE, on_wait=pytest.fail)
     assert folder_bytes(plan.directory) == reference
+
+
+@pytest.mark.parametrize("tokens", ["full", "pca"])
+def test_the_teachers_outputs_are_shared_like_the_images(tmp_path, tokens):
+    single = make_teacher_test_cache(tmp_path / "single", 80, tokens=tokens)
+    shutil.copytree(tmp_path / "single", tmp_path / "shared", ignore=lambda *_: ["teacher"])
+    teacher = live_teacher()
+    plan = teacher_plan(images_plan(tmp_path / "shared", 80), teacher, tokens=tokens)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            run_pass(plan, teacher, on_wait=lambda _line: None)
+            status = 0
+        finally:
+            os._exit(status)
+    run_pass(plan, teacher, on_wait=lambda _line: None)
+    assert folder_bytes(plan.directory) == folder_bytes(single.directory)
+    assert os.waitpid(child, 0)[1] == 0
+    assert folder_bytes(plan.directory) == folder_bytes(single.directory)
+    assert not (plan.directory / LEASES_NAME).exists()
 
 
 @pytest.mark.parametrize(
