@@ -209,18 +209,19 @@ class Leases:
 
     def _beat_until_closed(self) -> None:
         while not self._closed.wait(heartbeat_s()):
-            if self.clock() - self._advanced < STUCK_S:
-                self.beat()
+            self.beat()
 
     def beat(self) -> None:
-        """Show that this process lives. Shards whose lease is gone are not held any more: another process has them."""
+        """Show that this process lives, unless it hangs. Shards whose lease is gone are not held any more."""
+        if self.clock() - self._advanced >= STUCK_S:
+            return
         with self._lock:
             mine = [lease for lease in self._mine if lease not in self._unwritten]
         for lease in mine:
             try:
                 os.utime(self.folder / lease.name)
             except FileNotFoundError:
-                with self._lock:
+                with self._lock:  # another process has taken them over
                     self._mine.pop(lease, None)
             except OSError:
                 continue

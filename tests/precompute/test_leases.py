@@ -173,6 +173,22 @@ def test_a_lease_without_heartbeat_is_taken_over_after_a_minute_and_not_before(t
     assert held(tmp_path) == [(0, 0)]
 
 
+def test_a_process_that_lives_but_hangs_loses_its_lease(two, clock):
+    mine, others = two
+    mine.take([0])
+    for _ in range(100):
+        clock.now += 20
+        mine.beat()
+        if not others.living():
+            break
+    assert leases.STUCK_S < clock.now - 1000 < leases.STUCK_S + 2 * leases.STALE_S
+    mine.take([5])  # it goes on
+    for _ in range(10):
+        clock.now += 20
+        mine.beat()
+        assert [lease.first for lease in others.living()] == [5]
+
+
 @pytest.mark.parametrize("offset_s", [-1e6, 1e6])
 def test_clocks_of_other_machines_decide_nothing(tmp_path, two, clock, offset_s):
     mine, others = two
