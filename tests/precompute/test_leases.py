@@ -1,4 +1,5 @@
 import os
+import random
 import shutil
 import signal
 import sys
@@ -10,9 +11,10 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
 import precompute_cache
+from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
 from distillery.cache.verify import verify_cache
-from distillery.precompute import elastic, leases
+from distillery.precompute import elastic, leases, pipeline
 from distillery.precompute.jobs import workers_lines
 from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
 
@@ -119,6 +121,14 @@ def test_the_speed_of_the_others_is_what_each_of_them_published_lately():
 
 def test_the_longer_a_process_waits_the_less_often_it_looks():
     assert [look_again_s(waited) for waited in (0, 4, 20, 1e6)] == [0.5, 1, 5, 10]
+
+
+@pytest.mark.parametrize("scenario", ["equal", "unequal, 1 of 40 at a tenth", "all of these"])
+def test_simulated_processes_of_any_speed_end_nearly_as_early_as_they_could(scenario):
+    machines = draw_machines(40, 60.0, 3000.0, random.Random(0), SCENARIOS[scenario])
+    folder = Elastic(machines, 2000)
+    assert folder.run() <= 1.05 * ideal_s(machines, 2000)
+    assert folder.calls / folder.now < 60
 
 
 # who holds what
@@ -271,6 +281,18 @@ def test_alone_an_elastic_run_makes_the_folder_of_a_plain_one(plan, reference):
     assert (report.shards_made, report.shards_left) == (5, 0)
     assert folder_bytes(plan.directory) == reference
     assert not (plan.directory / LEASES_NAME).exists()
+
+
+def test_the_next_run_is_taken_while_the_one_before_is_still_being_made(plan, monkeypatch):
+    pipelines, in_flight = [], []
+    start, take = pipeline._Pipeline.run, Leases.take
+    monkeypatch.setattr(pipeline._Pipeline, "run", lambda self, shards: (pipelines.append(self), start(self, shards)))
+    monkeypatch.setattr(
+        Leases, "take", lambda self, run: (in_flight.append(len(pipelines[-1].open_shards)), take(self, run))[1]
+    )
+    run_stage1(plan, SOURCE, on_wait=pytest.fail)
+    assert len(in_flight) > 2
+    assert min(in_flight[1:]) > 0
 
 
 def test_processes_at_the_same_time_make_every_shard_once(tmp_path):
