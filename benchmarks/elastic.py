@@ -36,8 +36,8 @@ from distillery.precompute.leases import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-# calls of the file system: two files made; two removed; the folder and its leases listed
-_TAKE_CALLS, _GIVE_BACK_CALLS, _LOOK_CALLS = 4, 2, 6
+# calls of the file system: two files made and the leases listed; two files removed; the folder and its leases listed
+_TAKE_CALLS, _GIVE_BACK_CALLS, _LOOK_CALLS = 7, 2, 6
 # of a worker that is killed: how much later another one takes its place
 _AWAY_S = 300.0
 # of the process that is stopped and woken again and again

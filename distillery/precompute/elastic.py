@@ -40,19 +40,11 @@ class ElasticClaim:
     Args:
         loop: whose shards they are.
         say: called with a line about those whom this process waits for.
-        clock: seconds that only ever grow.
-        sleep: waits for so many seconds.
     """
 
-    def __init__(
-        self,
-        loop: "ShardLoop",
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.loop, self.say, self.clock, self.sleep = loop, say, clock, sleep
-        self.leases = Leases(loop.plan.directory, clock)
+    def __init__(self, loop: "ShardLoop", say: Callable[[str], None]) -> None:
+        self.loop, self.say = loop, say
+        self.leases = Leases(loop.plan.directory)
         # shards whose file may have changed since its record: hashed by whoever takes them
         self.to_check: set[int] = set()
         self.num_workers = 1
@@ -61,7 +53,7 @@ class ElasticClaim:
         # of the loop's shards that are left, or were: inode of the record that does not count, None: there was none
         self._records: dict[int, int | None] = {}
         self._trusted: set[int] = set()
-        # those of which some process, perhaps one without leases, has a temporary file
+        # those of which there is a temporary file
         self._unfinished: set[int] = set()
         self._names: dict[int, tuple[str, str]] = {}
         self._publications: deque[float] = deque(maxlen=_PUBLICATIONS)
@@ -77,20 +69,20 @@ class ElasticClaim:
         # after an error of the disk the loop begins again what it had not published
         again, self._begun = sorted(self._begun & self.loop.left), set()
         yield from self._not_made(again)
-        self._publications = deque([self.clock()], _PUBLICATIONS)
-        while not self.loop.stop.requested and (run := self._take_run()):
+        self._publications = deque([time.monotonic()], _PUBLICATIONS)
+        while run := self._take_run():
             yield from self._not_made(run)
 
     def published(self, shard_idx: int) -> None:
         """Note that the loop has published a shard."""
         self._begun.discard(shard_idx)
         self.leases.done(shard_idx)
-        self._publications.append(self.clock())
+        self._publications.append(time.monotonic())
         self._shard_s = (self._publications[-1] - self._publications[0]) / (len(self._publications) - 1)
 
     def wait(self) -> None:
         """Return when there is something to take, when all shards are there, or when a stop is requested."""
-        began, known = self.clock(), None
+        began, known = time.monotonic(), None
         self._said = max(self._said, began + _QUIET_S - _SAY_S)
         while not self.loop.stop.requested:
             others = self.leases.living()
@@ -103,7 +95,7 @@ class ElasticClaim:
                 if self._next_run(others):
                     return
             self._say_for_whom(others)
-            self._sleep(look_again_s(self.clock() - began))
+            self._sleep(look_again_s(time.monotonic() - began))
 
     def close(self) -> None:
         """Give back what this process holds."""
@@ -125,22 +117,27 @@ class ElasticClaim:
     def _take_run(self) -> list[int]:
         """Take the next free run of shards; [] where there is none."""
         losses = 0
-        while True:
+        while not self.loop.stop.requested:
+            others = self.leases.living()
+            # only now: what its holder publishes and gives back meanwhile is seen as published
             self._see_published()
-            run = self._next_run(self.leases.living(), losses)
-            if not run or self.leases.take(run):
-                return run
+            run = self._next_run(others, losses)
+            if not run:
+                break
+            if taken := self.leases.take(run):
+                return taken
             # many begin at the same time: they spread
             losses += 1
             self._sleep(random.random() * min(losses, 10) / 20)
+        return []
 
     def _next_run(self, others: list[Lease], losses: int = 0) -> list[int]:
         """The run that this process would take now; losses: how often another was faster just before."""
-        free = self._free(others)
-        num_others = len(holders_of(others))
+        free, num_others = self._free(others), len(holders_of(others))
         self.num_workers = num_others + 1
+        # what a process without leases seems to be making is left for the end
         free = [shard_idx for shard_idx in free if shard_idx not in self._unfinished] or free
-        self._looks.note(self.clock(), self._num_by_others, num_others, self._shard_s)
+        self._looks.note(time.monotonic(), self._num_by_others, num_others, self._shard_s)
         seen = len(free), num_others, self._looks.others_shard_s(), self._shard_s
         if not free or is_left_to_others(*seen):
             return []
@@ -195,8 +192,10 @@ class ElasticClaim:
 
     def _is_settled(self, shard_idx: int) -> bool:
         """Whether the shard wanted is there; one that may have changed since its record must have a newer one."""
-        if shard_idx not in self.to_check or not self.loop.is_published(shard_idx):
-            return self.loop.is_published(shard_idx)
+        if not self.loop.is_published(shard_idx):
+            return False
+        if shard_idx not in self.to_check:
+            return True
         path = self.loop.plan.shard_path(shard_idx)
         try:
             return is_untouched(path, self.loop.plan.kind.read_record(record_path(path)))
@@ -211,12 +210,12 @@ class ElasticClaim:
         return self.loop.left
 
     def _say_for_whom(self, others: list[Lease]) -> None:
-        if others and self.clock() - self._said >= _SAY_S:
-            self._said = self.clock()
+        if others and time.monotonic() - self._said >= _SAY_S:
+            self._said = time.monotonic()
             self.say(f"waiting for {describe(others)}; shards left: {len(self.loop.left)}")
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, but not beyond a request to stop."""
-        until = self.clock() + seconds
-        while (left := until - self.clock()) > 0 and not self.loop.stop.requested:
-            self.sleep(min(left, _SLEEP_S))
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.loop.stop.requested:
+            time.sleep(min(left, _SLEEP_S))

@@ -129,11 +129,11 @@ class Leases:
         """Note that the work gets on; the heartbeat goes on with it."""
         self._advanced = self.clock()
 
-    def take(self, shards: list[int]) -> bool:
-        """Take shards, in order, of which nobody holds any or one in between.
+    def take(self, shards: list[int]) -> list[int]:
+        """Take shards, in order, of which nobody seemed to hold any or one in between.
 
         Returns:
-            False where another process took a run with the same first shard just now.
+            Those that no other process has taken meanwhile.
         """
         first, last = shards[0], shards[-1]
         lease = Lease(held_name(first, last, self.process, f"{random.getrandbits(24):06x}"), first, last, self.process)
@@ -143,18 +143,24 @@ class Leases:
             self._create(first_name(first))
         except FileExistsError:
             self._unlink(lease.name)
-            return False
+            return []
         except OSError:
             # no reason not to work
             self._unlink(lease.name)
             self._unwritten.add(lease)
+        # two whose runs overlap without the same beginning: whoever looks last sees the other, and steps back
+        others = [other for other in list_leases(self.folder.parent) if other.first != first and not self._holds(other)]
+        shards = [s for s in shards if not any(other.first <= s <= other.last for other in others)]
+        if not shards:
+            self._remove(lease)
+            return []
         self.advance()
         with self._lock:
             self._mine[lease] = set(shards)
         if self._thread is None:
             self._thread = threading.Thread(target=self._beat_until_closed, name="heartbeat", daemon=True)
             self._thread.start()
-        return True
+        return shards
 
     def done(self, shard_idx: int) -> None:
         """Note that a shard needs no lease any more."""
@@ -172,9 +178,7 @@ class Leases:
     def living(self) -> list[Lease]:
         """The leases of others. Those whose process is gone are removed, and so are those without a heartbeat."""
         now = self.clock()
-        with self._lock:
-            mine = {lease.name for lease in self._mine} | {first_name(lease.first) for lease in self._mine}
-        found = [lease for lease in list_leases(self.folder.parent) if lease.name not in mine]
+        found = [lease for lease in list_leases(self.folder.parent) if not self._holds(lease)]
         gone = [lease for lease in found if lease.is_dead() or self._silent_s(lease, now) >= STALE_S]
         names = {lease.name for lease in found}
         self._heartbeats = {name: seen for name, seen in self._heartbeats.items() if name in names}
@@ -191,6 +195,10 @@ class Leases:
             self._remove(lease)
         with contextlib.suppress(OSError):  # others have leases in it
             self.folder.rmdir()
+
+    def _holds(self, lease: Lease) -> bool:
+        with self._lock:
+            return any(lease.name in (mine.name, first_name(mine.first)) for mine in self._mine)
 
     def _silent_s(self, lease: Lease, now: float) -> float:
         """For how long this process has seen no heartbeat of another's lease.

@@ -156,6 +156,16 @@ def test_of_two_that_take_a_run_from_the_same_shard_on_one_gets_it(tmp_path, two
     assert held(tmp_path) == [(3, 5)]
 
 
+def test_of_two_runs_that_overlap_no_shard_is_held_twice(tmp_path, two):
+    mine, others = two
+    assert others.take([4, 5])
+    assert mine.take([3, 4, 5, 6]) == [3, 6]  # it had looked before the other one took them
+    assert mine.shards == {3, 6}
+    third = Leases(tmp_path, mine.clock)
+    assert third.take([5]) == []
+    assert held(tmp_path) == [(3, 6), (4, 5)]
+
+
 def test_closing_gives_back_what_is_held_and_leaves_the_leases_of_others(tmp_path, two):
     mine, others = two
     assert mine.take([0, 1]) and mine.take([2]) and others.take([5])
