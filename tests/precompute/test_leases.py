@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
@@ -429,6 +431,43 @@ def test_the_teachers_outputs_are_shared_like_the_images(tmp_path, tokens):
     assert os.waitpid(child, 0)[1] == 0
     assert folder_bytes(plan.directory) == folder_bytes(single.directory)
     assert not (plan.directory / LEASES_NAME).exists()
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """precompute_cache.py over 40 images in 5 shards, in this process: (exit status, what it printed)."""
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in SOURCE.images]})
+    pq.write_table(table, tmp_path / "images.parquet")
+    (tmp_path / "data.yaml").write_text(
+        f"dataset_name: parquet\ndata_files: {tmp_path}/images.parquet\nimage_size: 8\ninterpolation: lanczos\n"
+        "cache_shard_size: 8\nnum_workers: 1\nmax_failed_fraction: 0.1\n"
+    )
+
+    def run(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["precompute_cache.py", "--data_config", str(tmp_path / "data.yaml"), *flags])
+        capsys.readouterr()
+        status = precompute_cache.main()
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_makes_the_folder_of_a_plain_run_and_says_who_is_at_work(command, tmp_path):
+    (tmp_path / "auto").mkdir()
+    other = Leases(tmp_path / "auto")
+    other.take([3, 4])
+    flags = ["--num_jobs", "auto", "--set", f"cache_dir={tmp_path}/auto"]
+    status, printed = command("--dry_run", *flags)
+    assert status == 0
+    assert "0 done, 5 to go" in printed
+    assert f"the training images: {other.process} is at work on shards 3..4\n" in printed
+    other.close()
+    for _ in range(2):  # who comes when all is done has nothing to do
+        status, printed = command(*flags)
+        assert status == 0
+        assert f"{tmp_path}/auto: 40 images in 5 shards, 2 could not be decoded; complete" in printed
+    command("--set", f"cache_dir={tmp_path}/single")
+    assert folder_bytes(tmp_path / "auto") == folder_bytes(tmp_path / "single")
 
 
 @pytest.mark.parametrize(
