@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="of machines, for each row")
     parser.add_argument("--processes", type=int, help="200; with --real 2")
     parser.add_argument("--real", action="store_true")
-    parser.add_argument("--images", type=int, default=12_000, help="with --real")
+    parser.add_argument("--images", type=int, default=8_000, help="with --real")
     parser.add_argument("--part", type=float, default=0.1, help="with --real: of the time in which the slow one runs")
     parser.add_argument("--rounds", type=int, default=3, help="with --real")
     arguments = parser.parse_args()
