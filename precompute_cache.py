@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_config", type=Path, metavar="YAML", help="the teacher; what --download_only fetches")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N",
                         help="images decoded per unit of work (default 256); changes no byte")  # fmt: skip
-    parser.add_argument("--num_jobs", type=_num_jobs, metavar="N",
+    parser.add_argument("--num_jobs", type=_num_jobs, metavar="N|auto",
                         help="share the work among N jobs; auto: among all who run this command")  # fmt: skip
     parser.add_argument("--job_id", type=int, metavar="K", help="with N jobs: this one's number, from 0")
     parser.add_argument("--teacher", action="store_true",
