@@ -2,10 +2,15 @@
 
     python precompute_cache.py --data_config data_config.yaml --dry_run    # the plan: bytes, files, memory, hours
     python precompute_cache.py --data_config data_config.yaml              # run again after any interruption: goes on
-    python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3     # one eighth, an array task
+    python precompute_cache.py --data_config data_config.yaml --num_jobs auto      # several jobs share the work
+    python precompute_cache.py --data_config data_config.yaml --num_jobs 8 --job_id 3     # one eighth, always the same
     python precompute_cache.py --data_config data_config.yaml --verify     # every byte against its hash
     python precompute_cache.py --teacher --data_config data_config.yaml --train_config train_config_kd.yaml \\
            --model_config model_config_kd.yaml         # the images, then the teacher's outputs for their views
+
+With --num_jobs auto any number of processes on any nodes join and leave. Each takes the next shards that nobody has
+taken, and ends when all are there. What a killed process had taken, the others make: they notice at once where it ran
+on the same machine, and after 60 seconds where it ran on another.
 
 Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
 75 interrupted, run the same command again; 1 anything else, damage found by --verify too.
@@ -20,7 +25,15 @@ from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs, load_configs
 from distillery.losses.registry import check_losses
 from distillery.precompute.estimate import dtype_line, jpeg_encoding, measure_decoding, plan_lines, remote_lines
-from distillery.precompute.jobs import build_jobs, list_parts, make_job, open_jobs, print_plan, report_outcome
+from distillery.precompute.jobs import (
+    build_jobs,
+    list_parts,
+    make_job,
+    open_jobs,
+    print_plan,
+    report_outcome,
+    workers_lines,
+)
 from distillery.sources.hub import NotDownloadedError
 from distillery.sources.registry import open_source
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR, Interrupted, remember_invocation, run_command
@@ -29,6 +42,7 @@ from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.verify import report_verification
 
+AUTO = "auto"
 # torch takes seconds to import: modules that need it are imported only where a flag needs them
 
 
@@ -45,8 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_config", type=Path, metavar="YAML", help="the teacher; what --download_only fetches")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N",
                         help="images decoded per unit of work (default 256); changes no byte")  # fmt: skip
-    parser.add_argument("--num_jobs", type=int, metavar="N", help="share the work among N jobs ...")
-    parser.add_argument("--job_id", type=int, metavar="K", help="... of which this is number K, from 0")
+    parser.add_argument("--num_jobs", type=_num_jobs, metavar="N|auto",
+                        help="share the work among N jobs; auto: among all who run this command")  # fmt: skip
+    parser.add_argument("--job_id", type=int, metavar="K", help="with N jobs: this one's number, from 0")
     parser.add_argument("--teacher", action="store_true",
                         help="after the images, the teacher's outputs for teacher_cache.views views of each; with "
                              "--verify: also N of them once more through the teacher")  # fmt: skip
@@ -61,9 +76,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch_size {arguments.batch_size}: expected 1 or more")
-    if (arguments.num_jobs is None) != (arguments.job_id is None):
-        parser.error("--num_jobs and --job_id go together: --num_jobs 8 --job_id 0 ... --job_id 7")
-    if arguments.num_jobs is not None and not 0 <= arguments.job_id < arguments.num_jobs:
+    if arguments.num_jobs == AUTO and arguments.job_id is not None:
+        parser.error("--num_jobs auto takes no --job_id: each process takes the next shards that are free")
+    if arguments.num_jobs != AUTO and (arguments.num_jobs is None) != (arguments.job_id is None):
+        parser.error("--num_jobs and --job_id go together: --num_jobs 8 --job_id 0 ... --job_id 7; or --num_jobs auto")
+    if arguments.job_id is not None and not 0 <= arguments.job_id < arguments.num_jobs:
         parser.error(
             f"--job_id {arguments.job_id}: expected 0 to {arguments.num_jobs - 1} with --num_jobs {arguments.num_jobs}"
         )
@@ -74,6 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.teacher and arguments.rebuild_index:
         parser.error("--rebuild_index is of the images; the teacher's index is made again by --teacher alone")
     return arguments
+
+
+def _num_jobs(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of jobs, or {AUTO}") from None
 
 
 def main() -> int:
@@ -97,6 +123,7 @@ def main() -> int:
 
 def make(configs: Configs, num_jobs: int, job_id: int, arguments: argparse.Namespace) -> int:
     """Make this job's share of the shards: images first, then with --teacher its outputs."""
+    elastic = arguments.num_jobs == AUTO
     with StopFlag() as stop:
         jobs = open_jobs(configs.data, num_jobs, job_id)
         # every folder is surveyed before anything is written anywhere
@@ -108,9 +135,9 @@ def make(configs: Configs, num_jobs: int, job_id: int, arguments: argparse.Names
             outputs = teacher_job.plan_outputs(configs, jobs[0].plan, jobs[0].shards)
         shards_left = 0
         for job, survey in zip(jobs, surveys, strict=True):
-            shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop)
+            shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop, elastic=elastic)
         if arguments.teacher and not shards_left:
-            shards_left = teacher_job.make_outputs(outputs, stop)
+            shards_left = teacher_job.make_outputs(outputs, stop, elastic=elastic)
         if shards_left:
             raise Interrupted(
                 f"{stop.reason}: {shards_left} shards are left to make; everything finished is saved. "
@@ -123,7 +150,12 @@ def make(configs: Configs, num_jobs: int, job_id: int, arguments: argparse.Names
 
 
 def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
-    """(number of jobs, this one's number): --num_jobs and --job_id, else with --teacher the launcher's processes."""
+    """(number of jobs, this one's number): --num_jobs and --job_id, else with --teacher the launcher's processes.
+
+    A process of --num_jobs auto has all shards as its share, and claims some of them at a time.
+    """
+    if arguments.num_jobs == AUTO:
+        return 1, 0
     if arguments.num_jobs is not None or not arguments.teacher:
         return arguments.num_jobs or 1, arguments.job_id or 0
     world = world_from_environment()
@@ -145,12 +177,16 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
     if jobs:
         speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, jobs[0].plan.dtype, jpeg_encoding(data))
     print_plan(jobs, surveys, data, speed)
+    at_work = [line for job in jobs for line in workers_lines(job.title, job.plan.directory)]
     if with_teacher and jobs and jobs[0].plan.directory == data.cache_path:
         from distillery.precompute.teacher_job import plan_outputs
 
-        plan_outputs(configs, jobs[0].plan, jobs[0].shards)
+        outputs = plan_outputs(configs, jobs[0].plan, jobs[0].shards)
+        at_work += workers_lines("the teacher's outputs", outputs.plan.directory)
     elif with_teacher:
         print("the teacher's outputs: what they cost is known once the training images are here (--download_only)")
+    for line in at_work:
+        print(line)
     for part, facts in remote:
         print("\n".join(remote_lines(part.title, facts, part.limit, data)))
     if jobs:

@@ -41,7 +41,6 @@ class Job:
         array = {
             "SLURM_ARRAY_JOB_ID": "77",
             "SLURM_ARRAY_TASK_ID": "3",
-            "SLURM_ARRAY_TASK_MAX": "7",
             "SLURM_JOB_ID": "81",
         }
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
@@ -66,17 +65,11 @@ class Job:
         return self.process.returncode
 
 
-def test_a_task_runs_its_share_with_the_arguments_given(tmp_path):
-    job = Job(tmp_path, "--data_config", "my data.yaml", ENDS_WITH="0")
+def test_a_task_shares_the_work_with_the_others_whatever_the_size_of_the_array(tmp_path):
+    job = Job(tmp_path, "--data_config", "my data.yaml", PYTHON="/venv/bin/python", ENDS_WITH="0")
     assert job.status() == 0
-    assert job.note("srun").endswith("python precompute_cache.py --data_config my data.yaml --num_jobs 8 --job_id 3")
+    assert job.note("srun").endswith("/venv/bin/python precompute_cache.py --data_config my data.yaml --num_jobs auto")
     assert job.note("scontrol") == ""
-
-
-def test_part_of_an_array_submitted_again_keeps_the_cut_when_told(tmp_path):
-    job = Job(tmp_path, NUM_JOBS="16", PYTHON="/venv/bin/python", ENDS_WITH="0")
-    assert job.status() == 0
-    assert job.note("srun").endswith("/venv/bin/python precompute_cache.py --num_jobs 16 --job_id 3")
 
 
 def test_a_warned_task_is_put_back_into_the_queue_under_its_own_name(tmp_path):
@@ -86,7 +79,7 @@ def test_a_warned_task_is_put_back_into_the_queue_under_its_own_name(tmp_path):
     assert job.status() == 0
     assert job.note("signals") == "USR1"
     assert job.note("scontrol") == "requeue 77_3"
-    assert "task 3 of 8: exit status 75, restart 0" in job.output
+    assert "task 3: exit status 75, restart 0" in job.output
 
 
 def test_a_task_that_the_warning_meets_before_it_is_ready_is_put_back_too(tmp_path):
@@ -148,12 +141,11 @@ def test_a_task_that_never_gets_anywhere_stops_in_the_end(tmp_path):
 
 @pytest.mark.parametrize("odd", ["x", " ", "-1"])
 def test_odd_variables_of_slurm_do_no_harm(tmp_path, odd):
-    names = ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK", "SLURM_ARRAY_TASK_MAX")
-    job = Job(tmp_path, ENDS_WITH="75", **dict.fromkeys(names, odd), NUM_JOBS="")
+    names = ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK")
+    job = Job(tmp_path, ENDS_WITH="75", **dict.fromkeys(names, odd))
     assert job.status() == 0, job.output
     assert job.note("srun").startswith("--ntasks=1 --cpus-per-task=1 ")
-    assert job.note("srun").endswith("--num_jobs 1 --job_id 3")
-    assert job.output == "task 3 of 1: exit status 75, restart 0\n"
+    assert job.output == "task 3: exit status 75, restart 0\n"
 
 
 def test_where_scontrol_does_not_work_the_status_says_what_to_do(tmp_path):
@@ -161,14 +153,12 @@ def test_where_scontrol_does_not_work_the_status_says_what_to_do(tmp_path):
     assert job.status() == 75
 
 
-def test_without_an_array_the_job_makes_the_whole_cache(tmp_path):
+def test_without_an_array_the_job_is_requeued_under_its_own_number(tmp_path):
     environment = {
         "SLURM_ARRAY_JOB_ID": "",
         "SLURM_ARRAY_TASK_ID": "",
-        "SLURM_ARRAY_TASK_MAX": "",
         "EXPECTED_JOB": "81",
     }
     job = Job(tmp_path, ENDS_WITH="75", **environment)
     assert job.status() == 0
-    assert job.note("srun").endswith("--num_jobs 1 --job_id 0")
     assert job.note("scontrol") == "requeue 81"

@@ -177,9 +177,10 @@ def _survey_folder(plan: CachePlan, shards: Iterable[int]) -> Survey:
             raise _earlier_format(plan.directory)
         _check_same_identity(plan, record["identity"], plan.directory / record["shard_path"])
     found = {record["shard_idx"]: record for record in records}
+    names = set(os.listdir(plan.directory))
     for shard_idx in shards:
         path = plan.shard_path(shard_idx)
-        if shard_idx not in found and path.exists():
+        if shard_idx not in found and path.name in names:
             _check_same_identity(plan, _identity_inside(path), path)
     return survey_shards(plan, shards, found, plan.why_outdated, _library_notes(records))
 
@@ -201,9 +202,11 @@ def survey_shards(
         notes: for the survey.
     """
     done, to_check, missing = [], [], []
+    # one call, not one for each shard: many processes may begin on a folder at the same time
+    names = set(os.listdir(plan.directory))
     for shard_idx in shards:
         path, record = plan.shard_path(shard_idx), records.get(shard_idx)
-        if not path.exists():
+        if path.name not in names:
             missing.append(shard_idx)
         elif record is None or not is_untouched(path, record):
             to_check.append(shard_idx)

@@ -19,6 +19,7 @@ from distillery.cache.images import (
     rehash_record,
 )
 from distillery.cache.index import CacheIndex
+from distillery.cache.lease_names import LEASES_NAME, lease_problems
 from distillery.cache.store import FutureFormatError, ShardKind, parse_json, record_path
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import read_regular
@@ -96,9 +97,11 @@ def verify_views(kind: ShardKind, directory: Path, index: dict | None) -> Iterat
 
 
 def foreign_files(directory: Path, is_known: Callable[[str], bool]) -> Iterator[Problem]:
-    """Files that belong to no cache; is_known: by its name."""
+    """Files that belong to no finished cache; is_known: by its name."""
     for entry in os.scandir(directory):
-        if not is_known(entry.name) and not entry.name.startswith(".nfs"):
+        if entry.name == LEASES_NAME and entry.is_dir(follow_symlinks=False):
+            yield from (Problem(f"{path}: {reason}") for path, reason in lease_problems(directory))
+        elif not is_known(entry.name) and not entry.name.startswith(".nfs"):
             reason = "left by a killed run; stage 1 removes it"
             if ".tmp-" not in entry.name:
                 reason = "not part of a cache; move it elsewhere"

@@ -9,10 +9,12 @@ from distillery.cache.archive import pixel_dtype_of
 from distillery.cache.encoded import is_encoded
 from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
+from distillery.cache.lease_names import list_leases
 from distillery.cache.masks import check_mask_classes
 from distillery.cache.plan import CachePlan, Survey, is_made_of
 from distillery.config.keys_data import DataConfig, EvalDataset
 from distillery.precompute.estimate import DecodeSpeed, bytes_to_write, job_lines, jpeg_encoding, room_lines
+from distillery.precompute.leases import holders_of
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.base import Source
 from distillery.sources.evaluation import PartOfSource, label_warnings, number_as, spread_rows
@@ -22,6 +24,8 @@ from distillery.system.console import ProgressLine
 from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, EXIT_USAGE, UserError
 from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
+
+_WORKERS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,25 @@ def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, sp
     print("\n".join(room_lines(data, total)))
 
 
-def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, stop: StopFlag) -> int:
-    """Make the missing shards of one cache; return how many are left after a signal to stop."""
+def workers_lines(title: str, directory: Path) -> list[str]:
+    """Which processes are at work on a folder by their leases, a line each; title: what the folder holds."""
+    lines = []
+    for holder, leases in holders_of(list_leases(directory)).items():
+        shards = ", ".join(lease.shards for lease in leases)
+        is_dead = " was killed; the next process takes over" if holder.is_dead() else " is at work on"
+        lines.append(f"{title}: {holder}{is_dead} {shards}")
+    if len(lines) > _WORKERS_SHOWN:
+        lines[_WORKERS_SHOWN:] = [f"{title}: {len(lines) - _WORKERS_SHOWN} more processes are at work"]
+    return lines
+
+
+def make_job(
+    job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, stop: StopFlag, *, elastic: bool = False
+) -> int:
+    """Make the missing shards of one cache; return how many are left after a signal to stop.
+
+    elastic: shared with other processes, and complete on return.
+    """
     to_make = [*survey.missing, *survey.to_check]
     if stop.requested:
         return len(to_make)
@@ -154,6 +175,7 @@ def make_job(job: CacheJob, survey: Survey, data: DataConfig, batch_size: int, s
             num_workers=num_workers,
             stop=stop,
             on_rows=progress.advance,
+            on_wait=progress.message if elastic else None,
         )
     for message in report.messages:
         print(f"repaired: {message}")

@@ -18,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from distillery.cache.lease_names import remove_leases
 from distillery.cache.plan import ShardPlan, Survey
 from distillery.cache.store import FORMAT_VERSION, FutureFormatError, record_path, record_text
+from distillery.precompute.elastic import ElasticClaim
 from distillery.system.console import format_bytes
 from distillery.system.direct_io import reserve
 from distillery.system.errors import RunError, UserError
@@ -67,10 +69,21 @@ class ShardLoop(ABC):
         shards: their numbers.
         stop: looked at between shards, and by `make`.
         on_rows: called with (rows done just now, shards=made so far, and what else `make` says).
+        on_wait: where given, the call shares its shards by leases with any number of other processes, and returns when
+            all are there; it is called with a line about those whom it waits for.
     """
 
-    def __init__(self, plan: ShardPlan, shards: Iterable[int], *, stop: StopFlag, on_rows: Callable[..., None]) -> None:
-        self.plan, self.stop, self.on_rows = plan, stop, on_rows
+    def __init__(
+        self,
+        plan: ShardPlan,
+        shards: Iterable[int],
+        *,
+        stop: StopFlag,
+        on_rows: Callable[..., None],
+        on_wait: Callable[[str], None] | None = None,
+    ) -> None:
+        self.plan, self.stop, self._on_rows, self.num_threads = plan, stop, on_rows, 1
+        self.elastic = None if on_wait is None else ElasticClaim(self, on_wait)
         self.scan = plan.kind.scan(plan.directory)
         self.left, self.repairs = set(shards), set()
         self.num_made = self.num_accepted = 0
@@ -101,15 +114,20 @@ class ShardLoop(ABC):
             RunError: the disk is full or fails; what is published stays, the same command goes on.
             UserError: the folder cannot be written to, or another job makes something else in it.
         """
+        self.num_threads = max(1, num_threads)
         try:
             make_directory(self.plan.directory)
             remove_leftovers(self.plan.directory, all_done=False)
             survey = self.survey()
             self.left -= set(survey.done)
+            names = set(os.listdir(self.plan.directory))
             for path in map(self.plan.shard_path, survey.missing):
-                if not path.exists():
+                if path.name not in names and record_path(path).name in names:
                     record_path(path).unlink(missing_ok=True)
-            self._check(survey.to_check, num_threads)
+            if self.elastic is None:
+                self.check(survey.to_check)
+            else:
+                self.elastic.to_check = set(survey.to_check)
             self._make_with_retries()
             index = self.scan.write_views(self.plan.num_rows)
             remove_leftovers(self.plan.directory, all_done=bool(index and index["complete"]))
@@ -121,14 +139,21 @@ class ShardLoop(ABC):
             if isinstance(error, RunError):
                 raise
             raise explain_write_error(self.plan, error, self.left) from error
+        finally:
+            if self.elastic is not None:
+                self.elastic.close()
         return MakingReport(self.num_made, self.num_accepted, len(self.left), self.messages)
 
     def claim(self, shards: Iterable[int]) -> Iterator[int]:
         """The shards that this process is to make now, until a stop is requested.
 
         One that another process is seen to be making is left for the end, and made if it still is not there by then:
-        two jobs over one range share it, and neither waits for the other.
+        two jobs over one range share it, and neither waits for the other. An elastic call takes runs of shards by
+        leases, whatever `shards` are.
         """
+        if self.elastic is not None:
+            yield from self.elastic.shards()
+            return
         later, deferred = deque(shards), set()
         while later and not self.stop.requested:
             shard_idx = later.popleft()
@@ -144,13 +169,24 @@ class ShardLoop(ABC):
         """Count a shard that was made and list it in the views; state: for on_rows."""
         self.left.discard(shard_idx)
         self.num_made += 1
+        writers = 1
+        if self.elastic is not None:
+            self.elastic.published(shard_idx)
+            writers = self.elastic.num_workers
         self.on_rows(0, shards=self.num_made, **state)
         # after every shard, unless the index is so long that writing it would take more than a twentieth of the time
-        if time.monotonic() - self._views_written >= 20 * self._views_cost_s:
+        # of one process
+        if time.monotonic() - self._views_written >= 20 * writers * self._views_cost_s:
             began = time.monotonic()
             self.scan.write_views(self.plan.num_rows)
             self._views_written = time.monotonic()
             self._views_cost_s = self._views_written - began
+
+    def on_rows(self, rows: int, **state: object) -> None:
+        """Pass on that so many rows are done; state: as the caller's on_rows takes it."""
+        if self.elastic is not None:
+            self.elastic.leases.advance()
+        self._on_rows(rows, **state)
 
     def grace_is_over(self) -> bool:
         """Whether a stop was requested so long ago that unfinished shards are dropped."""
@@ -176,14 +212,14 @@ class ShardLoop(ABC):
             raise mixed_configurations(path)
         return is_whole and not self.why_outdated(record)
 
-    def _check(self, to_check: list[int], num_threads: int) -> None:
+    def check(self, to_check: list[int]) -> None:
         """Hash the shards that may have changed since their record; those that are bad join the repairs."""
 
-        def check(shard_idx: int) -> tuple[bool, str | None]:
+        def look_at(shard_idx: int) -> tuple[bool, str | None]:
             return (False, None) if self.stop.requested else (True, self.accept_shard(shard_idx))
 
-        with ThreadPoolExecutor(max(1, num_threads)) as pool:
-            for shard_idx, (is_checked, problem) in zip(to_check, pool.map(check, to_check), strict=True):
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for shard_idx, (is_checked, problem) in zip(to_check, pool.map(look_at, to_check), strict=True):
                 if problem is not None:
                     self.messages.append(f"{problem} It is made again.")
                     self.repairs.add(shard_idx)
@@ -216,7 +252,9 @@ class ShardLoop(ABC):
         while self.left and not self.stop.requested:
             try:
                 self.make(sorted(self.left))
-                return
+                if self.elastic is None:
+                    return
+                self.elastic.wait()
             except UserError:
                 raise
             except OSError as error:
@@ -314,11 +352,13 @@ def is_being_made(path: Path) -> bool:
 
 
 def remove_leftovers(directory: Path, *, all_done: bool) -> None:
-    """Remove temporary files of writers that are gone; of any writer once nothing is left to make.
+    """Remove temporary files of writers that are gone; once nothing is left to make, of any writer, and all leases.
 
     A living writer whose file is taken away all the same (all is done, or its lock could not be seen from this node)
     finds its shard published by another, or makes it again.
     """
+    if all_done:
+        remove_leases(directory)
     # a lock taken on another node of a network file system may be invisible here
     sees_all_locks = not is_network_file_system(directory)
     for entry in os.scandir(directory):

@@ -38,6 +38,7 @@ def make_cache(
     num_workers: int,
     stop: StopFlag,
     on_rows: Callable[..., None] = lambda rows, **state: None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> MakingReport:
     """Make the shards that `survey` found missing; run again, it goes on where it was.
 
@@ -50,6 +51,7 @@ def make_cache(
         stop: looked at between units.
         on_rows: called with (rows done just now, 0 for a shard published; shards=made so far; limit=what limits the
             speed).
+        on_wait: as of ShardLoop: None for one job's share.
 
     Raises:
         RunError: the disk is full or fails, a worker died, the source cannot be read; what is published stays, the
@@ -57,7 +59,8 @@ def make_cache(
         UserError: the folder cannot be written to, or another job makes another cache in it.
     """
     shards = [*survey.missing, *survey.to_check]
-    loop = _ImageLoop(plan, shards, source, survey, batch_size, num_workers, stop=stop, on_rows=on_rows)
+    options = {"stop": stop, "on_rows": on_rows, "on_wait": on_wait}
+    loop = _ImageLoop(plan, shards, source, survey, batch_size, num_workers, **options)
     return loop.run(num_workers)
 
 

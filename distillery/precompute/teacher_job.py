@@ -125,8 +125,11 @@ def _format_flops(count: float) -> str:
     return f"{count:.3g} EFLOP"
 
 
-def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
-    """Run the pass over this process's share; return how many shards are left after a signal to stop."""
+def make_outputs(job: TeacherJob, stop: StopFlag, *, elastic: bool = False) -> int:
+    """Run the pass over this process's share; return how many shards are left after a signal to stop.
+
+    elastic: shared with other processes, and complete on return.
+    """
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.to_check]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))
@@ -137,6 +140,7 @@ def make_outputs(job: TeacherJob, stop: StopFlag) -> int:
             shards=job.shards,
             stop=stop,
             on_rows=lambda count, shards, **_: progress.advance(count, shards=shards),
+            on_wait=progress.message if elastic else None,
         )
     for message in report.messages:
         print(f"repaired: {message}")

@@ -60,6 +60,7 @@ def make_teacher_cache(
     shards: Iterable[int],
     stop: StopFlag,
     on_rows: Callable[..., None] = lambda rows, **state: None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> MakingReport:
     """Make the shards of a range that are missing; run again, it goes on where it was.
 
@@ -69,12 +70,14 @@ def make_teacher_cache(
         shards: the shard numbers this call is to make (all, or an array task's share).
         stop: looked at between batches.
         on_rows: called with (images done just now, shards=made so far).
+        on_wait: as of ShardLoop: None for one job's share.
     Raises:
         RunError: the disk is full or fails, the images cannot be read; what is published stays, the same command goes
             on.
         UserError: the folder cannot be written to, images are missing, or the outputs do not fit the dtype.
     """
-    report = _TeacherLoop(plan, shards, teacher, stop=stop, on_rows=on_rows).run(usable_cpus())
+    loop = _TeacherLoop(plan, shards, teacher, stop=stop, on_rows=on_rows, on_wait=on_wait)
+    report = loop.run(usable_cpus())
     mark_as_current(plan.directory)
     return report
 

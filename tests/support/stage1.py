@@ -81,12 +81,14 @@ def run_stage1(
     batch_size: int = 4,
     num_workers: int = 1,
     stop=None,
+    on_wait=None,
 ) -> tuple[MakingReport, Survey]:
-    """Survey and make, as precompute_cache.py does."""
+    """Survey and make, as precompute_cache.py does; on_wait: as of make_cache."""
     shards = range(plan.num_shards) if shards is None else shards
     survey = survey_cache(plan, shards)
+    options = {"batch_size": batch_size, "num_workers": num_workers, "on_wait": on_wait}
     with StopFlag() if stop is None else stop as flag:
-        report = make_cache(plan, source, survey=survey, batch_size=batch_size, num_workers=num_workers, stop=flag)
+        report = make_cache(plan, source, survey=survey, stop=flag, **options)
     return report, survey
 
 

@@ -94,11 +94,13 @@ def teacher_plan(images: CachePlan, teacher: LiveTeacher, *, fields: tuple[str, 
     return TeacherPlan(images, TeacherCacheSpec(configured, resolved))
 
 
-def run_pass(plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None) -> MakingReport:
-    """The pass, as precompute_cache.py --teacher does it."""
+def run_pass(
+    plan: TeacherPlan, teacher: LiveTeacher, shards: range | None = None, *, stop=None, on_wait=None
+) -> MakingReport:
+    """The pass, as precompute_cache.py --teacher does it; on_wait: as of make_teacher_cache."""
     shards = range(plan.num_shards) if shards is None else shards
     with StopFlag() if stop is None else stop as flag:
-        return make_teacher_cache(plan, teacher, shards=shards, stop=flag)
+        return make_teacher_cache(plan, teacher, shards=shards, stop=flag, on_wait=on_wait)
 
 
 def make_teacher_test_cache(
