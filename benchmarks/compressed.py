@@ -220,6 +220,8 @@ def add_ffcv(
     epochs: dict[str, Epoch], arguments: argparse.Namespace, caches: Mapping[str, Path], work: Path
 ) -> list[str]:
     """FFCV on the images of the compressed caches; returns why it is left out, where it is."""
+    # with TBB, which numba takes where it finds it, the process does not end: its threads wait for each other
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     try:
         for kind in jpeg_kinds(arguments)[1:]:
             path = work / f"{kind.stored_size}.beton"
