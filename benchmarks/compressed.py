@@ -9,8 +9,9 @@ bytes: what an image takes as float32, uint8 and jpeg of --size px, with rows of
 side) and the files as they are.
 
 speed: images/s of one core, of batches of 64 uint8 images of --size px, page cache hot. The process keeps to one CPU
-and every loader has one thread. Contenders take turns, `--rounds` times, of at least `--seconds` each; medians, and
-medians of the ratios to uint8 within a round. "crops" are random crops of 0.4 to 1 of the area, cut while decoding, as
+and every loader has one thread. Seconds are CPU time of the whole process: other work on the machine then changes
+little. Contenders take turns, `--rounds` times, of at least `--seconds` each; medians, and medians of the ratios to
+uint8 within a round. "crops" are random crops of 0.4 to 1 of the area, cut while decoding, as
 the trainer has them. The caches of float32 and uint8 have no such row: their crops are made on the device. "raw
 parquet" decodes the files while training (use_cached: false). FFCV keeps JPEGs of the same pixels at the same quality,
 and crops by its RandomResizedCropRGBImageDecoder; where it is not installed it is left out with the reason
@@ -185,17 +186,17 @@ def print_speed(arguments: argparse.Namespace, work: Path) -> None:
 
 
 def take_turns(epochs: Mapping[str, Epoch], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Images/s of each contender in each round, whole epochs, after one epoch that pays for what happens once."""
+    """Images per second of CPU time of each contender in each round; an epoch before pays for what happens once."""
     rates: dict[str, list[float]] = {name: [] for name in epochs}
     for epoch in epochs.values():
         for _ in epoch():
             pass
     for _ in range(rounds):
         for name, epoch in epochs.items():
-            count, began = 0, time.perf_counter()
-            while count == 0 or time.perf_counter() - began < seconds:
+            count, began = 0, time.process_time()
+            while count == 0 or time.process_time() - began < seconds:
                 count += sum(len(batch) for batch in epoch())
-            rates[name].append(count / (time.perf_counter() - began))
+            rates[name].append(count / (time.process_time() - began))
     return rates
 
 
