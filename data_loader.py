@@ -145,6 +145,8 @@ def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: s
     own = {"cache_dtype": index.dtype, "cache_shard_size": index.shard_size, "jpeg_decode": "exact"}
     stored = own | index.preprocess
     wanted = preprocess_spec(data).identity() | {key: getattr(data, key) for key in own}
+    if index.is_encoded:
+        wanted |= {"stored_size": data.stored_size or data.image_size, "jpeg_quality": data.jpeg_quality}
     if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
         stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
     differing = [
@@ -186,15 +188,18 @@ def _cached_images(data: DataConfig, index: CacheIndex, shards: Sequence[str] | 
         index = _chosen_shards(index, shards)
     dataset = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
     index = dataset.index
+    num_threads = usable_cpus() if index.is_encoded else _READING_THREADS
+    if data.num_workers is not None:
+        num_threads = max(1, data.num_workers)
     return _Images(
         dataset,
         CachedRows(index, raw=raw, files=open_files(index, mode=data.read_mode)),
         index.image_shape,
         index.row_bytes,
-        num_threads=_READING_THREADS if data.num_workers is None else max(1, data.num_workers),
+        num_threads=num_threads,
         normalized=index.normalized or not raw,
         index=index,
-        lines=_describe_cache(dataset, data),
+        lines=_describe_cache(dataset, data, num_threads),
     )
 
 
@@ -282,13 +287,15 @@ def _chosen_shards(index: CacheIndex, names: Sequence[str]) -> CacheIndex:
     return index.only([place[name] for name in names])
 
 
-def _describe_cache(dataset: CachedTensorDataset, data: DataConfig) -> list[str]:
+def _describe_cache(dataset: CachedTensorDataset, data: DataConfig, num_threads: int) -> list[str]:
     index = dataset.index
     _, height, width = index.image_shape
     lines = [
         f"reading the cache {index.directory}: {len(dataset)} images of {height} x {width} px, {index.dtype}, in "
-        f"{len(index.shard_names)} shards, {format_bytes(index.num_samples * index.row_bytes)}"
+        f"{len(index.shard_names)} shards, {format_bytes(int(index.shard_bytes.sum()))}"
     ]
+    if index.is_encoded:
+        lines.append(f"  its rows are decoded when they are read, {num_threads} at a time (num_workers)")
     if not index.complete and index.verified:
         wanted = min(index.source_num_samples, data.max_samples or index.source_num_samples)
         lines.append(

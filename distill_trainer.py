@@ -151,6 +151,7 @@ def distill(
     schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
     compiled = state and state.get("compiled")
     task = build.build_task(configs, teacher, student, schedule, loader.normalized, device, cache, compiled=compiled)
+    notes += build.crop_while_decoding(loader, task)
     has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,

@@ -6,8 +6,12 @@ therefore does not depend on its batch, the order, the rank or the device, and c
 A view is made in two steps. `draw` computes its parameters, a few numbers per image, where global_idx is: on the host,
 some sixty operators on little tensors, which would cost a GPU as many kernels. `apply` works on the pixels with them.
 The pixels of one view on two devices agree up to float32 rounding.
+
+Whoever decodes the images may cut them on the way: `boxes` says what each view shows of its image, and `without_crop`
+makes the rest of the view.
 """
 
+import copy
 import math
 
 import torch
@@ -204,14 +208,24 @@ class Augmentation:
         self.scale = None if random_resized_crop is None else (float(lo), float(hi))
         self.color_jitter, self.grayscale, self.blur = float(color_jitter), float(grayscale), float(blur)
         self.mean, self.std = tuple(mean), tuple(std)
-        has_colours = self.color_jitter > 0 or self.grayscale > 0
-        # columns of the parameters: mirrored; left, top, width, height; brightness, contrast, colour matrix; blur
-        self._columns = [int(hflip), 4 * (self.scale is not None), 11 * has_colours, int(self.blur > 0)]
+        self.crops = self.scale is not None
 
     @property
     def changes_pixels(self) -> bool:
         """Whether the augmentation does more than mirror the image."""
-        return self.scale is not None or max(self.color_jitter, self.grayscale, self.blur) > 0
+        return self.crops or max(self.color_jitter, self.grayscale, self.blur) > 0
+
+    @property
+    def _columns(self) -> list[int]:
+        """Of the parameters: mirrored; left, top, width, height; brightness, contrast, colour matrix; blur."""
+        has_colours = self.color_jitter > 0 or self.grayscale > 0
+        return [int(self.hflip), 4 * self.crops, 11 * has_colours, int(self.blur > 0)]
+
+    def without_crop(self) -> "Augmentation":
+        """All but the crop of the same views, for images that were cut to their `boxes`; the identity is the same."""
+        rest = copy.copy(self)
+        rest.crops = False
+        return rest
 
     def identity(self) -> dict:
         """All that decides the views besides (seed, epoch, sample), as plain values: for fingerprints."""
@@ -265,6 +279,24 @@ class Augmentation:
         """
         draws = draw_uniform(global_idx, seed=seed, epoch=epoch, count=self._num_draws)
         return self._parameters(draws, draws[:, FLIP] < 0.5)
+
+    @torch.no_grad()
+    def boxes(self, global_idx: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """What the views that belong to (seed, epoch) show of their images, as these are stored, not mirrored.
+
+        Args:
+            global_idx: each image's number in the source, int64 [B].
+            seed: the run's seed.
+            epoch: from 0.
+        Returns:
+            float32 [B, 4] on global_idx's device: left, top, width, height, as shares of the image's sides.
+        """
+        draws = draw_uniform(global_idx, seed=seed, epoch=epoch, count=LEFT + 1)
+        left, top, width, height = crop_boxes(draws, self.scale)
+        if self.hflip:
+            # the crop comes after the mirror
+            left = torch.where(draws[:, FLIP] < 0.5, 1 - left - width, left)
+        return torch.stack((left, top, width, height), dim=1)
 
     @torch.no_grad()
     def draw_views(self, global_idx: Tensor, view: int | Tensor, *, seed: int) -> Tensor:
@@ -339,7 +371,7 @@ class Augmentation:
     def _change_pixels(self, images: Tensor, box: Tensor, colours: Tensor, blur: Tensor) -> Tensor:
         mean, std = (_constant(values, images.device)[:, None, None] for values in (self.mean, self.std))
         pixels = images.float() * std + mean
-        if self.scale is not None:
+        if self.crops:
             pixels = crop_and_resize(pixels, *box.unbind(1))
         if self.color_jitter > 0 or self.grayscale > 0:
             pixels = adjust_colours(pixels, colours[:, 0], colours[:, 1], colours[:, 2:].unflatten(1, (3, 3)))

@@ -22,7 +22,7 @@ from distillery.cache.index import CacheIndex
 from distillery.config.keys_data import DataConfig
 from distillery.reading.datasets import CachedTensorDataset
 from distillery.reading.raw import ImageDecoder, PretrainDataset, RawRows
-from distillery.reading.rows import CachedRows
+from distillery.reading.rows import CachedRows, reading_threads
 from distillery.reading.stream import Batch, BatchMemory, BatchStream, RowIds
 from distillery.sources.pixels import DecodeError, preprocess_image
 from distillery.system.files import sha256_of
@@ -142,7 +142,7 @@ class CachedImages(EveryImage):
         # of its predecessor's caches nobody knows how many rows there should be
         self.is_whole = sum(part.stop - part.first for part in self.parts) == self._limit or not index.verified
         self.has_labels, self.image_shape = index.labels, index.image_shape
-        self.num_threads = data.num_workers or min(_MOST_READING_THREADS, usable_cpus())
+        self.num_threads = data.num_workers or reading_threads(index, _MOST_READING_THREADS)
         self.identity = {
             "source": index.source,
             "preprocess": index.preprocess,
@@ -155,6 +155,8 @@ class CachedImages(EveryImage):
         self.fingerprint = index.fingerprint or sha256_of(self.identity)
         num_images = sum(part.num_read for part in self.parts)
         self.line = f"reading the cache {index.directory}: {num_images} images in {len(self.parts)} shards"
+        if index.is_encoded:
+            self.line += f", decoding {self.num_threads} at a time"
 
     def _part(self, s: int) -> Part:
         first, num_rows = int(self._index.shard_starts[s]), int(self._index.shard_rows[s])

@@ -30,8 +30,13 @@ class PretrainingLoader:
     """Batches of an epoch in its order, read ahead by threads; made by build_pretraining_dataloader.
 
     dataset: the data set the rows come from. valid_rows_per_shard, shard_names (None for raw images), fingerprint,
-    normalized (whether float batches are normalised; uint8 ones never are), index (None for raw images): facts for the
-    trainer. staging: copies of the shards on the node's own disk; None: there are none. The loader closes it.
+    normalized (whether float batches are normalised; uint8 ones never are), index (None for raw images), is_encoded
+    (whether rows of a cache are decoded when they are read): facts for the trainer. staging: copies of the shards on
+    the node's own disk; None: there are none. The loader closes it.
+
+    crop_boxes: None: whole images. Of a compressed cache a function may be put here that says what of each image is
+    decoded, resized to image_size: (global_idx int64 [n], epoch) -> float32 [n, 4], the left edge, top edge, width and
+    height of a box, as shares of the image's sides. The next iteration has it.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class PretrainingLoader:
         self.index, self.staging = index, staging
         self.shard_names = index and list(index.shard_names)
         self.fingerprint = index.fingerprint if index else ""
+        self.is_encoded = index is not None and index.is_encoded
+        self.crop_boxes: Callable[[Tensor, int], Tensor] | None = None
         self.epoch = 0
         self._rows = rows
         self._samples = self._resume_at = 0
@@ -126,11 +133,19 @@ class PretrainingLoader:
         """As __iter__, for one who holds each batch until its copies to the device are done: less pinned memory."""
         return self._iterate(held=True)
 
+    def rows(self) -> CachedRows | RawRows:
+        """What fills this epoch's batches, for one iteration."""
+        if not isinstance(self._rows, CachedRows):
+            return self._rows()
+        if self.crop_boxes is None:
+            return self._rows
+        return self._rows.cropped(functools.partial(_boxes_of_epoch, self.crop_boxes, self.epoch))
+
     def _iterate(self, *, held: bool) -> Iterator[Any]:
         first = self._resume_at // self.sampling.global_batch
         self._samples, self._resume_at = self._resume_at, 0
         self._tell_position()
-        rows = self._rows if isinstance(self._rows, CachedRows) else self._rows()
+        rows = self.rows()
         if isinstance(rows, CachedRows):
             rows.files.recheck_presence()
         stream = BatchStream(
@@ -195,6 +210,10 @@ class PretrainingLoader:
                 windows.append((shards[mine], nth[mine]))
                 prepared = until
             yield order.rows(start, stop), windows
+
+
+def _boxes_of_epoch(crop_boxes: Callable[[Tensor, int], Tensor], epoch: int, global_idx: np.ndarray) -> np.ndarray:
+    return crop_boxes(torch.from_numpy(global_idx), epoch).numpy()
 
 
 def held_batches(loader: Any) -> Iterator[Any]:

@@ -3,7 +3,6 @@
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,14 @@ from torch import Tensor
 
 from distillery.cache.folder import load_index
 from distillery.cache.index import CacheIndex
+from distillery.reading.decoding import CropBoxes, RowDecoder
 from distillery.reading.shard_files import ShardFiles, open_files
 from distillery.reading.stream import Batch, BatchMemory, BatchStream
-from distillery.sources.pixels import (
-    DecodeError,
-    PreprocessSpec,
-    normalisation_table,
-    normalise_into,
-    preprocess_image,
-)
+from distillery.sources.pixels import normalisation_table, normalise_into
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.machine import usable_cpus
 
-# of float_batches; reading and casting release the GIL
+# of float_batches where nothing is decoded; reading and casting release the GIL
 _READING_THREADS = 4
 # images of one forward pass: part of what decides the bytes, so never a setting
 TEACHER_BATCH = 64
@@ -62,20 +56,6 @@ class ToFloat:
             out.sub_(self.shift).div_(self.scale)
 
 
-def spec_of(index: CacheIndex) -> PreprocessSpec:
-    """How the images of an index become pixels.
-
-    Raises:
-        UserError: it does not say so, or what nobody can do.
-    """
-    try:
-        known = {field.name for field in fields(PreprocessSpec)}
-        values = {name: value for name, value in index.preprocess.items() if name in known}
-        return PreprocessSpec(**values | {"mean": index.mean, "std": index.std})
-    except TypeError as error:
-        raise UserError(f"{index.directory}: its index does not say how images become pixels ({error!r}).") from error
-
-
 class CachedRows:
     """The valid rows of a cache in the form that BatchStream reads (stream.Rows).
 
@@ -83,10 +63,18 @@ class CachedRows:
         index: the cache.
         raw: rows as stored, of encoded images the uint8 pixels; else normalised float32.
         files: the cache's shards, by open_files; None: to be opened here, read by preadv.
+        boxes: what of each encoded image is wanted; None: all of it.
     """
 
-    def __init__(self, index: CacheIndex, *, raw: bool = False, files: ShardFiles | None = None) -> None:
-        self.index, self.raw = index, raw
+    def __init__(
+        self,
+        index: CacheIndex,
+        *,
+        raw: bool = False,
+        files: ShardFiles | None = None,
+        boxes: CropBoxes | None = None,
+    ) -> None:
+        self.index, self.raw, self.boxes = index, raw, boxes
         self.files = files or open_files(index)
         self._reset()
 
@@ -96,14 +84,19 @@ class CachedRows:
         self.dtype = self._to_float.dtype if self.raw else torch.float32
         self.row_bytes = int(np.prod(self.index.image_shape)) * self.dtype.itemsize
         self._scratch = threading.local()
-        self._spec = spec_of(self.index) if self.index.is_encoded else None
+        self._decoder = RowDecoder(self.index, self.boxes) if self.index.is_encoded else None
 
     def __getstate__(self) -> dict:
-        return {"index": self.index, "raw": self.raw, "files": self.files}
+        return {"index": self.index, "raw": self.raw, "files": self.files, "boxes": self.boxes}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def cropped(self, boxes: CropBoxes) -> "CachedRows":
+        """The same rows of a compressed cache, of which only boxes are decoded, resized to image_size."""
+        assert self.index.is_encoded, "only encoded rows are cut while they are decoded"
+        return CachedRows(self.index, raw=self.raw, files=self.files, boxes=boxes)
 
     @property
     def reading(self) -> dict[int, tuple[str, float]]:
@@ -114,30 +107,13 @@ class CachedRows:
         """Rows (shards[i], nth[i]), int64 [n], into out, uint8 [n, row_bytes]; global_idx, int64 [n], says which."""
         local = self._local_rows(shards, nth)
         global_idx[:] = self.index.shard_starts[shards] + local
-        if self._copies:
-            self._read_pixels(shards, local, out)
-            return
-        stored = self._scratch_rows(len(local))
-        self._read_pixels(shards, local, stored)
-        self._to_float(stored, torch.from_numpy(out).view(torch.float32).view(-1, *self.index.image_shape))
-
-    def _read_pixels(self, shards: np.ndarray, local: np.ndarray, out: np.ndarray) -> None:
-        """Rows as they are stored, or decoded, into out, uint8 [n, row bytes]."""
-        if self._spec is None:
-            self.files.read(shards, local, out)
-            return
-        for i, data in enumerate(self.files.read_encoded(shards, local)):
-            out[i] = self._decode(data, int(shards[i]), int(local[i])).reshape(-1) if len(data) else 0
-
-    def _decode(self, data: memoryview, shard: int, row: int) -> np.ndarray:
-        """uint8 [3, H, W] of an encoded row."""
-        try:
-            return preprocess_image(data, self._spec)
-        except DecodeError as error:
-            raise UserError(
-                f"{self.index.shard_path(shard)}: row {row} (global_idx {self.index.shard_starts[shard] + row}) could "
-                f"be decoded when it was stored, and cannot be now: {error}. Has Pillow or simplejpeg changed?"
-            ) from error
+        stored = out if self._copies else self._scratch_rows(len(local))
+        if self._decoder is None:
+            self.files.read(shards, local, stored)
+        else:
+            self._decoder.decode(self.files.read_encoded(shards, local), shards, local, global_idx, stored)
+        if not self._copies:
+            self._to_float(stored, torch.from_numpy(out).view(torch.float32).view(-1, *self.index.image_shape))
 
     def prepare(self, shards: np.ndarray, nth: np.ndarray, go_on: Callable[[], bool]) -> None:
         """Have the system read these rows into its page cache."""
@@ -186,7 +162,7 @@ def float_batches(
         rows,
         BatchMemory(batch_size * rows.row_bytes, pinned=pin_memory, held=held),
         row_bytes=rows.row_bytes,
-        num_threads=min(_READING_THREADS, usable_cpus()),
+        num_threads=reading_threads(rows.index, _READING_THREADS),
         ahead=1,
     )
     try:
@@ -194,6 +170,11 @@ def float_batches(
         yield from map(lambda batch: _as_images(batch, rows.index.image_shape), stream)
     finally:
         stream.close()
+
+
+def reading_threads(index: CacheIndex, most: int) -> int:
+    """Threads that read a cache: `most` where more would only wait for each other, every CPU where rows are decoded."""
+    return usable_cpus() if index.is_encoded else min(most, usable_cpus())
 
 
 def _as_images(batch: Batch, shape: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ in memory: the copy then needs no system call. Both release the GIL, so threads 
 fill are in distillery/reading/stream.py.
 """
 
+import itertools
 import mmap
 import os
 import threading
@@ -26,7 +27,7 @@ from distillery.system.files import open_regular
 VERIFY_MODES = ("first", "always", "never")
 READ_MODES = ("pread", "mmap")
 _MAX_SEGMENT_ROWS = 512  # of one preadv; the system's limit is 1024 buffers
-_MAX_LAYOUT_ROWS = 8 << 20  # rows of the shard layouts kept in memory: 9 bytes each
+_MAX_LAYOUT_ROWS = 8 << 20  # rows of the shard layouts kept in memory: 9 bytes each, 17 of encoded ones
 _ADVICE_BYTES = 128 << 10  # the kernel cuts longer advice to the device's read-ahead
 _SAMPLED_RUNS = 8  # of a window: when they are all in memory, the others are taken to be there too
 _PRESENCE_CHECK_S = 1.0
@@ -166,18 +167,22 @@ class ShardFiles:
             out: uint8 [n, row_bytes], contiguous; row i gets the bytes of (shards[i], local[i]).
         """
         memory, row_bytes = memoryview(out).cast("B"), self.row_bytes
-        self._read_runs(
-            shards, local,
-            lambda layout, first, places: [memory[place * row_bytes : (place + 1) * row_bytes] for place in places],
-        )  # fmt: skip
+
+        def memory_of(layout: ShardLayout, first: int, places: list[int]) -> list[memoryview]:
+            return [memory[place * row_bytes : (place + 1) * row_bytes] for place in places]
+
+        self._read_runs(shards, local, memory_of)
 
     def _read_runs(
-        self, shards: np.ndarray, local: np.ndarray, take: Callable[[ShardLayout, int, list[int]], list[memoryview]]
+        self,
+        shards: np.ndarray,
+        local: np.ndarray,
+        memory_of: Callable[[ShardLayout, int, list[int]], list[memoryview]],
     ) -> None:
         """Read n rows, int64 [n] each, in the order of the files.
 
-        take: gives memory for rows that follow each other in a shard, of its layout, the first row, and the place of
-            each among the n.
+        memory_of: gives memory for rows that follow each other in a shard: of (the shard's layout, the first of these
+            rows, the place of each among the n).
         """
         order = np.lexsort((local, shards))
         shards, local = shards[order], local[order]
@@ -198,7 +203,7 @@ class ShardFiles:
                 if opened is None or opened.shard != shard:
                     opened = self._opened(shard)
                 self.reading[thread] = names[shard], time.monotonic()
-                buffers = take(opened.layout, first, places[start:stop])
+                buffers = memory_of(opened.layout, first, places[start:stop])
                 if opened.unchecked is not None:
                     if self._read_copy(opened, first, buffers):
                         is_from_cache[start:stop] = False
@@ -431,14 +436,15 @@ class EncodedFiles(ShardFiles):
         """n encoded images, int64 [n] each, in any order; one that could not be decoded in stage 1 is empty."""
         rows: list[memoryview] = [memoryview(b"")] * len(local)
 
-        def take(layout: ShardLayout, first: int, places: list[int]) -> list[memoryview]:
-            sizes = np.diff(layout.offsets[first : first + len(places) + 1]).tolist()
-            memory = [memoryview(np.empty(size, np.uint8)) for size in sizes]
-            for place, row in zip(places, memory, strict=True):
+        def memory_of(layout: ShardLayout, first: int, places: list[int]) -> list[memoryview]:
+            ends = layout.offsets[first : first + len(places) + 1] - layout.offsets[first]
+            memory, ends = memoryview(np.empty(ends[-1], np.uint8)), ends.tolist()
+            found = [memory[start:stop] for start, stop in itertools.pairwise(ends)]
+            for place, row in zip(places, found, strict=True):
                 rows[place] = row
-            return memory
+            return found
 
-        self._read_runs(shards, local, take)
+        self._read_runs(shards, local, memory_of)
         return rows
 
     def _offset(self, layout: ShardLayout, row: int) -> int:

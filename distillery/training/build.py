@@ -13,7 +13,7 @@ from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
 from distillery.losses.objective import Objective
 from distillery.losses.queue import EmbeddingQueue
-from distillery.losses.registry import fields_needed, queue_size_of
+from distillery.losses.registry import fields_needed, needs_second_view, queue_size_of
 from distillery.losses.targets import PHI_S, FrozenTeacher, Targets
 from distillery.losses.total import check_tokens
 from distillery.models.backbone import Backbone, memory_format_of
@@ -211,6 +211,28 @@ def _wrap_for_ranks(objective: Objective, device: torch.device) -> nn.Module:
     )
 
 
+def crop_while_decoding(loader: Any, task: Task) -> list[str]:
+    """Let the loader of a compressed cache decode only what each view shows, where no step needs more of an image.
+
+    The draws are those of the task's augmentation. Call it before the loader is iterated.
+
+    Returns:
+        A line for the console that says where crops are made, and why; none where there are no crops, or no encoded
+        images.
+    """
+    augment, seed = task.augment, task.seed
+    if not loader.is_encoded or not augment.crops:
+        return []
+    whole = f"crops: cut on the device out of whole images of {loader.image_shape[-1]} px: "
+    if task.stored is not None:
+        return [whole + "the teacher's stored outputs are of such views"]
+    if needs_second_view(task.loss_weights):
+        return [whole + "a loss compares two views of an image"]
+    task.augment = augment.without_crop()
+    loader.crop_boxes = lambda global_idx, epoch: augment.boxes(global_idx, seed=seed, epoch=epoch)
+    return ["crops: cut out of the stored images while they are decoded, before they are resized"]
+
+
 def spread_batches(dataset: Any, num_images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """Normalised images [B, 3, H, W] spread evenly over a data set, the same whatever the number of processes.
 
@@ -233,13 +255,15 @@ def loaded_teacher(configs: Configs, teacher: Targets, cache: TeacherCache | Non
 
 def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
     """A few images, normalised, in an epoch's views and on the device: a batch for engine.check_first_step."""
-    if task.stored is None:
+    if task.stored is None and loader.crop_boxes is None:
         images = next(spread_batches(loader.dataset, 8, 8, task.device))
         return _on_device(live_batch(task, images, torch.arange(len(images)), epoch), task.device)
     batches = held_batches(loader)
     images, global_idx = next(batches)
     batches.close()
-    batch = _on_device(stored_batch(task, images[:8], global_idx[:8], epoch), task.device)
+    # the loader cuts the views of the epoch that it stands in
+    make, epoch = (live_batch, loader.epoch) if task.stored is None else (stored_batch, epoch)
+    batch = _on_device(make(task, images[:8], global_idx[:8], epoch), task.device)
     return batch._replace(images=task.to_float(batch.images))
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distillery.cache.archive import DTYPES
+from distillery.cache.archive import row_bytes_of
+from distillery.cache.encoded import RowEncoding, is_encoded
 from distillery.cache.images import shard_name
 from distillery.config.keys_data import DataConfig
 from distillery.config.keys_train import TrainConfig
@@ -28,6 +28,7 @@ from distillery.system.signals import slurm_seconds_left
 from distillery.training.batches import StepLoader
 from distillery.training.build import global_batch_size
 from distillery.training.compilation import eager
+from distillery.training.decoding import DecodingSpeed, decoding_advice, decoding_line, measure_decoding
 from distillery.training.engine import batches_by_step, train_step
 from distillery.training.memory import fit_line
 from distillery.training.task import Schedule, Task
@@ -46,7 +47,7 @@ class StepSpeed:
 
     step_seconds: of an optimiser step; the fractions: of the step's time; loader_images: images/s that reading alone
     gives, None where there is nothing to read yet; memory_bytes: the process's peak, on the GPU (of memory_total)
-    where there is one; precision: that the steps were computed in.
+    where there is one; precision: that the steps were computed in; decoding: where the loader decodes stored rows.
     """
 
     num_steps: int
@@ -59,6 +60,7 @@ class StepSpeed:
     memory_bytes: int
     memory_total: int | None
     precision: str
+    decoding: DecodingSpeed | None = None
 
     @property
     def computed_images(self) -> float:
@@ -89,6 +91,8 @@ def training_lines(
     ]
     if speed.loader_images is not None:
         lines.insert(1, f"  reading alone gives {speed.loader_images:,.0f} images/s here")
+    if speed.decoding is not None:
+        lines.insert(2, f"  {decoding_line(speed.decoding, speed.computed_images)}")
     return lines
 
 
@@ -146,19 +150,22 @@ def schedule_advice(configs: Configs, schedule: Schedule) -> list[str]:
 def speed_advice(
     speed: StepSpeed,
     num_images: int,
-    row_bytes: int,
+    row_bytes: float,
     steps_left: int,
     save_every: int,
     save_every_minutes: float | None = None,
 ) -> list[str]:
     """What to change where steps wait, or take longer than this machine's memory and this job's time allow.
 
-    row_bytes: of an image on disk, 0 where none are; save_every: steps between two checkpoints, of which
+    row_bytes: of an image on disk, on average, 0 where none are; save_every: steps between two checkpoints, of which
     save_every_minutes brings more.
     """
     lines = []
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
-    if wait > _MUCH_WAIT:
+    if wait > _MUCH_WAIT and speed.decoding is not None:
+        pixels = 3 * speed.decoding.image_size**2
+        lines.append(decoding_advice(speed.decoding, speed.computed_images, wait, pixels / row_bytes))
+    elif wait > _MUCH_WAIT:
         lines.append(
             f"reading is slower than computing: some {wait:.0%} of the time would be spent waiting for data. Set "
             "stage_dir to a folder on a local disk, take cache_dtype: uint8 (a quarter of float32's bytes), or raise "
@@ -168,8 +175,8 @@ def speed_advice(
     if free is not None and cache_bytes > free:
         rate = speed.computed_images * row_bytes
         lines.append(
-            f"the images, {format_bytes(cache_bytes)}, are more than the memory that is free, "
-            f"{format_bytes(free)}: the disk must give {format_bytes(rate)}/s to each process"
+            f"the images, {format_bytes(round(cache_bytes))}, are more than the memory that is free, "
+            f"{format_bytes(free)}: the disk must give {format_bytes(round(rate))}/s to each process"
         )
     if speed.memory_total and speed.precision == "fp32":
         lines.append("precision: fp32 leaves the tensor cores idle: auto takes bf16 where the GPU has it")
@@ -191,6 +198,7 @@ class SyntheticLoader:
     """Random images in the place of a cache that is not there yet; the counts are those the cache would have."""
 
     normalized = True
+    is_encoded = False
     fingerprint = "synthetic"
 
     def __init__(self, num_images: int, shard_size: int, batch_size: int, image_size: int) -> None:
@@ -244,7 +252,7 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
         speed = measure_steps(task, loader, epoch)
     data, train, rows, schedule = configs.data, configs.train, loader.valid_rows_per_shard, task.schedule
     steps_left = schedule.total_steps - steps_done
-    row_bytes = 3 * data.image_size**2 * np.dtype(DTYPES[data.cache_dtype]).itemsize if loader.shard_names else 0
+    row_bytes = stored_row_bytes(loader, data) if loader.shard_names else 0
     advice = [
         *coverage_advice(configs, rows, steps_in_epoch, schedule.total_steps),
         *schedule_advice(configs, schedule),
@@ -269,6 +277,16 @@ def staging_plan(data: DataConfig, loader: Any) -> list[str]:
         return []
     place = stage_path(data.stage_dir, index.directory)
     return plan_lines(index, loader.sampling, place, room_in(place, index, data.stage_gb))
+
+
+def stored_row_bytes(loader: Any, data: DataConfig) -> float:
+    """Bytes of an image on disk, on average: of the loader's cache, or of the one that stage 1 would make."""
+    if not isinstance(loader, SyntheticLoader):
+        index = loader.index
+        return index.shard_bytes.sum() / index.num_samples
+    if is_encoded(data.cache_dtype):
+        return RowEncoding(data.stored_size or data.image_size, data.jpeg_quality).typical_bytes(data.image_size)
+    return row_bytes_of((3, data.image_size, data.image_size), data.cache_dtype)
 
 
 def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
@@ -308,6 +326,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
         loader_images=None if isinstance(loader, SyntheticLoader) else measure_loader(loader),
         **_memory(task.device),
         precision=task.precision,
+        decoding=measure_decoding(loader),
     )
 
 

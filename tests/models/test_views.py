@@ -423,3 +423,28 @@ def test_blur_takes_its_share_of_the_images_and_smooths_them():
     touched = (out - images).abs().amax((1, 2, 3)) > 1e-3
     assert 0.3 < touched.float().mean() < 0.6  # half, but the smallest sigmas change next to nothing
     assert roughness[touched].min() < 0.7
+
+
+# cropped elsewhere
+
+
+@pytest.mark.parametrize("others", [{"hflip": True}, {"hflip": False}, EVERYTHING])
+def test_images_cut_to_the_boxes_and_the_rest_of_the_view_are_the_view(others):
+    whole = build(**others | {"random_resized_crop": (0.3, 0.9)})
+    rest, idx, images = whole.without_crop(), torch.arange(60), random_images(60, side=24)
+    parameters, of_rest = whole.draw(idx, seed=3, epoch=4), rest.draw(idx, seed=3, epoch=4)
+    first = 1 if others["hflip"] else 0
+    assert torch.equal(of_rest, torch.cat([parameters[:, :first], parameters[:, first + 4 :]], dim=1))
+    boxes = whole.boxes(idx, seed=3, epoch=4)
+    assert boxes.min() >= -1e-6 and (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + 1e-6
+    cut = normalise(crop_and_resize(denormalise(images), *boxes.unbind(1)))
+    # float32 places the samples of a mirrored box a little aside
+    torch.testing.assert_close(rest.apply(cut, of_rest), whole.apply(images, parameters), atol=5e-3, rtol=0)
+
+
+def test_without_its_crop_an_augmentation_keeps_its_identity_and_the_whole_one_its_crop():
+    whole = build(**EVERYTHING)
+    assert whole.without_crop().identity() == whole.identity() and whole.crops
+    only_crop = build(hflip=False, random_resized_crop=(0.3, 0.9)).without_crop()
+    images, idx = random_images(3), torch.arange(3)
+    assert only_crop(images, idx, seed=0, epoch=0) is images

@@ -24,7 +24,7 @@ from tests.training.test_engine import build_task
 class Batches:
     """A loader of so many batches that is no SyntheticLoader."""
 
-    batch_size, prefetch_batches = 8, 2
+    batch_size, prefetch_batches, is_encoded = 8, 2, False
 
     def __init__(self, count):
         self.count = count
