@@ -146,7 +146,7 @@ def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: s
     stored = own | index.preprocess
     wanted = preprocess_spec(data).identity() | {key: getattr(data, key) for key in own}
     if index.is_encoded:
-        wanted |= {"stored_size": data.stored_size or data.image_size, "jpeg_quality": data.jpeg_quality}
+        wanted |= {"stored_size": data.row_size, "jpeg_quality": data.jpeg_quality}
     if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
         stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
     differing = [

@@ -32,6 +32,7 @@ from distillery.precompute.jobs import (
     open_jobs,
     print_plan,
     report_outcome,
+    survey_jobs,
     workers_lines,
 )
 from distillery.sources.hub import NotDownloadedError
@@ -127,7 +128,7 @@ def make(configs: Configs, num_jobs: int, job_id: int, arguments: argparse.Names
     with StopFlag() as stop:
         jobs = open_jobs(configs.data, num_jobs, job_id)
         # every folder is surveyed before anything is written anywhere
-        surveys = [survey_cache(job.plan, job.shards) for job in jobs]
+        surveys = survey_jobs(jobs)
         print_plan(jobs, surveys, configs.data)
         if arguments.teacher:
             from distillery.precompute import teacher_job

@@ -134,8 +134,8 @@ class Survey:
     """What a folder holds of a plan's shards.
 
     done: finished; to_check: to hash before they count; missing: to make, where there is none or an outdated one.
-    notes: what the user should know although it stops nothing. row_bytes: of a row in the shards there are, on
-    average, None: there are none.
+    notes: what the user should know although it stops nothing. row_bytes: of an encoded row, on average, in the shards
+    there are or in a sample; None: not known.
     """
 
     done: list[int]

@@ -217,6 +217,11 @@ class DataConfig(StrictModel):
         return {name: getattr(self, name) for name in names.split()}
 
     @property
+    def row_size(self) -> int | str:
+        """stored_size, or where that is null its default: px of a jpeg row's shorter side, or "original"."""
+        return self.stored_size or self.image_size
+
+    @property
     def max_rows(self) -> int | None:
         """Rows that max_samples and max_shards leave of the source, the first so many; None: all."""
         limits = [self.max_samples, self.max_shards and self.max_shards * self.cache_shard_size]

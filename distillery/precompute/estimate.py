@@ -10,7 +10,7 @@ from distillery.cache.archive import DTYPES, row_bytes_of
 from distillery.cache.encoded import RowEncoding, is_encoded
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.keys_data import DataConfig
-from distillery.precompute.pool import memory_bytes, needs_resampler
+from distillery.precompute.pool import keep_freed_memory, memory_bytes, needs_resampler
 from distillery.precompute.worker import Unit, UnitResult, encode_unit, make_rows
 from distillery.sources.base import Source
 from distillery.sources.hub import HubSplit
@@ -27,7 +27,7 @@ _WORKER_BYTES, _SERVER_BYTES = {False: 8 << 20, True: 84 << 20}, {False: 27 << 2
 # Pillow's image, its conversion and the array of the same pixels are there at once
 _COPIES_OF_PIXELS = 3
 _FIRST = 8
-# for the bytes of jpeg rows where the cache is of another dtype: nobody shall wait long for them
+# for what is measured beside the configuration's own way: nobody shall wait long for it
 _ASIDE_S = 2.0
 # of the seconds that decoding takes: a smaller gain is not worth other pixels
 _GAIN_WORTH_A_LINE = 0.2
@@ -54,7 +54,7 @@ class DecodeSpeed:
 
 def jpeg_encoding(data: DataConfig) -> RowEncoding:
     """How images become rows of a compressed cache, whether or not the configuration asks for one."""
-    return RowEncoding(data.image_size if data.stored_size is None else data.stored_size, data.jpeg_quality)
+    return RowEncoding(data.row_size, data.jpeg_quality)
 
 
 def row_bytes_of_plan(plan: CachePlan, speed: DecodeSpeed | None) -> float:
@@ -165,9 +165,9 @@ def measure_decoding(
     Returns:
         None where not one of them could be decoded.
     """
-    count = min(num_images, len(source))
-    start = (len(source) - count) // 2
-    images = source.read(start, start + count)
+    keep_freed_memory()  # as the workers do
+    images = _sample(source, num_images)
+    count = len(images)
     its_encoding = encoding if is_encoded(dtype) else None
     needs_torch = needs_resampler(spec, images[:_FIRST], its_encoding)
     if needs_torch:
@@ -195,13 +195,35 @@ def measure_decoding(
 def _jpeg_bytes(unit: Unit, result: UnitResult, encoding: RowEncoding) -> float | None:
     """DecodeSpeed.jpeg_bytes, for a unit with its result; None: no encoder is there, or no image can be decoded."""
     if result.row_sizes is None:
-        count = max(1, int(len(unit.images) * min(1.0, _ASIDE_S / max(result.seconds, 1e-9))))
         try:
-            result = encode_unit(replace(unit, images=unit.images[:count], encoding=encoding), memoryview(b""))
+            images = unit.images[: _affordable(unit, result)]
+            result = encode_unit(replace(unit, images=images, encoding=encoding), memoryview(b""))
         except UserError:
             return None
     sizes = result.row_sizes[result.row_sizes > 0]
     return float(sizes.mean()) if len(sizes) else None
+
+
+def sampled_row_bytes(source: Source, plan: CachePlan, num_images: int = 16) -> float:
+    """Bytes of an encoded row, on average, of a few images from the middle of the source."""
+    images = _sample(source, num_images)
+    if plan.encoding.stored_size == "original":
+        return sum(map(len, images)) / len(images)
+    result = encode_unit(Unit(0, images, plan.spec, plan.dtype, encoding=plan.encoding), memoryview(b""))
+    sizes = result.row_sizes[result.row_sizes > 0]
+    return float(sizes.mean()) if len(sizes) else plan.row_bytes
+
+
+def _sample(source: Source, num_images: int) -> list[bytes]:
+    """Encoded images from the middle of a source."""
+    count = min(num_images, len(source))
+    start = (len(source) - count) // 2
+    return source.read(start, start + count)
+
+
+def _affordable(unit: Unit, result: UnitResult) -> int:
+    """So many of a unit's images as were made in _ASIDE_S."""
+    return max(1, int(len(unit.images) * min(1.0, _ASIDE_S / max(result.seconds, 1e-9))))
 
 
 def _decode_otherwise(unit: Unit, result: UnitResult, memory: memoryview) -> tuple[str, float, float] | None:
@@ -212,9 +234,14 @@ def _decode_otherwise(unit: Unit, result: UnitResult, memory: memoryview) -> tup
     if not any(start == JPEG_START and scaled.jpeg_scale(*size) > 1 for start, size in zip(starts, sizes, strict=True)):
         return None
     other = "exact" if unit.spec.jpeg_decode == "scaled" else "scaled"
-    again = make_rows(replace(unit, spec=replace(unit.spec, jpeg_decode=other)), memory)
-    pixels = [height * width for height, width in sizes if height]
-    return other, again.seconds / len(pixels), float(np.median(pixels))
+    # as many as the other way, where it is the slower one, may take _ASIDE_S for
+    count = _affordable(unit, result)
+    part = replace(unit, images=unit.images[:count], spec=replace(unit.spec, jpeg_decode=other))
+    again, decoded = make_rows(part, memory[: len(memory) // len(unit.images) * count]), sizes[:count]
+    num_decoded = sum(1 for height, _ in decoded if height)
+    if not num_decoded:
+        return None
+    return other, again.seconds / num_decoded, float(np.median([height * width for height, width in sizes if height]))
 
 
 def _num_pixels(data: bytes, spec: PreprocessSpec) -> int:

@@ -1,7 +1,7 @@
 """The cache folders that a configuration needs, this process's share of each, and a summary at the end."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,16 @@ from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
 from distillery.cache.lease_names import list_leases
 from distillery.cache.masks import check_mask_classes
-from distillery.cache.plan import CachePlan, Survey, is_made_of
+from distillery.cache.plan import CachePlan, Survey, is_made_of, survey_cache
 from distillery.config.keys_data import DataConfig, EvalDataset
-from distillery.precompute.estimate import DecodeSpeed, bytes_to_write, job_lines, jpeg_encoding, room_lines
+from distillery.precompute.estimate import (
+    DecodeSpeed,
+    bytes_to_write,
+    job_lines,
+    jpeg_encoding,
+    room_lines,
+    sampled_row_bytes,
+)
 from distillery.precompute.leases import holders_of
 from distillery.precompute.pipeline import make_cache
 from distillery.sources.base import Source
@@ -106,8 +113,8 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             encoding.identity()  # that the encoder is missing is said before anything is written
         plan = CachePlan(
             directory=part.folder,
-            spec=spec,
             # evaluation sets are small, and what is measured on them shall not depend on how training images are stored
+            spec=spec if is_training else replace(spec, jpeg_decode="exact"),
             dtype=data.cache_dtype if is_training else pixel_dtype_of(data.cache_dtype),
             shard_size=data.cache_shard_size,
             num_rows=min(part.limit or len(source), len(source)),
@@ -120,6 +127,17 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
         share = range(plan.num_shards * job_id // num_jobs, plan.num_shards * (job_id + 1) // num_jobs)
         jobs.append(CacheJob(part, plan, source, share, warnings))
     return jobs
+
+
+def survey_jobs(jobs: list[CacheJob]) -> list[Survey]:
+    """What the folder of each job holds. Where encoded rows are to be made and none is there, a few tell their size."""
+    surveys = [survey_cache(job.plan, job.shards) for job in jobs]
+    return [
+        replace(survey, row_bytes=sampled_row_bytes(job.source, job.plan))
+        if job.plan.rows_vary and survey.row_bytes is None and survey.missing
+        else survey
+        for job, survey in zip(jobs, surveys, strict=True)
+    ]
 
 
 def _rows_wanted(part: CachePart, source: Source) -> Source:

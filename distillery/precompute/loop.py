@@ -88,6 +88,8 @@ class ShardLoop(ABC):
         self.left, self.repairs = set(shards), set()
         self.num_made = self.num_accepted = 0
         self.messages: list[str] = []
+        # of a row on average, where something was measured
+        self.row_bytes: float | None = None
         self._stop_seen: float | None = None
         self._views_cost_s = self._views_written = 0.0
 
@@ -138,7 +140,7 @@ class ShardLoop(ABC):
                 self.scan.write_views(self.plan.num_rows)
             if isinstance(error, RunError):
                 raise
-            raise explain_write_error(self.plan, error, self.left) from error
+            raise explain_write_error(self.plan, error, self.left, self.row_bytes) from error
         finally:
             if self.elastic is not None:
                 self.elastic.close()
@@ -375,10 +377,12 @@ def remove_leftovers(directory: Path, *, all_done: bool) -> None:
             continue
 
 
-def explain_write_error(plan: ShardPlan, error: OSError, shards_left: Iterable[int]) -> Exception:
-    """An error of the system, as what it means for the user."""
+def explain_write_error(
+    plan: ShardPlan, error: OSError, shards_left: Iterable[int], row_bytes: float | None = None
+) -> Exception:
+    """An error of the system, as what it means for the user; row_bytes: of a row, on average, None: as planned."""
     if error.errno in NO_SPACE_ERRNOS:
-        return RunError(_no_space_message(plan, error, list(shards_left)))
+        return RunError(_no_space_message(plan, error, list(shards_left), row_bytes or plan.row_bytes))
     reason = f"{error.filename or plan.directory}: {os.strerror(error.errno) if error.errno else error}"
     if error.errno in _DENIED_ERRNOS:
         return UserError(
@@ -391,8 +395,8 @@ def explain_write_error(plan: ShardPlan, error: OSError, shards_left: Iterable[i
     )
 
 
-def _no_space_message(plan: ShardPlan, error: OSError, shards_left: list[int]) -> str:
-    needed = sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * plan.row_bytes
+def _no_space_message(plan: ShardPlan, error: OSError, shards_left: list[int], row_bytes: float) -> str:
+    needed = round(sum(stop - start for start, stop in map(plan.rows_of, shards_left)) * row_bytes)
     what = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit (ulimit -f) was reached"}
     about = "about " if plan.rows_vary else ""
     return (

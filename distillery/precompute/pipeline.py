@@ -72,6 +72,7 @@ class _ImageLoop(ShardLoop):
     ) -> None:
         super().__init__(plan, shards, **options)
         self.source, self.surveyed, self.batch_size, self.num_workers = source, survey, batch_size, num_workers
+        self.row_bytes = survey.row_bytes
 
     def survey(self) -> Survey:
         return self.surveyed

@@ -211,7 +211,7 @@ def shrink_image(
 
 
 def size_of_image(data: bytes | memoryview, spec: PreprocessSpec) -> tuple[int, int]:
-    """Height and width of an image in px, upright, after it was decoded whole; errors as preprocess_image."""
+    """Height and width of an image in px, upright, after it was decoded to its end; errors as preprocess_image."""
     return _decode(data, spec).upright_size
 
 
@@ -289,6 +289,9 @@ def _decode_with_pillow(data: bytes | memoryview, spec: PreprocessSpec | None) -
     try:
         return _decode_whole(data, spec)
     except DecodeError:
+        if spec is not None and spec.jpeg_decode == "scaled":
+            # some kinds, lossless JPEGs for one, have no smaller scale
+            return _decode_with_pillow(data, None)
         bare = bare_png(data)
         if bare is None:
             raise

@@ -285,7 +285,7 @@ def stored_row_bytes(loader: Any, data: DataConfig) -> float:
         index = loader.index
         return index.shard_bytes.sum() / index.num_samples
     if is_encoded(data.cache_dtype):
-        return RowEncoding(data.stored_size or data.image_size, data.jpeg_quality).typical_bytes(data.image_size)
+        return RowEncoding(data.row_size, data.jpeg_quality).typical_bytes(data.image_size)
     return row_bytes_of((3, data.image_size, data.image_size), data.cache_dtype)
 
 

@@ -188,6 +188,17 @@ def test_the_bytes_of_the_plan_are_those_of_a_sample(tmp_path, references, store
     assert "the cache's disk takes" in time
 
 
+@pytest.mark.parametrize("stored", STORED)
+def test_a_first_run_tells_the_bytes_of_its_rows_from_a_few_images(tmp_path, references, stored):
+    plan = small_plan(tmp_path / "cache", SOURCE, **STORED[stored])
+    (survey,) = jobs.survey_jobs([jobs.CacheJob(None, plan, SOURCE, range(3), [])])
+    made = sum(len(data) for name, data in references[stored].items() if name.endswith(".pt")) / len(SOURCE)
+    assert made / 3 < survey.row_bytes < made
+    run_stage1(plan, SOURCE, range(1))
+    (begun,) = jobs.survey_jobs([jobs.CacheJob(None, plan, SOURCE, range(3), [])])
+    assert begun.row_bytes == survey_cache(plan, range(3)).row_bytes != survey.row_bytes
+
+
 def test_the_plan_says_what_other_dtypes_would_take(tmp_path):
     data = configuration(image_size=224)
     speed = DecodeSpeed(56, 0.004, 110_000, 500 * 400, False, jpeg_bytes=24_107.0)

@@ -221,6 +221,32 @@ def test_other_formats_are_never_scaled(format, options):
     )
 
 
+def lossless_jpeg(grey):
+    """A lossless JPEG (ITU-T T.81, SOF3) of uint8 [H, W], each pixel predicted from its left neighbour."""
+    left = np.column_stack([np.r_[128, grey[:-1, 0]], grey[:, :-1]]).astype(int)
+    bits = ""
+    for difference in (grey - left).ravel().tolist():
+        length = abs(difference).bit_length()
+        bits += f"{length:04b}"
+        bits += f"{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}" if length else ""
+    bits += "1" * (-len(bits) % 8)
+    scan = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    parts = (
+        (0xC3, struct.pack(">BHHB", 8, *grey.shape, 1) + bytes([1, 0x11, 0])),
+        (0xC4, bytes([0, 0, 0, 0, 9, *[0] * 12]) + bytes(range(9))),
+        (0xDA, bytes([1, 1, 0, 1, 0, 0])),
+    )
+    segments = b"".join(struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data for marker, data in parts)
+    return b"\xff\xd8" + segments + scan + b"\xff\xd9"
+
+
+def test_a_jpeg_that_has_no_smaller_scale_is_decoded_whole():
+    grey = ((np.arange(96)[:, None] + np.arange(128)) * 0.9).astype(np.uint8)
+    exact, scaled = (prepare_image(lossless_jpeg(grey), spec_of(16, jpeg_decode=how)) for how in ("exact", "scaled"))
+    assert np.array_equal(exact.pixels, scaled.pixels) and scaled.size == (96, 128)
+    assert np.array_equal(decode_image(lossless_jpeg(grey))[..., 0], grey)
+
+
 def antialias_weights(source, target, interpolation):
     """float64 [target, source]: the textbook filter, stretched by the scale when shrinking."""
     scale = source / target
