@@ -11,6 +11,7 @@ from data_loader import build_pretraining_dataloader
 from distillery.models.views import Augmentation
 from distillery.training import build, engine
 from distillery.training.decoding import DecodingSpeed, decoding_advice, decoding_line, measure_decoding
+from distillery.training.estimate import StepSpeed, speed_advice
 from tests.test_teacher_trainer import assert_same_run, rows_of, sets_of, start, start_two
 
 JPEG = {"cache_dtype": "jpeg", "stored_size": 36}
@@ -116,11 +117,15 @@ def test_without_a_crop_or_encoded_rows_nothing_is_said(loader):
 
 def test_the_rate_is_compared_with_the_steps_and_the_advice_has_the_cores_that_would_do(loader):
     speed = DecodingSpeed(1050.0, 16, 224, is_cropped=True)
-    text = "decoding 224 px crops: 1,050 images/s a core, 16 threads: about 16,800; the steps take "
-    assert decoding_line(speed, 3000.0) == text + "3,000: the loader keeps up"
-    assert decoding_line(speed, 30000.0) == text + "30,000: the loader does not keep up"
+    text = "decoding 224 px crops: 1,050 images/s a core, 16 threads: at most 16,800; the steps take "
+    assert decoding_line(speed, 3000.0) == text + "3,000: decoding keeps up"
+    assert decoding_line(speed, 30000.0) == text + "30,000: decoding does not keep up"
     advice = decoding_advice(speed, 30000.0, 0.44, 6.0)
     assert "44% of the time" in advice and "29 cores a process would keep up" in advice
     assert "cache_dtype: uint8, which is not decoded and has 6.0 times the bytes" in advice
+    # 8,000 images/s computed, 2,000 read: a slow disk, where 16 cores decode enough
+    step = StepSpeed(5, 64, 0.008, 0.0, 0.4, 0.5, 2000.0, 10**9, None, "fp32", decoding=speed)
+    (slow_disk,) = speed_advice(step, 1000, 25_000.0, 500, 100)
+    assert "reading is slower than computing: some 75%" in slow_disk and "stage_dir" in slow_disk
     measured = measure_decoding(loader)
     assert measured.images_per_core > 0 and (measured.num_cores, measured.image_size) == (1, 32)

@@ -162,7 +162,7 @@ def speed_advice(
     """
     lines = []
     wait = 1 - min(1.0, (speed.loader_images or math.inf) / speed.computed_images)
-    if wait > _MUCH_WAIT and speed.decoding is not None:
+    if wait > _MUCH_WAIT and speed.decoding is not None and speed.decoding.images < speed.computed_images:
         pixels = 3 * speed.decoding.image_size**2
         lines.append(decoding_advice(speed.decoding, speed.computed_images, wait, pixels / row_bytes))
     elif wait > _MUCH_WAIT:
