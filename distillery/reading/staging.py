@@ -16,7 +16,7 @@ file). The last process that leaves the folder removes it: at the normal end, af
 after an error. A killed process leaves its copies to the next run on this node, which hashes them before it uses them.
 
 Trouble with the stage disk is one line on stderr and no error. With ENOSPC the copies that are there stay in use, and
-no more room is taken; after any other error of the disk nothing more is copied. When the cache itself cannot be read,
+copying is tried again a minute later; after any other error of the disk nothing more is copied. When the cache itself cannot be read,
 the thread says nothing: whoever needs these rows meets the same error and reports it.
 
 Staged are the shards of a run's own list, for PretrainingLoader. Data sets for a DataLoader and the stored outputs of a
@@ -46,6 +46,7 @@ from distillery.system.machine import free_bytes
 _SHARE_OF_FREE = 0.9
 _LOOK_S = 1.0  # how often to look whether there is something to copy, or a place as the copier
 _LAST_BLOCK_S = 1.0
+_FULL_DISK_S = 60.0  # how long nothing is copied after ENOSPC
 _TIMED_BYTES, _TIMED_S = 256 << 20, 1.0
 _FEW_ROWS = 0.5  # of the staged bytes: from here on an epoch reads too little of its shards
 
@@ -79,6 +80,7 @@ class Staging:
         self._spans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._position = (-1, 0)
         self._unreadable: set[int] = set()
+        self._full_until = 0.0
         self._moved, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -128,6 +130,8 @@ class Staging:
 
     def _copy_next(self) -> bool:
         """Copy the shard that is needed next; False where there is none to copy, or no room."""
+        if time.monotonic() < self._full_until:
+            return False
         for shard in self.folder.rejected & self.folder.held.keys():
             self.folder.remove(shard)
         now, later = self._needed()
@@ -145,8 +149,13 @@ class Staging:
         except OSError as error:
             if error.errno not in NO_SPACE_ERRNOS:
                 raise
-            self.room = sum(self.folder.held.values())
-            self.folder.say(f"{self.folder.path}: {os.strerror(error.errno)} for more than {format_bytes(self.room)}")
+            self._full_until = time.monotonic() + _FULL_DISK_S
+            held = format_bytes(sum(self.folder.held.values()))
+            self.folder.say(
+                f"{self.folder.path}: {os.strerror(error.errno)} for more than {held}; copying is tried again every "
+                f"{format_duration(_FULL_DISK_S)}"
+            )
+            return False
         return True
 
     def _needed(self) -> tuple[list[int], list[int]]:

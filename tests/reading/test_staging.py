@@ -301,6 +301,31 @@ def test_a_stage_disk_that_fails_is_one_line_and_the_cache_is_read(cache, stage,
     assert not any(stage.iterdir())
 
 
+def test_a_disk_that_is_full_for_a_while_is_tried_again_and_costs_no_more_than_one_copy(cache, stage, monkeypatch, capfd):
+    monkeypatch.setattr(staging, "_FULL_DISK_S", 0.05)
+    write, attempts, is_full = os.write, [], False
+
+    def failing(fd, *rest):
+        if is_full and threading.current_thread().name == "stage-shards":
+            attempts.append(fd)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, *rest)
+
+    monkeypatch.setattr(os, "write", failing)
+    room = sum(path.stat().st_size for path in cache.glob("*.pt")) * 0.85
+    loader = staged(build(cache, stage, shards_per_epoch=4, stage_gb=room / 1e9), stage, 8)
+    is_full = True
+    loader.set_epoch(1)
+    wait_until(lambda: len(attempts) >= 4)
+    assert len(copies(stage)) >= 7  # one has made room, for all attempts together
+    is_full = False
+    loader.set_epoch(2)
+    wait_until(lambda: copies(stage) >= names_of(loader, 2) | names_of(loader, 3))
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "No space left on device" in line and "copying is tried again every" in line
+
+
 def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, capfd, tmp_path):
     expected = read(build(cache))
     loader = staged(build(cache, stage, shards_per_epoch=3), stage, 6)
