@@ -85,6 +85,18 @@ def open_copies(loader) -> int:
     return sum(opened.unchecked is not None for opened in loader._rows.files._open.values())
 
 
+def killed_with_copies(cache: Path, stage: Path) -> Path:
+    """The folder that a killed process leaves with all its copies."""
+    if (pid := os.fork()) == 0:
+        loader = staged(build(cache, stage), stage)  # held: dropped, it would remove its copies
+        assert loader.staging
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (folder,) = stage.iterdir()
+    assert len(copies(stage)) == SHARDS
+    return folder
+
+
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +267,7 @@ def test_a_loader_that_is_dropped_removes_its_copies(cache, stage):
 
 
 def test_what_a_killed_run_left_is_hashed_before_it_counts(cache, stage, monkeypatch):
-    if (pid := os.fork()) == 0:
-        loader = staged(build(cache, stage), stage)  # held: dropped, it would remove its copies
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    (folder,) = stage.iterdir()
-    assert len(copies(stage)) == SHARDS
+    folder = killed_with_copies(cache, stage)
     damaged, sound = folder / "images_shard_00003.pt", folder / "images_shard_00004.pt"
     flip_bit(damaged, 1000)
     (folder / "images_shard_00007.pt").write_bytes(b"short")
@@ -273,6 +280,31 @@ def test_what_a_killed_run_left_is_hashed_before_it_counts(cache, stage, monkeyp
     assert {path.name for path in folder.iterdir()} == copies(stage) | {"users", "copier"}
     assert damaged.read_bytes() == (cache / damaged.name).read_bytes()
     loader.close()
+
+
+def test_what_a_killed_run_left_stays_within_the_room_of_the_next_one(cache, stage):
+    size = max(path.stat().st_size for path in cache.glob("*.pt"))
+    killed_with_copies(cache, stage)
+    loader = build(cache, stage, stage_gb=3.5 * size / 1e9)
+    loader.set_epoch(0)
+    wait_until(lambda: len(copies(stage)) == 3)
+    assert len(read(loader)) == SHARDS
+    loader.close()
+
+
+def test_what_killed_runs_left_of_other_caches_is_removed_and_what_others_use_stays(cache, stage, tmp_path):
+    for name, num_rows in (("other", 40), ("third", 32)):
+        make_test_cache(tmp_path / name, num_rows, shard_size=SHARD_ROWS)
+    killed_with_copies(cache, stage)
+    used = build(tmp_path / "other", stage)
+    used.set_epoch(0)
+    wait_until(lambda: list(stage.iterdir()) == [used.staging.folder.path] and len(copies(stage)) == 5)
+    third = build(tmp_path / "third", stage)
+    third.set_epoch(0)
+    wait_until(lambda: len(list(stage.glob("distillery-*/*.pt"))) == 5 + 4)
+    used.close()
+    third.close()
+    assert not any(stage.iterdir())
 
 
 # ---- trouble -----------------------------------------------------------------------------------------------------
@@ -301,7 +333,7 @@ def test_a_stage_disk_that_fails_is_one_line_and_the_cache_is_read(cache, stage,
     assert not any(stage.iterdir())
 
 
-def test_a_disk_that_is_full_for_a_while_is_tried_again_and_costs_no_more_than_one_copy(cache, stage, monkeypatch, capfd):
+def test_a_disk_that_is_full_for_a_while_is_tried_again_and_costs_one_copy_at_most(cache, stage, monkeypatch, capfd):
     monkeypatch.setattr(staging, "_FULL_DISK_S", 0.05)
     write, attempts, is_full = os.write, [], False
 
@@ -326,9 +358,25 @@ def test_a_disk_that_is_full_for_a_while_is_tried_again_and_costs_no_more_than_o
     assert "No space left on device" in line and "copying is tried again every" in line
 
 
-def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, capfd, tmp_path):
+def test_a_stage_disk_that_fails_from_the_start_is_one_line_and_the_cache_is_read(cache, stage, monkeypatch, capsys):
+    stat = os.stat
+
+    def failing(path, *rest, **options):
+        if str(path).startswith(str(stage)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    loader = build(cache, stage)
+    assert f"  stage_dir: {stage}: Input/output error: nothing is staged\n" in capsys.readouterr().out
+    assert loader.staging is None and len(read(loader)) == SHARDS
+
+
+@pytest.mark.parametrize("shards_per_epoch", [3, SHARDS])  # with all of them held there is nothing left to copy
+def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, capfd, tmp_path, shards_per_epoch):
     expected = read(build(cache))
-    loader = staged(build(cache, stage, shards_per_epoch=3), stage, 6)
+    loader = build(cache, stage, shards_per_epoch=shards_per_epoch)
+    staged(loader, stage, min(2 * shards_per_epoch, SHARDS))
     shutil.rmtree(stage)
     read(loader, 1)
     loader.set_epoch(2)
