@@ -111,7 +111,8 @@ class ShardFiles:
 
     def _reset(self) -> None:
         self.row_bytes = self.index.row_bytes
-        self._lock = threading.Lock()
+        # reentrant: while it is held, memory may be freed, and with it a loader whose end takes it too
+        self._lock = threading.RLock()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._layouts: OrderedDict[int, ShardLayout] = OrderedDict()
         self._layout_rows = 0
@@ -373,11 +374,24 @@ class ShardFiles:
         # num_bytes: another shard is in the place of the one listed, and the layout is of that
         copies = self.copies
         fd = copies.open(shard) if copies is not None and layout.num_bytes is None else None
-        return None if fd is None else _OpenShard(shard, fd, layout, is_copy=True)
+        if fd is None:
+            return None
+        copy = _OpenShard(shard, fd, layout, is_copy=True)
+        try:
+            size = os.fstat(fd).st_size
+            if size != self.index.shard_bytes[shard]:
+                raise ValueError(f"it has {size} bytes, not {self.index.shard_bytes[shard]}")
+            return self._mapped(copy)
+        except (OSError, ValueError) as error:
+            copies.reject(shard, str(error))
+            return None
 
     def _open_shard(self, shard: int) -> _OpenShard:
         layout = self.layout(shard)
-        opened = self._open_copy(shard, layout) or self._open_listed(shard, layout)
+        return self._open_copy(shard, layout) or self._mapped(self._open_listed(shard, layout))
+
+    def _mapped(self, opened: _OpenShard) -> _OpenShard:
+        """The same, which in mode mmap is mapped."""
         if self.mode == "mmap":
             opened.map_file()
         return opened

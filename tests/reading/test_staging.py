@@ -415,6 +415,22 @@ def test_a_copy_that_is_damaged_later_is_left_for_the_cache_which_decides(cache,
     loader.close()
 
 
+def test_a_copy_that_cannot_be_mapped_is_left_for_the_cache(cache, stage, monkeypatch, capfd):
+    expected, mmap = read(build(cache)), shard_files.mmap.mmap
+
+    def failing(fd, *rest, **options):
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(stage)):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return mmap(fd, *rest, **options)
+
+    loader = staged(build(cache, stage, read_mode="mmap"), stage)
+    monkeypatch.setattr(shard_files.mmap, "mmap", failing)
+    assert_same(read(loader), expected)
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "No such device" in line
+
+
 def test_a_shard_that_cannot_be_copied_is_reported_by_whoever_reads_it(cache, stage, capfd):
     flip_bit(cache / "images_shard_00001.pt", 3000)
     loader = staged(build(cache, stage, shuffle="none"), stage, SHARDS - 1)
