@@ -222,6 +222,11 @@ class CopyFolder:
         try:
             record = IMAGE_SHARDS.read_record(record_path(path))
         except (OSError, UserError) as error:
+            # readers do without it, so nobody else would say so
+            self.say(
+                f"{record_path(path)} cannot be read or is damaged, so its shard is not copied. Run: python -m "
+                f"distillery.cache verify {self.index.directory}, then stage 1 again"
+            )
             raise SourceError(str(error)) from error
         found = (record["fingerprint"], record["bytes"], record["num_samples"])
         if found != (self.index.fingerprint, self.index.shard_bytes[shard], self.index.shard_rows[shard]):

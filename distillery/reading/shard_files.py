@@ -68,8 +68,8 @@ class _OpenShard:
         """Map the file; its size has been compared with the index before."""
         self.mapped = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)  # bound before: `os` may be gone when the interpreter ends
 
 
 _all_files: weakref.WeakSet["ShardFiles"] = weakref.WeakSet()

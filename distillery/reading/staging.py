@@ -18,8 +18,8 @@ or removes them where it reads another cache.
 
 Trouble with the stage disk is one line on stderr and no error. With ENOSPC the copies that are there stay in use, and
 copying is tried again a minute later; after any other error of the disk, or when the folder is gone, nothing more is
-copied. When the cache itself cannot be read, the thread says nothing: whoever needs these rows meets the same error and
-reports it.
+copied. A shard whose record is lost or damaged is not copied, as its hash is not known: that is such a line too. When
+the shard itself cannot be read, the thread says nothing: whoever needs these rows meets the same error and reports it.
 
 Staged are the shards of a run's own list, for PretrainingLoader. Data sets for a DataLoader and the stored outputs of a
 teacher are read where they are; caches in the predecessor's format have no hashes, and are not staged.

@@ -443,6 +443,17 @@ def test_a_shard_that_cannot_be_copied_is_reported_by_whoever_reads_it(cache, st
     assert "stage_dir" not in capfd.readouterr().err
 
 
+def test_a_shard_whose_record_is_lost_is_not_copied_and_a_line_says_so(cache, stage, capfd):
+    expected = read(build(cache))
+    (cache / "images_shard_00001.json").unlink()
+    loader = staged(build(cache, stage), stage, SHARDS - 1)
+    wait_until(lambda: loader.staging.folder._has_said)
+    assert_same(read(loader), expected)
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "images_shard_00001.json cannot be read" in line and f"verify {cache}" in line
+
+
 def test_a_cache_that_fails_with_eio_is_the_readers_error(cache, stage, monkeypatch, capfd):
     preadv = os.preadv
 
