@@ -21,6 +21,7 @@ import fcntl
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class CopyFolder:
         self._users: int | None = None
         self._copier: int | None = None
         self._has_said = False
+        self._removed: list[tuple[float, int]] = []  # (when, bytes) of copies removed lately
 
     # ---- for every process ---------------------------------------------------------------------------------------
 
@@ -201,7 +203,12 @@ class CopyFolder:
     def remove(self, shard: int) -> None:
         """Remove a copy; its room is free when no process has it open any more."""
         self._copy(shard).unlink(missing_ok=True)
-        self.held.pop(shard, None)
+        self._removed.append((time.monotonic(), self.held.pop(shard, 0)))
+
+    def bytes_removed_within(self, seconds: float) -> int:
+        """Bytes of the copies that were removed in the last so many seconds."""
+        self._removed = [(when, size) for when, size in self._removed if time.monotonic() - when < seconds]
+        return sum(size for _, size in self._removed)
 
     def forget_lost(self) -> None:
         """Count the copies that somebody else has removed no more.

@@ -134,9 +134,9 @@ class PretrainingLoader:
         return self._iterate(held=True)
 
     def peek(self, num_images: int) -> tuple[Tensor, Tensor]:
-        """The first images of the next iteration, no more than a batch, and global_idx, int64 [n], read in this call.
+        """The first few images of the next iteration, at most a batch, and global_idx, int64 [n].
 
-        The position stays where it is, and nothing is read ahead. Every call makes new memory for the images.
+        They are read in this call, into memory of their own. The position stays, and nothing is read ahead.
         """
         rows, first = self.rows(), self._resume_at // self.sampling.global_batch
         start, stop = rank_slice(first, self.batch_size, self.rank, self.world_size)

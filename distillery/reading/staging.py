@@ -50,6 +50,8 @@ _SHARE_OF_FREE = 0.9
 _LOOK_S = 1.0  # how often to look whether there is something to copy, or a place as the copier
 _LAST_BLOCK_S = 1.0
 _FULL_DISK_S = 60.0  # how long nothing is copied after ENOSPC
+_SHARE_OF_TIME, _MOST_S = 0.05, 10.0  # the thread's, for looks that find nothing to copy; the longest pause between two
+_AHEAD = 8  # copies for which room is made at a time
 _TIMED_BYTES, _TIMED_S = 256 << 20, 1.0
 _FEW_ROWS = 0.5  # of the staged bytes: from here on an epoch reads too little of its shards
 
@@ -86,7 +88,7 @@ class Staging:
         self._spans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._position = (-1, 0)
         self._unreadable: set[int] = set()
-        self._full_until = 0.0
+        self._full_until, self._pause_s = 0.0, _LOOK_S
         self._checked_in = -1  # the epoch in which the copies were last found to be there
         self._moved, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -133,7 +135,7 @@ class Staging:
                 self.files.close_removed_copies()
                 is_copier = self.may_copy and self.folder.become_copier(self._goes_on)
                 if not is_copier or not self._copy_next():
-                    self._moved.wait(_LOOK_S)
+                    self._moved.wait(self._pause_s)
                     self._moved.clear()
         except OSError as error:
             if self._goes_on() and self.may_copy:
@@ -149,16 +151,10 @@ class Staging:
         if epoch != self._checked_in:
             self._checked_in = epoch
             self.folder.forget_lost()
-        now, later = self._needed()
-        for shard in beyond_room(now, later, self.folder.held, self.room):
-            self.folder.remove(shard)
-        found = next_copy(now, later, self.folder.held, self.files.index.shard_bytes, self.room)
-        if found is None:
-            return False
-        shard, giving_way = found
-        for each in giving_way:
-            self.folder.remove(each)
+        shard = self._make_room()
         self.files.close_removed_copies()
+        if shard is None:
+            return False
         try:
             self.folder.copy(shard, self._goes_on)
         except SourceError:
@@ -174,6 +170,32 @@ class Staging:
             )
             return False
         return True
+
+    def _make_room(self) -> int | None:
+        """Remove copies that others need the room of; the shard to copy now, None where there is none, or no room yet.
+
+        Other processes look once in _LOOK_S whether a copy that they have open was removed. Until they have looked, its
+        bytes count as taken. So room is made for several copies at a time: not each of them shall wait for that.
+        """
+        began = time.thread_time()
+        now, later = self._needed()
+        folder, sizes = self.folder, self.files.index.shard_bytes
+        for shard in beyond_room(now, later, folder.held, self.room):
+            folder.remove(shard)
+        planned, held = [], dict(folder.held)
+        while len(planned) < _AHEAD and (found := next_copy(now, later, held, sizes, self.room)) is not None:
+            shard, giving_way = found
+            for each in giving_way:
+                folder.remove(each)
+                del held[each]
+            held[shard] = int(sizes[shard])
+            planned.append(shard)
+            if not giving_way:
+                break
+        # of many shards a look takes a while
+        self._pause_s = max(_LOOK_S, min(_MOST_S, (time.thread_time() - began) / _SHARE_OF_TIME))
+        taken = sum(folder.held.values()) + folder.bytes_removed_within(2 * _LOOK_S)
+        return planned[0] if planned and taken + sizes[planned[0]] <= self.room else None
 
     def _needed(self) -> tuple[list[int], list[int]]:
         """(shards to have copies of for the rest of this epoch, those that only the next one needs), by first need."""
