@@ -32,9 +32,13 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture
-def cache(tmp_path) -> Path:
-    make_test_cache(tmp_path / "cache", NUM_ROWS, shard_size=SHARD_ROWS)
+def cache(request, tmp_path) -> Path:
+    dtype = getattr(request, "param", "float32")
+    make_test_cache(tmp_path / "cache", NUM_ROWS, shard_size=SHARD_ROWS, dtype=dtype, size=8)
     return tmp_path / "cache"
+
+
+of_both_kinds = pytest.mark.parametrize("cache", ["float32", "jpeg"], indirect=True)
 
 
 @pytest.fixture
@@ -101,6 +105,7 @@ def killed_with_copies(cache: Path, stage: Path) -> Path:
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
+@of_both_kinds
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
 def test_batches_are_the_same_with_copies_and_come_from_them(cache, stage, read_mode):
     plain, loader = build(cache), staged(build(cache, stage, read_mode=read_mode), stage)
@@ -438,26 +443,27 @@ def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, c
     assert len(capfd.readouterr().err.splitlines()) == 2 and not any((tmp_path / "elsewhere").iterdir())
 
 
+@of_both_kinds
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
 def test_a_copy_that_is_damaged_later_is_left_for_the_cache_which_decides(cache, stage, capfd, read_mode):
     expected, loader = read(build(cache)), build(cache, stage, read_mode=read_mode)
     read(loader)  # from the cache or from copies: each file's rows count as checked for that file alone
     staged(loader, stage)
-    layout, row_bytes = loader._rows.files.layout(2), loader.index.row_bytes
+    files = loader._rows.files
+    offset = files._offset(files.layout(2), 3)
     (folder,) = stage.iterdir()
-    loader._rows.files._open.clear()
-    offset = layout.payload_offset + 3 * row_bytes
+    files._open.clear()
     flip_bit(folder / "images_shard_00002.pt", offset)
-    os.truncate(folder / "images_shard_00006.pt", 5000)
+    os.truncate(folder / "images_shard_00006.pt", loader.index.shard_bytes[6] // 2)
     assert_same(read(loader), expected)
     (line,) = capfd.readouterr().err.splitlines()
     assert "images_shard_00002.pt" in line and "The cache itself is read instead" in line
     # the damage is in the cache too
     flip_bit(cache / "images_shard_00002.pt", offset)
-    files = build(cache, stage)
+    other = build(cache, stage)
     with pytest.raises(UserError, match=r"images_shard_00002\.pt: row 3 .* is damaged"):
-        read(files)
-    files.close()
+        read(other)
+    other.close()
     loader.close()
 
 
@@ -562,14 +568,28 @@ def test_a_stage_dir_that_cannot_be_one_is_an_error_of_one_line(cache, tmp_path,
 def test_a_run_with_copies_is_the_run_without_also_when_it_is_killed(place, tmp_path):
     from tests.faults.training import SHORT, assert_same_run, start
 
-    stage = tmp_path / "stage"
+    stage, note = tmp_path / "stage", tmp_path / "note"
+
+    def copies_then_kill():
+        read_copy = shard_files.ShardFiles._read_copy
+
+        def noted(*arguments):
+            is_read = read_copy(*arguments)
+            note.write_text(str(is_read))
+            return is_read
+
+        shard_files.ShardFiles._read_copy = noted
+        at_call(engine, "forward_losses", 1, lambda: wait_until(lambda: len(copies(stage)) == 4))
+        at_call(engine, "forward_losses", 7, send(signal.SIGKILL))
+
     plain, run_dir = tmp_path / "plain", tmp_path / "run"
     settings = SHORT | {"eval_every_epochs": 0}
     straight = start(place, plain, settings)
     assert straight.wait() == 0, straight.text
     settings |= {"stage_dir": stage}
-    killed = start(place, run_dir, settings, before=lambda: at_call(engine, "forward_losses", 7, send(signal.SIGKILL)))
+    killed = start(place, run_dir, settings, before=copies_then_kill)
     assert killed.wait() == -signal.SIGKILL, killed.text
+    assert note.read_text() == "True"  # its rows came from copies
     stopped = start(place, run_dir, settings, before=lambda: at_call(engine, "forward_losses", 2, send(signal.SIGTERM)))
     assert stopped.wait() == 75, stopped.text
     assert "staging to" in stopped.text and not any(stage.iterdir())
