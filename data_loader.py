@@ -30,8 +30,8 @@ from distillery.reading.datasets import (
 from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
 from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.reading.raw import PretrainDataset, RawRows
+from distillery.reading.row_files import open_files
 from distillery.reading.rows import CachedRows
-from distillery.reading.shard_files import open_files
 from distillery.reading.staging import Staging, describe_staging, stage_path
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system import distributed
