@@ -14,7 +14,7 @@ from caches import make_test_cache
 from workplace import at_call, send
 
 from data_loader import build_pretraining_dataloader
-from distillery.reading import shard_files, staging
+from distillery.reading import open_shard, shard_files, staging
 from distillery.reading.staging import next_copy, plan_lines
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training import engine
@@ -468,7 +468,7 @@ def test_a_copy_that_is_damaged_later_is_left_for_the_cache_which_decides(cache,
 
 
 def test_a_copy_that_cannot_be_mapped_is_left_for_the_cache(cache, stage, monkeypatch, capfd):
-    expected, mmap = read(build(cache)), shard_files.mmap.mmap
+    expected, mmap = read(build(cache)), open_shard.mmap.mmap
 
     def failing(fd, *rest, **options):
         if os.readlink(f"/proc/self/fd/{fd}").startswith(str(stage)):
@@ -476,7 +476,7 @@ def test_a_copy_that_cannot_be_mapped_is_left_for_the_cache(cache, stage, monkey
         return mmap(fd, *rest, **options)
 
     loader = staged(build(cache, stage, read_mode="mmap"), stage)
-    monkeypatch.setattr(shard_files.mmap, "mmap", failing)
+    monkeypatch.setattr(open_shard.mmap, "mmap", failing)
     assert_same(read(loader), expected)
     loader.close()
     (line,) = capfd.readouterr().err.splitlines()
