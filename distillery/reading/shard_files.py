@@ -30,7 +30,6 @@ _ADVICE_BYTES = 128 << 10  # the kernel cuts longer advice to the device's read-
 _SAMPLED_RUNS = 8  # of a window: when they are all in memory, the others are taken to be there too
 _PRESENCE_CHECK_S = 1.0
 
-
 _all_files: weakref.WeakSet["ShardFiles"] = weakref.WeakSet()
 
 
@@ -342,7 +341,7 @@ class ShardFiles:
                 raise ValueError(f"it has {size} bytes, not {self.index.shard_bytes[shard]}")
             return self._mapped(copy)
         except (OSError, ValueError) as error:
-            copies.reject(shard, str(error))
+            copies.reject(shard, getattr(error, "strerror", None) or str(error))
             return None
 
     def _open_shard(self, shard: int) -> OpenShard:

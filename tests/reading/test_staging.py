@@ -13,6 +13,7 @@ import torch
 from caches import make_test_cache
 from workplace import at_call, send
 
+import data_loader
 from data_loader import build_pretraining_dataloader
 from distillery.reading import open_shard, shard_files, staging
 from distillery.reading.staging import next_copy, plan_lines
@@ -314,6 +315,23 @@ def test_a_loader_that_is_dropped_removes_its_copies(cache, stage):
     assert not [thread for thread in threading.enumerate() if thread.name == "stage-shards"]
 
 
+def test_a_loader_that_is_closed_before_it_has_entered_the_folder_leaves_it_too(cache, stage, monkeypatch):
+    enter, is_closed = staging.CopyFolder.enter, threading.Event()
+
+    def late(folder):
+        is_closed.wait()
+        enter(folder)
+
+    monkeypatch.setattr(staging.CopyFolder, "enter", late)
+    monkeypatch.setattr(staging, "_LAST_BLOCK_S", 0.01)
+    loader = build(cache, stage)
+    loader.set_epoch(0)
+    loader.close()
+    is_closed.set()
+    loader.staging._thread.join()
+    assert not any(stage.iterdir())
+
+
 def test_what_a_killed_run_left_is_hashed_before_it_counts(cache, stage, monkeypatch):
     folder = killed_with_copies(cache, stage)
     damaged, sound = folder / "images_shard_00003.pt", folder / "images_shard_00004.pt"
@@ -525,7 +543,7 @@ def test_a_cache_that_fails_with_eio_is_the_readers_error(cache, stage, monkeypa
 # ---- what the user sees ------------------------------------------------------------------------------------------
 
 
-def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path, capsys):
+def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path, capsys, monkeypatch):
     build(cache, stage, shards_per_epoch=3, stage_gb=1e-5)
     line = f"staging to {stage}: the 3 shards of an epoch are 25.6 kB, room for 10.0 kB; those that do not fit are read"
     assert line in capsys.readouterr().out
@@ -536,6 +554,10 @@ def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path,
     (tmp_path / "old" / "index.json").write_text(shard)
     assert build(tmp_path / "old", stage).staging is None
     assert "nothing is staged, as the predecessor's caches have no hashes" in capsys.readouterr().out
+    monkeypatch.setattr(data_loader, "is_network_file_system", lambda path: True)
+    for place, is_advised in ((cache, True), (tmp_path / "old", False)):
+        build(place)
+        assert ("--set stage_dir=FOLDER" in capsys.readouterr().out) is is_advised
 
 
 def test_a_plan_says_what_staging_costs_and_when_it_does_not_pay(cache, stage):
