@@ -226,7 +226,7 @@ def test_an_epoch_keeps_its_copies_to_its_end_where_there_is_room_for_one_epoch(
 
 
 def test_a_removed_copy_takes_room_until_every_process_has_let_go_of_it(cache, stage, monkeypatch):
-    monkeypatch.setattr(staging, "_LOOK_S", 0.1)
+    monkeypatch.setattr(staging, "_LOOK_S", 0.3)
     size, link, sizes = max(path.stat().st_size for path in cache.glob("*.pt")), os.link, []
     loader = build(cache, stage, shards_per_epoch=3, shuffle="none", stage_gb=3.5 * size / 1e9)
     other = build(cache, stage, shards_per_epoch=3, shuffle="none")
