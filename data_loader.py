@@ -10,6 +10,7 @@ threads read rows directly into reused batches (distillery/reading/shard_files.p
 function of (seed, epoch, shards), whatever the number of processes and threads (distillery/reading/order.py).
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,9 @@ from distillery.reading.datasets import (
 from distillery.reading.loader import DevicePrefetcher, PretrainingLoader
 from distillery.reading.order import RUN_BYTES, WINDOW_BYTES, Sampling, block_sizes
 from distillery.reading.raw import PretrainDataset, RawRows
+from distillery.reading.row_files import open_files
 from distillery.reading.rows import CachedRows
-from distillery.reading.shard_files import open_files
-from distillery.reading.staging import Staging, describe_staging, room_in, stage_path
+from distillery.reading.staging import Staging, describe_staging, stage_path
 from distillery.sources.pixels import PreprocessSpec
 from distillery.system import distributed
 from distillery.system.console import format_bytes
@@ -254,15 +255,18 @@ def _build_staging(
         return None, []
     if images.index is None:
         return None, ["  stage_dir: nothing is staged, as the images are not read from a cache"]
-    place = stage_path(data.stage_dir, images.index.directory)
     if not images.index.verified:
         return None, ["  stage_dir: nothing is staged, as the predecessor's caches have no hashes to check copies with"]
-    room = room_in(place, images.index, data.stage_gb)
-    staging = Staging(
-        images.rows.files, sampling, place,
-        room=room, num_epochs=train.num_epochs, may_copy=world_from_environment().local_rank == 0,
-    )  # fmt: skip
-    return staging, [describe_staging(images.index, sampling, place, room)]
+    try:
+        place = stage_path(data.stage_dir, images.index.directory)
+        staging = Staging(
+            images.rows.files, sampling, place,
+            stage_gb=data.stage_gb, num_epochs=train.num_epochs, may_copy=world_from_environment().local_rank == 0,
+        )  # fmt: skip
+    except OSError as error:
+        place = error.filename or data.stage_dir
+        return None, [f"  stage_dir: {place}: {os.strerror(error.errno or 0)}: nothing is staged"]
+    return staging, [describe_staging(images.index, sampling, place, staging.room)]
 
 
 def _advise_longer_runs(images: _Images, sampling: Sampling) -> list[str]:
@@ -304,7 +308,7 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig, num_threads:
         )
     if not index.verified:
         lines.append("  it is in the predecessor's format: its bytes carry no checksums and cannot be verified")
-    if data.stage_dir is None and is_network_file_system(index.directory):
+    if data.stage_dir is None and index.verified and is_network_file_system(index.directory):
         lines.append(
             f"  it lies on a network file system ({file_system_of(index.directory)}): --set stage_dir=FOLDER, on the "
             "node's own disk ('$TMPDIR' for instance), copies each epoch's shards there ahead of their use"

@@ -50,7 +50,7 @@ from distillery.cache.plan import CachePlan, survey_cache
 from distillery.config.keys_data import DataConfig
 from distillery.models.views import Augmentation
 from distillery.precompute.pipeline import make_cache
-from distillery.reading.shard_files import EncodedFiles
+from distillery.reading.row_files import EncodedFiles
 from distillery.sources.pixels import PreprocessSpec, decode_image
 from distillery.sources.registry import open_source
 from distillery.system.console import format_bytes

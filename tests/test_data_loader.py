@@ -541,6 +541,7 @@ def test_raw_batches_equal_the_cache_image_for_image_and_in_order(tmp_path, raw_
     for epoch in range(3):
         raw.set_epoch(epoch)
         cached.set_epoch(epoch)
+        assert all(torch.equal(a, b) for a, b in zip(raw.peek(3), cached.peek(3), strict=True))
         for (a, i), (b, j) in zip(raw, cached, strict=True):
             assert torch.equal(i, j)
             assert torch.equal(a, b)

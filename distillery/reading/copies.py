@@ -8,7 +8,7 @@ they name. Two lock files say who is there:
 
 So the room is counted once, however many processes and runs share the folder. The locks end with their processes.
 What a killed process left is no copy to the next one that finds the folder unused: it is set aside under another name
-and hashed before it counts again.
+and hashed before it counts again. The folder of another cache that nobody uses any more is removed.
 
 A copy gets its name when its bytes are on the disk and their hash is that of the shard's record. The rows of a copy are
 compared with their checksums again when they are read (distillery/reading/shard_files.py), so a copy that the disk
@@ -21,6 +21,7 @@ import fcntl
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,11 +69,12 @@ class CopyFolder:
         self._users: int | None = None
         self._copier: int | None = None
         self._has_said = False
+        self._removed: list[tuple[float, int]] = []  # (when, bytes) of copies removed lately
 
     # ---- for every process ---------------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Become a user of the folder, which is made where there is none.
+        """Become a user of the folder, which is made where there is none, and remove those that nobody uses any more.
 
         Raises:
             OSError: it cannot be made, or locked, or belongs to someone else.
@@ -93,6 +95,7 @@ class CopyFolder:
                 fcntl.flock(users, fcntl.LOCK_SH)
                 if os.path.samestat(os.fstat(users), os.stat(self.path / _USERS)):
                     self._users, users = users, None
+                    self._remove_abandoned()
                     return
             except FileNotFoundError:
                 continue
@@ -108,7 +111,7 @@ class CopyFolder:
             return
         with contextlib.suppress(OSError):
             if _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self._remove_folder()
+                _remove_folder(self.path)
         os.close(users)
         if self._copier is not None:
             os.close(self._copier)
@@ -200,7 +203,21 @@ class CopyFolder:
     def remove(self, shard: int) -> None:
         """Remove a copy; its room is free when no process has it open any more."""
         self._copy(shard).unlink(missing_ok=True)
-        self.held.pop(shard, None)
+        self._removed.append((time.monotonic(), self.held.pop(shard, 0)))
+
+    def bytes_removed_within(self, seconds: float) -> int:
+        """Bytes of the copies that were removed in the last so many seconds."""
+        self._removed = [(when, size) for when, size in self._removed if time.monotonic() - when < seconds]
+        return sum(size for _, size in self._removed)
+
+    def forget_lost(self) -> None:
+        """Count the copies that somebody else has removed no more.
+
+        Raises:
+            OSError: the folder cannot be read, or is gone.
+        """
+        names = set(os.listdir(self.path))
+        self.held = {shard: size for shard, size in self.held.items() if self.index.shard_names[shard] in names}
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -212,6 +229,11 @@ class CopyFolder:
         try:
             record = IMAGE_SHARDS.read_record(record_path(path))
         except (OSError, UserError) as error:
+            # readers do without it, so nobody else would say so
+            self.say(
+                f"{record_path(path)} cannot be read or is damaged, so its shard is not copied. Run: python -m "
+                f"distillery.cache verify {self.index.directory}, then stage 1 again"
+            )
             raise SourceError(str(error)) from error
         found = (record["fingerprint"], record["bytes"], record["num_samples"])
         if found != (self.index.fingerprint, self.index.shard_bytes[shard], self.index.shard_rows[shard]):
@@ -276,11 +298,26 @@ class CopyFolder:
         except (OSError, UserError, SourceError):
             return False
 
-    def _remove_folder(self) -> None:
-        """The lock file goes last: whoever waits for it sees then that it is gone, and makes the folder anew."""
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == _USERS):
-            path.unlink()
-        self.path.rmdir()
+    def _remove_abandoned(self) -> None:
+        """Remove this user's folders of other caches whose users were all killed."""
+        for folder in self.path.parent.glob(f"distillery-{os.getuid()}-*"):
+            if folder == self.path:
+                continue
+            with contextlib.suppress(OSError):  # somebody else's, or one that another process removes
+                users = os.open(folder / _USERS, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    is_unused = _lock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if is_unused and os.path.samestat(os.fstat(users), os.stat(folder / _USERS)):
+                        _remove_folder(folder)
+                finally:
+                    os.close(users)
+
+
+def _remove_folder(folder: Path) -> None:
+    """The lock file goes last: whoever waits for it sees then that it is gone, and makes the folder anew."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _USERS):
+        path.unlink()
+    folder.rmdir()
 
 
 def _read(fd: int, buffer: memoryview, position: int) -> int:

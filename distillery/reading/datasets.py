@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from distillery.cache.folder import load_index, load_labels
 from distillery.cache.index import CacheIndex
+from distillery.reading.row_files import MaskFiles
 from distillery.reading.rows import CachedRows, float_batches
 from distillery.reading.shard_draws import ShardDraws
-from distillery.reading.shard_files import MaskFiles
 from distillery.sources.masks import MASK_DTYPES
 from distillery.system.errors import UserError, stage1_command
 

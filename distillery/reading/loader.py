@@ -133,6 +133,24 @@ class PretrainingLoader:
         """As __iter__, for one who holds each batch until its copies to the device are done: less pinned memory."""
         return self._iterate(held=True)
 
+    def peek(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """The first few images of the next iteration, at most a batch, and global_idx, int64 [n].
+
+        They are read in this call, into memory of their own. The position stays, and nothing is read ahead.
+        """
+        rows, first = self.rows(), self._resume_at // self.sampling.global_batch
+        start, stop = rank_slice(first, self.batch_size, self.rank, self.world_size)
+        shards, nth = self._epoch_order().rows(start, min(stop, start + num_images))
+        out, global_idx = np.empty((len(nth), rows.row_bytes), np.uint8), np.empty(len(nth), np.int64)
+        try:
+            if not isinstance(rows, CachedRows):
+                rows.prepare(shards, nth, lambda: True)
+            rows.fill(shards, nth, out, global_idx)
+        finally:
+            rows.close()
+        images = torch.from_numpy(out).view(rows.dtype).view(len(nth), *self.image_shape)
+        return images, torch.from_numpy(global_idx)
+
     def rows(self) -> CachedRows | RawRows:
         """What fills this epoch's batches, for one iteration."""
         if not isinstance(self._rows, CachedRows):

@@ -12,7 +12,8 @@ from torch import Tensor
 from distillery.cache.folder import load_index
 from distillery.cache.index import CacheIndex
 from distillery.reading.decoding import CropBoxes, RowDecoder
-from distillery.reading.shard_files import ShardFiles, open_files
+from distillery.reading.row_files import open_files
+from distillery.reading.shard_files import ShardFiles
 from distillery.reading.stream import Batch, BatchMemory, BatchStream
 from distillery.sources.pixels import normalisation_table, normalise_into
 from distillery.system.errors import MissingFileError, UserError, stage1_command

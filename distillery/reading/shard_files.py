@@ -6,21 +6,19 @@ in memory: the copy then needs no system call. Both release the GIL, so threads 
 fill are in distillery/reading/stream.py.
 """
 
-import itertools
-import mmap
 import os
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import xxhash
 
-from distillery.cache.folder import ShardLayout, load_mask_layout, load_shard_layout
+from distillery.cache.folder import ShardLayout, load_shard_layout
 from distillery.cache.index import CacheIndex
+from distillery.reading.open_shard import Copies, OpenShard
 from distillery.system.errors import MissingFileError, RunError, UserError, stage1_command
 from distillery.system.files import open_regular
 
@@ -31,46 +29,6 @@ _MAX_LAYOUT_ROWS = 8 << 20  # rows of the shard layouts kept in memory: 9 bytes 
 _ADVICE_BYTES = 128 << 10  # the kernel cuts longer advice to the device's read-ahead
 _SAMPLED_RUNS = 8  # of a window: when they are all in memory, the others are taken to be there too
 _PRESENCE_CHECK_S = 1.0
-
-
-class Copies(Protocol):
-    """Copies of shards on a faster disk (distillery/reading/copies.py)."""
-
-    def open(self, shard: int) -> int | None:
-        """A descriptor of a shard's copy, of the size that the index lists; None where there is none to use."""
-
-    def has(self, shard: int) -> bool:
-        """Whether open() would give a descriptor."""
-
-    def reject(self, shard: int, reason: str) -> None:
-        """Give this copy to nobody any more."""
-
-
-class _OpenShard:
-    """A shard's descriptor; it is closed when the last thread that uses it lets go, never under a running read.
-
-    mapped: the whole file, uint8 [bytes], where it is read through a mapping. unchecked: of a copy: bool [N], rows that
-    were not compared with their checksums since it was opened; None: this is the cache's own file.
-    """
-
-    def __init__(self, shard: int, fd: int, layout: ShardLayout, *, is_copy: bool = False) -> None:
-        self.shard, self.fd, self.layout = shard, fd, layout
-        self.checked_at = time.monotonic()
-        self.mapped: np.ndarray | None = None
-        self.unchecked = np.ones(len(layout.valid), bool) if is_copy else None
-
-    @property
-    def is_removed(self) -> bool:
-        """Whether the file has no name any more."""
-        return os.fstat(self.fd).st_nlink == 0
-
-    def map_file(self) -> None:
-        """Map the file; its size has been compared with the index before."""
-        self.mapped = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
 
 _all_files: weakref.WeakSet["ShardFiles"] = weakref.WeakSet()
 
@@ -111,8 +69,9 @@ class ShardFiles:
 
     def _reset(self) -> None:
         self.row_bytes = self.index.row_bytes
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        # reentrant: while it is held, memory may be freed, and with it a loader whose end takes it too
+        self._lock = threading.RLock()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._layouts: OrderedDict[int, ShardLayout] = OrderedDict()
         self._layout_rows = 0
         self._first_bit = np.concatenate([[0], np.cumsum(self.index.shard_rows)])
@@ -244,7 +203,7 @@ class ShardFiles:
         """The first byte of a row in its file; of as many as there are: the byte after the last one's."""
         return layout.payload_offset + row * self.row_bytes
 
-    def _place(self, shard: int, first: int, count: int) -> tuple[_OpenShard, int, int]:
+    def _place(self, shard: int, first: int, count: int) -> tuple[OpenShard, int, int]:
         """The open shard, the first byte of a run of rows in it, and the byte after it."""
         opened = self._opened(int(shard))
         return opened, *(self._offset(opened.layout, int(row)) for row in (first, first + count))
@@ -279,7 +238,7 @@ class ShardFiles:
         unchecked = (self._checked[bits >> 3] >> (bits & 7).astype(np.uint8)) & 1 == 0
         return unchecked if unchecked.any() else None
 
-    def _check(self, opened: _OpenShard, first: int, buffers: list[memoryview], unchecked: list[bool]) -> None:
+    def _check(self, opened: OpenShard, first: int, buffers: list[memoryview], unchecked: list[bool]) -> None:
         layout = opened.layout
         for row, (buffer, is_unchecked) in enumerate(zip(buffers, unchecked, strict=True), start=first):
             if is_unchecked and xxhash.xxh3_64_intdigest(buffer) != layout.row_checksums[row]:
@@ -289,7 +248,7 @@ class ShardFiles:
                     f"recorded when it was made. {self._advice()}"
                 )
 
-    def _read_copy(self, copy: _OpenShard, first: int, buffers: list[memoryview]) -> bool:
+    def _read_copy(self, copy: OpenShard, first: int, buffers: list[memoryview]) -> bool:
         """Read rows from a shard's copy, and check them; False: it failed, and is rejected."""
         rows, copies = slice(first, first + len(buffers)), self.copies
         try:
@@ -310,7 +269,7 @@ class ShardFiles:
         with self._lock:
             np.bitwise_or.at(self._checked, bits >> 3, np.left_shift(1, bits & 7).astype(np.uint8))
 
-    def _read_segment(self, opened: _OpenShard, first: int, buffers: list[memoryview]) -> None:
+    def _read_segment(self, opened: OpenShard, first: int, buffers: list[memoryview]) -> None:
         offset, end = (self._offset(opened.layout, row) for row in (first, first + len(buffers)))
         wanted = end - offset
         if opened.mapped is not None and os.fstat(opened.fd).st_size >= end:
@@ -335,7 +294,7 @@ class ShardFiles:
                 f"{self._advice()}"
             ) from error
 
-    def _opened(self, shard: int) -> _OpenShard:
+    def _opened(self, shard: int) -> OpenShard:
         """The shard, opened when it was not; its presence is looked at again when the last look is a second old."""
         with self._lock:
             if (opened := self._open.get(shard)) is not None:
@@ -357,36 +316,49 @@ class ShardFiles:
             opened.checked_at = time.monotonic()
         return opened
 
-    def _has_moved(self, opened: _OpenShard) -> bool:
+    def _has_moved(self, opened: OpenShard) -> bool:
         """Whether the copy that is open was removed, or the file of the cache that is open has a copy by now."""
         if opened.unchecked is not None:
             return opened.is_removed
         copies = self.copies
         return copies is not None and opened.layout.num_bytes is None and copies.has(opened.shard)
 
-    def _forget(self, opened: _OpenShard) -> None:
+    def _forget(self, opened: OpenShard) -> None:
         with self._lock:
             if self._open.get(opened.shard) is opened:
                 del self._open[opened.shard]
 
-    def _open_copy(self, shard: int, layout: ShardLayout) -> _OpenShard | None:
+    def _open_copy(self, shard: int, layout: ShardLayout) -> OpenShard | None:
         # num_bytes: another shard is in the place of the one listed, and the layout is of that
         copies = self.copies
         fd = copies.open(shard) if copies is not None and layout.num_bytes is None else None
-        return None if fd is None else _OpenShard(shard, fd, layout, is_copy=True)
+        if fd is None:
+            return None
+        copy = OpenShard(shard, fd, layout, is_copy=True)
+        try:
+            size = os.fstat(fd).st_size
+            if size != self.index.shard_bytes[shard]:
+                raise ValueError(f"it has {size} bytes, not {self.index.shard_bytes[shard]}")
+            return self._mapped(copy)
+        except (OSError, ValueError) as error:
+            copies.reject(shard, getattr(error, "strerror", None) or str(error))
+            return None
 
-    def _open_shard(self, shard: int) -> _OpenShard:
+    def _open_shard(self, shard: int) -> OpenShard:
         layout = self.layout(shard)
-        opened = self._open_copy(shard, layout) or self._open_listed(shard, layout)
+        return self._open_copy(shard, layout) or self._mapped(self._open_listed(shard, layout))
+
+    def _mapped(self, opened: OpenShard) -> OpenShard:
+        """The same, which in mode mmap is mapped."""
         if self.mode == "mmap":
             opened.map_file()
         return opened
 
-    def _open_listed(self, shard: int, layout: ShardLayout) -> _OpenShard:
+    def _open_listed(self, shard: int, layout: ShardLayout) -> OpenShard:
         path = self.index.shard_path(shard)
         try:
             with open_regular(path) as file:
-                opened = _OpenShard(shard, os.dup(file.fileno()), layout)
+                opened = OpenShard(shard, os.dup(file.fileno()), layout)
         except FileNotFoundError as error:
             raise MissingFileError(f"{path}: listed in the index, but not there. Run: {self._command()}") from error
         except OSError as error:
@@ -413,47 +385,6 @@ class ShardFiles:
 
     def _advice(self) -> str:
         return f"Run: python -m distillery.cache verify {self.index.directory}, then stage 1 again."
-
-
-class MaskFiles(ShardFiles):
-    """The masks of a cache in the place of its images: a row is [H, W] of index.mask_dtype. Arguments as ShardFiles."""
-
-    def _reset(self) -> None:
-        super()._reset()
-        self.row_bytes = self.index.mask_row_bytes
-
-    def _load_layout(self, shard: int) -> ShardLayout:
-        return load_mask_layout(self.index, shard)
-
-    def _row_name(self, shard: int, row: int) -> str:
-        return f"the mask of {super()._row_name(shard, row)}"
-
-
-class EncodedFiles(ShardFiles):
-    """The rows of a compressed cache: encoded images, each of its own length. Arguments as ShardFiles."""
-
-    def read_encoded(self, shards: np.ndarray, local: np.ndarray) -> list[memoryview]:
-        """n encoded images, int64 [n] each, in any order; one that could not be decoded in stage 1 is empty."""
-        rows: list[memoryview] = [memoryview(b"")] * len(local)
-
-        def memory_of(layout: ShardLayout, first: int, places: list[int]) -> list[memoryview]:
-            ends = layout.offsets[first : first + len(places) + 1] - layout.offsets[first]
-            memory, ends = memoryview(np.empty(ends[-1], np.uint8)), ends.tolist()
-            found = [memory[start:stop] for start, stop in itertools.pairwise(ends)]
-            for place, row in zip(places, found, strict=True):
-                rows[place] = row
-            return found
-
-        self._read_runs(shards, local, memory_of)
-        return rows
-
-    def _offset(self, layout: ShardLayout, row: int) -> int:
-        return layout.payload_offset + int(layout.offsets[row])
-
-
-def open_files(index: CacheIndex, *, mode: str = "pread") -> ShardFiles:
-    """The files of a cache's images: EncodedFiles where its rows are encoded."""
-    return (EncodedFiles if index.is_encoded else ShardFiles)(index, mode=mode)
 
 
 def _descriptor_limit() -> int:

@@ -13,21 +13,24 @@ into the room is copied once.
 
 All processes of a node share the copies, whatever run they belong to; one of them makes them (copies.py beside this
 file). The last process that leaves the folder removes it: at the normal end, after a signal that lets the run save, and
-after an error. A killed process leaves its copies to the next run on this node, which hashes them before it uses them.
+after an error. A killed process leaves its copies to the next run on this node, which hashes them before it uses them,
+or removes them where it reads another cache.
 
 Trouble with the stage disk is one line on stderr and no error. With ENOSPC the copies that are there stay in use, and
-no more room is taken; after any other error of the disk nothing more is copied. When the cache itself cannot be read,
-the thread says nothing: whoever needs these rows meets the same error and reports it.
+copying is tried again a minute later; after any other error of the disk, or when the folder is gone, nothing more is
+copied. A shard whose record is lost or damaged is not copied, as its hash is not known: that is such a line too. When
+the shard itself cannot be read, the thread says nothing: whoever needs these rows meets the same error and reports it.
 
 Staged are the shards of a run's own list, for PretrainingLoader. Data sets for a DataLoader and the stored outputs of a
 teacher are read where they are; caches in the predecessor's format have no hashes, and are not staged.
 """
 
+import itertools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +49,9 @@ from distillery.system.machine import free_bytes
 _SHARE_OF_FREE = 0.9
 _LOOK_S = 1.0  # how often to look whether there is something to copy, or a place as the copier
 _LAST_BLOCK_S = 1.0
+_FULL_DISK_S = 60.0  # how long nothing is copied after ENOSPC
+_SHARE_OF_TIME, _MOST_S = 0.05, 10.0  # the thread's, for looks that find nothing to copy; the longest pause between two
+_AHEAD = 8  # copies for which room is made at a time
 _TIMED_BYTES, _TIMED_S = 256 << 20, 1.0
 _FEW_ROWS = 0.5  # of the staged bytes: from here on an epoch reads too little of its shards
 
@@ -53,11 +59,13 @@ _FEW_ROWS = 0.5  # of the staged bytes: from here on an epoch reads too little o
 class Staging:
     """The copies for one loader: a thread that makes them, or leaves it to the process that does.
 
+    room: bytes that the copies of this cache may take on this node, all processes together.
+
     Args:
         files: the shards as the loader reads them; it takes the copies from the first move_to() on.
         sampling: the order of the epochs.
         stage_dir: the folder for copies, as stage_path() gives it.
-        room: bytes that the copies of this cache may take on this node, all processes together.
+        stage_gb: the limit of all copies of this cache on this node, in 10^9 bytes; None: see room_in().
         num_epochs: of the run: nothing is copied for later ones.
         may_copy: whether this process may be the one that copies; one of a run's processes on a node is enough.
     """
@@ -68,17 +76,20 @@ class Staging:
         sampling: Sampling,
         stage_dir: Path,
         *,
-        room: int,
+        stage_gb: float | None,
         num_epochs: int,
         may_copy: bool = True,
     ) -> None:
-        self.files, self.room, self.num_epochs, self.may_copy = files, room, num_epochs, may_copy
+        self.files, self.stage_gb, self.num_epochs, self.may_copy = files, stage_gb, num_epochs, may_copy
+        self.room = room_in(stage_dir, files.index, stage_gb)
         self.folder = CopyFolder(stage_dir, files.index)
         # its draws keep a position: the loader's own are used by another thread
         self._sampling = replace(sampling)
         self._spans: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._position = (-1, 0)
         self._unreadable: set[int] = set()
+        self._full_until, self._pause_s = 0.0, _LOOK_S
+        self._checked_in = -1  # the epoch in which the copies were last found to be there
         self._moved, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -114,13 +125,17 @@ class Staging:
     def _work(self) -> None:
         try:
             self.folder.enter()
-            if self._goes_on():
-                self.files.copies = self.folder
+            if not self._goes_on():  # close() did not wait for the end of that
+                self.folder.leave()
+                return
+            self.files.copies = self.folder
+            # what other runs left is removed by now
+            self.room = room_in(self.folder.path.parent, self.files.index, self.stage_gb)
             while self._goes_on():
                 self.files.close_removed_copies()
                 is_copier = self.may_copy and self.folder.become_copier(self._goes_on)
                 if not is_copier or not self._copy_next():
-                    self._moved.wait(_LOOK_S)
+                    self._moved.wait(self._pause_s)
                     self._moved.clear()
         except OSError as error:
             if self._goes_on() and self.may_copy:
@@ -128,16 +143,18 @@ class Staging:
 
     def _copy_next(self) -> bool:
         """Copy the shard that is needed next; False where there is none to copy, or no room."""
+        if time.monotonic() < self._full_until:
+            return False
         for shard in self.folder.rejected & self.folder.held.keys():
             self.folder.remove(shard)
-        now, later = self._needed()
-        found = next_copy(now, later, self.folder.held, self.files.index.shard_bytes, self.room)
-        if found is None:
-            return False
-        shard, giving_way = found
-        for each in giving_way:
-            self.folder.remove(each)
+        epoch = self._position[0]
+        if epoch != self._checked_in:
+            self._checked_in = epoch
+            self.folder.forget_lost()
+        shard = self._make_room()
         self.files.close_removed_copies()
+        if shard is None:
+            return False
         try:
             self.folder.copy(shard, self._goes_on)
         except SourceError:
@@ -145,9 +162,40 @@ class Staging:
         except OSError as error:
             if error.errno not in NO_SPACE_ERRNOS:
                 raise
-            self.room = sum(self.folder.held.values())
-            self.folder.say(f"{self.folder.path}: {os.strerror(error.errno)} for more than {format_bytes(self.room)}")
+            self._full_until = time.monotonic() + _FULL_DISK_S
+            held = format_bytes(sum(self.folder.held.values()))
+            self.folder.say(
+                f"{self.folder.path}: {os.strerror(error.errno)} for more than {held}; copying is tried again every "
+                f"{_FULL_DISK_S:g} s"
+            )
+            return False
         return True
+
+    def _make_room(self) -> int | None:
+        """Remove copies that others need the room of; the shard to copy now, None where there is none, or no room yet.
+
+        Other processes look once in _LOOK_S whether a copy that they have open was removed. Until they have looked, its
+        bytes count as taken. So room is made for several copies at a time: not each of them shall wait for that.
+        """
+        began = time.thread_time()
+        now, later = self._needed()
+        folder, sizes = self.folder, self.files.index.shard_bytes
+        for shard in beyond_room(now, later, folder.held, self.room):
+            folder.remove(shard)
+        planned, held = [], dict(folder.held)
+        while len(planned) < _AHEAD and (found := next_copy(now, later, held, sizes, self.room)) is not None:
+            shard, giving_way = found
+            for each in giving_way:
+                folder.remove(each)
+                del held[each]
+            held[shard] = int(sizes[shard])
+            planned.append(shard)
+            if not giving_way:
+                break
+        # of many shards a look takes a while
+        self._pause_s = max(_LOOK_S, min(_MOST_S, (time.thread_time() - began) / _SHARE_OF_TIME))
+        taken = sum(folder.held.values()) + folder.bytes_removed_within(2 * _LOOK_S)
+        return planned[0] if planned and taken + sizes[planned[0]] <= self.room else None
 
     def _needed(self) -> tuple[list[int], list[int]]:
         """(shards to have copies of for the rest of this epoch, those that only the next one needs), by first need."""
@@ -183,10 +231,9 @@ def next_copy(
         sizes: bytes of every shard.
         room: bytes that the copies may take together.
     """
-    needed = set(now), set(later)
-    unused = [shard for shard in held if shard not in needed[0] and shard not in needed[1]]
+    unused, early, _ = _by_use(now, later, held)
     free = room - sum(held.values())
-    for wanted, giving_way in ((now, unused + [shard for shard in reversed(later) if shard in held]), (later, unused)):
+    for wanted, giving_way in ((now, unused + early), (later, unused)):
         most = free + sum(held[shard] for shard in giving_way)
         for shard in wanted:
             if shard not in held and sizes[shard] <= most:
@@ -194,7 +241,20 @@ def next_copy(
     return None
 
 
-def _first_of(shards: Sequence[int], held: Mapping[int, int], num_bytes: int) -> list[int]:
+def beyond_room(now: Sequence[int], later: Sequence[int], held: Mapping[int, int], room: int) -> list[int]:
+    """The copies that are too many for the room, as those that a run with more of it left; arguments as next_copy."""
+    excess = sum(held.values()) - room
+    return _first_of(itertools.chain(*_by_use(now, later, held)), held, excess) if excess > 0 else []
+
+
+def _by_use(now: Sequence[int], later: Sequence[int], held: Mapping[int, int]) -> tuple[list[int], ...]:
+    """Copies in the order in which they give way: those that nobody needs, the next epoch's, those of this one."""
+    needed = {*now, *later}
+    unused = [shard for shard in held if shard not in needed]
+    return unused, *([shard for shard in reversed(shards) if shard in held] for shards in (later, now))
+
+
+def _first_of(shards: Iterable[int], held: Mapping[int, int], num_bytes: int) -> list[int]:
     """The first so many that hold num_bytes together."""
     found = []
     for shard in shards:

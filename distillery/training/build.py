@@ -258,12 +258,10 @@ def first_images(loader: Any, task: Task, epoch: int) -> StepBatch:
     if task.stored is None and loader.crop_boxes is None:
         images = next(spread_batches(loader.dataset, 8, 8, task.device))
         return _on_device(live_batch(task, images, torch.arange(len(images)), epoch), task.device)
-    batches = held_batches(loader)
-    images, global_idx = next(batches)
-    batches.close()
+    images, global_idx = loader.peek(8)
     # the loader cuts the views of the epoch that it stands in
     make, epoch = (live_batch, loader.epoch) if task.stored is None else (stored_batch, epoch)
-    batch = _on_device(make(task, images[:8], global_idx[:8], epoch), task.device)
+    batch = _on_device(make(task, images, global_idx, epoch), task.device)
     return batch._replace(images=task.to_float(batch.images))
 
 

@@ -20,8 +20,8 @@ from distillery.models.views import Augmentation, crop_and_resize
 from distillery.reading import datasets, decoding, rows, shard_files
 from distillery.reading.decoding import box_of, spec_of
 from distillery.reading.every_image import CachedImages
+from distillery.reading.row_files import EncodedFiles
 from distillery.reading.rows import CachedRows, ImageRows
-from distillery.reading.shard_files import EncodedFiles
 from distillery.sources.pixels import DecodeError, decode_image, preprocess_image
 from distillery.system import distributed
 from distillery.system.errors import UserError

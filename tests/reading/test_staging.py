@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import shutil
@@ -12,8 +13,9 @@ import torch
 from caches import make_test_cache
 from workplace import at_call, send
 
+import data_loader
 from data_loader import build_pretraining_dataloader
-from distillery.reading import shard_files, staging
+from distillery.reading import open_shard, shard_files, staging
 from distillery.reading.staging import next_copy, plan_lines
 from distillery.system.errors import MissingFileError, RunError, UserError
 from distillery.training import engine
@@ -31,9 +33,13 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture
-def cache(tmp_path) -> Path:
-    make_test_cache(tmp_path / "cache", NUM_ROWS, shard_size=SHARD_ROWS)
+def cache(request, tmp_path) -> Path:
+    dtype = getattr(request, "param", "float32")
+    make_test_cache(tmp_path / "cache", NUM_ROWS, shard_size=SHARD_ROWS, dtype=dtype, size=8)
     return tmp_path / "cache"
+
+
+of_both_kinds = pytest.mark.parametrize("cache", ["float32", "jpeg"], indirect=True)
 
 
 @pytest.fixture
@@ -85,9 +91,22 @@ def open_copies(loader) -> int:
     return sum(opened.unchecked is not None for opened in loader._rows.files._open.values())
 
 
+def killed_with_copies(cache: Path, stage: Path) -> Path:
+    """The folder that a killed process leaves with all its copies."""
+    if (pid := os.fork()) == 0:
+        loader = staged(build(cache, stage), stage)  # held: dropped, it would remove its copies
+        assert loader.staging
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (folder,) = stage.iterdir()
+    assert len(copies(stage)) == SHARDS
+    return folder
+
+
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
+@of_both_kinds
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
 def test_batches_are_the_same_with_copies_and_come_from_them(cache, stage, read_mode):
     plain, loader = build(cache), staged(build(cache, stage, read_mode=read_mode), stage)
@@ -206,6 +225,48 @@ def test_an_epoch_keeps_its_copies_to_its_end_where_there_is_room_for_one_epoch(
     loader.close()
 
 
+def test_a_removed_copy_takes_room_until_every_process_has_let_go_of_it(cache, stage, monkeypatch):
+    monkeypatch.setattr(staging, "_LOOK_S", 0.3)
+    size, link, sizes = max(path.stat().st_size for path in cache.glob("*.pt")), os.link, []
+    loader = build(cache, stage, shards_per_epoch=3, shuffle="none", stage_gb=3.5 * size / 1e9)
+    other = build(cache, stage, shards_per_epoch=3, shuffle="none")
+    other.staging.may_copy = False
+
+    def measured(*arguments, **options):
+        open_files = {}
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                status, name = os.stat(f"/proc/self/fd/{fd}"), os.readlink(f"/proc/self/fd/{fd}")
+                if name.startswith(str(stage)):
+                    open_files[status.st_ino] = status.st_size
+        named = {path.stat().st_ino: path.stat().st_size for path in stage.glob("distillery-*/*.pt")}
+        sizes.append(sum((open_files | named).values()))
+        return link(*arguments, **options)
+
+    staged(loader, stage, 3)
+    monkeypatch.setattr(os, "link", measured)
+    other.set_epoch(0)
+    wait_until(lambda: other.staging.files.copies)
+    read(other)
+    assert open_copies(other) == 3
+    loader.set_epoch(1)
+    wait_until(lambda: copies(stage) == names_of(loader, 1))
+    assert sizes and max(sizes) <= 3.5 * size
+    loader.close()
+    other.close()
+
+
+def test_a_look_at_the_first_images_moves_nothing(cache, stage):
+    loader = build(cache, stage, shards_per_epoch=5)
+    read(loader)
+    place = loader.state_dict(), loader.staging._position
+    images, global_idx = loader.peek(3)
+    assert (loader.state_dict(), loader.staging._position) == place
+    first, first_idx = next(iter(loader))
+    assert torch.equal(images, first[:3]) and torch.equal(global_idx, first_idx[:3])
+    loader.close()
+
+
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
@@ -254,13 +315,25 @@ def test_a_loader_that_is_dropped_removes_its_copies(cache, stage):
     assert not [thread for thread in threading.enumerate() if thread.name == "stage-shards"]
 
 
+def test_a_loader_that_is_closed_before_it_has_entered_the_folder_leaves_it_too(cache, stage, monkeypatch):
+    enter, is_closed = staging.CopyFolder.enter, threading.Event()
+
+    def late(folder):
+        is_closed.wait()
+        enter(folder)
+
+    monkeypatch.setattr(staging.CopyFolder, "enter", late)
+    monkeypatch.setattr(staging, "_LAST_BLOCK_S", 0.01)
+    loader = build(cache, stage)
+    loader.set_epoch(0)
+    loader.close()
+    is_closed.set()
+    loader.staging._thread.join()
+    assert not any(stage.iterdir())
+
+
 def test_what_a_killed_run_left_is_hashed_before_it_counts(cache, stage, monkeypatch):
-    if (pid := os.fork()) == 0:
-        loader = staged(build(cache, stage), stage)  # held: dropped, it would remove its copies
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    (folder,) = stage.iterdir()
-    assert len(copies(stage)) == SHARDS
+    folder = killed_with_copies(cache, stage)
     damaged, sound = folder / "images_shard_00003.pt", folder / "images_shard_00004.pt"
     flip_bit(damaged, 1000)
     (folder / "images_shard_00007.pt").write_bytes(b"short")
@@ -273,6 +346,31 @@ def test_what_a_killed_run_left_is_hashed_before_it_counts(cache, stage, monkeyp
     assert {path.name for path in folder.iterdir()} == copies(stage) | {"users", "copier"}
     assert damaged.read_bytes() == (cache / damaged.name).read_bytes()
     loader.close()
+
+
+def test_what_a_killed_run_left_stays_within_the_room_of_the_next_one(cache, stage):
+    size = max(path.stat().st_size for path in cache.glob("*.pt"))
+    killed_with_copies(cache, stage)
+    loader = build(cache, stage, stage_gb=3.5 * size / 1e9)
+    loader.set_epoch(0)
+    wait_until(lambda: len(copies(stage)) == 3)
+    assert len(read(loader)) == SHARDS
+    loader.close()
+
+
+def test_what_killed_runs_left_of_other_caches_is_removed_and_what_others_use_stays(cache, stage, tmp_path):
+    for name, num_rows in (("other", 40), ("third", 32)):
+        make_test_cache(tmp_path / name, num_rows, shard_size=SHARD_ROWS)
+    killed_with_copies(cache, stage)
+    used = build(tmp_path / "other", stage)
+    used.set_epoch(0)
+    wait_until(lambda: list(stage.iterdir()) == [used.staging.folder.path] and len(copies(stage)) == 5)
+    third = build(tmp_path / "third", stage)
+    third.set_epoch(0)
+    wait_until(lambda: len(list(stage.glob("distillery-*/*.pt"))) == 5 + 4)
+    used.close()
+    third.close()
+    assert not any(stage.iterdir())
 
 
 # ---- trouble -----------------------------------------------------------------------------------------------------
@@ -301,9 +399,53 @@ def test_a_stage_disk_that_fails_is_one_line_and_the_cache_is_read(cache, stage,
     assert not any(stage.iterdir())
 
 
-def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, capfd, tmp_path):
+def test_a_disk_that_is_full_for_a_while_is_tried_again_and_costs_no_needed_copy(cache, stage, monkeypatch, capfd):
+    monkeypatch.setattr(staging, "_FULL_DISK_S", 0.05)
+    write, attempts, is_full = os.write, [], False
+
+    def failing(fd, *rest):
+        if is_full and threading.current_thread().name == "stage-shards":
+            attempts.append(fd)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, *rest)
+
+    monkeypatch.setattr(os, "write", failing)
+    room = sum(path.stat().st_size for path in cache.glob("*.pt")) * 0.85
+    loader = staged(build(cache, stage, shards_per_epoch=4, stage_gb=room / 1e9), stage, 8)
+    needed = copies(stage) & (names_of(loader, 1) | names_of(loader, 2))
+    is_full = True
+    loader.set_epoch(1)
+    wait_until(lambda: attempts)
+    left = copies(stage)
+    wait_until(lambda: len(attempts) >= 4)
+    assert copies(stage) == left >= needed
+    is_full = False
+    loader.set_epoch(2)
+    wait_until(lambda: copies(stage) >= names_of(loader, 2) | names_of(loader, 3))
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "No space left on device" in line and "copying is tried again every" in line
+
+
+def test_a_stage_disk_that_fails_from_the_start_is_one_line_and_the_cache_is_read(cache, stage, monkeypatch, capsys):
+    stat = os.stat
+
+    def failing(path, *rest, **options):
+        if str(path).startswith(str(stage)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    loader = build(cache, stage)
+    assert f"  stage_dir: {stage}: Input/output error: nothing is staged\n" in capsys.readouterr().out
+    assert loader.staging is None and len(read(loader)) == SHARDS
+
+
+@pytest.mark.parametrize("shards_per_epoch", [3, SHARDS])  # with all of them held there is nothing left to copy
+def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, capfd, tmp_path, shards_per_epoch):
     expected = read(build(cache))
-    loader = staged(build(cache, stage, shards_per_epoch=3), stage, 6)
+    loader = build(cache, stage, shards_per_epoch=shards_per_epoch)
+    staged(loader, stage, min(2 * shards_per_epoch, SHARDS))
     shutil.rmtree(stage)
     read(loader, 1)
     loader.set_epoch(2)
@@ -319,27 +461,44 @@ def test_a_stage_folder_that_vanishes_or_is_not_ours_is_no_error(cache, stage, c
     assert len(capfd.readouterr().err.splitlines()) == 2 and not any((tmp_path / "elsewhere").iterdir())
 
 
+@of_both_kinds
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
 def test_a_copy_that_is_damaged_later_is_left_for_the_cache_which_decides(cache, stage, capfd, read_mode):
     expected, loader = read(build(cache)), build(cache, stage, read_mode=read_mode)
     read(loader)  # from the cache or from copies: each file's rows count as checked for that file alone
     staged(loader, stage)
-    layout, row_bytes = loader._rows.files.layout(2), loader.index.row_bytes
+    files = loader._rows.files
+    offset = files._offset(files.layout(2), 3)
     (folder,) = stage.iterdir()
-    loader._rows.files._open.clear()
-    offset = layout.payload_offset + 3 * row_bytes
+    files._open.clear()
     flip_bit(folder / "images_shard_00002.pt", offset)
-    os.truncate(folder / "images_shard_00006.pt", 5000)
+    os.truncate(folder / "images_shard_00006.pt", loader.index.shard_bytes[6] // 2)
     assert_same(read(loader), expected)
     (line,) = capfd.readouterr().err.splitlines()
     assert "images_shard_00002.pt" in line and "The cache itself is read instead" in line
     # the damage is in the cache too
     flip_bit(cache / "images_shard_00002.pt", offset)
-    files = build(cache, stage)
+    other = build(cache, stage)
     with pytest.raises(UserError, match=r"images_shard_00002\.pt: row 3 .* is damaged"):
-        read(files)
-    files.close()
+        read(other)
+    other.close()
     loader.close()
+
+
+def test_a_copy_that_cannot_be_mapped_is_left_for_the_cache(cache, stage, monkeypatch, capfd):
+    expected, mmap = read(build(cache)), open_shard.mmap.mmap
+
+    def failing(fd, *rest, **options):
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(stage)):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return mmap(fd, *rest, **options)
+
+    loader = staged(build(cache, stage, read_mode="mmap"), stage)
+    monkeypatch.setattr(open_shard.mmap, "mmap", failing)
+    assert_same(read(loader), expected)
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "No such device" in line
 
 
 def test_a_shard_that_cannot_be_copied_is_reported_by_whoever_reads_it(cache, stage, capfd):
@@ -352,6 +511,17 @@ def test_a_shard_that_cannot_be_copied_is_reported_by_whoever_reads_it(cache, st
         read(loader)
     loader.close()
     assert "stage_dir" not in capfd.readouterr().err
+
+
+def test_a_shard_whose_record_is_lost_is_not_copied_and_a_line_says_so(cache, stage, capfd):
+    expected = read(build(cache))
+    (cache / "images_shard_00001.json").unlink()
+    loader = staged(build(cache, stage), stage, SHARDS - 1)
+    wait_until(lambda: loader.staging.folder._has_said)
+    assert_same(read(loader), expected)
+    loader.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "images_shard_00001.json cannot be read" in line and f"verify {cache}" in line
 
 
 def test_a_cache_that_fails_with_eio_is_the_readers_error(cache, stage, monkeypatch, capfd):
@@ -373,7 +543,7 @@ def test_a_cache_that_fails_with_eio_is_the_readers_error(cache, stage, monkeypa
 # ---- what the user sees ------------------------------------------------------------------------------------------
 
 
-def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path, capsys):
+def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path, capsys, monkeypatch):
     build(cache, stage, shards_per_epoch=3, stage_gb=1e-5)
     line = f"staging to {stage}: the 3 shards of an epoch are 25.6 kB, room for 10.0 kB; those that do not fit are read"
     assert line in capsys.readouterr().out
@@ -384,6 +554,10 @@ def test_the_console_says_what_is_staged_and_what_is_not(cache, stage, tmp_path,
     (tmp_path / "old" / "index.json").write_text(shard)
     assert build(tmp_path / "old", stage).staging is None
     assert "nothing is staged, as the predecessor's caches have no hashes" in capsys.readouterr().out
+    monkeypatch.setattr(data_loader, "is_network_file_system", lambda path: True)
+    for place, is_advised in ((cache, True), (tmp_path / "old", False)):
+        build(place)
+        assert ("--set stage_dir=FOLDER" in capsys.readouterr().out) is is_advised
 
 
 def test_a_plan_says_what_staging_costs_and_when_it_does_not_pay(cache, stage):
@@ -416,14 +590,28 @@ def test_a_stage_dir_that_cannot_be_one_is_an_error_of_one_line(cache, tmp_path,
 def test_a_run_with_copies_is_the_run_without_also_when_it_is_killed(place, tmp_path):
     from tests.faults.training import SHORT, assert_same_run, start
 
-    stage = tmp_path / "stage"
+    stage, note = tmp_path / "stage", tmp_path / "note"
+
+    def copies_then_kill():
+        read_copy = shard_files.ShardFiles._read_copy
+
+        def noted(*arguments):
+            is_read = read_copy(*arguments)
+            note.write_text(str(is_read))
+            return is_read
+
+        shard_files.ShardFiles._read_copy = noted
+        at_call(engine, "forward_losses", 1, lambda: wait_until(lambda: len(copies(stage)) == 4))
+        at_call(engine, "forward_losses", 7, send(signal.SIGKILL))
+
     plain, run_dir = tmp_path / "plain", tmp_path / "run"
     settings = SHORT | {"eval_every_epochs": 0}
     straight = start(place, plain, settings)
     assert straight.wait() == 0, straight.text
     settings |= {"stage_dir": stage}
-    killed = start(place, run_dir, settings, before=lambda: at_call(engine, "forward_losses", 7, send(signal.SIGKILL)))
+    killed = start(place, run_dir, settings, before=copies_then_kill)
     assert killed.wait() == -signal.SIGKILL, killed.text
+    assert note.read_text() == "True"  # its rows came from copies
     stopped = start(place, run_dir, settings, before=lambda: at_call(engine, "forward_losses", 2, send(signal.SIGTERM)))
     assert stopped.wait() == 75, stopped.text
     assert "staging to" in stopped.text and not any(stage.iterdir())
