@@ -66,8 +66,8 @@ class ElasticClaim:
 
         The next run is taken when the last shard of the one before has been given out, so the work goes on meanwhile.
         """
-        # after an error of the disk the loop begins again what it had not published
-        again, self._begun = sorted(self._begun & self.loop.left), set()
+        # after an error of the disk the loop begins again with all that this process holds and has not published
+        again, self._begun = sorted(self.leases.shards & self.loop.left), set()
         yield from self._not_made(again)
         self._publications = deque([time.monotonic()], _PUBLICATIONS)
         while run := self._take_run():

@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import precompute_cache
 from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
 from distillery.cache.verify import verify_cache
-from distillery.precompute import elastic, leases, pipeline
+from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
 from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
 
@@ -293,6 +294,21 @@ def test_alone_an_elastic_run_makes_the_folder_of_a_plain_one(plan, reference):
     assert (report.shards_made, report.shards_left) == (5, 0)
     assert folder_bytes(plan.directory) == reference
     assert not (plan.directory / LEASES_NAME).exists()
+
+
+def test_after_an_error_of_the_disk_all_that_was_taken_is_made(plan, reference, monkeypatch):
+    opened, create = [], loop.create_temporary
+
+    def fail_once(path):
+        opened.append(path)
+        if len(opened) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return create(path)
+
+    monkeypatch.setattr(elastic, "run_length", lambda num_free, *_: num_free)
+    monkeypatch.setattr(loop, "create_temporary", fail_once)
+    run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
+    assert folder_bytes(plan.directory) == reference
 
 
 def test_the_next_run_is_taken_while_the_one_before_is_still_being_made(plan, monkeypatch):
