@@ -35,7 +35,7 @@ class ElasticClaim:
     """What ShardLoop.claim gives in a folder that any number of processes fill.
 
     A look for work costs one listing of the folder and one of its leases; no record is read. A shard whose files appear
-    while this process runs counts as published. Before the loop ends, their records are read once.
+    while this process runs counts as published. Before the loop ends, all records are read once.
 
     Args:
         loop: whose shards they are.
@@ -52,7 +52,6 @@ class ElasticClaim:
         self._begun: set[int] = set()
         # of the loop's shards that are left, or were: inode of the record that does not count, None: there was none
         self._records: dict[int, int | None] = {}
-        self._trusted: set[int] = set()
         # those of which there is a temporary file
         self._unfinished: set[int] = set()
         self._names: dict[int, tuple[str, str]] = {}
@@ -81,7 +80,7 @@ class ElasticClaim:
         self._shard_s = (self._publications[-1] - self._publications[0]) / (len(self._publications) - 1)
 
     def wait(self) -> None:
-        """Return when there is something to take, when all shards are there, or when a stop is requested."""
+        """Return when there is something to take, when all shards are seen to be there, or when a stop is requested."""
         began, known = time.monotonic(), None
         self._said = max(self._said, began + _QUIET_S - _SAY_S)
         while not self.loop.stop.requested:
@@ -90,12 +89,16 @@ class ElasticClaim:
             if names != known or self._free(others):
                 known = names
                 self._see_published()
-                if not self.loop.left and not self._reopen_unreadable():
-                    return
+                if not self.loop.left:
+                    break
                 if self._next_run(others):
                     return
             self._say_for_whom(others)
             self._sleep(look_again_s(time.monotonic() - began))
+        if not self.loop.left:
+            self.loop.left = set(range(self.loop.plan.num_shards)) - self.loop.recorded()
+            for shard_idx in self.loop.left:  # whatever is there now does not count without a look inside
+                self._records.pop(shard_idx, None)
 
     def close(self) -> None:
         """Give back what this process holds."""
@@ -174,11 +177,8 @@ class ElasticClaim:
                 is_there = inode is not None and self._is_settled(shard_idx)
             elif inode is None or inode == self._records[shard_idx]:
                 continue
-            elif self._records[shard_idx] is None:
-                is_there = True
-                self._trusted.add(shard_idx)
             else:
-                is_there = self._is_settled(shard_idx)
+                is_there = self._records[shard_idx] is None or self._is_settled(shard_idx)
             self._records[shard_idx] = inode
             if is_there:
                 self._count(shard_idx)
@@ -201,13 +201,6 @@ class ElasticClaim:
             return is_untouched(path, self.loop.plan.kind.read_record(record_path(path)))
         except OSError:
             return False
-
-    def _reopen_unreadable(self) -> set[int]:
-        """Shards that seemed published, and of which there is no readable record: they are left to make."""
-        recorded = {record["shard_idx"] for record in self.loop.scan.records()} if self._trusted else set()
-        self.loop.left |= self._trusted - recorded
-        self._trusted.clear()
-        return self.loop.left
 
     def _say_for_whom(self, others: list[Lease]) -> None:
         if others and time.monotonic() - self._said >= _SAY_S:

@@ -130,7 +130,13 @@ class ShardLoop(ABC):
                 self.elastic.to_check = set(survey.to_check)
             self._make_with_retries()
             index = self.scan.write_views(self.plan.num_rows)
-            remove_leftovers(self.plan.directory, all_done=bool(index and index["complete"]))
+            is_complete = bool(index and index["complete"])
+            remove_leftovers(self.plan.directory, all_done=is_complete)
+            if self.elastic is not None and not self.left and not is_complete:
+                raise RunError(
+                    f"{self.plan.directory}: all shards had been made, but some were removed or replaced meanwhile. "
+                    "See that nothing else changes the folder, then run the same command again."
+                )
         except UserError:
             raise
         except (OSError, RunError) as error:
@@ -211,6 +217,12 @@ class ShardLoop(ABC):
         if record["fingerprint"] != self.plan.fingerprint:
             raise mixed_configurations(path)
         return is_whole and not self.why_outdated(record)
+
+    def recorded(self) -> set[int]:
+        """The shards of which the folder holds a readable record of the shard wanted."""
+        records = self.scan.records()
+        ours = [record for record in records if record["fingerprint"] == self.plan.fingerprint]
+        return {record["shard_idx"] for record in ours if not self.why_outdated(record)}
 
     def check(self, to_check: list[int]) -> None:
         """Hash the shards that may have changed since their record; those that are bad join the repairs."""

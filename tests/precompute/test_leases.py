@@ -20,6 +20,7 @@ from distillery.cache.verify import verify_cache
 from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
 from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
+from distillery.system.errors import RunError, UserError
 
 SOURCE = SmallSource(40)
 
@@ -414,19 +415,53 @@ def test_shards_that_lost_their_record_are_hashed_by_who_takes_them_and_made_onl
     assert folder_bytes(plan.directory) == reference
 
 
-def test_a_record_that_others_published_and_nobody_can_read_is_made_again(plan, reference, monkeypatch):
-    see, looks = elastic.ElasticClaim._see_published, []
+@pytest.fixture
+def publish_meanwhile(plan, monkeypatch):
+    """Called with a folder's bytes: publishes its last shard between two looks for work, as another process would."""
 
-    def see_with_damage(self):
-        if len(looks) == 1:  # as another process would publish it, but for the content
-            (plan.directory / "images_shard_00004.pt").write_bytes(b"")
-            (plan.directory / "images_shard_00004.json").write_bytes(b"{}")
-        looks.append(1)
-        see(self)
+    def prepare(files: dict[str, bytes]) -> None:
+        see, looks = elastic.ElasticClaim._see_published, []
 
-    monkeypatch.setattr(elastic.ElasticClaim, "_see_published", see_with_damage)
-    run_stage1(plan, SOURCE, on_wait=pytest.fail)
+        def see_with_another(self):
+            if len(looks) == 1:
+                for name in ("images_shard_00004.pt", "images_shard_00004.json"):
+                    (plan.directory / name).write_bytes(files[name])
+            looks.append(1)
+            see(self)
+
+        monkeypatch.setattr(elastic.ElasticClaim, "_see_published", see_with_another)
+
+    return prepare
+
+
+@pytest.mark.parametrize("content", ["unreadable", "of fewer rows"])
+def test_a_shard_that_others_published_and_that_is_not_the_one_wanted_is_made_again(
+    plan, reference, tmp_path, publish_meanwhile, content
+):
+    if content == "unreadable":
+        publish_meanwhile({"images_shard_00004.pt": b"", "images_shard_00004.json": b"{}"})
+    else:
+        run_stage1(small_plan(tmp_path / "small", SOURCE, max_samples=36), SOURCE)
+        publish_meanwhile(folder_bytes(tmp_path / "small"))
+    run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
     assert folder_bytes(plan.directory) == reference
+
+
+def test_a_shard_of_another_configuration_that_others_published_ends_the_call(plan, tmp_path, publish_meanwhile):
+    run_stage1(small_plan(tmp_path / "other", SOURCE, dtype="float16"), SOURCE)
+    publish_meanwhile(folder_bytes(tmp_path / "other"))
+    with pytest.raises(UserError, match="images_shard_00004.pt were made with different configurations"):
+        run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
+
+
+def test_a_shard_that_is_removed_at_the_very_end_is_an_error(plan, monkeypatch):
+    def recorded(_loop):
+        (plan.directory / "images_shard_00002.pt").unlink()
+        return set(range(plan.num_shards))
+
+    monkeypatch.setattr(loop.ShardLoop, "recorded", recorded)
+    with pytest.raises(RunError, match="some were removed or replaced meanwhile"):
+        run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
 
 
 @pytest.mark.parametrize("tokens", ["full", "pca"])
