@@ -129,6 +129,8 @@ class ShardLoop(ABC):
             else:
                 self.elastic.to_check = set(survey.to_check)
             self._make_with_retries()
+            if self.elastic is not None:  # others need not wait for what is left until the views are written
+                self.elastic.close()
             index = self.scan.write_views(self.plan.num_rows)
             is_complete = bool(index and index["complete"])
             remove_leftovers(self.plan.directory, all_done=is_complete)
