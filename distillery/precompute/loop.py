@@ -122,7 +122,8 @@ class ShardLoop(ABC):
             self.left -= set(survey.done)
             names = set(os.listdir(self.plan.directory))
             for path in map(self.plan.shard_path, survey.missing):
-                if path.name not in names and record_path(path).name in names:
+                # a listing taken while others publish may show a record and miss its shard
+                if path.name not in names and record_path(path).name in names and not os.path.lexists(path):
                     record_path(path).unlink(missing_ok=True)
             if self.elastic is None:
                 self.check(survey.to_check)

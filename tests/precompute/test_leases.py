@@ -16,11 +16,13 @@ from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pas
 import precompute_cache
 from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
+from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
 from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
 from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
 from distillery.system.errors import RunError, UserError
+from distillery.system.signals import StopFlag
 
 SOURCE = SmallSource(40)
 
@@ -412,6 +414,18 @@ def test_shards_that_lost_their_record_are_hashed_by_who_takes_them_and_made_onl
     report, survey = run_stage1(plan, SOURCE, on_wait=pytest.fail)
     assert survey.to_check == [1, 2, 3]
     assert (report.shards_made, report.shards_accepted, len(report.messages)) == (1, 2, 1)
+    assert folder_bytes(plan.directory) == reference
+
+
+def test_a_listing_that_misses_a_shard_just_published_costs_no_record(plan, reference, monkeypatch):
+    survey = survey_cache(plan, range(plan.num_shards))
+    run_stage1(plan, SOURCE)
+    path, listdir = plan.directory / "images_shard_00003.json", os.listdir
+    inode = path.stat().st_ino
+    monkeypatch.setattr(os, "listdir", lambda folder: set(listdir(folder)) - {"images_shard_00003.pt"})
+    with StopFlag() as stop:
+        pipeline.make_cache(plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop, on_wait=pytest.fail)
+    assert path.stat().st_ino == inode
     assert folder_bytes(plan.directory) == reference
 
 
