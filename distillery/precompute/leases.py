@@ -115,6 +115,8 @@ class Leases:
         self._unwritten: set[Lease] = set()
         # names of others -> (what the file's heartbeat was, since when)
         self._heartbeats: dict[str, tuple[object, float]] = {}
+        # of processes that are gone, in files that this one may not remove: they count for nothing
+        self._remnants: set[Lease] = set()
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._advanced = clock()
@@ -141,15 +143,15 @@ class Leases:
             # the description comes first: whoever finds the first shard taken finds out by whom, and what else
             self._create(lease.name)
             self._create(first_name(first))
-        except FileExistsError:
+        except OSError as error:
             self._unlink(lease.name)
-            return []
-        except OSError:
+            if isinstance(error, FileExistsError) and first not in {remnant.first for remnant in self._remnants}:
+                return []
             # no reason not to work
-            self._unlink(lease.name)
             self._unwritten.add(lease)
         # two whose runs overlap without the same beginning: whoever looks last sees the other, and steps back
         others = [other for other in list_leases(self.folder.parent) if other.first != first and not self._holds(other)]
+        others = [other for other in others if other not in self._remnants]
         shards = [s for s in shards if not any(other.first <= s <= other.last for other in others)]
         if not shards:
             self._remove(lease)
@@ -182,8 +184,9 @@ class Leases:
         gone = [lease for lease in found if lease.is_dead() or self._silent_s(lease, now) >= STALE_S]
         names = {lease.name for lease in found}
         self._heartbeats = {name: seen for name, seen in self._heartbeats.items() if name in names}
-        for lease in gone:
-            self._remove(lease)
+        self._remnants = {
+            lease for lease in gone if not self._remove(lease) and os.path.lexists(self.folder / lease.name)
+        }
         return [lease for lease in found if lease not in gone]
 
     def close(self) -> None:
@@ -245,11 +248,13 @@ class Leases:
                 with contextlib.suppress(FileExistsError):
                     self.folder.mkdir()
 
-    def _remove(self, lease: Lease) -> None:
+    def _remove(self, lease: Lease) -> bool:
         # of several processes that remove one lease, only the one that gets the description lets others begin there:
         # a slower one would take away the mark of who has begun meanwhile
-        if self._unlink(lease.name) and lease.holder is not None:
+        is_removed = self._unlink(lease.name)
+        if is_removed and lease.holder is not None:
             self._unlink(first_name(lease.first))
+        return is_removed
 
     def _unlink(self, name: str) -> bool:
         try:

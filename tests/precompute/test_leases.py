@@ -257,6 +257,35 @@ def test_where_no_lease_can_be_written_the_work_goes_on_without(tmp_path, two, b
     mine.close()
 
 
+@pytest.mark.parametrize("can_create", [True, False])
+def test_a_lease_of_a_killed_process_in_a_folder_of_another_user_holds_nothing_back(
+    tmp_path, clock, monkeypatch, can_create
+):
+    folder = tmp_path / LEASES_NAME
+    folder.mkdir()
+    for name in ("first_00001", "held_00001-00002@x@1@0123456789ab@7@abcdef"):
+        (folder / name).touch()
+    mine, theirs = Leases(tmp_path, clock), set(folder.iterdir())
+    unlink = Path.unlink
+
+    def unlink_own(path, **options):
+        if path in theirs:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink_own)
+    if not can_create:
+        monkeypatch.setattr(mine, "_create", lambda _name: os.open(folder, os.O_WRONLY))
+    for _ in range(3):
+        assert len(mine.living()) == 1
+        clock.now += 40
+    assert mine.living() == []
+    assert mine.take([1, 2, 3]) == [1, 2, 3]
+    assert mine.take([0, 4]) == [0, 4]  # between its shards are those of the lease
+    mine.close()
+    assert set(folder.iterdir()) == theirs
+
+
 def fork_holder(directory: Path) -> int:
     """A process that takes the shards 0 and 1 and then does nothing."""
     read_end, write_end = os.pipe()
