@@ -29,6 +29,8 @@ _QUIET_S, _SAY_S = 2.0, 30.0
 _SLEEP_S = 0.1
 # publications over which this process takes its own speed
 _PUBLICATIONS = 16
+# shards to hash that are taken at a time, for each thread that hashes
+_CHECKS = 4
 
 
 class ElasticClaim:
@@ -145,10 +147,14 @@ class ElasticClaim:
         if not free or is_left_to_others(*seen):
             return []
         begin = random.randrange(min(2**losses, len(free)))
-        run = [free[begin]]
-        for shard_idx in free[begin + 1 :][: run_length(*seen) - 1]:
+        run, length = [free[begin]], run_length(*seen)
+        is_to_check = run[0] in self.to_check
+        if is_to_check:
+            length = max(length, min(_CHECKS * self.loop.num_threads, len(free) // (1 + num_others)))
+        for shard_idx in free[begin + 1 :][: length - 1]:
             # those between are there already, or held: a run does not reach over what another process holds
-            if any(between in self.loop.left for between in range(run[-1] + 1, shard_idx)):
+            is_apart = any(between in self.loop.left for between in range(run[-1] + 1, shard_idx))
+            if is_apart or (shard_idx in self.to_check) != is_to_check:
                 break
             run.append(shard_idx)
         return run

@@ -446,6 +446,18 @@ def test_shards_that_lost_their_record_are_hashed_by_who_takes_them_and_made_onl
     assert folder_bytes(plan.directory) == reference
 
 
+def test_shards_to_hash_are_taken_for_all_threads_at_once(plan, monkeypatch):
+    run_stage1(plan, SOURCE)
+    wait_for_the_clock(plan.directory)
+    for path in plan.directory.glob("*.pt"):
+        os.utime(path)
+    runs, take = [], Leases.take
+    monkeypatch.setattr(Leases, "take", lambda self, run: (runs.append(run), take(self, run))[1])
+    report, _ = run_stage1(plan, SOURCE, on_wait=pytest.fail, num_workers=2)
+    assert report.shards_accepted == 5
+    assert runs == [[0, 1, 2, 3, 4]]
+
+
 def test_a_listing_that_misses_a_shard_just_published_costs_no_record(plan, reference, monkeypatch):
     survey = survey_cache(plan, range(plan.num_shards))
     run_stage1(plan, SOURCE)
