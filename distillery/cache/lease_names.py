@@ -39,7 +39,17 @@ class Holder:
         """Whether the process is known to be gone; of another place it never is."""
         if self.place != _place() or not self.started:
             return False
-        return _start_time(self.pid) != self.started
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # another user's
+            pass
+        try:
+            # another time: it has ended, and another process has its number
+            return _start_time(self.pid) != self.started
+        except OSError:  # this user may not see it
+            return False
 
     def __str__(self) -> str:
         return f"{self.host} (process {self.pid})"
@@ -67,7 +77,10 @@ class Lease:
 def this_process() -> Holder:
     """The process that asks."""
     host = re.sub(r"[^\w.-]", "-", socket.gethostname(), flags=re.ASCII)[:64] or "unknown"
-    return Holder(host, os.getpid(), _place(), _start_time(os.getpid()) or 0)
+    started = 0
+    with contextlib.suppress(OSError):
+        started = _start_time(os.getpid()) or 0
+    return Holder(host, os.getpid(), _place(), started)
 
 
 def held_name(first: int, last: int, holder: Holder, token: str) -> str:
@@ -146,10 +159,11 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None: there is no such process, or not any more."""
-    try:
-        # the name of the program, in brackets, may hold anything
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+    """When a process started, in clock ticks since the machine did; None: it has ended, but its number is not free yet.
+
+    Raises:
+        OSError: there is no such process, or this one may not see it.
+    """
+    # the name of the program, in brackets, may hold anything
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])

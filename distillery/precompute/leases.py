@@ -113,8 +113,8 @@ class Leases:
         # lease -> its shards that are not made yet; of those in a folder that takes no leases, others know nothing
         self._mine: dict[Lease, set[int]] = {}
         self._unwritten: set[Lease] = set()
-        # names of others -> (what the file's heartbeat was, since when)
-        self._heartbeats: dict[str, tuple[object, float]] = {}
+        # names of others -> (the file's heartbeat in ns, None: not looked at yet; since when)
+        self._heartbeats: dict[str, tuple[int | None, float]] = {}
         # of processes that are gone, in files that this one may not remove: they count for nothing
         self._remnants: set[Lease] = set()
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -212,9 +212,10 @@ class Leases:
         beat, since = self._heartbeats.get(lease.name, (None, now))
         if lease.name in self._heartbeats:
             with contextlib.suppress(OSError):
-                status = os.stat(self.folder / lease.name)
-                if beat != (status.st_mtime_ns, status.st_ino):
-                    beat, since = (status.st_mtime_ns, status.st_ino), now
+                # the time alone: some network file systems give a file another inode number now and then
+                found = os.stat(self.folder / lease.name).st_mtime_ns
+                if beat != found:
+                    beat, since = found, now
         self._heartbeats[lease.name] = (beat, since)
         return now - since
 

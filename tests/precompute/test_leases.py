@@ -15,6 +15,7 @@ from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pas
 
 import precompute_cache
 from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
+from distillery.cache import lease_names
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
 from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
@@ -316,6 +317,20 @@ def test_a_dead_process_of_this_machine_is_noticed_at_once_and_a_stopped_one_is_
     ]
     assert mine.living() == []
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("reason", [PermissionError, FileNotFoundError])
+def test_a_living_process_that_this_user_may_not_see_is_not_dead(tmp_path, clock, monkeypatch, reason):
+    child, mine = fork_holder(tmp_path), Leases(tmp_path, clock)
+
+    def hidden(_pid):
+        raise reason("/proc")
+
+    monkeypatch.setattr(lease_names, "_start_time", hidden)
+    assert len(mine.living()) == 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert mine.living() == []
 
 
 # stage 1 with leases
