@@ -45,14 +45,15 @@ def start(script: str, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
-    """SIGKILL to a command and its workers once the condition holds; an error where the command ends before."""
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], delay_s: float = 0.0) -> None:
+    """SIGKILL to a command and its workers, delay_s after the condition holds; an error where it ends before that."""
     try:
         deadline = time.monotonic() + 120
         while not condition():
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.002)
+        time.sleep(delay_s)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -82,8 +83,8 @@ def test_stage_1_killed_at_random_moments_ends_byte_for_byte_like_on_the_ordinar
     while kills < KILLS and num_shards(cache) < NUM_SHARDS - 4:
         until, delay_s = num_shards(cache) + rng.randint(0, 3), rng.random() * 0.03
         process = start("precompute_cache.py", *stage1_flags(source, cache))
-        kill_when(process, lambda until=until: cache.exists() and num_shards(cache) >= until)
-        kills, _ = kills + 1, time.sleep(delay_s)
+        kill_when(process, lambda until=until: cache.exists() and num_shards(cache) >= until, delay_s)
+        kills += 1
     done = run("precompute_cache.py", *stage1_flags(source, cache))
     assert done.returncode == 0, done.stderr
     assert kills >= 4 and folder_bytes(cache) == folder_bytes(source.folder / "cache")
@@ -96,10 +97,11 @@ def holds_the_same(cache: Path, other: Path) -> bool:
         return False
 
 
-def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source):
+@pytest.mark.parametrize("is_elastic", [False, True])
+def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source, is_elastic):
     jobs = []
     for number, node in enumerate(nodes):
-        share = ["--num_jobs", str(len(nodes)), "--job_id", str(number)]
+        share = ["--num_jobs", "auto"] if is_elastic else ["--num_jobs", str(len(nodes)), "--job_id", str(number)]
         jobs.append(start("precompute_cache.py", *stage1_flags(source, node / "cache"), *share))
     for job in jobs:
         output, _ = job.communicate(timeout=120)

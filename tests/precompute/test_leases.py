@@ -413,11 +413,16 @@ def test_a_process_waits_for_the_living_says_so_and_takes_over_from_the_silent(p
     assert not (plan.directory / LEASES_NAME).exists()
 
 
-def test_a_request_to_stop_ends_the_waiting_and_gives_the_leases_back(plan):
+def test_a_request_to_stop_ends_the_waiting_and_gives_the_leases_back(plan, monkeypatch):
+    monkeypatch.setattr(elastic, "_QUIET_S", 0.0)
     plan.directory.mkdir()
-    other = Leases(plan.directory)
+    other, stop = Leases(plan.directory), StopsAfter(60)
     other.take([1, 2])
-    report, _ = run_stage1(plan, SOURCE, on_wait=lambda _line: None, stop=StopsAfter(1.5))
+
+    def stop_now(_line: str) -> None:
+        stop.end = 0.0
+
+    report, _ = run_stage1(plan, SOURCE, on_wait=stop_now, stop=stop)
     assert (report.shards_made, report.shards_left) == (3, 2)
     assert held(plan.directory) == [(1, 2)]
     other.close()
