@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -139,9 +140,18 @@ def lease_problems(directory: Path) -> Iterator[tuple[Path, str]]:
             if parse_lease(name) is None:
                 yield folder / name, "not part of a cache; move it elsewhere"
             elif lease is not None and lease.holder is not None and not lease.is_dead():
-                yield folder / name, f"{lease.shards} held by a running stage 1: {lease.holder}"
+                yield folder / name, f"{lease.shards} held by {lease.holder}, {last_heartbeat(directory, [lease])}"
             elif lease is not None:
                 yield folder / name, "left by a killed run; stage 1 removes it"
+
+
+def last_heartbeat(directory: Path, leases: Iterable[Lease]) -> str:
+    """When the latest heartbeat of a process was, by its leases, for people: it may have been killed since."""
+    newest = 0.0
+    for lease in leases:
+        with contextlib.suppress(OSError):  # given back just now
+            newest = max(newest, (directory / LEASES_NAME / lease.name).stat().st_mtime)
+    return f"last heartbeat {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(newest))}" if newest else "just ended"
 
 
 @lru_cache(maxsize=1)

@@ -97,17 +97,26 @@ def holds_the_same(cache: Path, other: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("is_elastic", [False, True])
-def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source, is_elastic):
-    jobs = []
-    for number, node in enumerate(nodes):
-        share = ["--num_jobs", "auto"] if is_elastic else ["--num_jobs", str(len(nodes)), "--job_id", str(number)]
-        jobs.append(start("precompute_cache.py", *stage1_flags(source, node / "cache"), *share))
+def run_at_once(nodes: list[Path], source: Workplace, shares: list[list[str]]) -> None:
+    """A stage 1 on each node at the same time, with its flags of shares; then the cache is as it shall be."""
+    jobs = [
+        start("precompute_cache.py", *stage1_flags(source, node / "cache"), *share)
+        for node, share in zip(nodes, shares, strict=True)
+    ]
     for job in jobs:
         output, _ = job.communicate(timeout=120)
         assert job.returncode == 0, output
     # for 20 s, sshfs may show a node what it knows from before
     assert wait_until(lambda: holds_the_same(nodes[0] / "cache", source.folder / "cache"), timeout_s=40)
+
+
+def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source):
+    count = str(len(nodes))
+    run_at_once(nodes, source, [["--num_jobs", count, "--job_id", str(number)] for number in range(len(nodes))])
+
+
+def test_elastic_array_jobs_at_once_on_several_nodes_make_the_same_cache(nodes, source):
+    run_at_once(nodes, source, [["--num_jobs", "auto"] for _ in nodes])
 
 
 def test_verify_finds_a_flipped_bit_and_stage_1_repairs_it(folder, source):
