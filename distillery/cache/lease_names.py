@@ -1,7 +1,7 @@
 """Leases: which shards of a folder a running stage 1 has taken, and which process it is. Their names say it all.
 
-    .leases/held_00012-00031@node7@4711@5be15b0c8a1f@88123@c0ffee    shards 12..31, process 4711 of node7
-    .leases/first_00012                                              nobody else may take a run that begins here
+    .leases/held_00012-00031@node7@4711@5be15b0c8a1f@88123@2950@c0ffee    shards 12..31, process 4711 of node7
+    .leases/first_00012                                                   nobody else may take a run that begins here
 
 Both files are empty: who lists the folder knows everything, without opening a file. The time of the first one is the
 holder's heartbeat. No byte of a cache depends on a lease; it saves two processes from making the same shard.
@@ -9,6 +9,7 @@ holder's heartbeat. No byte of a cache depends on a lease; it saves two processe
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import socket
@@ -19,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 LEASES_NAME = ".leases"
-_HELD = re.compile(r"held_(\d{5,})-(\d{5,})@([\w.-]{1,64})@(\d+)@([0-9a-f]{12})@(\d+)@[0-9a-f]{6}")
+_HELD = re.compile(r"held_(\d{5,})-(\d{5,})@([\w.-]{1,64})@(\d+)@([0-9a-f]{12})@(\d+)@(\d+)@[0-9a-f]{6}")
 _FIRST = re.compile(r"first_(\d{5,})")
 
 
@@ -58,12 +59,17 @@ class Holder:
 
 @dataclass(frozen=True)
 class Lease:
-    """Shards first..last, taken by a process; holder: None where only the file that keeps the first one is there."""
+    """Shards first..last, taken by a process.
+
+    holder: None where only the file that keeps the first shard is there. shard_s: seconds that the holder needs for a
+    shard, None where not known.
+    """
 
     name: str
     first: int
     last: int
     holder: Holder | None
+    shard_s: float | None = None
 
     def is_dead(self) -> bool:
         """Whether its process is known to be gone."""
@@ -84,9 +90,14 @@ def this_process() -> Holder:
     return Holder(host, os.getpid(), _place(), started)
 
 
-def held_name(first: int, last: int, holder: Holder, token: str) -> str:
-    """The name of the file that says what a process holds; token: six hex digits of its own."""
-    return f"held_{first:05d}-{last:05d}@{holder.host}@{holder.pid}@{holder.place}@{holder.started}@{token}"
+def held_name(first: int, last: int, holder: Holder, shard_s: float | None, token: str) -> str:
+    """The name of the file that says what a process holds; token: six hex digits of its own.
+
+    shard_s: seconds that the process needs for a shard, None: not known. The name has milliseconds, 0: not known.
+    """
+    shard_ms = 0 if shard_s is None else math.ceil(1000 * shard_s)
+    process = f"{holder.host}@{holder.pid}@{holder.place}@{holder.started}"
+    return f"held_{first:05d}-{last:05d}@{process}@{shard_ms}@{token}"
 
 
 def first_name(first: int) -> str:
@@ -97,8 +108,9 @@ def first_name(first: int) -> str:
 def parse_lease(name: str) -> Lease | None:
     """The lease that a file's name describes; None: it describes none."""
     if match := _HELD.fullmatch(name):
-        first, last, host, pid, place, started = match.groups()
-        return Lease(name, int(first), int(last), Holder(host, int(pid), place, int(started)))
+        first, last, host, pid, place, started, shard_ms = match.groups()
+        holder = Holder(host, int(pid), place, int(started))
+        return Lease(name, int(first), int(last), holder, int(shard_ms) / 1000 or None)
     if match := _FIRST.fullmatch(name):
         return Lease(name, int(match[1]), int(match[1]), None)
     return None

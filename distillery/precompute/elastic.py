@@ -13,11 +13,11 @@ from distillery.cache.plan import is_untouched
 from distillery.cache.store import record_path
 from distillery.precompute.leases import (
     Leases,
-    Looks,
     describe,
     holders_of,
     is_left_to_others,
     look_again_s,
+    mean_shard_s,
     run_length,
 )
 
@@ -59,7 +59,6 @@ class ElasticClaim:
         self._names: dict[int, tuple[str, str]] = {}
         self._publications: deque[float] = deque(maxlen=_PUBLICATIONS)
         self._shard_s: float | None = None
-        self._looks, self._num_by_others = Looks(), 0
         self._said = -math.inf
 
     def shards(self) -> Iterator[int]:
@@ -129,7 +128,7 @@ class ElasticClaim:
             run = self._next_run(others, losses)
             if not run:
                 break
-            if taken := self.leases.take(run):
+            if taken := self.leases.take(run, self._shard_s):
                 return taken
             # many begin at the same time: they spread
             losses += 1
@@ -142,12 +141,10 @@ class ElasticClaim:
         self.num_workers = num_others + 1
         # what a process without leases seems to be making is left for the end
         free = [shard_idx for shard_idx in free if shard_idx not in self._unfinished] or free
-        self._looks.note(time.monotonic(), self._num_by_others, num_others, self._shard_s)
-        seen = len(free), num_others, self._looks.others_shard_s(), self._shard_s
-        if not free or is_left_to_others(*seen):
+        if not free or is_left_to_others(len(free), num_others, mean_shard_s(others), self._shard_s):
             return []
         begin = random.randrange(min(2**losses, len(free)))
-        run, length = [free[begin]], run_length(*seen)
+        run, length = [free[begin]], run_length(len(free), num_others, self._shard_s)
         is_to_check = run[0] in self.to_check
         if is_to_check:
             length = max(length, min(_CHECKS * self.loop.num_threads, len(free) // (1 + num_others)))
@@ -192,7 +189,6 @@ class ElasticClaim:
     def _count(self, shard_idx: int) -> None:
         """Take in that another process has published a shard."""
         self.loop.left.discard(shard_idx)
-        self._num_by_others += 1
         start, stop = self.loop.plan.rows_of(shard_idx)
         self.loop.on_rows(stop - start, shards=self.loop.num_made)
 

@@ -6,14 +6,13 @@ once, whoever makes it, so a lease that is lost, damaged or cannot be written co
 """
 
 import contextlib
-import itertools
 import os
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from statistics import harmonic_mean
 
 from distillery.cache.lease_names import (
     LEASES_NAME,
@@ -36,51 +35,33 @@ _BEATS_UNTIL_STALE = 5
 _ATTEMPTS = 5
 
 
-class Looks:
-    """What a process saw whenever it looked for work lately: how fast the others are."""
-
-    def __init__(self) -> None:
-        # (when, shards of others published by then, how many others are at work)
-        self._seen: deque[tuple[float, int, int]] = deque()
-
-    def note(self, now: float, num_published: int, num_others: int, shard_s: float | None) -> None:
-        """Add a look; shard_s: what this process needs for a shard, so long at least are looks remembered."""
-        self._seen.append((now, num_published, num_others))
-        while len(self._seen) > 2 and self._seen[1][0] < now - max(RUN_S, shard_s or 0.0):
-            self._seen.popleft()
-
-    def others_shard_s(self) -> float | None:
-        """Seconds that one of the others needs for a shard, on average; None where they published nothing."""
-        seen = list(self._seen)
-        published = seen[-1][1] - seen[0][1] if seen else 0
-        busy_s = sum((b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in itertools.pairwise(seen))
-        return busy_s / published if published else None
+def mean_shard_s(leases: list[Lease]) -> float | None:
+    """Seconds that one of the holders needs for a shard, as the mean of their speeds; None where no speed is known."""
+    known = [lease.shard_s for lease in leases if lease.shard_s is not None]
+    return harmonic_mean(known) if known else None
 
 
-def run_length(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> int:
+def run_length(num_free: int, num_others: int, shard_s: float | None) -> int:
     """How many of the free shards a process takes at a time: at least one, and one before its speed is known.
 
-    As many as it makes in RUN_S, or in half of the time in which all processes together make what is free, whichever is
-    less. So a slow process takes fewer than a fast one, and all end at about the same time.
+    As many as it makes in RUN_S, or half of its equal share of what is free, whichever is less. So a slow process takes
+    fewer than a fast one, and all end at about the same time.
 
     Args:
         num_free: shards that nobody has taken.
         num_others: other processes that are at work on the folder.
-        others_shard_s: seconds that one of them needs for a shard; None: not known, taken to be as fast as this one.
         shard_s: seconds this process needs for a shard; None: not known yet.
-    Source: halves of what is left, as in factoring (Hummel, Schonberg and Flynn 1992), weighted by speed.
+    Source: halves of what is left, as in factoring (Hummel, Schonberg and Flynn 1992).
     """
     if shard_s is None:
         return 1
-    shard_s = max(shard_s, 1e-9)
-    together_s = num_free / (1 / shard_s + num_others / max(others_shard_s or shard_s, 1e-9))
-    return max(1, int(min(RUN_S, together_s / 2) / shard_s))
+    return max(1, int(min(RUN_S / max(shard_s, 1e-9), num_free / (2 * (1 + num_others)))))
 
 
 def is_left_to_others(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> bool:
     """Whether a slow process takes nothing more, because the others will have made all before it has made one shard.
 
-    Arguments as of run_length.
+    others_shard_s: seconds that one of them needs for a shard, None: not known. Other arguments as of run_length.
     """
     if shard_s is None or others_shard_s is None or not num_others:
         return False
@@ -131,14 +112,17 @@ class Leases:
         """Note that the work gets on; the heartbeat goes on with it."""
         self._advanced = self.clock()
 
-    def take(self, shards: list[int]) -> list[int]:
+    def take(self, shards: list[int], shard_s: float | None = None) -> list[int]:
         """Take shards, in order, of which nobody seemed to hold any or one in between.
+
+        shard_s: seconds this process needs for a shard, for the others to know; None: not known yet.
 
         Returns:
             Those that no other process has taken meanwhile.
         """
         first, last = shards[0], shards[-1]
-        lease = Lease(held_name(first, last, self.process, f"{random.getrandbits(24):06x}"), first, last, self.process)
+        name = held_name(first, last, self.process, shard_s, f"{random.getrandbits(24):06x}")
+        lease = Lease(name, first, last, self.process, shard_s)
         try:
             # the description comes first: whoever finds the first shard taken finds out by whom, and what else
             self._create(lease.name)

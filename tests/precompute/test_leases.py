@@ -21,7 +21,7 @@ from distillery.cache.plan import survey_cache
 from distillery.cache.verify import verify_cache
 from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
-from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
+from distillery.precompute.leases import Leases, describe, is_left_to_others, look_again_s, mean_shard_s, run_length
 from distillery.system.errors import RunError, UserError
 from distillery.system.signals import StopFlag
 
@@ -89,21 +89,17 @@ def held(directory: Path) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("num_free", [1, 7, 400, 10_000])
 @pytest.mark.parametrize("num_others", [0, 1, 199])
-@pytest.mark.parametrize("others_shard_s", [None, 0.1, 60.0])
 @pytest.mark.parametrize("shard_s", [None, 0.1, 60.0, 3600.0])
-def test_a_run_is_a_minute_of_work_at_most_and_leaves_half_of_the_rest_to_others(
-    num_free, num_others, others_shard_s, shard_s
-):
-    length = run_length(num_free, num_others, others_shard_s, shard_s)
+def test_a_run_is_a_minute_of_work_at_most_and_leaves_half_of_the_rest_to_others(num_free, num_others, shard_s):
+    length = run_length(num_free, num_others, shard_s)
     assert 1 <= length <= num_free
     if length > 1:
         assert length * shard_s <= leases.RUN_S
-        together = num_free / (1 / shard_s + num_others / (others_shard_s or shard_s))
-        assert length * shard_s <= together / 2
+        assert length * (1 + num_others) <= num_free / 2
 
 
 def test_before_its_speed_is_known_a_process_takes_one_shard():
-    assert run_length(10_000, 3, 0.1, None) == 1
+    assert run_length(10_000, 3, None) == 1
 
 
 def test_a_slow_process_leaves_the_last_shards_to_faster_ones_and_never_waits_for_nobody():
@@ -114,16 +110,15 @@ def test_a_slow_process_leaves_the_last_shards_to_faster_ones_and_never_waits_fo
     assert not is_left_to_others(10, 20, None, 10.0)
 
 
-def test_the_speed_of_the_others_is_what_each_of_them_published_lately():
-    looks = Looks()
-    assert looks.others_shard_s() is None
-    looks.note(0, 0, 4, 5.0)
-    assert looks.others_shard_s() is None
-    looks.note(10, 20, 4, 5.0)
-    assert looks.others_shard_s() == pytest.approx(2.0)
-    for now in range(20, 200, 10):  # then they hang: the past is forgotten
-        looks.note(now, 20, 4, 5.0)
-    assert looks.others_shard_s() is None
+def test_the_speed_of_the_others_is_the_mean_of_what_their_leases_say(two):
+    mine, others = two
+    assert mean_shard_s(mine.living()) is None
+    others.take([0])
+    assert mean_shard_s(mine.living()) is None
+    others.take([1], 2.0)
+    others.take([2], 6.0)
+    assert mean_shard_s(mine.living()) == pytest.approx(3.0)
+    others.close()
 
 
 def test_the_longer_a_process_waits_the_less_often_it_looks():
@@ -227,7 +222,7 @@ def test_clocks_of_other_machines_decide_nothing(tmp_path, two, clock, offset_s)
         assert len(others.living()) == 1
 
 
-@pytest.mark.parametrize("name", ["first_00000", "held_00000-00003@x@1@0123456789ab@0@abcdef"])
+@pytest.mark.parametrize("name", ["first_00000", "held_00000-00003@x@1@0123456789ab@0@0@abcdef"])
 def test_a_lease_that_a_killed_process_left_half_made_is_taken_over_after_a_minute(tmp_path, clock, name):
     (tmp_path / LEASES_NAME).mkdir()
     (tmp_path / LEASES_NAME / name).touch()
@@ -241,7 +236,13 @@ def test_a_lease_that_a_killed_process_left_half_made_is_taken_over_after_a_minu
 
 
 def test_names_that_are_no_leases_mean_nothing():
-    for name in ("", "held_", "first_x", "held_00001-00002@x@1@0@0@0", "held_00001-00002@a/b@1@0123456789ab@0@abcdef"):
+    for name in (
+        "",
+        "held_",
+        "first_x",
+        "held_00001-00002@x@1@0@0@0@0",
+        "held_00001-00002@a/b@1@0123456789ab@0@0@abcdef",
+    ):
         assert parse_lease(name) is None
 
 
@@ -264,7 +265,7 @@ def test_a_lease_of_a_killed_process_in_a_folder_of_another_user_holds_nothing_b
 ):
     folder = tmp_path / LEASES_NAME
     folder.mkdir()
-    for name in ("first_00001", "held_00001-00002@x@1@0123456789ab@7@abcdef"):
+    for name in ("first_00001", "held_00001-00002@x@1@0123456789ab@7@0@abcdef"):
         (folder / name).touch()
     mine, theirs = Leases(tmp_path, clock), set(folder.iterdir())
     unlink = Path.unlink
@@ -366,7 +367,7 @@ def test_the_next_run_is_taken_while_the_one_before_is_still_being_made(plan, mo
     start, take = pipeline._Pipeline.run, Leases.take
     monkeypatch.setattr(pipeline._Pipeline, "run", lambda self, shards: (pipelines.append(self), start(self, shards)))
     monkeypatch.setattr(
-        Leases, "take", lambda self, run: (in_flight.append(len(pipelines[-1].open_shards)), take(self, run))[1]
+        Leases, "take", lambda self, *run: (in_flight.append(len(pipelines[-1].open_shards)), take(self, *run))[1]
     )
     run_stage1(plan, SOURCE, on_wait=pytest.fail)
     assert len(in_flight) > 2
@@ -473,7 +474,7 @@ def test_shards_to_hash_are_taken_for_all_threads_at_once(plan, monkeypatch):
     for path in plan.directory.glob("*.pt"):
         os.utime(path)
     runs, take = [], Leases.take
-    monkeypatch.setattr(Leases, "take", lambda self, run: (runs.append(run), take(self, run))[1])
+    monkeypatch.setattr(Leases, "take", lambda self, run, shard_s: (runs.append(run), take(self, run, shard_s))[1])
     report, _ = run_stage1(plan, SOURCE, on_wait=pytest.fail, num_workers=2)
     assert report.shards_accepted == 5
     assert runs == [[0, 1, 2, 3, 4]]
