@@ -111,7 +111,8 @@ class ShardLoop(ABC):
         """Make the shards that are missing; run again, it goes on where it was. num_threads: for hashing shards.
 
         Raises:
-            RunError: the disk is full or fails; what is published stays, the same command goes on.
+            RunError: the disk is full or fails, or somebody removes shards; what is published stays, the same command
+                goes on.
             UserError: the folder cannot be written to, or another job makes something else in it.
         """
         self.num_threads = max(1, num_threads)

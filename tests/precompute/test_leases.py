@@ -18,6 +18,7 @@ from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
 from distillery.cache import lease_names
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
 from distillery.cache.plan import survey_cache
+from distillery.cache.store import RecordScan
 from distillery.cache.verify import verify_cache
 from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
@@ -430,6 +431,21 @@ def test_a_request_to_stop_ends_the_waiting_and_gives_the_leases_back(plan, monk
     assert (report.shards_made, report.shards_left) == (3, 2)
     assert held(plan.directory) == [(1, 2)]
     other.close()
+
+
+def test_after_a_request_to_stop_leases_are_given_back_before_the_views_are_written(plan, monkeypatch):
+    held_then, stop, write_views = [], StopsAfter(60), RecordScan.write_views
+
+    def write(scan, num_target):
+        held_then.append(held(plan.directory))
+        stop.end = 0.0
+        return write_views(scan, num_target)
+
+    monkeypatch.setattr(elastic, "run_length", lambda num_free, *_: num_free)
+    monkeypatch.setattr(RecordScan, "write_views", write)
+    report, _ = run_stage1(plan, SmallSource(40, slow_s=0.02), on_wait=pytest.fail, stop=stop)
+    assert report.shards_left
+    assert held_then[0] == [(0, 4)] and held_then[-1] == []
 
 
 def test_what_a_killed_elastic_run_left_is_removed_by_a_plain_one(plan, reference):
