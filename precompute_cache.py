@@ -9,8 +9,8 @@
            --model_config model_config_kd.yaml         # the images, then the teacher's outputs for their views
 
 With --num_jobs auto any number of processes on any nodes join and leave. Each takes the next shards that nobody has
-taken, and ends when all are there. What a killed process had taken, the others make: they notice at once where it ran
-on the same machine, and after 60 seconds where it ran on another.
+taken, and ends when all are there. What a killed process had taken, the others make. They find out when they next look
+for work: at the first look where it ran on the same machine, after 60 seconds of silence where it ran on another.
 
 Exit status: 0 done; 2 wrong usage or configuration; 3 done, but more images failed than max_failed_fraction allows;
 75 interrupted, run the same command again; 1 anything else, damage found by --verify too.

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 
 from distillery.precompute.leases import (
     STALE_S,
-    Looks,
     heartbeat_s,
     is_left_to_others,
     look_again_s,
@@ -63,8 +62,8 @@ class Process:
     making: int | None = None
     lease: int | None = None
     known_shard_s: float | None = None
-    looks: Looks = field(default_factory=Looks)
-    num_made: int = 0
+    # what its lease says of its speed
+    lease_shard_s: float | None = None
     waits_since_s: float | None = None
     # leases of others -> since when this process has looked at the heartbeat; None: seen once
     heartbeats: dict[int, float | None] = field(default_factory=dict)
@@ -172,11 +171,13 @@ class Elastic:
         self._give_back(process)
         self._watch(process)
         num_others = len(self._leases)
-        process.looks.note(self.now, self.num_published - process.num_made, num_others, process.known_shard_s)
-        seen = len(self.free), num_others, process.looks.others_shard_s(), process.known_shard_s
-        if not self.free or is_left_to_others(*seen):
+        speeds = [1 / other.lease_shard_s for other in self._leases.values() if other.lease_shard_s is not None]
+        others_shard_s = len(speeds) / sum(speeds) if speeds else None
+        if not self.free or is_left_to_others(len(self.free), num_others, others_shard_s, process.known_shard_s):
             return
-        process.taken = [heapq.heappop(self.free) for _ in range(run_length(*seen))]
+        length = run_length(len(self.free), num_others, process.known_shard_s)
+        process.taken = [heapq.heappop(self.free) for _ in range(length)]
+        process.lease_shard_s = process.known_shard_s
         process.lease = next(self._numbers)
         self._leases[process.lease] = process
         self.calls += _TAKE_CALLS + _GIVE_BACK_CALLS
@@ -185,7 +186,6 @@ class Elastic:
         if self.now >= process.ends_s:
             return
         process.making, process.known_shard_s = None, process.shard_s
-        process.num_made += 1
         self.num_published += 1
         self._go_on(process)
 

@@ -1,7 +1,7 @@
 """Leases: which shards of a folder a running stage 1 has taken, and which process it is. Their names say it all.
 
-    .leases/held_00012-00031@node7@4711@5be15b0c8a1f@88123@c0ffee    shards 12..31, process 4711 of node7
-    .leases/first_00012                                              nobody else may take a run that begins here
+    .leases/held_00012-00031@node7@4711@5be15b0c8a1f@88123@2950@c0ffee    shards 12..31, process 4711 of node7
+    .leases/first_00012                                                   nobody else may take a run that begins here
 
 Both files are empty: who lists the folder knows everything, without opening a file. The time of the first one is the
 holder's heartbeat. No byte of a cache depends on a lease; it saves two processes from making the same shard.
@@ -9,16 +9,18 @@ holder's heartbeat. No byte of a cache depends on a lease; it saves two processe
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 LEASES_NAME = ".leases"
-_HELD = re.compile(r"held_(\d{5,})-(\d{5,})@([\w.-]{1,64})@(\d+)@([0-9a-f]{12})@(\d+)@[0-9a-f]{6}")
+_HELD = re.compile(r"held_(\d{5,})-(\d{5,})@([\w.-]{1,64})@(\d+)@([0-9a-f]{12})@(\d+)@(\d+)@[0-9a-f]{6}")
 _FIRST = re.compile(r"first_(\d{5,})")
 
 
@@ -39,7 +41,17 @@ class Holder:
         """Whether the process is known to be gone; of another place it never is."""
         if self.place != _place() or not self.started:
             return False
-        return _start_time(self.pid) != self.started
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # another user's
+            pass
+        try:
+            # another time: it has ended, and another process has its number
+            return _start_time(self.pid) != self.started
+        except OSError:  # this user may not see it
+            return False
 
     def __str__(self) -> str:
         return f"{self.host} (process {self.pid})"
@@ -47,12 +59,17 @@ class Holder:
 
 @dataclass(frozen=True)
 class Lease:
-    """Shards first..last, taken by a process; holder: None where only the file that keeps the first one is there."""
+    """Shards first..last, taken by a process.
+
+    holder: None where only the file that keeps the first shard is there. shard_s: seconds that the holder needs for a
+    shard, None where not known.
+    """
 
     name: str
     first: int
     last: int
     holder: Holder | None
+    shard_s: float | None = None
 
     def is_dead(self) -> bool:
         """Whether its process is known to be gone."""
@@ -67,12 +84,20 @@ class Lease:
 def this_process() -> Holder:
     """The process that asks."""
     host = re.sub(r"[^\w.-]", "-", socket.gethostname(), flags=re.ASCII)[:64] or "unknown"
-    return Holder(host, os.getpid(), _place(), _start_time(os.getpid()) or 0)
+    started = 0
+    with contextlib.suppress(OSError):
+        started = _start_time(os.getpid()) or 0
+    return Holder(host, os.getpid(), _place(), started)
 
 
-def held_name(first: int, last: int, holder: Holder, token: str) -> str:
-    """The name of the file that says what a process holds; token: six hex digits of its own."""
-    return f"held_{first:05d}-{last:05d}@{holder.host}@{holder.pid}@{holder.place}@{holder.started}@{token}"
+def held_name(first: int, last: int, holder: Holder, shard_s: float | None, token: str) -> str:
+    """The name of the file that says what a process holds; token: six hex digits of its own.
+
+    shard_s: seconds that the process needs for a shard, None: not known. The name has milliseconds, 0: not known.
+    """
+    shard_ms = 0 if shard_s is None else math.ceil(1000 * shard_s)
+    process = f"{holder.host}@{holder.pid}@{holder.place}@{holder.started}"
+    return f"held_{first:05d}-{last:05d}@{process}@{shard_ms}@{token}"
 
 
 def first_name(first: int) -> str:
@@ -83,8 +108,9 @@ def first_name(first: int) -> str:
 def parse_lease(name: str) -> Lease | None:
     """The lease that a file's name describes; None: it describes none."""
     if match := _HELD.fullmatch(name):
-        first, last, host, pid, place, started = match.groups()
-        return Lease(name, int(first), int(last), Holder(host, int(pid), place, int(started)))
+        first, last, host, pid, place, started, shard_ms = match.groups()
+        holder = Holder(host, int(pid), place, int(started))
+        return Lease(name, int(first), int(last), holder, int(shard_ms) / 1000 or None)
     if match := _FIRST.fullmatch(name):
         return Lease(name, int(match[1]), int(match[1]), None)
     return None
@@ -126,9 +152,18 @@ def lease_problems(directory: Path) -> Iterator[tuple[Path, str]]:
             if parse_lease(name) is None:
                 yield folder / name, "not part of a cache; move it elsewhere"
             elif lease is not None and lease.holder is not None and not lease.is_dead():
-                yield folder / name, f"{lease.shards} held by a running stage 1: {lease.holder}"
+                yield folder / name, f"{lease.shards} held by {lease.holder}, {last_heartbeat(directory, [lease])}"
             elif lease is not None:
                 yield folder / name, "left by a killed run; stage 1 removes it"
+
+
+def last_heartbeat(directory: Path, leases: Iterable[Lease]) -> str:
+    """When the latest heartbeat of a process was, by its leases, for people: it may have been killed since."""
+    newest = 0.0
+    for lease in leases:
+        with contextlib.suppress(OSError):  # given back just now
+            newest = max(newest, (directory / LEASES_NAME / lease.name).stat().st_mtime)
+    return f"last heartbeat {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(newest))}" if newest else "just ended"
 
 
 @lru_cache(maxsize=1)
@@ -146,10 +181,11 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None: there is no such process, or not any more."""
-    try:
-        # the name of the program, in brackets, may hold anything
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+    """When a process started, in clock ticks since the machine did; None: it has ended, but its number is not free yet.
+
+    Raises:
+        OSError: there is no such process, or this one may not see it.
+    """
+    # the name of the program, in brackets, may hold anything
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])

@@ -25,6 +25,8 @@ FORMAT_VERSION = 3
 # what a damaged or hostile record or index makes Python raise
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error)
 _MAX_RECORD_BYTES = 256 << 20
+# how often the views are written while others publish: a round is a scan of the folder, minutes in the biggest ones
+_ROUNDS = 3
 
 
 class FutureFormatError(UserError):
@@ -239,19 +241,20 @@ class RecordScan:
         return {key: value for key, value in record.items() if key not in self.kind.bulk}
 
     def write_views(self, num_target: int | None = None) -> dict | None:
-        """Write index.json and the other views of the records, again until no other writer published meanwhile.
+        """Write index.json and the other views of the records, again where other writers published meanwhile.
+
+        Where they publish all the time, it ends after _ROUNDS: each of them writes the views once more when it ends.
+        Only an index that has become complete is written in any case.
 
         num_target: rows there shall be; None: all of the source.
 
         Returns:
-            The index; None where there are no records.
+            The index of the records seen last; None where there are none.
         Raises:
             UserError: the records are of two configurations: two jobs wrote here at the same time.
         """
-        while True:
-            records = self.records()
-            if not records:
-                return None
+        records, rounds, was_complete = self.records(), 0, False
+        while records:
             for record in records[1:]:
                 if record["fingerprint"] != records[0]["fingerprint"]:
                     raise UserError(
@@ -259,6 +262,8 @@ class RecordScan:
                         "different configurations, by two jobs at the same time. Remove the ones you do not want."
                     )
             index, views = self.kind.views_of(records, num_target)
+            if rounds >= _ROUNDS and index["complete"] == was_complete:
+                return index
             for name, content in views.items():
                 path = self.directory / name
                 if not content:
@@ -266,5 +271,8 @@ class RecordScan:
                         path.unlink(missing_ok=True)
                 elif not holds(path, content):
                     write_atomic(path, content)
-            if self.records() == records:
+            before, records = records, self.records()
+            if records == before:
                 return index
+            rounds, was_complete = rounds + 1, index["complete"]
+        return None

@@ -13,11 +13,11 @@ from distillery.cache.plan import is_untouched
 from distillery.cache.store import record_path
 from distillery.precompute.leases import (
     Leases,
-    Looks,
     describe,
     holders_of,
     is_left_to_others,
     look_again_s,
+    mean_shard_s,
     run_length,
 )
 
@@ -29,13 +29,15 @@ _QUIET_S, _SAY_S = 2.0, 30.0
 _SLEEP_S = 0.1
 # publications over which this process takes its own speed
 _PUBLICATIONS = 16
+# shards to hash that are taken at a time, for each thread that hashes
+_CHECKS = 4
 
 
 class ElasticClaim:
     """What ShardLoop.claim gives in a folder that any number of processes fill.
 
     A look for work costs one listing of the folder and one of its leases; no record is read. A shard whose files appear
-    while this process runs counts as published. Before the loop ends, their records are read once.
+    while this process runs counts as published. Before the loop ends, all records are read once.
 
     Args:
         loop: whose shards they are.
@@ -52,13 +54,11 @@ class ElasticClaim:
         self._begun: set[int] = set()
         # of the loop's shards that are left, or were: inode of the record that does not count, None: there was none
         self._records: dict[int, int | None] = {}
-        self._trusted: set[int] = set()
         # those of which there is a temporary file
         self._unfinished: set[int] = set()
         self._names: dict[int, tuple[str, str]] = {}
         self._publications: deque[float] = deque(maxlen=_PUBLICATIONS)
         self._shard_s: float | None = None
-        self._looks, self._num_by_others = Looks(), 0
         self._said = -math.inf
 
     def shards(self) -> Iterator[int]:
@@ -66,8 +66,8 @@ class ElasticClaim:
 
         The next run is taken when the last shard of the one before has been given out, so the work goes on meanwhile.
         """
-        # after an error of the disk the loop begins again what it had not published
-        again, self._begun = sorted(self._begun & self.loop.left), set()
+        # after an error of the disk the loop begins again with all that this process holds and has not published
+        again, self._begun = sorted(self.leases.shards & self.loop.left), set()
         yield from self._not_made(again)
         self._publications = deque([time.monotonic()], _PUBLICATIONS)
         while run := self._take_run():
@@ -81,7 +81,7 @@ class ElasticClaim:
         self._shard_s = (self._publications[-1] - self._publications[0]) / (len(self._publications) - 1)
 
     def wait(self) -> None:
-        """Return when there is something to take, when all shards are there, or when a stop is requested."""
+        """Return when there is something to take, when all shards are seen to be there, or when a stop is requested."""
         began, known = time.monotonic(), None
         self._said = max(self._said, began + _QUIET_S - _SAY_S)
         while not self.loop.stop.requested:
@@ -90,12 +90,16 @@ class ElasticClaim:
             if names != known or self._free(others):
                 known = names
                 self._see_published()
-                if not self.loop.left and not self._reopen_unreadable():
-                    return
+                if not self.loop.left:
+                    break
                 if self._next_run(others):
                     return
             self._say_for_whom(others)
             self._sleep(look_again_s(time.monotonic() - began))
+        if not self.loop.left:
+            self.loop.left = set(range(self.loop.plan.num_shards)) - self.loop.recorded()
+            for shard_idx in self.loop.left:  # whatever is there now does not count without a look inside
+                self._records.pop(shard_idx, None)
 
     def close(self) -> None:
         """Give back what this process holds."""
@@ -124,7 +128,7 @@ class ElasticClaim:
             run = self._next_run(others, losses)
             if not run:
                 break
-            if taken := self.leases.take(run):
+            if taken := self.leases.take(run, self._shard_s):
                 return taken
             # many begin at the same time: they spread
             losses += 1
@@ -137,15 +141,17 @@ class ElasticClaim:
         self.num_workers = num_others + 1
         # what a process without leases seems to be making is left for the end
         free = [shard_idx for shard_idx in free if shard_idx not in self._unfinished] or free
-        self._looks.note(time.monotonic(), self._num_by_others, num_others, self._shard_s)
-        seen = len(free), num_others, self._looks.others_shard_s(), self._shard_s
-        if not free or is_left_to_others(*seen):
+        if not free or is_left_to_others(len(free), num_others, mean_shard_s(others), self._shard_s):
             return []
         begin = random.randrange(min(2**losses, len(free)))
-        run = [free[begin]]
-        for shard_idx in free[begin + 1 :][: run_length(*seen) - 1]:
+        run, length = [free[begin]], run_length(len(free), num_others, self._shard_s)
+        is_to_check = run[0] in self.to_check
+        if is_to_check:
+            length = max(length, min(_CHECKS * self.loop.num_threads, len(free) // (1 + num_others)))
+        for shard_idx in free[begin + 1 :][: length - 1]:
             # those between are there already, or held: a run does not reach over what another process holds
-            if any(between in self.loop.left for between in range(run[-1] + 1, shard_idx)):
+            is_apart = any(between in self.loop.left for between in range(run[-1] + 1, shard_idx))
+            if is_apart or (shard_idx in self.to_check) != is_to_check:
                 break
             run.append(shard_idx)
         return run
@@ -174,11 +180,8 @@ class ElasticClaim:
                 is_there = inode is not None and self._is_settled(shard_idx)
             elif inode is None or inode == self._records[shard_idx]:
                 continue
-            elif self._records[shard_idx] is None:
-                is_there = True
-                self._trusted.add(shard_idx)
             else:
-                is_there = self._is_settled(shard_idx)
+                is_there = self._records[shard_idx] is None or self._is_settled(shard_idx)
             self._records[shard_idx] = inode
             if is_there:
                 self._count(shard_idx)
@@ -186,7 +189,6 @@ class ElasticClaim:
     def _count(self, shard_idx: int) -> None:
         """Take in that another process has published a shard."""
         self.loop.left.discard(shard_idx)
-        self._num_by_others += 1
         start, stop = self.loop.plan.rows_of(shard_idx)
         self.loop.on_rows(stop - start, shards=self.loop.num_made)
 
@@ -201,13 +203,6 @@ class ElasticClaim:
             return is_untouched(path, self.loop.plan.kind.read_record(record_path(path)))
         except OSError:
             return False
-
-    def _reopen_unreadable(self) -> set[int]:
-        """Shards that seemed published, and of which there is no readable record: they are left to make."""
-        recorded = {record["shard_idx"] for record in self.loop.scan.records()} if self._trusted else set()
-        self.loop.left |= self._trusted - recorded
-        self._trusted.clear()
-        return self.loop.left
 
     def _say_for_whom(self, others: list[Lease]) -> None:
         if others and time.monotonic() - self._said >= _SAY_S:

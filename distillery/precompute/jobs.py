@@ -9,7 +9,7 @@ from distillery.cache.archive import pixel_dtype_of
 from distillery.cache.encoded import is_encoded
 from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
-from distillery.cache.lease_names import list_leases
+from distillery.cache.lease_names import last_heartbeat, list_leases
 from distillery.cache.masks import check_mask_classes
 from distillery.cache.plan import CachePlan, Survey, is_made_of, survey_cache
 from distillery.config.keys_data import DataConfig, EvalDataset
@@ -161,14 +161,19 @@ def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, sp
 
 
 def workers_lines(title: str, directory: Path) -> list[str]:
-    """Which processes are at work on a folder by their leases, a line each; title: what the folder holds."""
+    """Which processes have leases on a folder's shards, a line each; title: what the folder holds.
+
+    One of another machine may have been killed: the line says when its last heartbeat was.
+    """
     lines = []
     for holder, leases in holders_of(list_leases(directory)).items():
         shards = ", ".join(lease.shards for lease in leases)
-        is_dead = " was killed; the next process takes over" if holder.is_dead() else " is at work on"
-        lines.append(f"{title}: {holder}{is_dead} {shards}")
+        if holder.is_dead():
+            lines.append(f"{title}: {holder} was killed; the next process takes over {shards}")
+        else:
+            lines.append(f"{title}: {holder} has taken {shards}; {last_heartbeat(directory, leases)}")
     if len(lines) > _WORKERS_SHOWN:
-        lines[_WORKERS_SHOWN:] = [f"{title}: {len(lines) - _WORKERS_SHOWN} more processes are at work"]
+        lines[_WORKERS_SHOWN:] = [f"{title}: {len(lines) - _WORKERS_SHOWN} more processes have taken shards"]
     return lines
 
 

@@ -6,14 +6,13 @@ once, whoever makes it, so a lease that is lost, damaged or cannot be written co
 """
 
 import contextlib
-import itertools
 import os
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from statistics import harmonic_mean
 
 from distillery.cache.lease_names import (
     LEASES_NAME,
@@ -36,51 +35,33 @@ _BEATS_UNTIL_STALE = 5
 _ATTEMPTS = 5
 
 
-class Looks:
-    """What a process saw whenever it looked for work lately: how fast the others are."""
-
-    def __init__(self) -> None:
-        # (when, shards of others published by then, how many others are at work)
-        self._seen: deque[tuple[float, int, int]] = deque()
-
-    def note(self, now: float, num_published: int, num_others: int, shard_s: float | None) -> None:
-        """Add a look; shard_s: what this process needs for a shard, so long at least are looks remembered."""
-        self._seen.append((now, num_published, num_others))
-        while len(self._seen) > 2 and self._seen[1][0] < now - max(RUN_S, shard_s or 0.0):
-            self._seen.popleft()
-
-    def others_shard_s(self) -> float | None:
-        """Seconds that one of the others needs for a shard, on average; None where they published nothing."""
-        seen = list(self._seen)
-        published = seen[-1][1] - seen[0][1] if seen else 0
-        busy_s = sum((b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in itertools.pairwise(seen))
-        return busy_s / published if published else None
+def mean_shard_s(leases: list[Lease]) -> float | None:
+    """Seconds that one of the holders needs for a shard, as the mean of their speeds; None where no speed is known."""
+    known = [lease.shard_s for lease in leases if lease.shard_s is not None]
+    return harmonic_mean(known) if known else None
 
 
-def run_length(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> int:
+def run_length(num_free: int, num_others: int, shard_s: float | None) -> int:
     """How many of the free shards a process takes at a time: at least one, and one before its speed is known.
 
-    As many as it makes in RUN_S, or in half of the time in which all processes together make what is free, whichever is
-    less. So a slow process takes fewer than a fast one, and all end at about the same time.
+    As many as it makes in RUN_S, or half of its equal share of what is free, whichever is less. So a slow process takes
+    fewer than a fast one, and all end at about the same time.
 
     Args:
         num_free: shards that nobody has taken.
         num_others: other processes that are at work on the folder.
-        others_shard_s: seconds that one of them needs for a shard; None: not known, taken to be as fast as this one.
         shard_s: seconds this process needs for a shard; None: not known yet.
-    Source: halves of what is left, as in factoring (Hummel, Schonberg and Flynn 1992), weighted by speed.
+    Source: halves of what is left, as in factoring (Hummel, Schonberg and Flynn 1992).
     """
     if shard_s is None:
         return 1
-    shard_s = max(shard_s, 1e-9)
-    together_s = num_free / (1 / shard_s + num_others / max(others_shard_s or shard_s, 1e-9))
-    return max(1, int(min(RUN_S, together_s / 2) / shard_s))
+    return max(1, int(min(RUN_S / max(shard_s, 1e-9), num_free / (2 * (1 + num_others)))))
 
 
 def is_left_to_others(num_free: int, num_others: int, others_shard_s: float | None, shard_s: float | None) -> bool:
     """Whether a slow process takes nothing more, because the others will have made all before it has made one shard.
 
-    Arguments as of run_length.
+    others_shard_s: seconds that one of them needs for a shard, None: not known. Other arguments as of run_length.
     """
     if shard_s is None or others_shard_s is None or not num_others:
         return False
@@ -113,8 +94,10 @@ class Leases:
         # lease -> its shards that are not made yet; of those in a folder that takes no leases, others know nothing
         self._mine: dict[Lease, set[int]] = {}
         self._unwritten: set[Lease] = set()
-        # names of others -> (what the file's heartbeat was, since when)
-        self._heartbeats: dict[str, tuple[object, float]] = {}
+        # names of others -> (the file's heartbeat in ns, None: not looked at yet; since when)
+        self._heartbeats: dict[str, tuple[int | None, float]] = {}
+        # of processes that are gone, in files that this one may not remove: they count for nothing
+        self._remnants: set[Lease] = set()
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._advanced = clock()
@@ -129,27 +112,30 @@ class Leases:
         """Note that the work gets on; the heartbeat goes on with it."""
         self._advanced = self.clock()
 
-    def take(self, shards: list[int]) -> list[int]:
+    def take(self, shards: list[int], shard_s: float | None = None) -> list[int]:
         """Take shards, in order, of which nobody seemed to hold any or one in between.
+
+        shard_s: seconds this process needs for a shard, for the others to know; None: not known yet.
 
         Returns:
             Those that no other process has taken meanwhile.
         """
         first, last = shards[0], shards[-1]
-        lease = Lease(held_name(first, last, self.process, f"{random.getrandbits(24):06x}"), first, last, self.process)
+        name = held_name(first, last, self.process, shard_s, f"{random.getrandbits(24):06x}")
+        lease = Lease(name, first, last, self.process, shard_s)
         try:
             # the description comes first: whoever finds the first shard taken finds out by whom, and what else
             self._create(lease.name)
             self._create(first_name(first))
-        except FileExistsError:
+        except OSError as error:
             self._unlink(lease.name)
-            return []
-        except OSError:
+            if isinstance(error, FileExistsError) and first not in {remnant.first for remnant in self._remnants}:
+                return []
             # no reason not to work
-            self._unlink(lease.name)
             self._unwritten.add(lease)
         # two whose runs overlap without the same beginning: whoever looks last sees the other, and steps back
         others = [other for other in list_leases(self.folder.parent) if other.first != first and not self._holds(other)]
+        others = [other for other in others if other not in self._remnants]
         shards = [s for s in shards if not any(other.first <= s <= other.last for other in others)]
         if not shards:
             self._remove(lease)
@@ -182,8 +168,9 @@ class Leases:
         gone = [lease for lease in found if lease.is_dead() or self._silent_s(lease, now) >= STALE_S]
         names = {lease.name for lease in found}
         self._heartbeats = {name: seen for name, seen in self._heartbeats.items() if name in names}
-        for lease in gone:
-            self._remove(lease)
+        self._remnants = {
+            lease for lease in gone if not self._remove(lease) and os.path.lexists(self.folder / lease.name)
+        }
         return [lease for lease in found if lease not in gone]
 
     def close(self) -> None:
@@ -209,9 +196,10 @@ class Leases:
         beat, since = self._heartbeats.get(lease.name, (None, now))
         if lease.name in self._heartbeats:
             with contextlib.suppress(OSError):
-                status = os.stat(self.folder / lease.name)
-                if beat != (status.st_mtime_ns, status.st_ino):
-                    beat, since = (status.st_mtime_ns, status.st_ino), now
+                # the time alone: some network file systems give a file another inode number now and then
+                found = os.stat(self.folder / lease.name).st_mtime_ns
+                if beat != found:
+                    beat, since = found, now
         self._heartbeats[lease.name] = (beat, since)
         return now - since
 
@@ -245,11 +233,13 @@ class Leases:
                 with contextlib.suppress(FileExistsError):
                     self.folder.mkdir()
 
-    def _remove(self, lease: Lease) -> None:
+    def _remove(self, lease: Lease) -> bool:
         # of several processes that remove one lease, only the one that gets the description lets others begin there:
         # a slower one would take away the mark of who has begun meanwhile
-        if self._unlink(lease.name) and lease.holder is not None:
+        is_removed = self._unlink(lease.name)
+        if is_removed and lease.holder is not None:
             self._unlink(first_name(lease.first))
+        return is_removed
 
     def _unlink(self, name: str) -> bool:
         try:

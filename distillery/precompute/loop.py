@@ -113,7 +113,8 @@ class ShardLoop(ABC):
         """Make the shards that are missing; run again, it goes on where it was. num_threads: for hashing shards.
 
         Raises:
-            RunError: the disk is full or fails; what is published stays, the same command goes on.
+            RunError: the disk is full or fails, or somebody removes shards; what is published stays, the same command
+                goes on.
             UserError: the folder cannot be written to, or another job makes something else in it.
         """
         self.num_threads = max(1, num_threads)
@@ -124,15 +125,24 @@ class ShardLoop(ABC):
             self.left -= set(survey.done)
             names = set(os.listdir(self.plan.directory))
             for path in map(self.plan.shard_path, survey.missing):
-                if path.name not in names and record_path(path).name in names:
+                # a listing taken while others publish may show a record and miss its shard
+                if path.name not in names and record_path(path).name in names and not os.path.lexists(path):
                     record_path(path).unlink(missing_ok=True)
             if self.elastic is None:
                 self.check(survey.to_check)
             else:
                 self.elastic.to_check = set(survey.to_check)
             self._make_with_retries()
+            if self.elastic is not None:  # others need not wait for what is left until the views are written
+                self.elastic.close()
             index = self.scan.write_views(self.plan.num_rows)
-            remove_leftovers(self.plan.directory, all_done=bool(index and index["complete"]))
+            is_complete = bool(index and index["complete"])
+            remove_leftovers(self.plan.directory, all_done=is_complete)
+            if self.elastic is not None and not self.left and not is_complete:
+                raise RunError(
+                    f"{self.plan.directory}: all shards had been made, but some were removed or replaced meanwhile. "
+                    "See that nothing else changes the folder, then run the same command again."
+                )
         except UserError:
             raise
         except (OSError, RunError) as error:
@@ -213,6 +223,12 @@ class ShardLoop(ABC):
         if record["fingerprint"] != self.plan.fingerprint:
             raise mixed_configurations(path)
         return is_whole and not self.why_outdated(record)
+
+    def recorded(self) -> set[int]:
+        """The shards of which the folder holds a readable record of the shard wanted."""
+        records = self.scan.records()
+        ours = [record for record in records if record["fingerprint"] == self.plan.fingerprint]
+        return {record["shard_idx"] for record in ours if not self.why_outdated(record)}
 
     def check(self, to_check: list[int]) -> None:
         """Hash the shards that may have changed since their record; those that are bad join the repairs."""

@@ -315,6 +315,29 @@ def test_an_index_made_while_another_writer_publishes_lists_what_it_published(ca
     assert json.loads((cache / INDEX_NAME).read_text()) == index
 
 
+@pytest.mark.parametrize("num_target, num_listed", [(None, 3), (4, 3), (16, 4)])
+def test_while_others_publish_all_the_time_the_writing_of_views_ends_but_a_complete_index_is_written(
+    tmp_path, monkeypatch, num_target, num_listed
+):
+    source, cache, made = SmallSource(40), tmp_path / "cache", tmp_path / "made"
+    run_stage1(small_plan(made, source, shard_size=4), source)
+    cache.mkdir()
+    scan, shards = IMAGE_SHARDS.scan(cache), iter(sorted(made.glob("images_shard_*.pt")))
+    images = scan.records
+
+    def publish_and_look():
+        shard = next(shards)
+        for path in (shard, record_path(shard)):
+            shutil.copy(path, cache)
+        return images()
+
+    monkeypatch.setattr(scan, "records", publish_and_look)
+    scan.write_views(num_target)
+    index = json.loads((cache / INDEX_NAME).read_text())
+    assert len(index["shards"]) == num_listed
+    assert index["complete"] == (num_target is not None)
+
+
 def test_an_old_reader_finds_the_keys_it_knows(cache):
     index = json.loads((cache / INDEX_NAME).read_text())
     assert index["num_samples"] == 22

@@ -136,7 +136,9 @@ def test_workers_whose_leases_are_lost_or_cannot_be_written_make_what_one_would(
     crowd = Crowd(plan, slow_source, rng, tally)
     for _ in range(4):
         crowd.join()
+    deadline = time.monotonic() + 120
     while crowd.running:
+        assert time.monotonic() < deadline, list_leases(plan.directory)
         time.sleep(0.02)
         for path in [] if is_blocked else (plan.directory / LEASES_NAME).glob("*"):
             if rng.random() < 0.3:

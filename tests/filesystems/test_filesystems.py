@@ -45,14 +45,15 @@ def start(script: str, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
-    """SIGKILL to a command and its workers once the condition holds; an error where the command ends before."""
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], delay_s: float = 0.0) -> None:
+    """SIGKILL to a command and its workers, delay_s after the condition holds; an error where it ends before that."""
     try:
         deadline = time.monotonic() + 120
         while not condition():
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.002)
+        time.sleep(delay_s)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -82,8 +83,8 @@ def test_stage_1_killed_at_random_moments_ends_byte_for_byte_like_on_the_ordinar
     while kills < KILLS and num_shards(cache) < NUM_SHARDS - 4:
         until, delay_s = num_shards(cache) + rng.randint(0, 3), rng.random() * 0.03
         process = start("precompute_cache.py", *stage1_flags(source, cache))
-        kill_when(process, lambda until=until: cache.exists() and num_shards(cache) >= until)
-        kills, _ = kills + 1, time.sleep(delay_s)
+        kill_when(process, lambda until=until: cache.exists() and num_shards(cache) >= until, delay_s)
+        kills += 1
     done = run("precompute_cache.py", *stage1_flags(source, cache))
     assert done.returncode == 0, done.stderr
     assert kills >= 4 and folder_bytes(cache) == folder_bytes(source.folder / "cache")
@@ -96,16 +97,26 @@ def holds_the_same(cache: Path, other: Path) -> bool:
         return False
 
 
-def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source):
-    jobs = []
-    for number, node in enumerate(nodes):
-        share = ["--num_jobs", str(len(nodes)), "--job_id", str(number)]
-        jobs.append(start("precompute_cache.py", *stage1_flags(source, node / "cache"), *share))
+def run_at_once(nodes: list[Path], source: Workplace, shares: list[list[str]]) -> None:
+    """A stage 1 on each node at the same time, with its flags of shares; then the cache is as it shall be."""
+    jobs = [
+        start("precompute_cache.py", *stage1_flags(source, node / "cache"), *share)
+        for node, share in zip(nodes, shares, strict=True)
+    ]
     for job in jobs:
         output, _ = job.communicate(timeout=120)
         assert job.returncode == 0, output
     # for 20 s, sshfs may show a node what it knows from before
     assert wait_until(lambda: holds_the_same(nodes[0] / "cache", source.folder / "cache"), timeout_s=40)
+
+
+def test_array_jobs_at_once_on_several_nodes_make_the_cache_of_one_on_the_ordinary_disk(nodes, source):
+    count = str(len(nodes))
+    run_at_once(nodes, source, [["--num_jobs", count, "--job_id", str(number)] for number in range(len(nodes))])
+
+
+def test_elastic_array_jobs_at_once_on_several_nodes_make_the_same_cache(nodes, source):
+    run_at_once(nodes, source, [["--num_jobs", "auto"] for _ in nodes])
 
 
 def test_verify_finds_a_flipped_bit_and_stage_1_repairs_it(folder, source):

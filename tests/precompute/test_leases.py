@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import shutil
@@ -14,11 +15,16 @@ from teachers import images_plan, live_teacher, make_teacher_test_cache, run_pas
 
 import precompute_cache
 from benchmarks.elastic import SCENARIOS, Elastic, draw_machines, ideal_s
+from distillery.cache import lease_names
 from distillery.cache.lease_names import LEASES_NAME, list_leases, parse_lease
+from distillery.cache.plan import survey_cache
+from distillery.cache.store import RecordScan
 from distillery.cache.verify import verify_cache
-from distillery.precompute import elastic, leases, pipeline
+from distillery.precompute import elastic, leases, loop, pipeline
 from distillery.precompute.jobs import workers_lines
-from distillery.precompute.leases import Leases, Looks, describe, is_left_to_others, look_again_s, run_length
+from distillery.precompute.leases import Leases, describe, is_left_to_others, look_again_s, mean_shard_s, run_length
+from distillery.system.errors import RunError, UserError
+from distillery.system.signals import StopFlag
 
 SOURCE = SmallSource(40)
 
@@ -84,21 +90,17 @@ def held(directory: Path) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("num_free", [1, 7, 400, 10_000])
 @pytest.mark.parametrize("num_others", [0, 1, 199])
-@pytest.mark.parametrize("others_shard_s", [None, 0.1, 60.0])
 @pytest.mark.parametrize("shard_s", [None, 0.1, 60.0, 3600.0])
-def test_a_run_is_a_minute_of_work_at_most_and_leaves_half_of_the_rest_to_others(
-    num_free, num_others, others_shard_s, shard_s
-):
-    length = run_length(num_free, num_others, others_shard_s, shard_s)
+def test_a_run_is_a_minute_of_work_at_most_and_leaves_half_of_the_rest_to_others(num_free, num_others, shard_s):
+    length = run_length(num_free, num_others, shard_s)
     assert 1 <= length <= num_free
     if length > 1:
         assert length * shard_s <= leases.RUN_S
-        together = num_free / (1 / shard_s + num_others / (others_shard_s or shard_s))
-        assert length * shard_s <= together / 2
+        assert length * (1 + num_others) <= num_free / 2
 
 
 def test_before_its_speed_is_known_a_process_takes_one_shard():
-    assert run_length(10_000, 3, 0.1, None) == 1
+    assert run_length(10_000, 3, None) == 1
 
 
 def test_a_slow_process_leaves_the_last_shards_to_faster_ones_and_never_waits_for_nobody():
@@ -109,16 +111,15 @@ def test_a_slow_process_leaves_the_last_shards_to_faster_ones_and_never_waits_fo
     assert not is_left_to_others(10, 20, None, 10.0)
 
 
-def test_the_speed_of_the_others_is_what_each_of_them_published_lately():
-    looks = Looks()
-    assert looks.others_shard_s() is None
-    looks.note(0, 0, 4, 5.0)
-    assert looks.others_shard_s() is None
-    looks.note(10, 20, 4, 5.0)
-    assert looks.others_shard_s() == pytest.approx(2.0)
-    for now in range(20, 200, 10):  # then they hang: the past is forgotten
-        looks.note(now, 20, 4, 5.0)
-    assert looks.others_shard_s() is None
+def test_the_speed_of_the_others_is_the_mean_of_what_their_leases_say(two):
+    mine, others = two
+    assert mean_shard_s(mine.living()) is None
+    others.take([0])
+    assert mean_shard_s(mine.living()) is None
+    others.take([1], 2.0)
+    others.take([2], 6.0)
+    assert mean_shard_s(mine.living()) == pytest.approx(3.0)
+    others.close()
 
 
 def test_the_longer_a_process_waits_the_less_often_it_looks():
@@ -222,7 +223,7 @@ def test_clocks_of_other_machines_decide_nothing(tmp_path, two, clock, offset_s)
         assert len(others.living()) == 1
 
 
-@pytest.mark.parametrize("name", ["first_00000", "held_00000-00003@x@1@0123456789ab@0@abcdef"])
+@pytest.mark.parametrize("name", ["first_00000", "held_00000-00003@x@1@0123456789ab@0@0@abcdef"])
 def test_a_lease_that_a_killed_process_left_half_made_is_taken_over_after_a_minute(tmp_path, clock, name):
     (tmp_path / LEASES_NAME).mkdir()
     (tmp_path / LEASES_NAME / name).touch()
@@ -236,7 +237,13 @@ def test_a_lease_that_a_killed_process_left_half_made_is_taken_over_after_a_minu
 
 
 def test_names_that_are_no_leases_mean_nothing():
-    for name in ("", "held_", "first_x", "held_00001-00002@x@1@0@0@0", "held_00001-00002@a/b@1@0123456789ab@0@abcdef"):
+    for name in (
+        "",
+        "held_",
+        "first_x",
+        "held_00001-00002@x@1@0@0@0@0",
+        "held_00001-00002@a/b@1@0123456789ab@0@0@abcdef",
+    ):
         assert parse_lease(name) is None
 
 
@@ -251,6 +258,35 @@ def test_where_no_lease_can_be_written_the_work_goes_on_without(tmp_path, two, b
     assert others.living() == []
     mine.done(0)
     mine.close()
+
+
+@pytest.mark.parametrize("can_create", [True, False])
+def test_a_lease_of_a_killed_process_in_a_folder_of_another_user_holds_nothing_back(
+    tmp_path, clock, monkeypatch, can_create
+):
+    folder = tmp_path / LEASES_NAME
+    folder.mkdir()
+    for name in ("first_00001", "held_00001-00002@x@1@0123456789ab@7@0@abcdef"):
+        (folder / name).touch()
+    mine, theirs = Leases(tmp_path, clock), set(folder.iterdir())
+    unlink = Path.unlink
+
+    def unlink_own(path, **options):
+        if path in theirs:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink_own)
+    if not can_create:
+        monkeypatch.setattr(mine, "_create", lambda _name: os.open(folder, os.O_WRONLY))
+    for _ in range(3):
+        assert len(mine.living()) == 1
+        clock.now += 40
+    assert mine.living() == []
+    assert mine.take([1, 2, 3]) == [1, 2, 3]
+    assert mine.take([0, 4]) == [0, 4]  # between its shards are those of the lease
+    mine.close()
+    assert set(folder.iterdir()) == theirs
 
 
 def fork_holder(directory: Path) -> int:
@@ -275,7 +311,10 @@ def test_a_dead_process_of_this_machine_is_noticed_at_once_and_a_stopped_one_is_
     (lease,) = mine.living()
     assert lease.holder.pid == child
     assert describe([lease]) == f"{lease.holder.host} (process {child}): shards 0..1"
-    assert workers_lines("images", tmp_path) == [f"images: {lease.holder} is at work on shards 0..1"]
+    os.utime(tmp_path / LEASES_NAME / lease.name, (0, time.mktime((2026, 3, 1, 12, 30, 5, 0, 0, -1))))
+    assert workers_lines("images", tmp_path) == [
+        f"images: {lease.holder} has taken shards 0..1; last heartbeat 2026-03-01 12:30:05"
+    ]
     os.kill(child, signal.SIGKILL)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, but its number not free yet
     assert workers_lines("images", tmp_path) == [
@@ -283,6 +322,20 @@ def test_a_dead_process_of_this_machine_is_noticed_at_once_and_a_stopped_one_is_
     ]
     assert mine.living() == []
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("reason", [PermissionError, FileNotFoundError])
+def test_a_living_process_that_this_user_may_not_see_is_not_dead(tmp_path, clock, monkeypatch, reason):
+    child, mine = fork_holder(tmp_path), Leases(tmp_path, clock)
+
+    def hidden(_pid):
+        raise reason("/proc")
+
+    monkeypatch.setattr(lease_names, "_start_time", hidden)
+    assert len(mine.living()) == 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert mine.living() == []
 
 
 # stage 1 with leases
@@ -295,12 +348,27 @@ def test_alone_an_elastic_run_makes_the_folder_of_a_plain_one(plan, reference):
     assert not (plan.directory / LEASES_NAME).exists()
 
 
+def test_after_an_error_of_the_disk_all_that_was_taken_is_made(plan, reference, monkeypatch):
+    opened, create = [], loop.create_temporary
+
+    def fail_once(path):
+        opened.append(path)
+        if len(opened) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return create(path)
+
+    monkeypatch.setattr(elastic, "run_length", lambda num_free, *_: num_free)
+    monkeypatch.setattr(loop, "create_temporary", fail_once)
+    run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
+    assert folder_bytes(plan.directory) == reference
+
+
 def test_the_next_run_is_taken_while_the_one_before_is_still_being_made(plan, monkeypatch):
     pipelines, in_flight = [], []
     start, take = pipeline._Pipeline.run, Leases.take
     monkeypatch.setattr(pipeline._Pipeline, "run", lambda self, shards: (pipelines.append(self), start(self, shards)))
     monkeypatch.setattr(
-        Leases, "take", lambda self, run: (in_flight.append(len(pipelines[-1].open_shards)), take(self, run))[1]
+        Leases, "take", lambda self, *run: (in_flight.append(len(pipelines[-1].open_shards)), take(self, *run))[1]
     )
     run_stage1(plan, SOURCE, on_wait=pytest.fail)
     assert len(in_flight) > 2
@@ -350,14 +418,34 @@ def test_a_process_waits_for_the_living_says_so_and_takes_over_from_the_silent(p
     assert not (plan.directory / LEASES_NAME).exists()
 
 
-def test_a_request_to_stop_ends_the_waiting_and_gives_the_leases_back(plan):
+def test_a_request_to_stop_ends_the_waiting_and_gives_the_leases_back(plan, monkeypatch):
+    monkeypatch.setattr(elastic, "_QUIET_S", 0.0)
     plan.directory.mkdir()
-    other = Leases(plan.directory)
+    other, stop = Leases(plan.directory), StopsAfter(60)
     other.take([1, 2])
-    report, _ = run_stage1(plan, SOURCE, on_wait=lambda _line: None, stop=StopsAfter(1.5))
+
+    def stop_now(_line: str) -> None:
+        stop.end = 0.0
+
+    report, _ = run_stage1(plan, SOURCE, on_wait=stop_now, stop=stop)
     assert (report.shards_made, report.shards_left) == (3, 2)
     assert held(plan.directory) == [(1, 2)]
     other.close()
+
+
+def test_after_a_request_to_stop_leases_are_given_back_before_the_views_are_written(plan, monkeypatch):
+    held_then, stop, write_views = [], StopsAfter(60), RecordScan.write_views
+
+    def write(scan, num_target):
+        held_then.append(held(plan.directory))
+        stop.end = 0.0
+        return write_views(scan, num_target)
+
+    monkeypatch.setattr(elastic, "run_length", lambda num_free, *_: num_free)
+    monkeypatch.setattr(RecordScan, "write_views", write)
+    report, _ = run_stage1(plan, SmallSource(40, slow_s=0.02), on_wait=pytest.fail, stop=stop)
+    assert report.shards_left
+    assert held_then[0] == [(0, 4)] and held_then[-1] == []
 
 
 def test_what_a_killed_elastic_run_left_is_removed_by_a_plain_one(plan, reference):
@@ -375,11 +463,9 @@ def test_verify_says_who_holds_a_lease_and_what_does_not_belong_there(plan):
     other = Leases(plan.directory)
     other.take([3, 4])
     (plan.directory / LEASES_NAME / "notes.txt").touch()
-    problems = sorted(problem.split(": ", 1)[1] for problem in verify_cache(plan.directory))
-    assert problems == [
-        "not part of a cache; move it elsewhere",
-        f"shards 3..4 held by a running stage 1: {other.process}",
-    ]
+    foreign, holding = sorted(problem.split(": ", 1)[1] for problem in verify_cache(plan.directory))
+    assert foreign == "not part of a cache; move it elsewhere"
+    assert holding.startswith(f"shards 3..4 held by {other.process}, last heartbeat 2")
     other.close()
 
 
@@ -398,19 +484,77 @@ def test_shards_that_lost_their_record_are_hashed_by_who_takes_them_and_made_onl
     assert folder_bytes(plan.directory) == reference
 
 
-def test_a_record_that_others_published_and_nobody_can_read_is_made_again(plan, reference, monkeypatch):
-    see, looks = elastic.ElasticClaim._see_published, []
+def test_shards_to_hash_are_taken_for_all_threads_at_once(plan, monkeypatch):
+    run_stage1(plan, SOURCE)
+    wait_for_the_clock(plan.directory)
+    for path in plan.directory.glob("*.pt"):
+        os.utime(path)
+    runs, take = [], Leases.take
+    monkeypatch.setattr(Leases, "take", lambda self, run, shard_s: (runs.append(run), take(self, run, shard_s))[1])
+    report, _ = run_stage1(plan, SOURCE, on_wait=pytest.fail, num_workers=2)
+    assert report.shards_accepted == 5
+    assert runs == [[0, 1, 2, 3, 4]]
 
-    def see_with_damage(self):
-        if len(looks) == 1:  # as another process would publish it, but for the content
-            (plan.directory / "images_shard_00004.pt").write_bytes(b"")
-            (plan.directory / "images_shard_00004.json").write_bytes(b"{}")
-        looks.append(1)
-        see(self)
 
-    monkeypatch.setattr(elastic.ElasticClaim, "_see_published", see_with_damage)
-    run_stage1(plan, SOURCE, on_wait=pytest.fail)
+def test_a_listing_that_misses_a_shard_just_published_costs_no_record(plan, reference, monkeypatch):
+    survey = survey_cache(plan, range(plan.num_shards))
+    run_stage1(plan, SOURCE)
+    path, listdir = plan.directory / "images_shard_00003.json", os.listdir
+    inode = path.stat().st_ino
+    monkeypatch.setattr(os, "listdir", lambda folder: set(listdir(folder)) - {"images_shard_00003.pt"})
+    with StopFlag() as stop:
+        pipeline.make_cache(plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop, on_wait=pytest.fail)
+    assert path.stat().st_ino == inode
     assert folder_bytes(plan.directory) == reference
+
+
+@pytest.fixture
+def publish_meanwhile(plan, monkeypatch):
+    """Called with a folder's bytes: publishes its last shard between two looks for work, as another process would."""
+
+    def prepare(files: dict[str, bytes]) -> None:
+        see, looks = elastic.ElasticClaim._see_published, []
+
+        def see_with_another(self):
+            if len(looks) == 1:
+                for name in ("images_shard_00004.pt", "images_shard_00004.json"):
+                    (plan.directory / name).write_bytes(files[name])
+            looks.append(1)
+            see(self)
+
+        monkeypatch.setattr(elastic.ElasticClaim, "_see_published", see_with_another)
+
+    return prepare
+
+
+@pytest.mark.parametrize("content", ["unreadable", "of fewer rows"])
+def test_a_shard_that_others_published_and_that_is_not_the_one_wanted_is_made_again(
+    plan, reference, tmp_path, publish_meanwhile, content
+):
+    if content == "unreadable":
+        publish_meanwhile({"images_shard_00004.pt": b"", "images_shard_00004.json": b"{}"})
+    else:
+        run_stage1(small_plan(tmp_path / "small", SOURCE, max_samples=36), SOURCE)
+        publish_meanwhile(folder_bytes(tmp_path / "small"))
+    run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
+    assert folder_bytes(plan.directory) == reference
+
+
+def test_a_shard_of_another_configuration_that_others_published_ends_the_call(plan, tmp_path, publish_meanwhile):
+    run_stage1(small_plan(tmp_path / "other", SOURCE, dtype="float16"), SOURCE)
+    publish_meanwhile(folder_bytes(tmp_path / "other"))
+    with pytest.raises(UserError, match="images_shard_00004.pt were made with different configurations"):
+        run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
+
+
+def test_a_shard_that_is_removed_at_the_very_end_is_an_error(plan, monkeypatch):
+    def recorded(_loop):
+        (plan.directory / "images_shard_00002.pt").unlink()
+        return set(range(plan.num_shards))
+
+    monkeypatch.setattr(loop.ShardLoop, "recorded", recorded)
+    with pytest.raises(RunError, match="some were removed or replaced meanwhile"):
+        run_stage1(plan, SOURCE, on_wait=pytest.fail, stop=StopsAfter(20))
 
 
 @pytest.mark.parametrize("tokens", ["full", "pca"])
@@ -460,7 +604,7 @@ def test_the_command_makes_the_folder_of_a_plain_run_and_says_who_is_at_work(com
     status, printed = command("--dry_run", *flags)
     assert status == 0
     assert "0 done, 5 to go" in printed
-    assert f"the training images: {other.process} is at work on shards 3..4\n" in printed
+    assert f"the training images: {other.process} has taken shards 3..4; last heartbeat 2" in printed
     other.close()
     for _ in range(2):  # who comes when all is done has nothing to do
         status, printed = command(*flags)
