@@ -68,6 +68,8 @@ class Staging:
         stage_gb: the limit of all copies of this cache on this node, in 10^9 bytes; None: see room_in().
         num_epochs: of the run: nothing is copied for later ones.
         may_copy: whether this process may be the one that copies; one of a run's processes on a node is enough.
+    Raises:
+        OSError: the disk of stage_dir cannot be read.
     """
 
     def __init__(
