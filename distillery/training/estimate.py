@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -275,8 +276,11 @@ def staging_plan(data: DataConfig, loader: Any) -> list[str]:
     index = getattr(loader, "index", None)
     if data.stage_dir is None or index is None or not index.verified:
         return []
-    place = stage_path(data.stage_dir, index.directory)
-    return plan_lines(index, loader.sampling, place, room_in(place, index, data.stage_gb))
+    try:
+        place = stage_path(data.stage_dir, index.directory)
+        return plan_lines(index, loader.sampling, place, room_in(place, index, data.stage_gb))
+    except OSError as error:
+        return [f"staging: {data.stage_dir}: {os.strerror(error.errno or 0)}: nothing would be staged"]
 
 
 def stored_row_bytes(loader: Any, data: DataConfig) -> float:
