@@ -37,8 +37,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# these fork the process they run in, which torch allows only before its first backward pass: one process for each file
-FORKING := $(wildcard tests/faults/test_training_*.py) tests/system/test_distributed.py tests/test_embed.py
+# these fork the process they run in, which torch allows only before its first backward pass: one process for each file,
+# those that take longest first
+FORKING := tests/system/test_distributed.py $(wildcard tests/faults/test_training_*.py) tests/test_embed.py
 
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)

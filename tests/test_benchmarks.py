@@ -54,11 +54,10 @@ def test_a_tiny_segmentation_benchmark_prints_a_row_and_a_protocol_for_each_mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part, rows", [("bytes", ["float32", "jpeg 40"]), ("speed", ["uint8", "jpeg 40, crops"])])
-def test_a_tiny_benchmark_of_compressed_caches_prints_a_row_for_each_kind(tmp_path, part, rows):
-    command = [sys.executable, "-m", "benchmarks.compressed", "--part", part, "--tiny", "--dir", str(tmp_path)]
+def test_a_tiny_benchmark_of_compressed_caches_prints_a_row_for_each_kind(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.compressed", "--part", "speed", "--tiny", "--dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for name in rows:
+    for name in ("uint8", "jpeg 40, crops"):
         assert any(line.startswith(f"{name} ") for line in done.stdout.splitlines())
     assert not list(tmp_path.iterdir())
