@@ -146,7 +146,7 @@ def room_lines(data: DataConfig, num_bytes: int) -> list[str]:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
     if is_network_file_system(data.cache_path.parent):
         lines.append(
-            "note: the cache is on a network file system; for training, stage it to a node's own disk where you can."
+            "note: the cache is on a network file system; for training, stage_dir copies it to the node's own disk."
         )
     return lines
 
