@@ -75,6 +75,10 @@ class TrainConfig(StrictModel):
     grad_accumulation_steps: PositiveInt = Field(1, description="batches per optimiser step")
     seed: Seed = Field(0, description="seed of initial weights and augmentation")
 
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon",
+        description="muon or adamw. muon: weight matrices by Muon, all else by AdamW",
+    )
     learning_rate: PositiveNumber | None = Field(
         None, description="peak; null: the recipe's rule, printed at the start. A number is taken literally"
     )
@@ -82,11 +86,11 @@ class TrainConfig(StrictModel):
     warmup_epochs: NonNegativeNumber | None = Field(
         None, description="epochs, fractions allowed; null: 5 % of all steps"
     )
-    weight_decay: NonNegativeNumber = Field(0.04, description="decoupled (AdamW), no unit")
+    weight_decay: NonNegativeNumber = Field(0.04, description="decoupled (as in AdamW), no unit")
     max_grad_norm: PositiveNumber | None = Field(
         1.0, description="gradients are clipped to this norm; null: no clipping"
     )
-    use_fused_adamw: bool = Field(True, description="AdamW in one kernel where the device has it")
+    use_fused_adamw: bool = Field(True, description="what AdamW updates in one kernel where the device has it")
     max_bad_steps: Count = Field(0, description="steps with a NaN or infinite loss skipped before the run stops")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         None, description="per step, such as 0.9999: keeps averaged weights too; null: off"

@@ -39,6 +39,7 @@ from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training.batches import StepBatch, live_batch, stored_batch
 from distillery.training.bindings import teacher_hash
 from distillery.training.compilation import decide_compiled
+from distillery.training.optimizer import build_optimizer
 from distillery.training.task import Ema, Schedule, Task, default_learning_rate
 
 
@@ -79,18 +80,6 @@ def build_models(
         configs.model.projector.model_dump(),
     )
     return teacher, on_device(student, device)
-
-
-def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; norms, biases, tokens and position embeddings are not decayed."""
-    decayed, plain = [], []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            is_plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed", "reg_token"))
-            (plain if is_plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # lr is set by the schedule before every step
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=train.use_fused_adamw and device.type == "cuda")
 
 
 def build_schedule(

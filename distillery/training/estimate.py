@@ -32,6 +32,7 @@ from distillery.training.compilation import eager
 from distillery.training.decoding import DecodingSpeed, decoding_advice, decoding_line, measure_decoding
 from distillery.training.engine import batches_by_step, train_step
 from distillery.training.memory import fit_line
+from distillery.training.optimizer import state_bytes
 from distillery.training.task import Schedule, Task
 
 # shares from which on there is something to say
@@ -294,10 +295,9 @@ def stored_row_bytes(loader: Any, data: DataConfig) -> float:
 
 
 def checkpoint_bytes(student: nn.Module, train: TrainConfig) -> int:
-    """The size of a checkpoint: weights, AdamW's two moments of each trained one, the averages of ema_decay."""
+    """The size of a checkpoint: weights, the optimiser's moments, the averages of ema_decay."""
     weights = sum(value.numel() * value.element_size() for value in student.state_dict().values())
-    trained = sum(value.numel() * value.element_size() for value in student.parameters() if value.requires_grad)
-    return weights + 2 * trained + (weights if train.ema_decay else 0)
+    return weights + state_bytes(student, train) + (weights if train.ema_decay else 0)
 
 
 def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:

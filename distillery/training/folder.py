@@ -50,6 +50,8 @@ FREE_KEYS = {
     # a path may change; the teacher's weights may not, a checkpoint has their hash
     "model": {"teacher_repo", "teacher_checkpoint", "student_repo", "student_checkpoint"},
 }  # fmt: skip
+# what a run did that began before there was such a key, where the key's default is another
+VALUES_BEFORE = {"train": {"optimizer": "adamw"}}
 # these may change together, as long as their product with the number of processes stays the same
 BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
 # by which flag the run in a folder began; absent when by none
@@ -68,7 +70,8 @@ def identity_of(config: dict[str, dict]) -> str:
 def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """The harmless differences between a run's configuration and the present one, a line each.
 
-    A key that the run does not know came with a later version; its default leaves things as they were.
+    A key that the run does not know came with a later version; its default leaves things as they were, or VALUES_BEFORE
+    has the value that does.
 
     Args:
         where: run folder or checkpoint, for the message.
@@ -80,7 +83,7 @@ def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) 
     """
     harmless, refused = [], []
     for section, free in FREE_KEYS.items():
-        old, new = before.get(section, {}), now.get(section, {})
+        old, new = VALUES_BEFORE.get(section, {}) | before.get(section, {}), now.get(section, {})
         for key in sorted(old.keys() & new.keys()):
             lines = _differences(key, old[key], new[key])
             (harmless if key in free or key in BATCH_KEYS else refused).extend(lines)

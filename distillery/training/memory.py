@@ -9,6 +9,7 @@ from distillery.config.keys_train import TrainConfig
 from distillery.losses.targets import FrozenTeacher
 from distillery.models.precision import LOW_TYPES, autocast_for
 from distillery.system.console import format_bytes
+from distillery.training.optimizer import state_bytes
 from distillery.training.task import Task
 
 GB = 10**9
@@ -16,8 +17,6 @@ GB = 10**9
 USUAL_GPUS = (24 * GB, 40 * GB, 80 * GB)
 # of the GPU, for CUDA itself, workspaces, the teacher's forward pass and blocks that are free but in pieces
 _SET_ASIDE = 0.15
-# the gradient and AdamW's two moments are as large as the weights
-_COPIES_OF_TRAINED = 3
 
 
 def fit_line(task: Task, train: TrainConfig, image_size: int) -> str:
@@ -34,7 +33,7 @@ def fit_line(task: Task, train: TrainConfig, image_size: int) -> str:
         fixed += (size := teacher_bytes(task.teacher.backbone, its))
         parts.append(f"teacher {format_bytes(size)} ({its})")
     fixed += (size := student_bytes(task.student, train))
-    parts.append(f"student with AdamW {format_bytes(size)}")
+    parts.append(f"student with optimiser {format_bytes(size)}")
     per_image = activation_bytes(task, image_size, precision)
     parts.append(f"{format_bytes(per_image)} an image for the backward pass")
     sizes = [torch.cuda.get_device_properties(task.device).total_memory] if has_gpu else USUAL_GPUS
@@ -61,10 +60,10 @@ def teacher_bytes(model: nn.Module, precision: str) -> int:
 
 
 def student_bytes(student: nn.Module, train: TrainConfig) -> int:
-    """Bytes of weights, gradients, AdamW's moments and, with ema_decay, averages."""
+    """Bytes of weights, gradients, the optimiser's moments and, with ema_decay, averages."""
     weights = _bytes_of(student.parameters()) + _bytes_of(student.buffers())
     trained = _bytes_of(value for value in student.parameters() if value.requires_grad)
-    return weights + _COPIES_OF_TRAINED * trained + (weights if train.ema_decay else 0)
+    return weights + trained + state_bytes(student, train) + (weights if train.ema_decay else 0)
 
 
 def activation_bytes(task: Task, image_size: int, precision: str) -> int:

@@ -109,7 +109,7 @@ def test_a_plan_counts_whole_shards_and_the_steps_left(tmp_path):
 
 
 def test_a_checkpoint_holds_weights_and_the_moments_of_those_that_are_trained(tmp_path):
-    student, train = build_task().student, configs_of(tmp_path).train
+    student, train = build_task().student, configs_of(tmp_path).train.model_copy(update={"optimizer": "adamw"})
     weights = sum(value.nbytes for value in student.state_dict().values())
     trained = sum(value.nbytes for value in student.parameters() if value.requires_grad)
     assert checkpoint_bytes(student, train) == weights + 2 * trained > 0
