@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # of a model's own pretrained_cfg: by these timm adapts the weights to other channels or a new classifier
 _STRUCTURE = ("first_conv", "classifier", "fixed_input_size")
 # of train_config_kd.yaml: what would be needed to train the student again
-_RECIPE = ("batch_size", "grad_accumulation_steps", "num_epochs", "max_steps_per_epoch", "learning_rate", "min_lr",
-           "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay", "loss_options", "standardise_targets",
-           "augment", "precision", "seed")  # fmt: skip
+_RECIPE = ("batch_size", "grad_accumulation_steps", "num_epochs", "max_steps_per_epoch", "optimizer", "learning_rate",
+           "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay", "loss_options",
+           "standardise_targets", "augment", "precision", "seed")  # fmt: skip
 
 
 def build_card(run_dir: Path, config: dict[str, Any], format: str) -> str:
@@ -228,13 +228,14 @@ def describe(student: Student, features: str | None = None, space: TeacherSpace 
 
 
 def _recipe(student: Student) -> dict[str, Any]:
-    from distillery.training.task import default_learning_rate
+    from distillery.training.optimizer import default_learning_rate
 
     data, model, train = (student.config[section] for section in ("data", "model", "train"))
     recipe = {name: train[name] for name in _RECIPE if name in train}
     if student.trained.global_batch_size:
-        size = student.trained.global_batch_size
-        recipe["learning_rate"] = train["learning_rate"] or default_learning_rate(size, student.backbone)
+        # runs of earlier versions do not say
+        size, name = student.trained.global_batch_size, train.get("optimizer", "adamw")
+        recipe["learning_rate"] = train["learning_rate"] or default_learning_rate(size, student.backbone, name)
         recipe["global_batch_size"] = size
     return recipe | {"image_size": data["image_size"], "teacher_img_size": model.get("teacher_img_size")}
 

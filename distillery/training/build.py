@@ -39,8 +39,8 @@ from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training.batches import StepBatch, live_batch, stored_batch
 from distillery.training.bindings import teacher_hash
 from distillery.training.compilation import decide_compiled
-from distillery.training.optimizer import build_optimizer
-from distillery.training.task import Ema, Schedule, Task, default_learning_rate
+from distillery.training.optimizer import build_optimizer, default_learning_rate
+from distillery.training.task import Ema, Schedule, Task
 
 
 def build_teacher(configs: Configs, device: torch.device) -> FrozenTeacher:
@@ -91,7 +91,7 @@ def build_schedule(
     """
     total = steps_before + steps_in_epoch * max(0, train.num_epochs - epochs_before)
     warmup = 0.05 * total if train.warmup_epochs is None else train.warmup_epochs * steps_in_epoch
-    learning_rate = train.learning_rate or default_learning_rate(global_batch_size(train), student)
+    learning_rate = train.learning_rate or default_learning_rate(global_batch_size(train), student, train.optimizer)
     return Schedule(learning_rate, min(train.min_lr, learning_rate), min(total, round(warmup)), total)
 
 

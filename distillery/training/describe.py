@@ -17,6 +17,7 @@ from distillery.teacher_cache.estimate import describe_cache, describe_saving
 from distillery.training.bindings import plan_of
 from distillery.training.build import global_batch_size, loaded_teacher
 from distillery.training.checkpoints import CheckpointWriter
+from distillery.training.optimizer import rate_rule
 from distillery.training.task import Position, Schedule, Task
 
 
@@ -106,8 +107,7 @@ def describe_schedule(configs: Configs, schedule: Schedule, steps_in_epoch: int,
     """What the run will do, in lines for the console: steps, images seen, warm-up, learning rate."""
     train = configs.train
     seen = steps_in_epoch * global_batch_size(train)
-    rule = "2e-3 x sqrt(global batch / 64), at most 4e-3; half of it without batch norm"
-    rule = "" if train.learning_rate else f" (learning_rate: null: {rule})"
+    rule = "" if train.learning_rate else f" (learning_rate: null, {train.optimizer}: {rate_rule(train.optimizer)})"
     lines = [
         f"schedule: {train.num_epochs} epochs x {steps_in_epoch} steps = {schedule.total_steps} steps of "
         f"{global_batch_size(train)} images (batch_size {train.batch_size} x {distributed.world_size()} processes x "

@@ -1,5 +1,6 @@
 """The optimiser of a run: Muon for the student's weight matrices and AdamW for the rest, or AdamW for everything."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ NEWTON_SCHULZ = [
     (2.8366, -3.0525, 1.2012),
 ]
 MOMENTUM = 0.95
+# peak learning rates at 64 images a step, of students with batch norm
+RATES = {"muon": 8e-3, "adamw": 2e-3}
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
@@ -37,6 +40,24 @@ def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device
     if train.optimizer == "adamw":
         return torch.optim.AdamW(rest, **options)
     return Muon([{"params": groups["matrices"], "orthogonal": True} | decays, *rest], **options)
+
+
+def default_learning_rate(global_batch_size: int, student: nn.Module, optimizer: str) -> float:
+    """The rule behind `learning_rate: null`, which rate_rule puts into words.
+
+    Under batch norm the scale of the weights does not matter, and they take larger steps (arXiv:1706.05350). The
+    square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287). docs/recipe.md has the
+    measurements behind the value at 64 images.
+    """
+    rate = RATES[optimizer] * min(2.0, math.sqrt(global_batch_size / 64))
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+    return rate if has_batch_norm else rate / 2
+
+
+def rate_rule(optimizer: str) -> str:
+    """default_learning_rate in words."""
+    rate = RATES[optimizer]
+    return f"{rate:.3g} x sqrt(global batch / 64), at most {2 * rate:.3g}; half of it without batch norm"
 
 
 def state_bytes(student: nn.Module, train: TrainConfig) -> int:

@@ -37,18 +37,6 @@ class Schedule:
         return self.min_lr + (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def default_learning_rate(global_batch_size: int, student: nn.Module) -> float:
-    """The rule behind `learning_rate: null`: 2e-3 x sqrt(batch / 64), at most 4e-3; half of it without batch norm.
-
-    Under batch norm the scale of the weights does not matter, and they take larger steps (arXiv:1706.05350). The
-    square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287); the runs of
-    docs/recipe.md ("Measured") were made with the value at 64.
-    """
-    rate = min(4e-3, 2e-3 * math.sqrt(global_batch_size / 64))
-    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
-    return rate if has_batch_norm else rate / 2
-
-
 @dataclass
 class Position:
     """Where a run stands.

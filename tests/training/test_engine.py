@@ -16,7 +16,7 @@ from distillery.system.signals import StopFlag
 from distillery.training.batches import SECOND_VIEW, StepBatch, live_batch
 from distillery.training.checkpoints import restore, state_of
 from distillery.training.engine import batches_by_step, check_first_step, train_one_epoch, train_step
-from distillery.training.task import Ema, Position, Schedule, Task, default_learning_rate
+from distillery.training.task import Ema, Position, Schedule, Task
 from distillery.training.watch import check_finite, finite_weights
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -103,15 +103,6 @@ def test_schedule_equals_the_formula():
     schedule = Schedule(0.1, 0.01, 10, 110)
     assert schedule.at(4) == pytest.approx(0.1 * 5 / 10)
     assert schedule.at(60) == pytest.approx(0.01 + 0.09 * 0.5 * (1 + math.cos(math.pi * 50 / 99)))
-
-
-def test_the_learning_rate_rule_grows_with_the_root_of_the_batch_is_capped_and_halved_without_batch_norm():
-    convolutional, transformer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.LayerNorm(4)
-    assert default_learning_rate(64, convolutional) == 2e-3
-    assert default_learning_rate(128, convolutional) == pytest.approx(math.sqrt(2) * 2e-3)
-    assert default_learning_rate(1 << 20, convolutional) == default_learning_rate(1024, convolutional) == 4e-3
-    assert default_learning_rate(64, transformer) == 1e-3
-    assert default_learning_rate(1024, transformer) == 2e-3
 
 
 def test_a_few_steps_bring_the_loss_down():

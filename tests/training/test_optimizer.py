@@ -6,7 +6,7 @@ from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
 from distillery.config.keys_train import TrainConfig
-from distillery.training.optimizer import MOMENTUM, Muon, build_optimizer
+from distillery.training.optimizer import MOMENTUM, Muon, build_optimizer, default_learning_rate, rate_rule
 
 CPU = torch.device("cpu")
 
@@ -110,3 +110,14 @@ def test_a_step_with_found_inf_changes_nothing_and_a_saved_state_goes_on_alike(i
     step_of(undisturbed, other, 2)
     for (name, value), expected in zip(model.named_parameters(), undisturbed.parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_learning_rate_rule_grows_with_the_root_of_the_batch_is_capped_and_halved_without_batch_norm():
+    convolutional, transformer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.LayerNorm(4)
+    for name, rate in (("muon", 8e-3), ("adamw", 2e-3)):
+        assert default_learning_rate(64, convolutional, name) == rate
+        assert default_learning_rate(128, convolutional, name) == pytest.approx(math.sqrt(2) * rate)
+        assert default_learning_rate(256, convolutional, name) == default_learning_rate(1 << 20, convolutional, name)
+        assert default_learning_rate(1024, convolutional, name) == 2 * rate
+        assert default_learning_rate(1024, transformer, name) == rate
+    assert rate_rule("muon") == "0.008 x sqrt(global batch / 64), at most 0.016; half of it without batch norm"
