@@ -121,9 +121,11 @@ def _advice(row: Mapping[str, Any], untrained: Mapping[str, Any], teacher: Mappi
     name, now = (found[0], 100 * found[1]) if found else ("", 0.0)
     low, high = (_value(other, name) for other in (untrained, teacher))
     if low is not None and now < low:
-        of_teacher = "" if high is None else f" (it reaches {high:.1f} %)"
+        advice = "lower learning_rate"
+        if high is not None and high < low:
+            advice = f"the teacher too is below it, at {high:.1f} %: take a teacher that suits these images"
         lines.append(
-            f"learning: {row['dataset']}: {title_of(name)} {now:.1f} % is below the {low:.1f} % of the untrained "
-            f"student. Lower learning_rate, and see whether this teacher suits these images{of_teacher}"
+            f"learning: {row['dataset']}: {title_of(name)} {now:.1f} % is below the untrained student's {low:.1f} %: "
+            + advice
         )
     return lines

@@ -226,13 +226,14 @@ def draw_explained(rows: Rows) -> Figure | None:
     from matplotlib.ticker import PercentFormatter
 
     train = of_kind(rows, "train")
-    curves = {name: series(train, f"{EXPLAINED}{name}") for name in _term_colours(train)}
+    colours = _term_colours(train)
+    curves = {name: series(train, f"{EXPLAINED}{name}") for name in colours}
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     if not curves:
         return None
     figure, axes = new_figure("Explained variance of the targets")
     for name, curve in curves.items():
-        draw_line(axes, *curve, _term_colours(train)[name], name)
+        draw_line(axes, *curve, colours[name], name)
     lowest = min(thin(*curve)[1].min() for curve in curves.values())
     axes.set_ylim(max(LEAST_SHOWN, min(0.0, lowest)), 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

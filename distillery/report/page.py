@@ -26,8 +26,8 @@ CAPTIONS = {
     "knn_miou": "Segmentation by the nearest labelled patches: mean IoU over classes.",
     "effective_rank": "How many dimensions the features use (RankMe). Near 1 the features have collapsed.",
     "loss": "What the optimiser sees. Where there are many steps the line is a mean and the band its range.",
-    "explained": "1 - MSE / variance of each loss's targets: 0 where the student knows no more than their mean, 100% where "
-    "it gives them exactly.",
+    "explained": "1 - MSE / variance of the targets: at 0% the student knows no more than their mean, at 100% it gives "
+    "them exactly.",
     "learning_rate": "A warm-up, then a cosine.",
     "grad_norm": "The optimiser clips it to max_grad_norm.",
     "throughput": "Over all processes. Waiting for data should stay below one percent.",
