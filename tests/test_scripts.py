@@ -177,8 +177,8 @@ def test_the_first_evaluation_rows_are_the_untrained_student_and_the_teacher(tra
 def test_training_rows_have_the_fields_of_the_contract_and_the_loss_falls(trained):
     rows = trained.rows("train")
     assert [row["step"] for row in rows] == list(range(2, 37, 2))
-    assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "explained/cls", "explained/patch", "lr", "grad_norm",
-            "images_per_second", "step_seconds", "data_wait_fraction", "time"} <= rows[0].keys()  # fmt: skip
+    assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "explained/cls", "explained/patch", "lr",
+            "grad_norm", "images_per_second", "step_seconds", "data_wait_fraction", "time"} <= rows[0].keys()  # fmt: skip
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 

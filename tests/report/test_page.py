@@ -71,7 +71,8 @@ def make_run(
             log.write("eval", step=0, epoch=0, dataset="digits", model=model, knn_top1=value, effective_rank=9.0)
     for step in range(1, steps + 1):
         log.write("train", step=step, epoch=0, time=1000.0 + step, loss=1.0 / step, lr=1e-3, grad_norm=1.0,
-                  images_per_second=50.0, data_wait_fraction=0.01, **{"loss/cls": 0.5 / step}, **(explained or {}))  # fmt: skip
+                  images_per_second=50.0, data_wait_fraction=0.01,
+                  **{"loss/cls": 0.5 / step}, **(explained or {}))  # fmt: skip
         if step in resumes:
             log.write("resume", step=step, time=1000.5 + step)
     if evaluated:
