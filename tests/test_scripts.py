@@ -178,7 +178,8 @@ def test_training_rows_have_the_fields_of_the_contract_and_the_loss_falls(traine
     rows = trained.rows("train")
     assert [row["step"] for row in rows] == list(range(2, 37, 2))
     assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "explained/cls", "explained/patch", "lr",
-            "grad_norm", "images_per_second", "step_seconds", "data_wait_fraction", "time"} <= rows[0].keys()  # fmt: skip
+            "grad_norm", "images_per_second", "step_seconds", "data_wait_fraction",
+            "time"} <= rows[0].keys()  # fmt: skip
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
