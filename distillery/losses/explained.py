@@ -41,4 +41,4 @@ def _explained(student: Tensor, targets: Tensor, by_direction: bool) -> Tensor:
     variances, means = torch.var_mean(targets, dim=tuple(range(targets.ndim - 1)), correction=0)
     variance = variances.mean()
     share = (1 - F.mse_loss(student, targets) / variance).clamp(min=LEAST_EXPLAINED)
-    return torch.where(variance > LEAST_VARIANCE * means.square().mean(), share, 0.0)
+    return torch.where(variance <= LEAST_VARIANCE * means.square().mean(), 0.0, share)

@@ -63,6 +63,7 @@ def test_targets_that_do_not_vary_and_students_beyond_all_bounds_give_a_finite_n
     assert explained_variance(torch.randn(1, 16), one_image, by_direction=by_direction).item() == 0
     far = explained_variance(torch.full((6, 16), 1e30), torch.randn(6, 16), by_direction=by_direction)
     assert torch.isfinite(far) and far >= -1e6
+    assert explained_variance(constant, constant * torch.nan, by_direction=by_direction).isnan()  # as the loss is
 
 
 def test_it_is_computed_in_float32_without_a_gradient_and_is_no_loss_to_the_first_step_check():
