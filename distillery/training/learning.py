@@ -45,11 +45,11 @@ class Course:
 def explained_until(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
     """Loss name -> the share of its targets' variance that the student explains: the mean over the last 100 steps.
 
-    rows: of metrics.jsonl, of any kind; those after `step` do not count. Where they are rarer than every 100 steps, the
-    last one says it.
+    rows: of metrics.jsonl, of any kind; those after `step` do not count. Of fewer than 200 steps the first half does
+    not count either: a run may begin far below 0. Where no row is left, the last one says it.
     """
     train = [row for row in rows if row.get("kind") == "train" and row["step"] <= step]
-    train = [row for row in train if row["step"] > step - WINDOW] or train[-1:]
+    train = [row for row in train if row["step"] > step - min(WINDOW, step // 2)] or train[-1:]
     found: dict[str, list[float]] = {}
     for row in train:
         for name, value in row.items():

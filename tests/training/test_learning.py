@@ -38,9 +38,14 @@ def test_a_share_is_the_mean_of_the_last_hundred_steps_or_the_last_row_where_row
     assert explained_until(rows[:1], 0) == {}
 
 
+def test_what_a_run_began_with_does_not_hide_what_it_explains_by_now():
+    rows = train_rows(100, cls=lambda step: 0.4 if step > 50 else -500.0)
+    assert explained_until(rows, 100) == {"cls": pytest.approx(0.4)}
+
+
 def test_steps_without_a_term_and_values_that_were_not_finite_do_not_count():
-    rows = train_rows(40, cls=lambda step: None if step == 20 else 0.5)
-    rows[0]["explained/patch"] = 0.1  # the only step of a hybrid run that ran the teacher
+    rows = train_rows(40, cls=lambda step: None if step == 30 else 0.5)
+    rows[3]["explained/patch"] = 0.1  # the only step of a hybrid run that ran the teacher
     assert explained_until(rows, 40) == {"cls": 0.5, "patch": 0.1}
 
 
