@@ -247,26 +247,31 @@ def build_loader(configs: Configs, frozen: dict | None, *, is_plan: bool) -> Any
 
 
 def evaluate_if_due(run: Any, evaluation: Any) -> bool:
-    """Measure what is due at this point and not yet in the log: the baselines before the first step, the student every
-    eval_every_epochs and at the end. All ranks work on it together.
+    """Measure what is due at this point and not yet in the log, then say how far the student is: the baselines before
+    the first step, the student every eval_every_epochs and at the end. All ranks work on it together.
 
     Returns:
         False where a request to stop came before everything was measured.
     """
+    from distillery.evaluate.progress import progress_lines
     from distillery.system.distributed import on_main
     from distillery.training.build import first_images
+    from distillery.training.run import say_learning
 
     train, step, epoch = run.configs.train, run.position.step, run.position.epoch
     every, is_last = train.eval_every_epochs, epoch == train.num_epochs
-    if not every or run.position.samples or not (epoch % every == 0 or is_last):
+    if run.position.samples or not (is_last or (every and epoch % every == 0)):
         return True
     rows = on_main(lambda: [row for row in read_rows(run.log.path) if row.get("kind") == "eval"])
     rows = [row for row in rows if row.get("step") == step]
     # linear probes take seconds to minutes: for the baselines and the outcome
-    is_linear = step == 0 or is_last
-    with run.console.paused():
-        is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
-    if is_whole and not rows and step > 0 and train.tensorboard:
+    is_linear, is_whole = step == 0 or is_last, True
+    if every:
+        with run.console.paused():
+            is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
+    if is_whole and step > 0:
+        say_learning(run, progress_lines, epoch=epoch)
+    if every and is_whole and not rows and step > 0 and train.tensorboard:
         on_main(lambda: show_models(run, first_images(run.loader, run.task, epoch)))
     return is_whole
 

@@ -177,8 +177,9 @@ def test_the_first_evaluation_rows_are_the_untrained_student_and_the_teacher(tra
 def test_training_rows_have_the_fields_of_the_contract_and_the_loss_falls(trained):
     rows = trained.rows("train")
     assert [row["step"] for row in rows] == list(range(2, 37, 2))
-    assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "lr", "grad_norm", "images_per_second",
-            "step_seconds", "data_wait_fraction", "time"} <= rows[0].keys()  # fmt: skip
+    assert {"kind", "step", "epoch", "loss", "loss/cls", "loss/patch", "explained/cls", "explained/patch", "lr",
+            "grad_norm", "images_per_second", "step_seconds", "data_wait_fraction",
+            "time"} <= rows[0].keys()  # fmt: skip
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -223,6 +224,17 @@ def test_the_log_of_a_run_has_a_line_for_each_epoch_and_no_carriage_return(train
         assert "| lr " in line and "| images/s " in line and "data/teacher/student/optimizer" in line
 
 
+def learning_lines(log: str) -> list[str]:
+    return list(dict.fromkeys(line for line in log.splitlines() if line.startswith("learning: ")))
+
+
+def test_each_evaluation_is_followed_by_a_line_on_what_the_student_has_learnt(trained):
+    found = [line for line in learning_lines(trained.straight_log) if line.startswith("learning: epoch ")]
+    assert [line.split(": ")[1] for line in found] == ["epoch 1", "epoch 2", "epoch 3"]
+    for line in found:
+        assert "k-NN " in line and "explained: cls " in line and "patch " in line and "effective rank " in line
+
+
 def test_the_schedule_is_printed_before_the_first_step(trained):
     assert "3 epochs x 12 steps = 36 steps of 8 images" in trained.straight_output
     assert "an epoch sees 96 of 96 images (100 %)" in trained.straight_output
@@ -257,6 +269,7 @@ def test_interrupted_and_run_again_equals_the_straight_run_bit_for_bit(trained, 
         "--set", f"checkpoint_dir={tmp_path / 'run'}", "--set", "num_workers=3", "--set", "prefetch_batches=2"
     )
     assert again.returncode == 0, again.stderr
+    assert learning_lines(errors + again.stderr) == learning_lines(trained.straight_log)
     other = Workplace.__new__(Workplace)
     other.folder = tmp_path
     straight, resumed = trained.last_checkpoint(), other.last_checkpoint()

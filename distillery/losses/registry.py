@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # an option of the queue that training keeps, not of the loss function
 QUEUE_SIZE = "queue_size"
+# what a step returns beside "loss/<name>" begins so: the share of the targets' variance that the student explains
+EXPLAINED = "explained/"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class LossTerm:
     # what of the targets it makes the head give: their values, their directions alone, each channel up to scale and
     # shift, or only how images or patches relate to each other, in a space of the head's own
     fixes: Literal["values", "directions", "channels", "relations"] = "values"
+    # whether it brings each row of the student to the same row of the targets: a step then also says how much of them
+    # the student explains (explained.py)
+    row_by_row: bool = False
 
     @property
     def function(self) -> Callable[..., "Tensor"]:
@@ -48,16 +53,16 @@ class LossTerm:
 
 
 LOSSES = {
-    "cls": LossTerm("cosine_smooth_l1", "pooled"),
-    "patch": LossTerm("cosine_smooth_l1", "tokens"),
-    "cosine": LossTerm("cosine", "pooled", fixes="directions"),
-    "mse": LossTerm("mse", "pooled"),
-    "smooth_l1": LossTerm("smooth_l1", "pooled"),
-    "patch_cosine": LossTerm("cosine", "tokens", fixes="directions"),
-    "patch_mse": LossTerm("mse", "tokens"),
-    "patch_smooth_l1": LossTerm("smooth_l1", "tokens"),
+    "cls": LossTerm("cosine_smooth_l1", "pooled", row_by_row=True),
+    "patch": LossTerm("cosine_smooth_l1", "tokens", row_by_row=True),
+    "cosine": LossTerm("cosine", "pooled", fixes="directions", row_by_row=True),
+    "mse": LossTerm("mse", "pooled", row_by_row=True),
+    "smooth_l1": LossTerm("smooth_l1", "pooled", row_by_row=True),
+    "patch_cosine": LossTerm("cosine", "tokens", fixes="directions", row_by_row=True),
+    "patch_mse": LossTerm("mse", "tokens", row_by_row=True),
+    "patch_smooth_l1": LossTerm("smooth_l1", "tokens", row_by_row=True),
     "patch_similarity": LossTerm("patch_similarity", "tokens", fixes="relations"),
-    "layers": LossTerm("layers", "layers"),
+    "layers": LossTerm("layers", "layers", row_by_row=True),
     "similarity": LossTerm("similarity", "pooled", least_batch=3, fixes="relations"),
     "similarity_queue": LossTerm("similarity_queue", "pooled", least_batch=3, queue_size=8192, fixes="directions"),
     "rkd_distance": LossTerm("rkd_distance", "pooled", least_batch=3, fixes="relations"),

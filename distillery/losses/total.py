@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillery.losses.registry import LOSSES, QUEUE_SIZE, check_losses
+from distillery.losses.explained import explained_variance
+from distillery.losses.registry import EXPLAINED, LOSSES, QUEUE_SIZE, LossTerm, check_losses
 from distillery.models.backbone import Backbone, Features
 from distillery.system.errors import UserError
 
@@ -44,7 +45,8 @@ def total_loss(
         second_view: the teacher's features of another view of the same images, where needs_second_view says so.
         queue: pooled teacher features of earlier batches, [K, D], where queue_size_of gives a number.
     Returns:
-        {"loss": the sum, "loss/<name>": the term before its weight, ...}, float32 scalars on the device.
+        {"loss": the sum, "loss/<name>": the term before its weight, ..., "explained/<name>": the share of the targets'
+        variance that the student explains, for each loss that compares row by row}, float32 scalars on the device.
     Raises:
         UserError: unknown names or options, a field that one of the models does not give, shapes that differ.
     """
@@ -53,11 +55,12 @@ def total_loss(
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """A loss of the configuration, looked up once: its function takes the tensors alone."""
+    """A loss of the configuration, looked up once: its functions take the tensors alone."""
 
     name: str
     weight: float
     function: Callable[..., Tensor]
+    explained: Callable[[Any, Any], Tensor] | None  # of student and targets; None: it does not compare row by row
 
 
 def bind_losses(
@@ -70,8 +73,15 @@ def bind_losses(
         if weight:
             own_options = dict((options or {}).get(name) or {})
             own_options.pop(QUEUE_SIZE, None)
-            bound.append(BoundLoss(name, weight, functools.partial(LOSSES[name].function, **own_options)))
+            function = functools.partial(LOSSES[name].function, **own_options)
+            bound.append(BoundLoss(name, weight, function, _explained_by(LOSSES[name])))
     return bound
+
+
+def _explained_by(loss: LossTerm) -> Callable[[Any, Any], Tensor] | None:
+    if not loss.row_by_row:
+        return None
+    return functools.partial(explained_variance, by_direction=loss.fixes == "directions")
 
 
 def sum_losses(
@@ -83,15 +93,18 @@ def sum_losses(
     queue: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """total_loss of bound losses: what a step calls."""
-    terms, total = {}, None
+    terms, explained, total = {}, {}, None
     # autocast would run the Gram matrices in bfloat16: 3 digits are not enough under a softmax at temperature 0.07
     with torch.autocast(device_type=student.pooled.device.type, enabled=False):
         for loss in losses:
-            term = loss.function(*_arguments_of(loss.name, student, teacher, second_view, queue))
+            arguments = _arguments_of(loss.name, student, teacher, second_view, queue)
+            term = loss.function(*arguments)
             weighted = term if loss.weight == 1 else loss.weight * term
             terms[f"loss/{loss.name}"] = term
             total = weighted if total is None else total + weighted
-    return {"loss": total} | terms
+            if loss.explained is not None:
+                explained[f"{EXPLAINED}{loss.name}"] = loss.explained(*arguments)
+    return {"loss": total} | terms | explained
 
 
 def _arguments_of(
@@ -122,7 +135,7 @@ def check_gradients(terms: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
     Call it outside DistributedDataParallel (on the module it wraps): no gradient is left in `.grad`.
 
     Args:
-        terms: what total_loss returned, its graph still alive.
+        terms: what total_loss returned, its graph still alive; what is explained has no gradient, and is left out.
         parameters: the student's own weights; heads alone could learn while the student stands still.
     Returns:
         The norm of each term's gradient.
@@ -132,7 +145,8 @@ def check_gradients(terms: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
     """
     parameters = [p for p in parameters if p.requires_grad]
     norms = {}
-    for name, term in terms.items():
+    losses = {name: term for name, term in terms.items() if not name.startswith(EXPLAINED)}
+    for name, term in losses.items():
         norms[name] = _gradient_norm(term, parameters) if term.requires_grad and parameters else 0.0
         if not math.isfinite(term.item()) or not math.isfinite(norms[name]):
             raise FloatingPointError(f"{name} is {term.item()} at the first step, its gradient norm {norms[name]}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distillery.losses.registry import EXPLAINED
 from distillery.report.style import (
     COLOUR,
     RC,
@@ -39,6 +40,8 @@ TIME_SHARES = (
     ("data_wait_fraction", "data", COLOUR.fifth),
 )
 TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+# the first steps may explain less than nothing: an axis down to there would show little of the rest
+LEAST_SHOWN = -0.5
 TERM_COLOURS = (COLOUR.third, COLOUR.fourth, COLOUR.fifth, COLOUR.teacher)
 MODEL_COLOURS = {
     "student": COLOUR.student,
@@ -188,13 +191,14 @@ def draw_timeline(rows: Rows) -> Figure | None:
 def draw_loss(rows: Rows) -> Figure | None:
     """The loss and its terms; on a logarithmic axis once it has fallen to a fifth."""
     train = of_kind(rows, "train")
-    terms = sorted({name for row in train for name in row if name.startswith("loss/")})
+    colours = _term_colours(train)
+    terms = [f"loss/{name}" for name in colours]
     if not len(series(train, "loss")[0]):
         return None
     figure, axes = new_figure("Loss")
     # a single term is the loss itself, times its weight
-    for number, name in enumerate(terms if len(terms) > 1 else []):
-        draw_line(axes, *series(train, name), TERM_COLOURS[number % len(TERM_COLOURS)], name.removeprefix("loss/"))
+    for name, colour in colours.items() if len(terms) > 1 else ():
+        draw_line(axes, *series(train, f"loss/{name}"), colour, name)
     # in a hybrid run some terms may be of the steps alone that run the teacher: sums of all terms, or of all there are
     whole = [row for row in train if all(name in row for name in terms)] or train
     draw_line(axes, *series(whole, "loss"), COLOUR.student, "weighted sum" if len(terms) > 1 else None)
@@ -208,6 +212,33 @@ def draw_loss(rows: Rows) -> Figure | None:
     mark_resumes(axes, rows)
     if len(terms) > 1:
         add_legend(axes)
+    return figure
+
+
+def _term_colours(train: Rows) -> dict[str, str]:
+    """Name of a loss -> its colour, the same in every figure."""
+    names = sorted({name.removeprefix("loss/") for row in train for name in row if name.startswith("loss/")})
+    return {name: TERM_COLOURS[number % len(TERM_COLOURS)] for number, name in enumerate(names)}
+
+
+def draw_explained(rows: Rows) -> Figure | None:
+    """The share of the variance of each loss's targets that the student explains; what is far below 0 is cut off."""
+    from matplotlib.ticker import PercentFormatter
+
+    train = of_kind(rows, "train")
+    colours = _term_colours(train)
+    curves = {name: series(train, f"{EXPLAINED}{name}") for name in colours}
+    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+    if not curves:
+        return None
+    figure, axes = new_figure("Explained variance of the targets")
+    for name, curve in curves.items():
+        draw_line(axes, *curve, colours[name], name)
+    lowest = min(thin(*curve)[1].min() for curve in curves.values())
+    axes.set_ylim(max(LEAST_SHOWN, min(0.0, lowest)), 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    mark_resumes(axes, rows)
+    add_legend(axes)
     return figure
 
 
@@ -306,6 +337,7 @@ def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int
         }
         drawn |= {
             "loss": draw_loss(rows),
+            "explained": draw_explained(rows),
             "learning_rate": draw_learning_rate(rows),
             "grad_norm": draw_grad_norm(rows),
             "throughput": draw_throughput(rows),

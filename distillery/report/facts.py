@@ -12,6 +12,7 @@ from distillery.config.load import dataset_label
 from distillery.evaluate.columns import MODELS, headline
 from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
+from distillery.training.learning import explained_until, in_words
 from distillery.training.log import METRICS_NAME, quality_of, read_rows
 
 PLOTS_NAME = "plots"
@@ -22,10 +23,6 @@ PASSING_NOTE = (
     "Here the student scores above its teacher. That happens on narrow or easy data: the teacher's features describe "
     "far more than these images ask for, while the student was trained on these very images and kept what tells them "
     "apart. It does not make the student the better model elsewhere."
-)
-COLLAPSE_NOTE = (
-    "The student's features have collapsed: they are nearly the same for every image. Look at the loss curve, lower "
-    "the learning rate, and check that the teacher's targets are standardised (standardise_targets: true)."
 )
 
 
@@ -171,11 +168,6 @@ def passes_teacher(models: dict[str, dict[str, Any]]) -> bool:
     return None not in (student, teacher) and student[0] == teacher[0] and student[1] > teacher[1]
 
 
-def has_collapsed(row: dict[str, Any]) -> bool:
-    """Whether an eval row says that the features are nearly the same for every image."""
-    return row.get("collapsed") is True
-
-
 def summary_sentences(run: RunRecord) -> list[str]:
     """What was distilled into what, on how much data, what came out: in plain words."""
     sentences = []
@@ -188,6 +180,9 @@ def summary_sentences(run: RunRecord) -> list[str]:
             f"{teacher}{sizes[1]} gives for the same images; no labels are used."
         )
     sentences += _data_sentences(run)
+    shares = [f"{share:.0%} ({name})" for name, share in explained_until(run.rows, run.step).items()]
+    if shares:
+        sentences.append(f"Of the variance of its targets the student explains {in_words(shares)}.")
     for dataset in datasets_of(run.rows):
         sentences += _result_sentences(dataset, run.evaluation(dataset))
     return sentences or ["Nothing has been logged yet."]

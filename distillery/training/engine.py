@@ -33,7 +33,7 @@ def forward_losses(task: Task, batch: StepBatch) -> dict[str, Tensor]:
         batch: on the device, images as the loader yields them.
 
     Returns:
-        {"loss", "loss/<name>", ...}: float32 scalars.
+        {"loss", "loss/<name>", ..., "explained/<name>", ...}: float32 scalars.
     """
     # a queue that still grows would compile again in every step
     is_growing = task.compiled and task.queue is not None and not task.queue.is_full
@@ -117,7 +117,7 @@ def train_step(task: Task, batches: list[StepBatch], step: int, epoch: int) -> d
     """One optimiser step over `accumulation_steps` batches; nothing here waits for the device.
 
     Returns:
-        The losses (mean over the batches) and "grad_norm" before clipping, as tensors on the device.
+        What forward_losses gives (mean over the batches) and "grad_norm" before clipping, as tensors on the device.
     """
     seed_step(task.seed, step)
     for group in task.optimizer.param_groups:

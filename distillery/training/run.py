@@ -1,6 +1,7 @@
 """Put the parts of a run together: one epoch, its checkpoints and its log."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from distillery.training.checkpoints import CheckpointWriter, Proof, state_on_de
 from distillery.training.compilation import compile_now, num_graphs
 from distillery.training.describe import describe_batch
 from distillery.training.engine import check_numbers, rehearse_step, train_one_epoch
+from distillery.training.learning import Course, first_lines, is_first_look
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
-from distillery.training.task import Position, Task
+from distillery.training.task import Position, Task, default_learning_rate
 from distillery.training.watch import finite_weights
 
 
@@ -78,6 +80,8 @@ def train_epoch(run: Run) -> None:
             run.log.write("train", step=position.step, epoch=position.epoch, **row)
             rows.append(row)
             run.checkpoints.raise_if_failed()
+            if is_first_look(position.step, train.log_every):
+                say_learning(run, first_lines)
         run.console.advance(1, epoch=position.epoch + 1, **(training_fields(row) if row else {}))
         if is_due_by_steps():
             save(run)
@@ -99,6 +103,17 @@ def train_epoch(run: Run) -> None:
     if position.step == epoch_end:
         position.next_epoch()
         run.console.message(epoch_line(position.epoch, train.num_epochs, position.step, rows))
+
+
+def say_learning(run: Run, lines_of: Callable[..., list[str]], **place: int) -> None:
+    """Print what the run's log says of the student's learning; lines_of: of (rows, course, step=..., **place)."""
+    if not distributed.is_main():
+        return
+    train, schedule = run.configs.train, run.task.schedule
+    rule = default_learning_rate(global_batch_size(train), run.task.student) if train.learning_rate else None
+    course = Course(schedule, rule, train.eval_every_epochs)
+    for line in lines_of(read_rows(run.log.path), course, step=run.position.step, **place):
+        run.console.message(line)
 
 
 def save(run: Run) -> None:

@@ -359,7 +359,7 @@ def test_total_is_the_weighted_sum_of_the_reported_terms():
     student, teacher = random_features(1), random_features(2)
     weights = {"cls": 1.0, "patch": 0.5, "kl_logits": 0.25, "rkd_angle": 0}
     terms = total_loss(student, teacher, weights)
-    assert set(terms) == {"loss", "loss/cls", "loss/patch", "loss/kl_logits"}
+    assert set(terms) == {"loss", "loss/cls", "loss/patch", "loss/kl_logits", "explained/cls", "explained/patch"}
     expected = terms["loss/cls"] + 0.5 * terms["loss/patch"] + 0.25 * terms["loss/kl_logits"]
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert fields_needed(weights) == {"pooled", "tokens", "logits"}

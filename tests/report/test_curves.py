@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from distillery.report.curves import coverage_map, draw_all, draw_loss, draw_quality, draw_timeline
+from distillery.report.curves import coverage_map, draw_all, draw_explained, draw_loss, draw_quality, draw_timeline
 from distillery.report.style import COLOUR, is_number, series, short_count, thin, to_png, to_svg
 
 
@@ -46,6 +46,20 @@ def test_missing_and_null_values_are_gaps_not_errors():
 def test_every_term_of_the_loss_is_named():
     rows = [row | {"loss/cls": 0.5, "loss/patch": 0.2} for row in train_rows(5)]
     assert {"Loss", "cls", "patch", "weighted sum"} <= set(texts_of(draw_loss(rows)))
+
+
+def test_what_the_student_explains_of_each_term_has_the_colour_of_its_loss():
+    rows = [row | {"loss/barlow": 1.0, "loss/cls": 0.5, "loss/patch": 0.2} for row in train_rows(5)]
+    assert draw_explained(rows) is None  # as of a run of an earlier version
+    rows = [row | {"explained/cls": 0.1 * row["step"], "explained/patch": -3 + row["step"]} for row in rows]
+    figure, losses = draw_explained(rows), draw_loss(rows)
+    assert {"Explained variance of the targets", "cls", "patch"} <= set(texts_of(figure)) and "explained" in draw_all(
+        rows
+    )
+    assert figure.axes[0].get_ylim() == (-0.5, 1)
+    shown = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    assert set(shown) == {"cls", "patch"}
+    assert shown.items() <= {line.get_label(): line.get_color() for line in losses.axes[0].lines}.items()
 
 
 def test_a_loss_that_falls_far_gets_a_logarithmic_axis_and_one_below_zero_does_not():

@@ -59,7 +59,9 @@ class Structure(HTMLParser):
         self.words.append(data)
 
 
-def make_run(run_dir, *, steps=0, config=CONFIG, evaluated=False, student=0.7, resumes=(), **eval_fields):
+def make_run(
+    run_dir, *, steps=0, config=CONFIG, evaluated=False, student=0.7, resumes=(), explained=None, **eval_fields
+):
     run_dir.mkdir(exist_ok=True)
     if config is not None:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -69,7 +71,8 @@ def make_run(run_dir, *, steps=0, config=CONFIG, evaluated=False, student=0.7, r
             log.write("eval", step=0, epoch=0, dataset="digits", model=model, knn_top1=value, effective_rank=9.0)
     for step in range(1, steps + 1):
         log.write("train", step=step, epoch=0, time=1000.0 + step, loss=1.0 / step, lr=1e-3, grad_norm=1.0,
-                  images_per_second=50.0, data_wait_fraction=0.01, **{"loss/cls": 0.5 / step})  # fmt: skip
+                  images_per_second=50.0, data_wait_fraction=0.01,
+                  **{"loss/cls": 0.5 / step}, **(explained or {}))  # fmt: skip
         if step in resumes:
             log.write("resume", step=step, time=1000.5 + step)
     if evaluated:
@@ -124,18 +127,20 @@ def test_what_the_user_wrote_is_escaped(tmp_path):
 
 
 def test_the_page_says_in_plain_words_what_happened(tmp_path):
-    make_run(tmp_path, steps=10, evaluated=True)
+    make_run(tmp_path, steps=10, evaluated=True, explained={"explained/cls": 0.71})
     words = " ".join(summary_sentences(load_run(tmp_path)))
     assert (
         "The student small<net>, started from scratch, is trained to produce the features that the teacher large"
         in words
     )
     assert "It has seen 160 images from pets." in words
+    assert "Of the variance of its targets the student explains 71% (cls)." in words
     assert (
         "On digits its features classify 70.0% of the test images by k-NN, "
         "against 25.0% untrained and 80.0% for the teacher." in words
     )
-    assert "7 nearest labelled neighbours" in page_of(tmp_path)
+    page = page_of(tmp_path)
+    assert "7 nearest labelled neighbours" in page and "at 100% it gives them exactly" in page
 
 
 @pytest.mark.parametrize(

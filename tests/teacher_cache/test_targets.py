@@ -251,7 +251,8 @@ def test_in_hybrid_mode_what_is_not_stored_is_compared_in_the_steps_that_run_the
     assert task.stored.live_fields == {"tokens"}
     for step, batch in enumerate(epoch_of(task, 0)):
         losses = train_step(task, [batch], step, 0)
-        stored_terms, live_terms = {"loss", "loss/cls", "grad_norm"}, {"loss", "loss/cls", "loss/patch", "grad_norm"}
+        stored_terms = {"loss", "loss/cls", "explained/cls", "grad_norm"}
+        live_terms = stored_terms | {"loss/patch", "explained/patch"}
         assert set(losses) == (live_terms if task.stored.is_live(step) else stored_terms)
     assert {task.stored.is_live(step) for step in range(4)} == {True, False}
 
