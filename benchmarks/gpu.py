@@ -383,7 +383,7 @@ def flops_table() -> str:
     from distillery.teacher_cache.estimate import forward_flops
     from distillery.training import build
 
-    shipped = load_model_config(Path("model_config_kd.yaml")).teacher_img_size
+    shipped = load_model_config(Path(__file__).resolve().parents[1] / "model_config_kd.yaml").teacher_img_size
     of_teacher = []
     for size in (None, shipped):
         configs = load_configs({"dataset_name": "parquet", "cache_dir": "none"},

@@ -43,9 +43,9 @@ def grid_advice(
         key = f"{role}_img_size" if named is None else f"{role}_kwargs.{named}"
         share = math.prod(grid) / math.prod(model.grid)
         return [
-            f"advice: {key}: {size} gives both models {grid[0]}x{grid[1]} patch tokens, and the {role} {share:.0%} of "
-            f"the tokens that it has now. Now the teacher's {teacher.grid[0]}x{teacher.grid[1]} are resampled to the "
-            f"student's {student.grid[0]}x{student.grid[1]}"
+            f"advice: {key}: {size} gives both models {grid[0]}x{grid[1]} patch tokens and the {role} {share:.0%} of its "
+            f"present number. As they are, the teacher's {teacher.grid[0]}x{teacher.grid[1]} are resampled to the "
+            f"student's {student.grid[0]}x{student.grid[1]}."
         ]
     return []
 
@@ -106,7 +106,7 @@ def passes_advice(num_images: int, images_seen: int) -> str:
     if enough is not None:
         until = f"about {enough:.0f} passes over so many images"
         what = f"still rose until {until}" if passes < enough else f"hardly rose after {until}"
-        return f"{seen}; in our measurements (docs/results.md) quality {what}"
+        return f"{seen}; in our measurements (docs/results.md) quality {what}."
     if num_images > most:
-        return f"{seen}; that is more images than we measured (docs/results.md: {most:,} at the most)"
-    return f"{seen}; that is fewer images than we measured (docs/results.md: {least:,} at the least)"
+        return f"{seen}; that is more images than we measured (docs/results.md: {most:,} at the most)."
+    return f"{seen}; that is fewer images than we measured (docs/results.md: {least:,} at the least)."
