@@ -43,8 +43,8 @@ def grid_advice(
         key = f"{role}_img_size" if named is None else f"{role}_kwargs.{named}"
         share = math.prod(grid) / math.prod(model.grid)
         return [
-            f"advice: {key}: {size} gives both models {grid[0]}x{grid[1]} patch tokens and the {role} {share:.0%} of its "
-            f"present number. As they are, the teacher's {teacher.grid[0]}x{teacher.grid[1]} are resampled to the "
+            f"advice: {key}: {size} gives both models {grid[0]}x{grid[1]} patch tokens and the {role} {share:.0%} of "
+            f"its present number. As they are, the teacher's {teacher.grid[0]}x{teacher.grid[1]} are resampled to the "
             f"student's {student.grid[0]}x{student.grid[1]}."
         ]
     return []
