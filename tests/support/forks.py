@@ -6,14 +6,18 @@ call after another: python tests/support/forks.py, a line of JSON for each call 
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the trainer, evaluation, report and export import once their command line is parsed
@@ -48,31 +52,42 @@ def _server() -> subprocess.Popen:
 
 
 def serve() -> None:
-    """Answer each call on stdin with the exit status of a fork that does it; in that fork, do it and return."""
+    """Answer each call on stdin with the exit status of a fork that does it."""
     for module in MODULES:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a fork's collector would copy what it only looks at
     for line in iter(sys.stdin.readline, ""):
-        call = json.loads(line)
         if (pid := os.fork()) == 0:
-            _become(**call)
-            return
+            _do(**json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
-def _become(script: str, arguments: list[str], outputs: list[str], timeout_s: float) -> None:
-    """Do in this process what `python script` or `python -m script` does; SystemExit and other errors pass through."""
-    import signal
-
+def _do(script: str, arguments: list[str], outputs: list[str], timeout_s: float) -> NoReturn:
+    """End this process as `python script` or `python -m script` would, but for taking all objects apart."""
     for descriptor, path in ((0, os.devnull), *enumerate(outputs, start=1)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, descriptor)
         os.close(opened)
     signal.alarm(round(timeout_s))
-    sys.argv = [str(ROOT / script), *arguments]
-    if script.endswith(".py"):
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    sys.argv, status = [str(ROOT / script), *arguments], 1
+    try:
+        if script.endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        else:
+            status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
