@@ -41,8 +41,9 @@ lint: install
 # those that take longest first
 FORKING := tests/system/test_distributed.py $(wildcard tests/faults/test_training_*.py) tests/test_embed.py
 
+# tests/conftest.py puts the files that take longest first, which xdist must not undo
 test: install lint
-	$(BIN)/python -m pytest -n auto --dist loadfile $(FORKING:%=--ignore=%)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(FORKING:%=--ignore=%)
 	printf '%s\n' $(FORKING) | xargs -P 2 -n 1 $(BIN)/python -m pytest
 
 # without CUDA the tests marked gpu are skipped, and the benchmark says that there is nothing to measure; a test that

@@ -181,8 +181,9 @@ def distill(
         del state  # weights and moments on the CPU, of no more use
 
         # 6. Print what will be done; the folder becomes this run's.
-        num_images = sum(shards["rows"])
-        lines = describe.describe_run(configs, task, steps_in_epoch, num_images, is_plan=arguments.dry_run)
+        lines = describe.describe_run(
+            configs, task, steps_in_epoch, shards["rows"], is_new=start.checkpoint is None, is_plan=arguments.dry_run
+        )
         if is_main():
             print("\n".join([*notes, *lines]), flush=True)
         if arguments.dry_run:
@@ -191,7 +192,7 @@ def distill(
                 print("\n".join(lines), flush=True)
             return EXIT_DONE
         on_main(lambda: folder.claim_folder(lock, configs, start, position.step, shards))
-        log = open_log(configs, task, position, num_images)
+        log = open_log(configs, task, position, sum(shards["rows"]))
         console = ProgressLine(schedule.total_steps, "steps", "training", initial=position.step, enabled=is_main())
         run = Run(
             configs=configs, loader=loader, task=task, position=position, steps_in_epoch=steps_in_epoch,

@@ -89,6 +89,7 @@ def write_configs(setting: Setting, work: Path, folder: Path, seed: int, epochs:
     }  # fmt: skip
     model = shipped("model_config_kd.yaml") | {
         "teacher_name": setting.teacher, "teacher_source": "torch_hub", "teacher_repo": setting.teacher_repo,
+        "teacher_img_size": None,  # the shipped size is for the shipped pair
         "student_name": setting.student, "student_source": "torch_hub", "student_repo": setting.teacher_repo,
     }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left would make its seconds wrong

@@ -1,11 +1,7 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from forks import run_forked
 
 
 @pytest.mark.slow
@@ -15,17 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
         ("precompute", {"ours", "seed-style"}),
         ("loader", {"ours", "ours, read_mode: mmap", "ceiling: bare preadv", "torch.load"}),
         ("dtypes", {"float32", "float16", "bfloat16", "uint8"}),
-        ("onnx", {"MobileNetV3-small"}),
+        ("onnx", {"ResNet of timm's tests"}),
         ("scaled_decoding", {"0.02 megapixels", "0.1 megapixels"}),
         ("teacher", {"student alone", "ours, stored outputs", "ours, live teacher"}),
     ],
 )
 def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, contenders):
     peers = {"precompute": ["--peers", "seed-style"], "loader": ["--peers", "torch.load"]}.get(name, [])
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--dir", str(tmp_path), "--out", str(tmp_path), *peers],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_forked(f"benchmarks.{name}", "--tiny", "--dir", str(tmp_path), "--out", str(tmp_path), *peers)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert {row["name"] for row in result["results"]} == contenders
@@ -35,8 +28,7 @@ def test_a_tiny_benchmark_measures_everyone_and_draws_a_chart(tmp_path, name, co
 
 @pytest.mark.slow
 def test_a_tiny_footprint_is_measured(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.footprint", "--tiny", "--dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked("benchmarks.footprint", "--tiny", "--dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for said in ("the index: ", "the order of an epoch", "comparing its checksum", "record of 2048 rows"):
         assert said in done.stdout
@@ -45,8 +37,7 @@ def test_a_tiny_footprint_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_segmentation_benchmark_prints_a_row_and_a_protocol_for_each_model():
-    command = [sys.executable, "-m", "benchmarks.segmentation", "--tiny", "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked("benchmarks.segmentation", "--tiny", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     for name in ("teacher test_vit", "untrained test_vit"):
         row, protocol = (line for line in done.stdout.splitlines() if line.startswith(name))
@@ -55,8 +46,7 @@ def test_a_tiny_segmentation_benchmark_prints_a_row_and_a_protocol_for_each_mode
 
 @pytest.mark.slow
 def test_a_tiny_benchmark_of_compressed_caches_prints_a_row_for_each_kind(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.compressed", "--part", "speed", "--tiny", "--dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked("benchmarks.compressed", "--part", "speed", "--tiny", "--dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for name in ("uint8", "jpeg 40, crops"):
         assert any(line.startswith(f"{name} ") for line in done.stdout.splitlines())

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,16 @@ def figures(value: object, name: str = "") -> list[float]:
     if isinstance(value, dict):
         return [number for key, inner in value.items() for number in figures(inner, key)]
     return [value] if name.endswith("_ms") else []
+
+
+def test_the_arithmetic_that_the_documents_compute_with_is_that_of_the_default_pair():
+    table = gpu.flops_table()
+    numbers = dict(re.findall(r"teacher at (\d+) px: forward ([\d.]+)", table))
+    assert numbers.keys() == {"224", "196"}
+    for name in ("gpu", "planning"):
+        text = (ROOT / "docs" / f"{name}.md").read_text()
+        assert all(number in text for number in numbers.values()), name
+    assert f"{numbers['196']} GFLOP a forward pass" in (ROOT / "docs" / "scale.md").read_text()
 
 
 @pytest.mark.slow

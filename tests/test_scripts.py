@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from forks import run_forked
 from workplace import ROOT, Workplace, assert_same_tensors, comparable, run
 
 
@@ -25,7 +26,7 @@ def cached(tmp_path_factory, png_images) -> Workplace:
 
 @pytest.fixture(scope="module")
 def trained(cached) -> Workplace:
-    done = cached.distill()
+    done = cached.distill(fresh=True)
     assert done.returncode == 0, done.stderr
     cached.straight_output, cached.straight_log = done.stdout, done.stderr
     return cached
@@ -142,7 +143,8 @@ def test_a_checkpoint_of_other_models_is_refused_before_anything_is_evaluated(tr
     state = trained.last_checkpoint()
     state["config"]["model"]["student_name"] = "another"
     torch.save(state, tmp_path / "other.pt")
-    done = run("distillery.evaluate", "--run", str(trained.folder / "run"), "--checkpoint", str(tmp_path / name))
+    arguments = ["--run", str(trained.folder / "run"), "--checkpoint", str(tmp_path / name)]
+    done = run_forked("distillery.evaluate", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "untrained" not in done.stderr
@@ -209,7 +211,7 @@ def test_the_report_is_made_again_with_its_pictures_and_without_a_cache_says_why
     shutil.rmtree(tmp_path / "plots")
     (trained.folder / "cache").rename(trained.folder / "elsewhere")
     try:
-        done = run("distillery.report", str(tmp_path))
+        done = run_forked("distillery.report", str(tmp_path))
     finally:
         (trained.folder / "elsewhere").rename(trained.folder / "cache")
     assert done.returncode == 0, done.stderr
@@ -369,7 +371,7 @@ def test_bad_input_is_one_clear_message_status_2_and_nothing_written(cached, tmp
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu_is_an_error_not_a_cpu_run(cached):
-    done = run("distill_trainer.py", *cached.flags("data", "train", "model"), "--device", "cuda")
+    done = run_forked("distill_trainer.py", *cached.flags("data", "train", "model"), "--device", "cuda")
     assert done.returncode == 2
     assert "finds no usable GPU" in done.stderr
 

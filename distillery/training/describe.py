@@ -1,19 +1,22 @@
 """The lines that a run prints about its models, its schedule and its memory."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import Configs
+from distillery.losses.registry import fields_needed
+from distillery.losses.targets import FrozenTeacher
 from distillery.models.configured import choose_precision
 from distillery.system import distributed
 from distillery.system.allocation import is_out_of_memory
 from distillery.system.console import format_bytes
 from distillery.system.errors import RunError, UserError
 from distillery.teacher_cache.estimate import describe_cache, describe_saving
+from distillery.training.advice import grid_advice, images_of_run, passes_advice
 from distillery.training.bindings import plan_of
 from distillery.training.build import global_batch_size, loaded_teacher
 from distillery.training.checkpoints import CheckpointWriter
@@ -21,10 +24,16 @@ from distillery.training.optimizer import rate_rule
 from distillery.training.task import Position, Schedule, Task
 
 
-def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: int, *, is_plan: bool) -> list[str]:
-    """What a run will do, in lines for the console; is_plan: also what the teacher's stored outputs cost and save."""
-    model, sizes = configs.model, plan_of(task, num_images)
-    cache = task.stored and task.stored.cache
+def describe_run(
+    configs: Configs, task: Task, steps_in_epoch: int, rows: Sequence[int], *, is_new: bool, is_plan: bool
+) -> list[str]:
+    """What a run will do, in lines for the console.
+
+    rows: images of each shard; is_new: it has no checkpoint yet; is_plan: also what the teacher's stored outputs cost
+    and save.
+    """
+    model, num_images = configs.model, sum(rows)
+    sizes, cache = plan_of(task, num_images), task.stored and task.stored.cache
     lines = [
         f"teacher {model.teacher_name} ({sizes['teacher_parameters'] / 1e6:.2f} M parameters) -> student "
         f"{model.student_name} ({sizes['student_parameters'] / 1e6:.2f} M) on {task.device}, {task.precision}",
@@ -35,7 +44,20 @@ def describe_run(configs: Configs, task: Task, steps_in_epoch: int, num_images: 
         lines += describe_saving(configs, teacher, task.student, cache, num_images)
     elif cache is not None:
         lines.append(describe_cache(cache, configs, num_images))
-    return lines
+    return [*lines, *advise(configs, task, steps_in_epoch, rows, is_new=is_new)]
+
+
+def advise(configs: Configs, task: Task, steps_in_epoch: int, rows: Sequence[int], *, is_new: bool) -> list[str]:
+    """Advice on the sizes of both models and on the number of passes; arguments as of describe_run."""
+    data, train, model, lines = configs.data, configs.train, configs.model, []
+    # with another input size it is another teacher: none to advise where a run has begun or outputs may be stored
+    is_free = is_new and isinstance(task.teacher, FrozenTeacher) and not train.teacher_cache.is_read
+    if is_free and "tokens" in fields_needed(train.distill_loss_weights):
+        arguments = {"teacher": model.teacher_kwargs, "student": model.student_kwargs}
+        lines += grid_advice(task.teacher.backbone, task.student.student, arguments)
+    batch = global_batch_size(train)
+    num_images = images_of_run(data, rows, steps_in_epoch * batch, train.num_epochs)
+    return [*lines, passes_advice(num_images, task.schedule.total_steps * batch)]
 
 
 def describe_changes(state: dict[str, Any], train: TrainConfig, task: Task) -> list[str]:

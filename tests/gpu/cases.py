@@ -9,9 +9,7 @@ PAIRS = {
     "vit-vit": ("test_vit", VIT, "test_vit2", VIT),
     "vit-resnet": ("vit_tiny_patch16_224", VIT, "resnet18", RESNET),
     "convnext-vit": ("test_convnext", CONVNEXT, "vit_tiny_patch16_224", VIT),
-    "vit-convnext": ("test_vit3", VIT, "convnext_atto", CONVNEXT),
     "resnet-convnext": ("test_resnet", RESNET, "test_convnext2", CONVNEXT),
-    "resnet-resnet": ("resnet18", RESNET, "test_resnet", RESNET),
 }
 # the losses that a case weighs; together all that there are
 LOSS_SETS = {

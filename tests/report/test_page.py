@@ -1,15 +1,13 @@
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 from browser import CHROMIUM, inspect, screenshot
+from forks import run_forked
 from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
@@ -19,7 +17,6 @@ from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system.errors import MissingFileError
 from distillery.training.log import RunLog
 
-ROOT = Path(__file__).resolve().parents[2]
 VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}
 CONFIG = {
     "data": {"dataset_name": "pets", "eval_datasets": {"digits": {"dataset_name": "<b>&"}}, "mean": [0.5, 0.5, 0.5]},
@@ -255,10 +252,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_the_command_writes_the_report_and_answers_wrong_folders_with_status_2(tmp_path):
     make_run(tmp_path / "run", steps=3, evaluated=True)
     for folder, status in (("run", 0), ("missing", 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "distillery.report", str(tmp_path / folder)],
-            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        done = run_forked("distillery.report", str(tmp_path / folder))
         assert done.returncode == status, done.stderr
     assert "is not a run folder" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "report.html").exists()
@@ -314,10 +308,7 @@ def test_an_interruption_is_told_with_its_reason_its_pause_and_what_was_lost(tmp
 
 def test_the_command_leaves_pictures_out_when_asked_and_writes_where_asked(tmp_path):
     make_run(tmp_path / "run", steps=3)
-    done = subprocess.run(
-        [sys.executable, "-m", "distillery.report", str(tmp_path / "run"), "--no_pictures", "--out",
-         str(tmp_path / "a.html")], cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_forked("distillery.report", str(tmp_path / "run"), "--no_pictures", "--out", str(tmp_path / "a.html"))
     assert done.returncode == 0, done.stderr
     assert "left out: --no_pictures" in (tmp_path / "a.html").read_text()
     assert not (tmp_path / "run" / "report.html").exists()

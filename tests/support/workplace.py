@@ -1,7 +1,7 @@
 """A folder in which the two commands work as a user would have them, on small images and models.
 
-Workplace runs them as programs. ForkedRun runs the trainer in a fork of this process, which has torch already: a run
-takes a second instead of six, so that many can be interrupted.
+Workplace runs them as programs, the trainer in a fork of one that has imported torch. ForkedRun runs the trainer in a
+fork of this process, so that faults can be put in its way and many runs interrupted.
 """
 
 import importlib
@@ -19,14 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from forks import MODULES, run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
-# what the trainer imports once its command line is parsed
-TRAINER_MODULES = (
-    "distill_trainer", "data_loader", "distillery.evaluate.during", "distillery.report.page",
-    "distillery.report.pictures", "distillery.teacher_cache.opening", "distillery.training.estimate",
-    "distillery.training.run",
-)  # fmt: skip
 HUBCONF = '''
 """A small frozen network as a teacher of 24 channels on an 8 x 8 grid."""
 import torch
@@ -99,8 +94,10 @@ class Workplace:
     def precompute(self, *arguments: str) -> subprocess.CompletedProcess:
         return run("precompute_cache.py", *self.flags("data"), *arguments)
 
-    def distill(self, *arguments: str) -> subprocess.CompletedProcess:
-        return run("distill_trainer.py", *self.flags("data", "train", "model"), "--device", "cpu", *arguments)
+    def distill(self, *arguments: str, fresh: bool = False) -> subprocess.CompletedProcess:
+        """fresh: in an interpreter of its own, as a user starts it."""
+        start = run if fresh else run_forked
+        return start("distill_trainer.py", *self.flags("data", "train", "model"), "--device", "cpu", *arguments)
 
     def rows(self, kind: str, run_dir: str = "run") -> list[dict]:
         lines = (self.folder / run_dir / "metrics.jsonl").read_text().splitlines()
@@ -132,7 +129,7 @@ class ForkedRun:
         self.output = output
         self._status: int | None = None
         # whatever a run imports is there before the fork: most of its seconds would go into that
-        for module in (*TRAINER_MODULES, "timm", "torchvision", "torch._dynamo", "huggingface_hub"):
+        for module in MODULES:
             importlib.import_module(module)
         self.pid = os.fork()
         if self.pid == 0:
