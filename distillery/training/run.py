@@ -19,7 +19,8 @@ from distillery.training.describe import describe_batch
 from distillery.training.engine import check_numbers, rehearse_step, train_one_epoch
 from distillery.training.learning import Course, first_lines, is_first_look
 from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
-from distillery.training.task import Position, Task, default_learning_rate
+from distillery.training.optimizer import default_learning_rate
+from distillery.training.task import Position, Task
 from distillery.training.watch import finite_weights
 
 
@@ -110,8 +111,8 @@ def say_learning(run: Run, lines_of: Callable[..., list[str]], **place: int) -> 
     if not distributed.is_main():
         return
     train, schedule = run.configs.train, run.task.schedule
-    rule = default_learning_rate(global_batch_size(train), run.task.student) if train.learning_rate else None
-    course = Course(schedule, rule, train.eval_every_epochs)
+    rule = default_learning_rate(global_batch_size(train), run.task.student, train.optimizer)
+    course = Course(schedule, rule if train.learning_rate else None, train.eval_every_epochs)
     for line in lines_of(read_rows(run.log.path), course, step=run.position.step, **place):
         run.console.message(line)
 
