@@ -43,6 +43,8 @@ from benchmarks import gpu_checks, gpu_speed
 from benchmarks.gpu_setup import FLOATS, FORK, IMAGES, LABELLED, OUTPUTS, Bench
 from distillery.system.files import write_atomic
 
+# the default pair with the size at which both models have one grid
+EXAMPLE = Path(__file__).resolve().parents[1] / "configs/imagenet_500k_1gpu/model_config_kd.yaml"
 # loss curves: of runs that see the same views, and of those on stored outputs, which see others
 BAND, STORED_BAND = 0.05, 0.15
 
@@ -376,16 +378,16 @@ def headline(found: dict, *, is_steps: bool) -> list[str]:
 def flops_table() -> str:
     """Arithmetic of an image through the default pair, counted on tensors without data.
 
-    Both at 224 px as everywhere in this benchmark; and the teacher at the size in model_config_kd.yaml, where both have
-    the same grid.
+    Both at 224 px as everywhere in this benchmark; and the teacher at the size in configs/imagenet_500k_1gpu, where
+    both have the same grid.
     """
     from distillery.config.load import load_configs, load_model_config
     from distillery.teacher_cache.estimate import forward_flops
     from distillery.training import build
 
-    shipped = load_model_config(Path(__file__).resolve().parents[1] / "model_config_kd.yaml").teacher_img_size
+    advised = load_model_config(EXAMPLE).teacher_img_size
     of_teacher = []
-    for size in (None, shipped):
+    for size in (None, advised):
         configs = load_configs({"dataset_name": "parquet", "cache_dir": "none"},
                                {"checkpoint_dir": "none", "precision": "fp32"},
                                {"teacher_pretrained": False, "teacher_img_size": size})  # fmt: skip
@@ -398,7 +400,7 @@ def flops_table() -> str:
         f"{configs.model.teacher_name} -> {configs.model.student_name}, 224 px, GFLOP an image",
         f"student forward {of_student / 3:.1f}, with backward {of_student:.1f}",
     ]
-    for size, forward in zip((224, shipped), of_teacher, strict=True):
+    for size, forward in zip((224, advised), of_teacher, strict=True):
         whole = forward + of_student
         lines.append(
             f"teacher at {size} px: forward {forward:.1f}, live step {whole:.1f}; a step on stored outputs is "

@@ -97,7 +97,7 @@ class TrainConfig(StrictModel):
     )
 
     distill_loss_weights: dict[str, NonNegativeNumber] = Field(
-        {"cls": 1.0, "patch": 0.5}, description="loss name -> weight, no unit; 0: not computed"
+        {"cls": 1.0, "patch": 2.0}, description="loss name -> weight, no unit; 0: not computed"
     )
     loss_options: dict[str, dict[str, JsonValue]] = Field(
         {}, description="loss name -> its options, such as {kl_logits: {temperature: 4.0}}"
@@ -149,7 +149,7 @@ class TrainConfig(StrictModel):
     @classmethod
     def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
         if not any(weight > 0 for weight in weights.values()):
-            raise ValueError("expected at least one weight > 0, e.g. {cls: 1.0, patch: 0.5}")
+            raise ValueError("expected at least one weight > 0, e.g. {cls: 1.0, patch: 2.0}")
         return weights
 
     @model_validator(mode="after")

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from distillery.training.advice import (
 from distillery.training.describe import advise
 from distillery.training.task import Schedule
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 DATA = {"dataset_name": "parquet", "cache_dir": "cache", "image_size": 112}
 MODEL = {"teacher_name": "test_vit", "teacher_pretrained": False, "student_name": "test_vit"}
@@ -101,8 +103,9 @@ def test_a_size_is_advised_only_where_patches_are_compared_and_the_teacher_may_s
     assert "img_size" not in text
 
 
-def test_the_shipped_pair_has_one_grid():
-    shipped = load_configs(*FILE_NAMES.values())
+def test_the_default_pair_has_one_grid_with_the_size_that_the_trainer_advises_and_the_examples_have():
+    folder = ROOT / "configs" / "imagenet_500k_1gpu"
+    shipped = load_configs(*(folder / name for name in FILE_NAMES.values()))
     with torch.device("meta"):
         configs = load_configs(shipped.data.model_dump(), shipped.train.model_dump(),
                                shipped.model.model_dump() | {"teacher_pretrained": False})  # fmt: skip
