@@ -201,16 +201,17 @@ def ours(bench: Bench, run: Run) -> dict[str, Any]:
     folder = bench.folder(run)
     flags, log = write_configs(bench.setting, bench.work, folder, run), folder / "log.txt"
     make_image_cache(bench, run, flags, log)
-    prepare_seconds = make_teacher_cache(bench, run, flags, log) if run.views is not None else 0.0
+    prepared = make_teacher_cache(bench, run, flags, log) if run.views is not None else {"seconds": 0.0}
     fixed_view = ["-m", "benchmarks.learning_peers", "fixed-view"]
     trainer = fixed_view if run.variant.fixed_view else ["distill_trainer.py"]
     started = bench.call([*trainer, *flags], log)
     wall_seconds = time.time() - started
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
-        "prepare_seconds": prepare_seconds,
+        "prepare_seconds": prepared["seconds"],
+        "prepare_threads": prepared.get("threads"),
         "wall_seconds": wall_seconds,
-        "curve": curve_of(rows, started - prepare_seconds, bench.setting.batch_size),
+        "curve": curve_of(rows, started - prepared["seconds"], bench.setting.batch_size),
         "rows": {row["model"]: row for row in rows if row["kind"] == "eval"},
     }
 
@@ -221,8 +222,8 @@ def make_image_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> Non
         bench.call(["precompute_cache.py", *flags[:2]], log)
 
 
-def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> float:
-    """Stage 1 over the teacher; returns the seconds it took when it was made, now or for an earlier run."""
+def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> dict[str, Any]:
+    """Stage 1 over the teacher; returns the seconds it took when it was made, and its threads."""
     configs = configs_of(bench.setting, bench.work, bench.folder(run), run)
     deciding = ("teacher_cache", "augment", "distill_loss_weights", "standardise_targets")
     key = sha256_of({"images": run.images, "train": {name: configs["train"][name] for name in deciding}})[:12]
@@ -233,11 +234,11 @@ def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> f
             began = time.time()
             try:
                 bench.call(["precompute_cache.py", *flags, "--teacher"], log)
-                entry["done"] = True
+                entry |= {"done": True, "threads": bench.threads}
             finally:
                 entry["seconds"] += time.time() - began
                 noted.write_text(json.dumps(entry))
-    return entry["seconds"]
+    return entry
 
 
 def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:

@@ -152,6 +152,9 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]]) -> list[str]:
     if suite.equal_time and equal_seconds(groups) is None:
         notes.append("Not compared at equal time: the runs had different numbers of threads.")
     for label, runs in groups.items():
+        others = [run for run in runs if run.get("prepare_threads") not in (None, run["machine"]["threads"])]
+        if others:
+            notes.append(f"The teacher's outputs of {label} were made with {others[0]['prepare_threads']} threads.")
         keys = {key for run in runs for key in run["recipe"]}
         if differing := sorted(key for key in keys if any(run["recipe"].get(key) != runs[0]["recipe"].get(key)
                                                           for run in runs)):  # fmt: skip
