@@ -59,7 +59,7 @@ def student(pretrained=False):
 
 def teacher(pretrained=False):
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same weights in each process
+        torch.manual_seed(1)  # the same weights in each process
         return student()
 """
 # the quick ones; screening and data take the same paths
@@ -177,16 +177,27 @@ class Queue:
         self.waiting = [run for run in runs if not self._is_done(run)]
         self.left_over: list[str] = []
         self.failed: set[str] = set()  # labels that cannot run here
+        self.is_stopped = False
         self.lock = threading.Lock()
 
     def work_off(self, jobs: int) -> None:
         """Do all of them, `jobs` side by side, and say what is left."""
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(self._work) for _ in range(jobs)]
-        for future in futures:
-            future.result()
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # Ctrl-C too, which ends the runs in progress
+                self._stop()
+                raise
         for line in self.left_over:
             print(f"left: {line}", flush=True)
+
+    def _stop(self) -> None:
+        """Begin no more runs; a run that fails from now on is not kept as left out."""
+        with self.lock:
+            self.is_stopped = True
+            self.waiting.clear()
 
     def _is_done(self, run: Run) -> bool:
         kept = self.results.find(run)
@@ -238,10 +249,11 @@ class Queue:
         except NotYet as error:
             self.left_over.append(f"{run.label}, seed {run.seed}: {error}")
             return
-        except RuntimeError as error:
-            if run.contender == "ours":
-                with self.lock:
-                    self.waiting.clear()
+        except Exception as error:
+            if self.is_stopped:
+                return
+            if run.contender == "ours" or not isinstance(error, RuntimeError):
+                self._stop()
                 raise
             self.failed.add(run.label)
             self.results.leave_out(run, str(error))

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,12 +27,14 @@ import yaml
 
 from benchmarks.learning_results import ROOT, Setting, revision
 from benchmarks.learning_suites import Run
+from distillery.system.errors import EXIT_INTERRUPTED, Interrupted
 from distillery.system.files import sha256_of
 from distillery.system.machine import usable_cpus
 
 DATASET = "benchmark"
 # the learning rate that the plain recipe uses at a batch of 64
 PEER_LEARNING_RATE = 2e-3
+INTERRUPTED = (EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # the keys that decide what is learnt: kept with every result
 RECIPE_KEYS = {
@@ -176,6 +179,7 @@ def call(arguments: list[str], log: Path, *, python: str = sys.executable, **env
     """Run python with these arguments, what it prints goes to `log`; returns when it was started (Unix, s).
 
     Raises:
+        Interrupted: a signal ended it.
         RuntimeError: it failed; the last line about an error that it wrote, and in a note the end of all it wrote.
     """
     started = time.time()
@@ -184,6 +188,8 @@ def call(arguments: list[str], log: Path, *, python: str = sys.executable, **env
             [python, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "STARTED": str(started)} | environment,
         )  # fmt: skip
+    if done.returncode in INTERRUPTED:
+        raise Interrupted(f"{' '.join(arguments[:2])} was interrupted. The same command goes on with the other runs.")
     if done.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no reason given"]
         told = [line for line in lines if "error" in line.lower()] or lines

@@ -17,7 +17,7 @@ from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import knn_at, table_of
 from distillery.config.load import load_configs
-from distillery.system.errors import UserError
+from distillery.system.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small")
@@ -239,6 +239,14 @@ def test_a_peer_that_cannot_run_is_left_out_and_a_run_of_ours_that_fails_ends_th
     assert Results(tmp_path, "pair").left_out() == {"timm-feature": "no such package"}
     with pytest.raises(RuntimeError, match="out of memory"):
         work_off(tmp_path, monkeypatch, [replace(FAST, seed=1)], failing={"ours-live": RuntimeError("out of memory")})
+
+
+def test_an_interrupted_peer_is_no_failed_one_and_nothing_begins_after_it(tmp_path, monkeypatch):
+    failing = {"timm-feature": Interrupted("interrupted")}
+    with pytest.raises(Interrupted):
+        work_off(tmp_path, monkeypatch, [SLOW, FAST], failing=failing)
+    results = Results(tmp_path, "pair")
+    assert not results.left_out() and not results.runs()
 
 
 def test_a_kept_result_of_another_recipe_is_named(tmp_path, monkeypatch, capsys):
