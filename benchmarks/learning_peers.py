@@ -250,7 +250,7 @@ def fixed_view(flags: list[str]) -> None:
     from distillery.training import build
 
     build_task = build.build_task
-    build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))
+    build.build_task = lambda *given, **options: with_fixed_view(build_task(*given, **options))
     sys.argv = ["distill_trainer.py", *flags]
     run_command(distill_trainer.main)
 
