@@ -122,8 +122,11 @@ def expected_seconds(run: Run, kept: Iterable[dict[str, Any]], machine: dict[str
 
 
 def revision() -> str:
-    """The commit of this checkout, and whether files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit of this checkout, and "-dirty" where code or recipe differ from it."""
+    commit = _git("describe", "--always", "--abbrev=12").stdout.strip()
+    differs = _git("diff", "--quiet", "HEAD", "--", "*.py", "*.yaml").returncode
+    return f"{commit}{'-dirty' * bool(differs)}" if commit else "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
