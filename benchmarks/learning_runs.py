@@ -223,9 +223,13 @@ def ours(bench: Bench, run: Run) -> dict[str, Any]:
 
 
 def make_image_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> None:
-    """Stage 1 over the images; a run beside this one waits for it."""
+    """Stage 1 over the images, unless an earlier run has done it; a run beside this one waits for it."""
+    data = configs_of(bench.setting, bench.work, bench.folder(run), run)["data"]
+    done = bench.work / f"cache_{run.images}_{sha256_of(data)[:12]}.done"
     with locked(bench.work / "locks" / f"cache_{run.images}"):
-        bench.call(["precompute_cache.py", *flags[:2]], log)
+        if not (done.exists() and (Path(data["cache_dir"]) / "index.json").exists()):
+            bench.call(["precompute_cache.py", *flags[:2]], log)
+            done.touch()
 
 
 def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> dict[str, Any]:
