@@ -1,7 +1,7 @@
 """The table of a suite of benchmarks.learning: medians over seeds, with the least and the most."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def table_of(suite: Suite, runs: Sequence[Result], left_out: dict[str, str]) -> 
     untrained, teachers = untrained_and_teacher(runs)
     rows = [_row("untrained student", untrained, columns), *rows, _row("teacher", teachers, columns)]
     table = markdown(["", *columns], [row for row in rows if row])
-    return "\n\n".join([heading_of(runs), table, *lines, *notes_of(suite, groups)])
+    return "\n\n".join([heading_of(runs), table, *lines, *notes_of(suite, groups, left_out)])
 
 
 def _row(name: str, measured: list[Result], columns: Iterable[str]) -> list[str]:
@@ -142,11 +142,15 @@ def heading_of(runs: Sequence[Result]) -> str:
     )
 
 
-def notes_of(suite: Suite, groups: dict[str, list[Result]]) -> list[str]:
+def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[str]) -> list[str]:
     """What a reader must know about the figures: what is not there yet, and what does not compare."""
     notes = []
     done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
-    missing = [f"{run.label} (seed {run.seed})" for run in suite.runs if (run.label, run.seed) not in done]
+    missing = [
+        f"{run.label} (seed {run.seed})"
+        for run in suite.runs
+        if (run.label, run.seed) not in done and run.label not in left_out
+    ]
     if missing:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
     if suite.equal_time and equal_seconds(groups) is None:
