@@ -40,8 +40,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RECIPE_KEYS = {
     "data": ("resize_mode", "interpolation", "mean", "std", "cache_dtype"),
     "train": (
-        "learning_rate", "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay", "precision",
-        "distill_loss_weights", "loss_options", "standardise_targets", "augment", "teacher_cache",
+        "optimizer", "learning_rate", "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay",
+        "precision", "distill_loss_weights", "loss_options", "standardise_targets", "augment", "teacher_cache",
     ),
     "model": ("projector", "drop_path_rate", "use_cls_token"),
 }  # fmt: skip
@@ -105,7 +105,8 @@ def measure(bench: Bench, run: Run) -> dict[str, Any]:
 def recipe_of(run: Run, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run learns by: of ours the keys of the YAML files, of others what is set by hand."""
     if run.contender == "ours":
-        return {key: configs[name].get(key) for name, keys in RECIPE_KEYS.items() for key in keys}
+        found = [(key, configs[name]) for name, keys in RECIPE_KEYS.items() for key in keys]
+        return {key: section[key] for key, section in found if key in section}
     if run.contender.startswith("timm"):
         return {"learning_rate": PEER_LEARNING_RATE} | {key: configs["train"][key] for key in SHARED_TRAIN_KEYS}
     return {"learning_rate": PEER_LEARNING_RATE} if run.contender == "lightly-train-2e-3" else {}

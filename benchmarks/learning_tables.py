@@ -159,8 +159,10 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[
         others = [run for run in runs if run.get("prepare_threads") not in (None, run["machine"]["threads"])]
         if others:
             notes.append(f"The teacher's outputs of {label} were made with {others[0]['prepare_threads']} threads.")
-        keys = {key for run in runs for key in run["recipe"]}
-        if differing := sorted(key for key in keys if any(run["recipe"].get(key) != runs[0]["recipe"].get(key)
-                                                          for run in runs)):  # fmt: skip
+        # results of an earlier version may lack a key
+        keys = set.intersection(*(set(run["recipe"]) for run in runs))
+        first = runs[0]["recipe"]
+        differing = sorted(key for key in keys if any(run["recipe"][key] != first[key] for run in runs))
+        if differing:
             notes.append(f"The runs of {label} differ in {', '.join(differing)}.")
     return notes
