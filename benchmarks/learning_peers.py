@@ -307,6 +307,7 @@ def write_digits_config(path: Path, cache: Path, like: Any) -> None:
     content = {
         "dataset_name": "parquet", "data_files": files["train"], "cache_dir": str(cache / f"{like.image_size}_px"),
         "image_size": like.image_size, "mean": list(like.mean), "std": list(like.std),
+        "max_samples": 1,  # nothing is trained on
         "eval_datasets": {"digits": evaluation},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(content, sort_keys=False))
