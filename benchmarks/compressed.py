@@ -41,7 +41,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import build_parser, source_images, write_parquet
-from benchmarks.learning_runs import DATASET, Setting, Variant, call, write_configs
+from benchmarks.learning_results import Setting
+from benchmarks.learning_runs import DATASET, call, write_configs
+from benchmarks.learning_suites import Run, Variant
 from data_loader import build_pretraining_dataloader
 from distillery.cache.archive import row_bytes_of
 from distillery.cache.encoded import RowEncoding
@@ -279,7 +281,7 @@ def print_learning(arguments: argparse.Namespace, work: Path) -> None:
     """k-NN accuracy of students from both caches, a row for each seed."""
     setting = Setting(
         str(arguments.train.resolve()), str(arguments.test.resolve()), str(arguments.teacher_repo.resolve()),
-        "cifar_resnet56", "cifar_resnet20", arguments.epochs, 0, max_images=arguments.max_samples,
+        "cifar_resnet56", "cifar_resnet20",
     )  # fmt: skip
     crop = None if arguments.crop is None else [arguments.crop, 1.0]
     print(
@@ -287,9 +289,12 @@ def print_learning(arguments: argparse.Namespace, work: Path) -> None:
         f"{QUALITY}; k-NN, {setting.test_images:,} test images"
     )
     print(f"{'seed':>6}{'untrained':>11}{'uint8':>9}{'jpeg':>9}{'difference':>12}", flush=True)
-    differences = []
+    differences, epochs = [], arguments.epochs
+    variant = Variant(train={"augment": {"hflip": True, "random_resized_crop": crop}})
     for seed in arguments.seeds:
-        rows = {dtype: train_on(dtype, setting, work, seed, crop) for dtype in ("uint8", "jpeg")}
+        runs = [Run(dtype, "ours", seed, epochs, arguments.max_samples, variant=variant, eval_every=epochs)
+                for dtype in ("uint8", "jpeg")]  # fmt: skip
+        rows = {run.label: train_on(run, setting, work) for run in runs}
         uint8, jpeg = (rows[dtype]["student"]["knn_top1"] for dtype in ("uint8", "jpeg"))
         differences.append(jpeg - uint8)
         untrained = rows["uint8"]["untrained"]["knn_top1"]
@@ -297,14 +302,13 @@ def print_learning(arguments: argparse.Namespace, work: Path) -> None:
     print(f"{'mean difference':35}{statistics.mean(differences):+12.2%}")
 
 
-def train_on(dtype: str, setting: Setting, work: Path, seed: int, crop: list[float] | None) -> dict[str, dict]:
-    """The last evaluation row of each model of a run on a cache of this dtype."""
-    folder = work / "runs" / f"{dtype}_{seed}"
-    augment = {"augment": {"hflip": True, "random_resized_crop": crop}}
-    flags = write_configs(setting, work, folder, seed, setting.epochs, Variant(train=augment))
-    data = ["--set", f"cache_dtype={dtype}", "--set", f"cache_dir={work / dtype}"]
+def train_on(run: Run, setting: Setting, work: Path) -> dict[str, dict]:
+    """The last evaluation row of each model of a run on a cache of the dtype that its label is."""
+    folder = work / "runs" / run.name
+    flags = write_configs(setting, work, folder, run)
+    data = ["--set", f"cache_dtype={run.label}", "--set", f"cache_dir={work / run.label}"]
     call(["precompute_cache.py", *flags[:2], *data], folder / "log.txt")
-    call(["distill_trainer.py", *flags, *data, "--set", f"eval_every_epochs={setting.epochs}"], folder / "log.txt")
+    call(["distill_trainer.py", *flags, *data], folder / "log.txt")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {row["model"]: row for row in rows if row["kind"] == "eval" and row["dataset"] == DATASET}
 

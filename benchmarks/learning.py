@@ -1,97 +1,118 @@
-"""What students learn: this project's recipe beside others, from the same images, teacher, steps and evaluation.
+"""What students learn: named suites of runs from the same images, teacher and evaluation.
 
-    python -m benchmarks.learning --train train.parquet --test test.parquet --teacher_repo FOLDER
-    python -m benchmarks.learning ... --contenders ours ours-cached --views 1 2 4 8 --equal_time --ablation
-    python -m benchmarks.learning --tiny --out /tmp/bench      # a minute: does everything still run?
+    python -m benchmarks.learning --suite budget4 --train train.parquet --test test.parquet --teacher_repo FOLDER
+    python -m benchmarks.learning --suite budget20 data --minutes 120 --jobs 2 --dir FOLDER --train ... (the same)
+    python -m benchmarks.learning --suite budget4 --tables                # of what is there; runs nothing
+    python -m benchmarks.learning --tables --write_docs                   # tables and pictures of all into docs/
+    python -m benchmarks.learning --tiny                                  # minutes: does everything still run?
 
-The data: CIFAR-10 as parquet, https://huggingface.co/datasets/uoft-cs/cifar10, folder plain_text; other labelled
-parquet files do as well. FOLDER is a torch.hub folder: a hubconf.py with a function for each model that takes
-`pretrained`, where the teacher's weights are loaded. Training sees no labels; they serve the evaluation.
+benchmarks/learning_suites.py says what each suite asks and lists its runs; docs/results.md shows what came out. The
+data: CIFAR-10 as parquet, https://huggingface.co/datasets/uoft-cs/cifar10, folder plain_text; other labelled parquet
+files do as well. FOLDER is a torch.hub folder: a hubconf.py with a function for each model that takes `pretrained`,
+where the teacher's weights are loaded. Training sees no labels; they serve the evaluation.
 
-ours: stage 1 and distill_trainer.py with the shipped YAML files, the data set, models and length put in. ours-cached:
-the same with the teacher's outputs made once by stage 1; making them is part of its seconds, in each run anew.
-timm-mse: the mean squared difference of pooled features, timm's FeatureDistillationTask, on the very views that ours
-sees; AdamW, one-cycle to 2e-3. lightly-train: distillationv3 of LightlyTrain at its defaults; lightly-train-2e-3: with
-its learning rate set to 2e-3. All are evaluated by the same code, k-NN and linear probe on the student's features.
+ours: stage 1 and distill_trainer.py with the shipped YAML files; the data set, models, seed, length, batch_size 64 and
+precision fp32 are put in. ours-cached-2: with the teacher's outputs for two views made once by stage 1; making them is
+part of its seconds, in each run anew. timm-feature: the mean squared difference of pooled features. timm-logits: KL
+between softened classes; only there the student learns from the teacher's classifier. Both on the very views that ours
+sees; AdamW, one-cycle to 2e-3. timm-token: needs a student with a distillation token. lightly-train: distillationv3 of
+LightlyTrain at its defaults; lightly-train-2e-3: with its learning rate set to 2e-3. All are evaluated by the same
+code, k-NN and linear probe on the student's features. What cannot run is left out, with the reason
+(requirements-bench.txt).
 
-Seconds are wall time, the start of the process included, evaluations left out. --equal_time adds a column: everyone's
-k-NN at the time the fastest was done, interpolated between evaluations; the schedules of the slower ones have not yet
-come to their end then. --ablation changes one thing of the recipe at a time, one seed.
+Seconds are wall time, the start of the process included, evaluations left out. With --jobs 2 each run has one thread,
+and its seconds are those of one core; the results say so.
 
-Writes learning.json and learning.png into --out. A run that is in learning.json is not run again: add seeds or
-contenders to the same --out, or repeat the command after an interruption. What is not installed is left out, with the
-reason (requirements-bench.txt).
+Every finished run is a file, OUT/learning/SUITE/LABEL_SEED.json. It is never run again: repeat the command after an
+interruption, or in another checkout. Two commands with one --dir share caches and divide the runs between them. With
+--minutes no run begins that would not end in time, by the rate of earlier ones; a run in progress is never cut.
 """
 
 import argparse
-import json
-import platform
+import contextlib
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.learning_runs import ROOT, VARIANTS, Setting, lightly_train, ours, ours_cached, timm_mse
-from benchmarks.learning_tables import ablation_rows, draw, main_rows, print_tables
-from distillery.system.files import write_atomic
+from benchmarks.learning_docs import write_docs
+from benchmarks.learning_pictures import draw
+from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds
+from benchmarks.learning_runs import Bench, NotYet, configs_of, locked, measure, recipe_of
+from benchmarks.learning_suites import SUITES, Run, Suite
+from benchmarks.learning_tables import table_of
+from distillery.system.errors import run_command
 from distillery.system.machine import usable_cpus
 
-CONTENDERS = ["ours", "ours-cached", "timm-mse", "lightly-train", "lightly-train-2e-3"]
+OUT = Path("benchmarks/results")
 DATA_HINT = "CIFAR-10 as parquet: https://huggingface.co/datasets/uoft-cs/cifar10, folder plain_text"
+TINY_HUBCONF = """
+import timm
+import torch
+
+def student(pretrained=False):
+    return timm.create_model("test_resnet", num_classes=10)
+
+def teacher(pretrained=False):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # the same weights in each process
+        return student()
+"""
+# the quick ones; screening and data take the same paths
+TINY_SUITES = ["budget4", "ablation", "vit", "transfer"]
 
 
 def main() -> int:
     arguments = parse_arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.dir is not None:
-        work, is_kept = arguments.dir / "learning", not arguments.tiny
-        work.mkdir(parents=True, exist_ok=True)
-    else:
-        work, is_kept = Path(tempfile.mkdtemp(prefix="learning-benchmark-")), False
-    try:
-        if arguments.tiny:
-            use_tiny_data(arguments, work)
-        setting = setting_of(arguments)
-        results = Results(arguments.out / "learning.json", setting)
-        run_all(arguments, setting, work.resolve(), results)
-    finally:
-        if not is_kept:
-            shutil.rmtree(work, ignore_errors=True)
-    draw(results.content, arguments.out / "learning.png")
-    print_tables(results.content, equal_time=arguments.equal_time)
-    print(f"written: {results.path}, {arguments.out / 'learning.png'}")
+    suites = [SUITES[name].tiny() if arguments.tiny else SUITES[name] for name in arguments.suite]
+    if not arguments.tables:
+        run_suites(arguments, suites)
+    for suite in suites:
+        results = Results(arguments.out, suite.name)
+        print(f"\n{suite.name}\n\n{table_of(suite, results.runs(), results.left_out())}\n")
+        if picture := draw(suite, results.runs(), arguments.out / f"learning_{suite.name}.png"):
+            print(f"written: {picture}")
+        if arguments.write_docs:
+            write_docs(suite, results, ROOT / "docs")
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", metavar="NAME", help=", ".join(SUITES))
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="of the suite's runs, those with these labels")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing that would not end in time")
+    parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="2: two runs side by side, one thread each")
     parser.add_argument("--train", type=Path, metavar="PARQUET", help="images to train on; labelled, the k-NN's bank")
     parser.add_argument("--test", type=Path, metavar="PARQUET", help="labelled images to evaluate on")
     parser.add_argument("--teacher_repo", type=Path, metavar="FOLDER", help="torch.hub folder of both models")
     parser.add_argument("--teacher", default="cifar_resnet56")
     parser.add_argument("--student", default="cifar_resnet20")
     parser.add_argument("--image_size", type=int, default=32, help="px")
-    parser.add_argument("--max_images", type=int, help="of --train, the first so many to train on")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--contenders", nargs="*", default=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
-    parser.add_argument("--views", type=int, nargs="+", default=[4], metavar="K", help="of ours-cached, a run for each")
-    parser.add_argument("--equal_time", action="store_true", help="compare at the fastest one's seconds as well")
-    parser.add_argument("--ablation", nargs="*", metavar="NAME", help=f"all of them, or of: {'; '.join(VARIANTS)}")
-    parser.add_argument("--ablation_epochs", type=int, default=2)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="transfer: this run folder, not those of budget4")
     parser.add_argument("--lightly_python", default=sys.executable, metavar="PATH", help="python with LightlyTrain")
-    parser.add_argument("--tiny", action="store_true", help="256 digits, 2 epochs, ours and timm-mse, one seed")
+    parser.add_argument("--tables", action="store_true", help="run nothing: tables and pictures of what is there")
+    parser.add_argument("--write_docs", action="store_true", help="put tables and pictures into docs/")
+    parser.add_argument("--tiny", action="store_true", help="digits, one epoch of 128 images, one run of each kind")
     parser.add_argument("--dir", type=Path, help="keep caches, logs and runs here; default: nowhere")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, help=f"results and pictures (default {OUT}, with --tiny {OUT}/tiny)")
     arguments = parser.parse_args()
-    arguments.ablation = list(VARIANTS) if arguments.ablation == [] else arguments.ablation or []
-    for given, known in ((arguments.contenders, CONTENDERS), (arguments.ablation, VARIANTS)):
-        if unknown := set(given) - set(known):
-            parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
-    if not arguments.tiny:
+    arguments.out = arguments.out or (OUT / "tiny" if arguments.tiny else OUT)
+    if arguments.suite is None and not (arguments.tables or arguments.tiny):
+        parser.error(f"--suite is missing: some of {', '.join(SUITES)}")
+    if arguments.tiny and arguments.write_docs:
+        parser.error("--write_docs is for real results, --tiny gives none")
+    arguments.suite = arguments.suite or (TINY_SUITES if arguments.tiny else list(SUITES))
+    if unknown := set(arguments.suite) - set(SUITES):
+        parser.error(f"--suite {', '.join(sorted(unknown))}: expected some of {', '.join(SUITES)}")
+    labels = [label for name in arguments.suite for label in SUITES[name].labels]
+    if unknown := set(arguments.only or ()) - set(labels):
+        parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {'; '.join(labels)}")
+    if not (arguments.tiny or arguments.tables):
         check_paths(parser, arguments)
     return arguments
 
@@ -103,116 +124,147 @@ def check_paths(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
             parser.error(f"--{flag} {path or 'is missing'}{': no such path' if path else ''}. {hint}")
 
 
-def use_tiny_data(arguments: argparse.Namespace, work: Path) -> None:
-    """scikit-learn's digits and the demo's teacher, which come with the installed packages."""
-    sys.path.insert(0, str(ROOT / "examples" / "demo"))
-    from make_data import main as make_digits
+def run_suites(arguments: argparse.Namespace, suites: list[Suite]) -> None:
+    """All runs that were asked for and are not there yet, as far as the time allows."""
+    deadline = time.time() + 60 * arguments.minutes if arguments.minutes is not None else None
+    threads = usable_cpus() if arguments.jobs == 1 else 1
+    with work_folder(arguments) as work:
+        setting = tiny_setting(work) if arguments.tiny else setting_of(arguments)
+        for suite in suites:
+            results = Results(arguments.out, suite.name)
+            results.check_setting(setting.facts())
+            bench = Bench(setting, work, suite.name, threads, arguments.lightly_python, arguments.run)
+            runs = [run for run in suite.runs if run.label in (arguments.only or suite.labels)]
+            Queue(bench, results, runs, deadline).work_off(arguments.jobs)
 
-    make_digits(work / "data")
-    arguments.train, arguments.test = work / "data" / "train.parquet", work / "data" / "test.parquet"
-    arguments.teacher_repo = ROOT / "examples" / "demo"
-    arguments.teacher = arguments.student = "efficientnet_lite0"
-    arguments.epochs, arguments.ablation_epochs, arguments.seeds = 2, 1, [0]
-    arguments.image_size, arguments.max_images = 32, 128
-    arguments.contenders = [name for name in arguments.contenders if name in ("ours", "timm-mse")]
+
+@contextlib.contextmanager
+def work_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The folder of caches, logs and runs; removed afterwards unless --dir keeps it."""
+    if arguments.dir is not None and not arguments.tiny:
+        work = arguments.dir / "learning"
+        work.mkdir(parents=True, exist_ok=True)
+        yield work.resolve()
+        return
+    work = Path(tempfile.mkdtemp(prefix="learning-benchmark-", dir=arguments.dir))
+    try:
+        yield work.resolve()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
     paths = [str(getattr(arguments, name).resolve()) for name in ("train", "test", "teacher_repo")]
-    return Setting(
-        *paths, arguments.teacher, arguments.student, arguments.epochs, arguments.ablation_epochs,
-        image_size=arguments.image_size, max_images=arguments.max_images,
-        **({"bank": 128, "test_images": 64} if arguments.tiny else {}),
-    )  # fmt: skip
+    return Setting(*paths, arguments.teacher, arguments.student, image_size=arguments.image_size)
 
 
-def facts_of(setting: Setting) -> dict:
-    """What makes results comparable: of files the name and size, as they may lie elsewhere the next time."""
-    files = {key: Path(getattr(setting, key)) for key in ("train", "test")}
-    named = {key: f"{path.name}, {path.stat().st_size} bytes" for key, path in files.items()}
-    return asdict(setting) | named | {"teacher_repo": Path(setting.teacher_repo).name}
+def tiny_setting(work: Path) -> Setting:
+    """scikit-learn's digits, and timm's smallest network as student and as a teacher that knows nothing."""
+    from benchmarks.learning_peers import make_digits
+
+    files, repo = make_digits(work / "data"), work / "hub"
+    repo.mkdir()
+    (repo / "hubconf.py").write_text(TINY_HUBCONF)
+    return Setting(files["train"], files["test"], str(repo), "teacher", "student", bank=128, test_images=64)
 
 
-class Results:
-    """learning.json: the setting, every finished run, and the tables made of them; written after each run."""
+class Queue:
+    """The runs of a suite that are still to do, for one or two threads."""
 
-    def __init__(self, path: Path, setting: Setting) -> None:
-        self.path = path
-        machine = {"cpus": usable_cpus(), "machine": platform.machine()}
-        facts = facts_of(setting)
-        self.content = {"setting": facts, "machine": machine, "runs": [], "left_out": {}}
-        if path.exists():
-            old = json.loads(path.read_text())
-            differing = [key for key, value in facts.items() if old["setting"].get(key) != value]
-            if differing:
-                sys.exit(f"{path} holds runs of another {', '.join(differing)}: choose another --out, or move it away")
-            self.content["runs"] = old["runs"]
+    def __init__(self, bench: Bench, results: Results, runs: list[Run], deadline: float | None) -> None:
+        """deadline: Unix time, s; None: there is none."""
+        self.bench, self.results, self.deadline = bench, results, deadline
+        self.waiting = [run for run in runs if not self._is_done(run)]
+        self.left_over: list[str] = []
+        self.failed: set[str] = set()  # labels that cannot run here
+        self.is_stopped = False
+        self.lock = threading.Lock()
 
-    def has(self, kind: str, name: str, seed: int) -> bool:
-        """Whether this run is there."""
-        return any((run["kind"], run["name"], run["seed"]) == (kind, name, seed) for run in self.content["runs"])
+    def work_off(self, jobs: int) -> None:
+        """Do all of them, `jobs` side by side, and say what is left."""
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(self._work) for _ in range(jobs)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # Ctrl-C too, which ends the runs in progress
+                self._stop()
+                raise
+        for line in self.left_over:
+            print(f"left: {line}", flush=True)
 
-    def add(self, kind: str, run: dict) -> None:
-        """Keep a finished run."""
-        self.content["runs"].append({"kind": kind} | run)
-        self.write()
+    def _stop(self) -> None:
+        """Begin no more runs; a run that fails from now on is not kept as left out."""
+        with self.lock:
+            self.is_stopped = True
+            self.waiting.clear()
 
-    def write(self) -> None:
-        """The file, whole or not at all."""
-        self.content["results"], self.content["ablation"] = main_rows(self.content), ablation_rows(self.content)
-        write_atomic(self.path, json.dumps(self.content, indent=1).encode() + b"\n")
+    def _is_done(self, run: Run) -> bool:
+        kept = self.results.find(run)
+        if kept is None:
+            return False
+        setting, folder = self.bench.setting, self.bench.folder(run)
+        now = recipe_of(run, configs_of(setting, self.bench.work, folder, run))
+        changed = [key for key, value in now.items() if key in kept["recipe"] and kept["recipe"][key] != value]
+        if changed:
+            print(f"{run.label}, seed {run.seed}: the kept result is of another {', '.join(changed)}; remove "
+                  f"{self.results.path(run)} to measure it again", flush=True)  # fmt: skip
+        return True
 
+    def _work(self) -> None:
+        while (run := self._next()) is not None:
+            with locked(self.bench.work / "locks" / f"{self.bench.suite}_{run.name}", wait=False) as is_ours:
+                if not is_ours:
+                    self.left_over.append(f"{run.label}, seed {run.seed}: another process is at it")
+                elif self.results.find(run) is None:  # it may have been, just now
+                    self._do(run)
 
-def run_all(arguments: argparse.Namespace, setting: Setting, work: Path, results: Results) -> None:
-    """Everything that was asked for and is not there yet; contenders take turns, seed by seed."""
-    for seed in arguments.seeds:
-        for name, run in contenders_of(arguments, setting, work).items():
-            run_once(results, "contender", name, seed, run)
-    for name in arguments.ablation:
-        variant = VARIANTS[name]
+    def _next(self) -> Run | None:
+        """The first waiting run that ends in time; those before it are left over."""
+        with self.lock:
+            while self.waiting:
+                run = self.waiting.pop(0)
+                if run.label in self.failed:
+                    continue
+                if reason := self._reason_to_wait(run):
+                    self.left_over.append(f"{run.label}, seed {run.seed}: {reason}")
+                    continue
+                return run
+            return None
 
-        def run(label: str, seed: int, variant=variant) -> dict:
-            return ours(setting, work, label, seed, variant=variant, epochs=setting.ablation_epochs)
+    def _reason_to_wait(self, run: Run) -> str | None:
+        if self.deadline is None:
+            return None
+        remaining = self.deadline - time.time()
+        expected = expected_seconds(run, self.results.runs_of_all_suites(), self.bench.machine)
+        if remaining > (expected or 0):
+            return None
+        known = "" if expected is None else f", it takes about {expected / 60:.0f}"
+        return f"{max(0.0, remaining) / 60:.0f} minutes are left{known}"
 
-        run_once(results, "ablation", name, arguments.seeds[0], run)
-    results.write()
-
-
-def contenders_of(arguments: argparse.Namespace, setting: Setting, work: Path) -> dict[str, Callable[..., dict]]:
-    """Label -> what runs it, given the label and a seed."""
-    found: dict[str, Callable[..., dict]] = {}
-    for name in arguments.contenders:
-        if name == "ours":
-            found[name] = lambda label, seed: ours(setting, work, label, seed)
-        elif name == "ours-cached":
-            for views in arguments.views:
-                label = f"ours-cached, {views} view{'s' * (views > 1)}"
-                found[label] = lambda label, seed, views=views: ours_cached(setting, work, label, seed, views)
-        elif name == "timm-mse":
-            found[name] = lambda label, seed: timm_mse(setting, work, label, seed)
-        else:
-            options = {"python": arguments.lightly_python, "by_hand": name != "lightly-train"}
-            found[name] = lambda label, seed, options=options: lightly_train(setting, work, label, seed, **options)
-    return found
-
-
-def run_once(results: Results, kind: str, name: str, seed: int, run: Callable[..., dict]) -> None:
-    if results.has(kind, name, seed) or name in results.content["left_out"]:
-        return
-    began = time.time()
-    try:
-        done = run(name, seed)
-    except RuntimeError as error:
-        if name.startswith("ours") or kind == "ablation":
-            raise
-        results.content["left_out"][name] = str(error)
-        print(f"{name}: left out ({error})", flush=True)
-        return
-    results.add(kind, done)
-    shares = " / ".join(f"{point['knn']:.1%}" for point in done["curve"])
-    seconds, everything = done["curve"][-1]["seconds"], time.time() - began
-    print(f"{name}, seed {seed}: k-NN {shares}, {seconds:.0f} s ({everything:.0f} s with everything)", flush=True)
+    def _do(self, run: Run) -> None:
+        began = time.time()
+        try:
+            done = measure(self.bench, run)
+        except NotYet as error:
+            self.left_over.append(f"{run.label}, seed {run.seed}: {error}")
+            return
+        except Exception as error:
+            if self.is_stopped:
+                return
+            if run.contender == "ours" or not isinstance(error, RuntimeError):
+                self._stop()
+                raise
+            self.failed.add(run.label)
+            self.results.leave_out(run, str(error))
+            print(f"{run.label}: left out ({error})", flush=True)
+            return
+        self.results.add(run, done)
+        points = done["curve"] or [{"knn": done["rows"]["student"]["knn_top1"], "seconds": done["wall_seconds"]}]
+        shares = " / ".join(f"{point['knn']:.1%}" for point in points)
+        print(f"{run.label}, seed {run.seed}: k-NN {shares}, {points[-1]['seconds']:.0f} s "
+              f"({time.time() - began:.0f} s with everything)", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

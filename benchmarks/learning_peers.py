@@ -1,9 +1,10 @@
 """The processes of benchmarks.learning that are no program of this repository: peers, and one part of the ablation.
 
-    python -m benchmarks.learning_peers timm-mse FOLDER LEARNING_RATE     # reads its YAML files, writes result.json
+    python -m benchmarks.learning_peers timm FOLDER TASK LEARNING_RATE    # reads its YAML files, writes result.json
     python -m benchmarks.learning_peers lightly-train FOLDER              # reads setting.json, leaves a state per epoch
     python -m benchmarks.learning_peers evaluate-states FOLDER            # of those states makes result.json
     python -m benchmarks.learning_peers fixed-view --data_config ...      # distill_trainer.py, another teacher's view
+    python -m benchmarks.learning_peers transfer FOLDER RUN CACHE         # a run's models on digits: result.json
 
 lightly-train imports nothing of this repository, so that it may run in an environment of its own.
 """
@@ -11,19 +12,25 @@ lightly-train imports nothing of this repository, so that it may run in an envir
 import json
 import math
 import os
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     name, *arguments = sys.argv[1:]
     if name == "fixed-view":
         fixed_view(arguments)
-    elif name == "timm-mse":
-        timm_mse(Path(arguments[0]), float(arguments[1]))
+    elif name == "timm":
+        timm(Path(arguments[0]), arguments[1], float(arguments[2]))
+    elif name == "transfer":
+        transfer(*map(Path, arguments))
     else:
         {"lightly-train": lightly_train, "evaluate-states": evaluate_states}[name](Path(arguments[0]))
     return 0
@@ -68,8 +75,8 @@ def configs_of(folder: Path) -> Any:
 # ---- timm --------------------------------------------------------------------------------------------------------
 
 
-def timm_mse(folder: Path, learning_rate: float) -> None:
-    """AdamW with a one-cycle schedule around timm's task; same images, views and number of steps as the trainer."""
+def timm(folder: Path, kind: str, learning_rate: float) -> None:
+    """AdamW with a one-cycle schedule around a timm task; same images, views and number of steps as the trainer."""
     import torch
 
     from data_loader import DevicePrefetcher, build_pretraining_dataloader
@@ -82,7 +89,7 @@ def timm_mse(folder: Path, learning_rate: float) -> None:
     loader = build_pretraining_dataloader(configs.data, train, with_indices=True, raw=True)
     assert loader.normalized, "stored pixels are taken as they are"
     steps = build.steps_per_epoch(train, loader.valid_rows_per_shard, None)
-    task, student = timm_task(configs, device)
+    task, student = timm_task(configs, device, kind)
     trained = [p for p in task.trainable_module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=train.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps * train.num_epochs)
@@ -106,10 +113,17 @@ def timm_mse(folder: Path, learning_rate: float) -> None:
     curve.write(folder)
 
 
-def timm_task(configs: Any, device: Any) -> tuple:
-    """timm's feature distillation of our teacher into our student, and the student with our way to its features."""
+def timm_task(configs: Any, device: Any, kind: str = "feature") -> tuple:
+    """One of timm's distillation tasks with our teacher and student, and the student with our way to its features.
+
+    kind: feature, pooled features by mean squared difference; logits, softened classes; token, classes by a
+    distillation token, which the student must have. There are no labels: the task's own loss has weight 0.
+
+    Raises:
+        ValueError: the task does not take these models.
+    """
     import torch
-    from timm.task import FeatureDistillationTask
+    from timm import task as tasks
     from timm.task.distillation import DistillationTeacher
 
     from distillery.models import configured
@@ -122,7 +136,12 @@ def timm_task(configs: Any, device: Any) -> tuple:
     for backbone in (teacher, student):
         # where timm looks for the normalisation; models from torch.hub have none
         backbone.model.pretrained_cfg = {"mean": backbone.mean, "std": backbone.std}
-    task = FeatureDistillationTask(
+    classes = {
+        "feature": tasks.FeatureDistillationTask,
+        "logits": tasks.LogitDistillationTask,
+        "token": tasks.TokenDistillationTask,
+    }
+    task = classes[kind](
         student.model, DistillationTeacher(teacher.model, device=device), criterion=torch.nn.CrossEntropyLoss(),
         distill_loss_weight=1.0, task_loss_weight=0.0, device=device, verbose=False,
     )  # fmt: skip
@@ -231,7 +250,7 @@ def fixed_view(flags: list[str]) -> None:
     from distillery.training import build
 
     build_task = build.build_task
-    build.build_task = lambda *arguments: with_fixed_view(build_task(*arguments))
+    build.build_task = lambda *given, **options: with_fixed_view(build_task(*given, **options))
     sys.argv = ["distill_trainer.py", *flags]
     run_command(distill_trainer.main)
 
@@ -248,6 +267,59 @@ def with_fixed_view(task: Any) -> Any:
     task.augment = SimpleNamespace(draw=augment.draw, apply=remember)
     task.teacher_call = lambda view: teacher(last["images"])
     return task
+
+
+# ---- other images ------------------------------------------------------------------------------------------------
+
+
+def transfer(folder: Path, run_dir: Path, cache: Path) -> None:
+    """Teacher, untrained and trained student of a run on scikit-learn's digits, at the run's image size.
+
+    folder: where result.json goes; cache: folder of the digits and their cache, made where they are not there.
+    """
+    from distillery.cache.folder import load_index
+    from distillery.config.load import load_data_config, load_dumped_configs
+    from distillery.evaluate.candidates import evaluate_run, find_checkpoints
+    from distillery.evaluate.sets import eval_sets
+    from distillery.models.configured import choose_device
+
+    configs, data = load_dumped_configs(run_dir / "config.yaml"), folder / "data.yaml"
+    write_digits_config(data, cache, configs.data)
+    subprocess.run([sys.executable, "precompute_cache.py", "--data_config", str(data)], cwd=ROOT, check=True)
+    configs = replace(configs, data=load_data_config(data))
+    rows = evaluate_run(configs, find_checkpoints(run_dir, None), choose_device("auto"))
+    (digits,) = eval_sets(configs.data)
+    bank, test_images = (load_index(part).num_samples for part in (digits.train, digits.test))
+    result = {
+        "rows": {row["model"]: row for row in rows},
+        "evaluation": {"bank": bank, "test_images": test_images, "knn_k": configs.train.knn_k},
+        "student": configs.model.student_name,
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def write_digits_config(path: Path, cache: Path, like: Any) -> None:
+    """A data_config.yaml of scikit-learn's digits; `like`: a DataConfig whose image size and normalisation it takes."""
+    import yaml
+
+    files = make_digits(cache / "data")
+    evaluation = {"dataset_name": "parquet", "data_files": files, "label_column": "label"}
+    content = {
+        "dataset_name": "parquet", "data_files": files["train"], "cache_dir": str(cache / f"{like.image_size}_px"),
+        "image_size": like.image_size, "mean": list(like.mean), "std": list(like.std),
+        "max_samples": 1,  # nothing is trained on
+        "eval_datasets": {"digits": evaluation},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def make_digits(folder: Path) -> dict[str, str]:
+    """The demo's parquet files of scikit-learn's digits: split -> path; existing files stay."""
+    sys.path.insert(0, str(ROOT / "examples" / "demo"))
+    import make_data
+
+    make_data.main(folder)
+    return {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
 
 
 if __name__ == "__main__":

@@ -1,166 +1,168 @@
-"""What benchmarks.learning prints and draws: rows over seeds as min, mean, max; curves over images and over seconds."""
+"""The table of a suite of benchmarks.learning: medians over seeds, with the least and the most."""
 
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.learning_suites import Suite
 
-def over_seeds(values: Sequence[float | None]) -> list[float] | None:
-    """[min, mean, max]; None where a value is missing."""
-    if not values or any(value is None for value in values):
-        return None
-    return [min(values), statistics.fmean(values), max(values)]
+Result = dict[str, Any]
+NOT_MEASURED = "not measured yet"
 
 
-def runs_by_name(content: dict, kind: str) -> dict[str, list[dict]]:
-    """The runs of a kind, those of one contender together, in the order of their first run."""
-    found: dict[str, list[dict]] = {}
-    for run in content["runs"]:
-        if run["kind"] == kind:
-            found.setdefault(run["name"], []).append(run)
-    return found
+def by_label(suite: Suite, runs: Iterable[Result]) -> dict[str, list[Result]]:
+    """The runs of each label by seed, in the suite's order; labels that it no longer has come last."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    labels = [*suite.labels, *sorted({run["label"] for run in runs} - set(suite.labels))]
+    groups = {label: [run for run in runs if run["label"] == label] for label in labels}
+    return {label: group for label, group in groups.items() if group}
 
 
-def main_rows(content: dict) -> list[dict]:
-    """A row for each contender, for the untrained student and for the teacher.
-
-    knn, linear: [min, mean, max] over seeds, after the last step; knn_at_equal_time: at the seconds at which the
-    fastest contender was done on average, interpolated between evaluations; knn_by_epoch: mean.
-    """
-    named = runs_by_name(content, "contender")
-    if not named:
-        return []
-    totals = {name: statistics.fmean(run["curve"][-1]["seconds"] for run in runs) for name, runs in named.items()}
-    deadline = min(totals.values())
-    rows = [
-        _row(name, [run["rows"]["student"] for run in runs])
-        | {
-            "images": runs[0]["curve"][-1]["images"],
-            "seconds": totals[name],
-            "prepare_seconds": statistics.fmean(run["prepare_seconds"] for run in runs),
-            "knn_by_epoch": [statistics.fmean(points) for points in zip(*map(_knn, runs), strict=True)],
-            "equal_time_seconds": deadline,
-            "knn_at_equal_time": over_seeds([knn_at(run["curve"], deadline) for run in runs]),
-        }
-        for name, runs in named.items()
-    ]
-    everyone = [run["rows"] for runs in named.values() for run in runs]
-    untrained = list({run["seed"]: run["rows"]["untrained"] for runs in named.values() for run in runs}.values())
-    teachers = [found["teacher"] for found in everyone if "teacher" in found][:1]
-    rows.insert(0, _row("untrained student", untrained))
-    return rows + [_row("teacher", [teacher]) for teacher in teachers]
+def knn_of(run: Result) -> float:
+    """Of the student after the last step, 0..1."""
+    return run["rows"]["student"]["knn_top1"]
 
 
-def _row(name: str, measured: list[dict[str, Any]]) -> dict:
-    return {
-        "name": name,
-        "seeds": len(measured),
-        "knn": over_seeds([row["knn_top1"] for row in measured]),
-        "linear": over_seeds([row["linear_top1"] for row in measured]),
-    }
-
-
-def _knn(run: dict) -> list[float]:
-    return [point["knn"] for point in run["curve"]]
-
-
-def knn_at(curve: list[dict], seconds: float) -> float:
+def knn_at(curve: Sequence[dict[str, Any]], seconds: float) -> float:
     """k-NN at a moment, on the straight line between the evaluations around it; before the first, the first."""
     return float(np.interp(seconds, [point["seconds"] for point in curve], [point["knn"] for point in curve]))
 
 
-def ablation_rows(content: dict) -> list[dict]:
-    """A row for each variant: k-NN and linear probe after the last step, k-NN by epoch."""
-    return [
-        _row(name, [run["rows"]["student"] for run in runs]) | {"knn_by_epoch": _knn(runs[0])}
-        for name, runs in runs_by_name(content, "ablation").items()
-    ]
+def seconds_of(run: Result) -> float | None:
+    """From the start to the last step, evaluations left out, the teacher's outputs included; None: no training."""
+    return run["curve"][-1]["seconds"] if run["curve"] else None
 
 
-def percent(values: Sequence[float] | float | None) -> str:
-    """One share, or min / mean / max where they differ, in percent."""
-    if values is None:
+def untrained_and_teacher(runs: Iterable[Result]) -> tuple[list[Result], list[Result]]:
+    """The evaluation rows of the untrained students, one for each student and seed, and of the teacher."""
+    runs = list(runs)
+    untrained = {(run["student"], run["seed"]): run["rows"]["untrained"] for run in runs if "untrained" in run["rows"]}
+    teachers = [run["rows"]["teacher"] for run in runs if "teacher" in run["rows"]]
+    return list(untrained.values()), teachers[:1]
+
+
+def percent(values: Sequence[float | None], *, sign: bool = False) -> str:
+    """The median in percent, with least and most where they differ; empty where a value is missing."""
+    if not values or any(value is None for value in values):
         return ""
-    shares = [values] if isinstance(values, float) else list(values)
-    shares = shares[:1] if len(set(shares)) == 1 else shares
-    return " / ".join(f"{100 * share:.1f}" for share in shares) + " %"
+    form = "{:+.1f}" if sign else "{:.1f}"
+    shown = [form.format(100 * value) for value in (statistics.median(values), min(values), max(values))]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def equal_seconds(groups: dict[str, list[Result]]) -> float | None:
+    """The median seconds of the label that was done first; None where runs had different numbers of threads."""
+    runs = [run for group in groups.values() for run in group]
+    if len({run["machine"]["threads"] for run in runs}) > 1 or any(seconds_of(run) is None for run in runs):
+        return None
+    return min(statistics.median(map(seconds_of, group)) for group in groups.values())
+
+
+def columns_of(suite: Suite, groups: dict[str, list[Result]]) -> dict[str, Callable[[list[Result]], str]]:
+    """Heading -> what makes the cell of a label's runs."""
+    columns: dict[str, Callable[[list[Result]], str]] = {}
+    if suite.picture == "data":
+        columns["images"] = lambda runs: f"{runs[0]['images']:,}"
+        columns["passes"] = lambda runs: f"{runs[0]['epochs']:,}"
+        columns["images seen"] = lambda runs: f"{runs[0]['images_seen']:,}"
+    columns["seeds"] = lambda runs: f"{len(runs)}"
+    columns["k-NN, %"] = lambda runs: percent([knn_of(run) for run in runs])
+    if suite.baseline in groups:
+        base = {run["seed"]: knn_of(run) for run in groups[suite.baseline]}
+        columns[f"k-NN against {suite.baseline}, same seed"] = lambda runs: percent(
+            [knn_of(run) - base[run["seed"]] for run in runs if run["seed"] in base], sign=True
+        )
+    columns["linear probe, %"] = lambda runs: percent([run["rows"]["student"].get("linear_top1") for run in runs])
+    columns["seconds"] = _seconds_cell
+    if suite.equal_time and (deadline := equal_seconds(groups)) is not None:
+        columns[f"k-NN after {deadline:,.0f} s, %"] = lambda runs: percent(
+            [knn_at(run["curve"], deadline) for run in runs]
+        )
+    return columns
+
+
+def _seconds_cell(runs: list[Result]) -> str:
+    if any(seconds_of(run) is None for run in runs):
+        return ""
+    text = f"{statistics.median(map(seconds_of, runs)):,.0f}"
+    if any(run["prepare_seconds"] for run in runs):
+        prepare = statistics.median(run["prepare_seconds"] for run in runs)
+        text += f" ({prepare:,.0f} for the teacher's outputs)"
+    return text
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with columns as wide as their widest cell."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
 
 
-def print_tables(content: dict, *, equal_time: bool) -> None:
-    """The tables on the console, as markdown."""
-    setting, rows = content["setting"], content["results"]
-    images = max((row.get("images", 0) for row in rows), default=0)
-    print(
-        f"\n{setting['teacher']} -> {setting['student']}, {images:,} images seen, batch {setting['batch_size']}; k-NN "
-        f"with k {setting['knn_k']}, {setting['bank']:,} training and {setting['test_images']:,} test images; min / "
-        "mean / max over seeds\n"
+def table_of(suite: Suite, runs: Sequence[Result], left_out: dict[str, str]) -> str:
+    """What is known about a suite, as markdown: the setting, the table, what is missing."""
+    lines = [f"{label}: left out: {reason}" for label, reason in left_out.items()]
+    if not runs:
+        return "\n\n".join([NOT_MEASURED, *lines])
+    groups = by_label(suite, runs)
+    columns = columns_of(suite, groups)
+    rows = [[label, *(cell(group) for cell in columns.values())] for label, group in groups.items()]
+    untrained, teachers = untrained_and_teacher(runs)
+    rows = [_row("untrained student", untrained, columns), *rows, _row("teacher", teachers, columns)]
+    table = markdown(["", *columns], [row for row in rows if row])
+    return "\n\n".join([heading_of(runs), table, *lines, *notes_of(suite, groups, left_out)])
+
+
+def _row(name: str, measured: list[Result], columns: Iterable[str]) -> list[str]:
+    """The row of a model that nothing was trained for; empty where it was not measured."""
+    cells = {
+        "seeds": f"{len(measured)}",
+        "k-NN, %": percent([row["knn_top1"] for row in measured]),
+        "linear probe, %": percent([row.get("linear_top1") for row in measured]),
+    }
+    return [name, *(cells.get(heading, "") for heading in columns)] if measured else []
+
+
+def heading_of(runs: Sequence[Result]) -> str:
+    """What all figures of a table have in common."""
+    setting, evaluation = runs[0]["setting"], runs[0]["evaluation"]
+    students = ", ".join(dict.fromkeys(run["student"] for run in runs))
+    revisions = ", ".join(dict.fromkeys(run["revision"] for run in runs))
+    machines = dict.fromkeys(
+        f"{machine['threads']} of {machine['cpus']} CPUs ({machine['machine']})"
+        for machine in (run["machine"] for run in runs)
     )
-    if rows:
-        print(markdown(*_main_table(rows, equal_time)))
-    for name, reason in content["left_out"].items():
-        print(f"left out: {name}: {reason}")
-    if content["ablation"]:
-        print(f"\nablation, {setting['ablation_epochs']} epochs, one seed\n")
-        header = ["recipe", "k-NN", "linear probe", "k-NN by epoch"]
-        cells = [_cells(row) for row in content["ablation"]]
-        print(markdown(header, [[name, knn, linear, epochs] for name, _, knn, linear, epochs in cells]))
-    print()
+    return (
+        f"{setting['teacher']} to {students}, batch {setting['batch_size']}. k-NN with k {evaluation['knn_k']}, a bank "
+        f"of {evaluation['bank']:,} and {evaluation['test_images']:,} test images. Median over seeds, in brackets the "
+        f"least and the most. A run had {' or '.join(machines)}. Revision {revisions}."
+    )
 
 
-def _main_table(rows: list[dict], equal_time: bool) -> tuple[list[str], list[list[str]]]:
-    header = ["", "seeds", "k-NN", "linear probe", "k-NN by epoch", "seconds"]
-    lines = []
-    for row in rows:
-        seconds = f"{row['seconds']:,.0f}" if "seconds" in row else ""
-        if row.get("prepare_seconds"):
-            seconds += f" ({row['prepare_seconds']:,.0f} for the teacher's outputs)"
-        line = [*_cells(row), seconds]
-        lines.append([*line, percent(row.get("knn_at_equal_time"))] if equal_time else line)
-    if equal_time:
-        deadline = next(row["equal_time_seconds"] for row in rows if "seconds" in row)
-        header.append(f"k-NN after {deadline:,.0f} s")
-    return header, lines
-
-
-def _cells(row: dict) -> list[str]:
-    by_epoch = " / ".join(f"{100 * share:.1f}" for share in row.get("knn_by_epoch", [])[1:])
-    return [row["name"], str(row["seeds"]), percent(row["knn"]), percent(row["linear"]), by_epoch]
-
-
-def draw(content: dict, path: Path) -> None:
-    """k-NN over images seen and over seconds, mean and range over seeds; untrained student and teacher as lines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in zip(panels, ("images", "seconds"), ("images seen", "seconds"), strict=True):
-        for name, runs in runs_by_name(content, "contender").items():
-            x = np.array([[point[key] for point in run["curve"]] for run in runs]).mean(axis=0)
-            y = 100 * np.array([_knn(run) for run in runs])
-            style = {} if name.startswith("ours") else {"linestyle": "--"}
-            (line,) = axes.plot(x, y.mean(axis=0), marker="o", markersize=3, label=name, **style)
-            axes.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.2, color=line.get_color())
-        for row in content["results"]:
-            if row["name"] in ("teacher", "untrained student"):
-                color, share = "black" if row["name"] == "teacher" else "grey", 100 * row["knn"][1]
-                axes.axhline(share, color=color, linestyle=":", label=f"{row['name']} ({share:.1f} %)")
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("k-NN top-1, %")
-    if panels[0].lines:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    setting = content["setting"]
-    figure.suptitle(f"{setting['teacher']} -> {setting['student']}, {setting['epochs']} epochs", fontsize=10)
-    figure.savefig(path, dpi=120)
+def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[str]) -> list[str]:
+    """What a reader must know about the figures: what is not there yet, and what does not compare."""
+    notes = []
+    done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
+    missing = [
+        f"{run.label} (seed {run.seed})"
+        for run in suite.runs
+        if (run.label, run.seed) not in done and run.label not in left_out
+    ]
+    if missing:
+        notes.append(f"Not measured yet: {', '.join(missing)}.")
+    if suite.equal_time and equal_seconds(groups) is None:
+        notes.append("Not compared at equal time: the runs had different numbers of threads.")
+    for label, runs in groups.items():
+        others = [run for run in runs if run.get("prepare_threads") not in (None, run["machine"]["threads"])]
+        if others:
+            notes.append(f"The teacher's outputs of {label} were made with {others[0]['prepare_threads']} threads.")
+        # results of an earlier version may lack a key
+        keys = set.intersection(*(set(run["recipe"]) for run in runs))
+        first = runs[0]["recipe"]
+        differing = sorted(key for key in keys if any(run["recipe"][key] != first[key] for run in runs))
+        if differing:
+            notes.append(f"The runs of {label} differ in {', '.join(differing)}.")
+    return notes

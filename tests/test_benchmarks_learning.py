@@ -1,23 +1,32 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.learning import Results
+from benchmarks import learning
+from benchmarks.learning_docs import block_of, markers_of, write_docs
 from benchmarks.learning_peers import with_fixed_view
-from benchmarks.learning_runs import VARIANTS, Setting, curve_of, write_configs
-from benchmarks.learning_tables import ablation_rows, knn_at, main_rows
+from benchmarks.learning_pictures import draw
+from benchmarks.learning_results import Results, Setting, expected_seconds
+from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
+from benchmarks.learning_suites import SUITES, Run, Suite
+from benchmarks.learning_tables import knn_at, table_of
 from distillery.config.load import load_configs
+from distillery.system.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small", epochs=2, ablation_epochs=1)
+SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small")
+MACHINE = {"cpus": 2, "machine": "x86_64", "threads": 1}
+FAST, SLOW = Run("ours-live", "ours", 0, 2, 640), Run("timm-feature", "timm-feature", 0, 2, 640)
+SUITE = Suite("pair", [FAST, SLOW], equal_time=True, picture="curves")
 
 
-def finished_run(name: str, seed: int, shares: list[float], seconds: list[float], kind: str = "contender") -> dict:
+def finished(run: Run, shares: list[float], seconds: list[float], **other: object) -> dict:
     points = [
         {"epoch": epoch, "images": 640 * epoch, "seconds": at, "knn": share}
         for epoch, (share, at) in enumerate(zip(shares, seconds, strict=True))
@@ -26,33 +35,38 @@ def finished_run(name: str, seed: int, shares: list[float], seconds: list[float]
         model: {"knn_top1": share, "linear_top1": share + 0.05}
         for model, share in (("untrained", shares[0]), ("student", shares[-1]), ("teacher", 0.9))
     }
-    return {"kind": kind, "name": name, "seed": seed, "prepare_seconds": 0.0, "curve": points, "rows": rows}
+    return {
+        "label": run.label, "seed": run.seed, "contender": run.contender, "views": run.views, "images": run.images,
+        "epochs": run.epochs, "images_seen": run.images_seen, "student": "small", "recipe": {}, "revision": "abc",
+        "setting": {"teacher": "big", "batch_size": 64}, "machine": MACHINE,
+        "evaluation": {"bank": 100, "test_images": 50, "knn_k": 20},
+        "prepare_seconds": 0.0, "wall_seconds": seconds[-1] + 10, "curve": points, "rows": rows,
+    } | other  # fmt: skip
 
 
-def tiny(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.learning", "--tiny", "--out", str(folder), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+def cells_of(table: str, label: str) -> dict[str, str]:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
+    return dict(zip(lines[0], next(line for line in lines if line[0] == label), strict=True))
 
 
 @pytest.mark.slow
-def test_a_tiny_run_measures_ours_beside_timm_draws_curves_and_is_not_repeated(tmp_path):
-    done = tiny(tmp_path, "--dir", str(tmp_path), "--equal_time")
+def test_a_tiny_run_measures_ours_beside_timm_and_keeps_both(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.learning", "--tiny", "--suite", "budget4", "--jobs", "2"]
+    done = subprocess.run(
+        [*command, "--only", "ours-live", "timm-feature", "--out", str(tmp_path), "--dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "learning.json").read_text())
-    assert [row["name"] for row in result["results"]] == ["untrained student", "ours", "timm-mse", "teacher"]
-    for run in result["runs"]:
-        assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128), (2, 256)]
-        seconds = [point["seconds"] for point in run["curve"]]
-        assert 0 < seconds[0] < seconds[1] < seconds[2]
-    assert result["runs"][0]["curve"][0]["knn"] == result["runs"][1]["curve"][0]["knn"]
-    assert (tmp_path / "learning.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| timm-mse" in done.stdout and "k-NN after" in done.stdout
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    again = tiny(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "learning.json").read_text())["runs"] == result["runs"]
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("learning/budget4/*.json"))]
+    assert [run["label"] for run in kept] == ["ours-live", "timm-feature"]
+    for run in kept:
+        assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128)]
+        assert 0 < run["curve"][0]["seconds"] < run["curve"][1]["seconds"] < run["wall_seconds"]
+        assert run["machine"]["threads"] == 1 and run["recipe"]["precision"] == "fp32"
+    assert kept[0]["curve"][0]["knn"] == kept[1]["curve"][0]["knn"]
+    assert (tmp_path / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| timm-feature" in done.stdout and "k-NN after" in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["learning"]
 
 
 def test_with_a_fixed_view_the_teacher_sees_the_images_and_the_student_the_views_of_them():
@@ -84,39 +98,181 @@ def test_a_curve_leaves_evaluations_out_of_its_seconds():
     ]
 
 
-def test_equal_time_is_read_between_the_evaluations_when_the_fastest_is_done():
-    fast = finished_run("ours", 0, [0.3, 0.6, 0.7], [0.0, 10.0, 20.0])
-    slow = finished_run("timm-mse", 0, [0.3, 0.5, 0.6], [0.0, 20.0, 40.0])
-    rows = {row["name"]: row for row in main_rows({"runs": [fast, slow]})}
-    assert rows["ours"]["knn_at_equal_time"][1] == pytest.approx(0.7)
-    assert rows["timm-mse"]["knn_at_equal_time"][1] == pytest.approx(0.5)
-    assert knn_at(slow["curve"], 30.0) == pytest.approx(0.55)
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_told_as_least_mean_and_most_and_the_ablation_stands_apart():
-    runs = [finished_run("ours", seed, [0.3, 0.7 + seed / 10], [0.0, 10.0]) for seed in range(3)]
-    content = {"runs": [*runs, finished_run("no patch loss", 0, [0.3, 0.5], [0.0, 5.0], kind="ablation")]}
-    untrained, ours, teacher = main_rows(content)
-    assert ours["knn"] == pytest.approx([0.7, 0.8, 0.9])
-    assert (untrained["seeds"], ours["seeds"], teacher["seeds"]) == (3, 3, 1)
-    assert [row["name"] for row in ablation_rows(content)] == ["no patch loss"]
+def test_equal_time_is_read_between_the_evaluations_when_the_fastest_is_done(tmp_path):
+    runs = [finished(FAST, [0.3, 0.6, 0.7], [0.0, 10.0, 20.0]), finished(SLOW, [0.3, 0.5, 0.6], [0.0, 20.0, 40.0])]
+    table = table_of(SUITE, runs, {})
+    assert cells_of(table, "ours-live")["k-NN after 20 s, %"] == "70.0"
+    assert cells_of(table, "timm-feature")["k-NN after 20 s, %"] == "50.0"
+    assert knn_at(runs[1]["curve"], 30.0) == pytest.approx(0.55)
+    runs[1]["machine"] = MACHINE | {"threads": 2}
+    table = table_of(SUITE, runs, {})
+    assert "k-NN after" not in table and "Not compared at equal time" in table
+    assert draw(SUITE, runs, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seeds_are_told_as_the_median_with_least_and_most_and_compared_seed_by_seed():
+    runs = [replace(FAST, label=label, seed=seed) for label in ("as shipped", "other") for seed in (0, 1, 2)]
+    suite = Suite("changes", [*runs, replace(FAST, label="third")], baseline="as shipped")
+    shares = [0.70, 0.80, 0.75, 0.71, 0.82, 0.74]
+    done = [finished(run, [0.3, share], [0.0, 10.0]) for run, share in zip(runs, shares, strict=True)]
+    table = table_of(suite, done, {"fourth": "ImportError: no such package"})
+    other = cells_of(table, "other")
+    assert (other["seeds"], other["k-NN, %"]) == ("3", "74.0 (71.0 to 82.0)")
+    assert other["k-NN against as shipped, same seed"] == "+1.0 (-1.0 to +2.0)"
+    assert (cells_of(table, "untrained student")["seeds"], cells_of(table, "teacher")["k-NN, %"]) == ("3", "90.0")
+    assert "fourth: left out: ImportError" in table and "Not measured yet: third (seed 0)." in table
+
+
+def test_a_table_says_where_runs_of_one_label_have_different_recipes():
+    runs = [
+        finished(replace(FAST, seed=seed), [0.3, 0.7], [0.0, 9.0], recipe={"min_lr": seed / 10, "augment": {}})
+        for seed in (0, 1)
+    ]
+    assert "The runs of ours-live differ in min_lr." in table_of(SUITE, runs, {})
+
+
+def test_the_data_suite_has_a_row_and_a_point_for_each_run(tmp_path):
+    suite = SUITES["data"]
+    runs = [finished(run, [0.3, 0.7], [0.0, 9.0]) for run in suite.runs]
+    row = cells_of(table_of(suite, runs, {}), "ours-cached-2 12500 x 20")
+    assert [row[key] for key in ("images", "passes", "images seen")] == ["12,500", "20", "250,000"]
+    assert draw(suite, runs, tmp_path / "a.png") is not None
+
+
+def test_docs_take_the_table_between_the_markers_and_nothing_else_changes(tmp_path):
+    (tmp_path / "results.md").write_text("a\n<!-- learning:pair -->\nold\n<!-- /learning -->\nb\n")
+    results = Results(tmp_path, "pair")
+    write_docs(SUITE, results, tmp_path)
+    assert "-->\nnot measured yet\n<!--" in (tmp_path / "results.md").read_text()
+    results.add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0]))
+    write_docs(SUITE, results, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("a\n") and text.endswith("b\n") and "| ours-live " in text
+    assert "(learning_pair.png)" in text and (tmp_path / "learning_pair.png").exists()
+    with pytest.raises(UserError, match="has no line <!-- learning:budget4 -->"):
+        write_docs(SUITES["budget4"], results, tmp_path)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_page_of_results_shows_what_is_kept(name):
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = markers_of(name).search(page).group()
+    assert shown == block_of(SUITES[name], Results(ROOT / "benchmarks" / "results", name)), (
+        "run: python -m benchmarks.learning --tables --write_docs"
+    )
+
+
+# ---- what is kept, and what is run ---------------------------------------------------------------------------------
+
+
+def test_processes_that_share_a_folder_keep_each_others_runs(tmp_path):
+    first, second = Results(tmp_path, "pair"), Results(tmp_path, "pair")
+    first.add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0]))
+    second.leave_out(SLOW, "no such package")
+    assert second.left_out() == {"timm-feature": "no such package"}
+    second.add(SLOW, finished(SLOW, [0.3, 0.6], [0.0, 9.0]))
+    for results in (first, second):
+        assert [run["label"] for run in results.runs()] == ["ours-live", "timm-feature"] and not results.left_out()
 
 
 def test_results_of_another_setting_are_refused(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.parquet").write_bytes(b"rows")
-    files = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
-    setting = replace(SETTING, **files)
-    results = Results(tmp_path / "learning.json", setting)
-    results.add("contender", {k: v for k, v in finished_run("ours", 0, [0.3, 0.7], [0.0, 9.0]).items() if k != "kind"})
-    assert Results(tmp_path / "learning.json", setting).has("contender", "ours", 0)
+    setting = replace(SETTING, **{name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")})
+    results = Results(tmp_path, "pair")
+    results.add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0], setting=setting.facts()))
+    results.check_setting(setting.facts())
     (tmp_path / "test.parquet").write_bytes(b"more rows")
-    with pytest.raises(SystemExit, match="runs of another test, epochs: choose another --out"):
-        Results(tmp_path / "learning.json", replace(setting, epochs=4))
+    with pytest.raises(UserError, match=r"ours-live, seed 0\) of another test, image_size. Choose another --out"):
+        results.check_setting(replace(setting, image_size=64).facts())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_a_valid_configuration(tmp_path, name):
-    flags = write_configs(SETTING, tmp_path, tmp_path / "a", seed=1, epochs=2, variant=VARIANTS[name])
-    configs = load_configs(*(Path(path) for path in flags[1::2]))
-    assert (configs.train.seed, configs.train.num_epochs, configs.data.shards_per_epoch) == (1, 2, None)
+def test_a_runs_length_is_expected_by_the_rate_of_its_own_kind_on_such_a_machine():
+    kept = [finished(FAST, [0.3, 0.7], [0.0, 118.0]), finished(SLOW, [0.3, 0.7], [0.0, 630.0])]
+    assert expected_seconds(replace(FAST, seed=1, epochs=4), kept, MACHINE) == pytest.approx(256.0)
+    assert expected_seconds(replace(FAST, label="other", epochs=1), kept, MACHINE) == pytest.approx(64.0)
+    assert expected_seconds(replace(FAST, views=2), kept, MACHINE) is None
+    assert expected_seconds(FAST, kept, MACHINE | {"threads": 2}) is None
+
+
+def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) -> tuple[list[str], learning.Queue]:
+    """The runs that were done, and the queue afterwards; failing: label -> what it raises."""
+    done = []
+
+    def measure(bench, run):
+        if run.label in failing:
+            raise failing[run.label]
+        done.append(run.name)
+        return finished(run, [0.3, 0.7], [0.0, 100.0], machine=bench.machine)
+
+    monkeypatch.setattr(learning, "measure", measure)
+    bench = Bench(SETTING, tmp_path, "pair", threads=1)
+    queue = learning.Queue(bench, Results(tmp_path, "pair"), runs, deadline)
+    queue.work_off(jobs)
+    return sorted(done), queue
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_finished_runs_are_never_run_again(tmp_path, monkeypatch, jobs):
+    runs = [replace(FAST, seed=seed) for seed in range(6)]
+    assert work_off(tmp_path, monkeypatch, runs[:2], jobs=jobs)[0] == ["ours-live_0", "ours-live_1"]
+    assert work_off(tmp_path, monkeypatch, runs, jobs=jobs)[0] == [run.name for run in runs[2:]]
+
+
+def test_no_run_begins_that_would_not_end_in_time_and_what_is_left_is_said(tmp_path, monkeypatch, capsys):
+    work_off(tmp_path, monkeypatch, [FAST])
+    long, short, unknown = replace(FAST, seed=1, epochs=8), replace(FAST, seed=2), SLOW
+    done, _ = work_off(tmp_path, monkeypatch, [long, short, unknown], deadline=time.time() + 180)
+    assert done == ["ours-live_2", "timm-feature_0"]
+    assert "left: ours-live, seed 1: 3 minutes are left, it takes about 7" in capsys.readouterr().out
+    assert work_off(tmp_path, monkeypatch, [long], deadline=time.time() - 1)[0] == []
+
+
+def test_a_peer_that_cannot_run_is_left_out_and_a_run_of_ours_that_fails_ends_the_command(tmp_path, monkeypatch):
+    failing = {"timm-feature": RuntimeError("no such package"), "digits": NotYet("run budget4 first")}
+    runs = [SLOW, replace(SLOW, seed=1), Run("digits", "transfer", 0, 0, 0), FAST]
+    done, queue = work_off(tmp_path, monkeypatch, runs, failing=failing)
+    assert done == ["ours-live_0"] and queue.left_over == ["digits, seed 0: run budget4 first"]
+    assert Results(tmp_path, "pair").left_out() == {"timm-feature": "no such package"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work_off(tmp_path, monkeypatch, [replace(FAST, seed=1)], failing={"ours-live": RuntimeError("out of memory")})
+
+
+def test_an_interrupted_peer_is_no_failed_one_and_nothing_begins_after_it(tmp_path, monkeypatch):
+    failing = {"timm-feature": Interrupted("interrupted")}
+    with pytest.raises(Interrupted):
+        work_off(tmp_path, monkeypatch, [SLOW, FAST], failing=failing)
+    results = Results(tmp_path, "pair")
+    assert not results.left_out() and not results.runs()
+
+
+def test_a_kept_result_of_another_recipe_is_named(tmp_path, monkeypatch, capsys):
+    Results(tmp_path, "pair").add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0], recipe={"weight_decay": 0.5}))
+    assert work_off(tmp_path, monkeypatch, [FAST])[0] == []
+    assert "ours-live, seed 0: the kept result is of another weight_decay; remove " in capsys.readouterr().out
+
+
+# ---- the suites ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_run_of_a_suite_is_a_valid_configuration_with_a_name_of_its_own(tmp_path, name):
+    runs = SUITES[name].runs
+    assert len({run.name for run in runs}) == len(runs)
+    for run in {run.label: run for run in runs if run.contender == "ours"}.values():
+        configs = load_configs(*configs_of(SETTING, tmp_path, tmp_path / "a", run).values())
+        assert (configs.train.seed, configs.train.num_epochs, configs.data.shards_per_epoch) == (
+            run.seed,
+            run.epochs,
+            None,
+        )
+        assert configs.train.teacher_cache.enabled == (run.views is not None)
+        assert configs.train.num_epochs % configs.train.eval_every_epochs == 0
+
+
+def test_the_data_suite_stays_within_its_bounds():
+    runs = SUITES["data"].runs
+    assert len(runs) <= 12 and max(run.images_seen for run in runs) == 1_000_000

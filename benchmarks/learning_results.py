@@ -1,0 +1,132 @@
+"""The finished runs of benchmarks.learning on disk: a JSON file for each, so that any checkout and process goes on."""
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning_suites import Run, slug
+from distillery.system.errors import UserError
+from distillery.system.files import make_directory, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every run of a suite is given; results of different settings are never mixed.
+
+    train, test: parquet files; teacher_repo: torch.hub folder; bank, test_images: labelled images of the evaluation.
+    """
+
+    train: str
+    test: str
+    teacher_repo: str
+    teacher: str
+    student: str
+    image_size: int = 32
+    batch_size: int = 64
+    bank: int = 20_000
+    test_images: int = 5_000
+    knn_k: int = 20
+
+    def facts(self) -> dict[str, Any]:
+        """What makes results comparable: of files the name and size, as they may lie elsewhere the next time."""
+        files = {key: Path(getattr(self, key)) for key in ("train", "test")}
+        named = {key: f"{path.name}, {path.stat().st_size} bytes" for key, path in files.items()}
+        return asdict(self) | named | {"teacher_repo": Path(self.teacher_repo).name}
+
+
+class Results:
+    """The kept runs of a suite: OUT/learning/SUITE/LABEL_SEED.json, and LABEL.left_out.json for what could not run.
+
+    Nothing is held in memory: several processes may add to the same folder.
+    """
+
+    def __init__(self, out: Path, suite: str) -> None:
+        self.out, self.folder = out, out / "learning" / suite
+
+    def path(self, run: Run) -> Path:
+        """Where a run's result is kept."""
+        return self.folder / f"{run.name}.json"
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All finished runs."""
+        return [entry for entry in self._entries() if "left_out" not in entry]
+
+    def runs_of_all_suites(self) -> list[dict[str, Any]]:
+        """All finished runs beside this suite's too: what is known about speeds."""
+        return [run for path in sorted(self.folder.parent.glob("*/")) for run in Results(self.out, path.name).runs()]
+
+    def left_out(self) -> dict[str, str]:
+        """Label -> reason."""
+        return {entry["label"]: entry["left_out"] for entry in self._entries() if "left_out" in entry}
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        """A run's result, None where it is not there yet."""
+        path = self.path(run)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def add(self, run: Run, result: dict[str, Any]) -> None:
+        """Keep a finished run."""
+        self._write(self.path(run), result)
+        self._reason_path(run).unlink(missing_ok=True)
+
+    def leave_out(self, run: Run, reason: str) -> None:
+        """Keep the reason why runs of this label are not there."""
+        self._write(self._reason_path(run), {"label": run.label, "left_out": reason})
+
+    def check_setting(self, facts: dict[str, Any]) -> None:
+        """UserError where a kept run has another setting: figures of both would stand in one table."""
+        for result in self.runs():
+            if differing := [key for key, value in facts.items() if result["setting"].get(key) != value]:
+                raise UserError(
+                    f"{self.folder} holds a run ({result['label']}, seed {result['seed']}) of another "
+                    f"{', '.join(differing)}. Choose another --out, or move that folder away."
+                )
+
+    def _reason_path(self, run: Run) -> Path:
+        return self.folder / f"{slug(run.label)}.left_out.json"
+
+    def _entries(self) -> list[dict[str, Any]]:
+        # a dot in front: a writer's temporary file
+        paths = sorted(path for path in self.folder.glob("*.json") if not path.name.startswith("."))
+        return [json.loads(path.read_text()) for path in paths]
+
+    @staticmethod
+    def _write(path: Path, content: dict[str, Any]) -> None:
+        make_directory(path.parent)
+        write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def expected_seconds(run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any]) -> float | None:
+    """How long a run will take, by the seconds an image of kept runs on such a machine, with as many threads.
+
+    Runs of the same label count, where there are none those of the same contender. None: nothing is known.
+    """
+    same = [
+        result
+        for result in kept
+        if result["contender"] == run.contender
+        and (result["views"] is None) == (run.views is None)
+        and result["machine"] == machine
+        and result["images_seen"]
+    ]
+    same = [result for result in same if result["label"] == run.label] or same
+    if not same:
+        return None
+    return run.images_seen * statistics.median(result["wall_seconds"] / result["images_seen"] for result in same)
+
+
+def revision() -> str:
+    """The commit of this checkout, and "-dirty" where code or recipe differ from it."""
+    commit = _git("describe", "--always", "--abbrev=12").stdout.strip()
+    differs = _git("diff", "--quiet", "HEAD", "--", "*.py", "*.yaml").returncode
+    return f"{commit}{'-dirty' * bool(differs)}" if commit else "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,197 @@
+"""The named suites of benchmarks.learning: every run of each, as data.
+
+budget4: what is learnt from 4 x 50,000 images, beside timm and LightlyTrain, at equal images and at equal wall time?
+budget20: the same after 20 x 50,000 images; the strongest peers run with one seed, as they take hours.
+screening: does a change of the recipe learn more? One change at a time, two seeds that no other suite uses.
+ablation: what does each part of the recipe contribute? One part changed at a time, live teacher, one seed.
+data: is it better to see more images, or the same ones more often? Each run is a whole schedule of its own.
+vit: does a small vision transformer learn from the same teacher?
+transfer: what are the features worth on images that the teacher's task has nothing to do with? scikit-learn's digits,
+which come with the package. Its faces (Olivetti, LFW) would have to be downloaded, so they are not here.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+ALL_IMAGES = 50_000
+CACHED_VIEWS = 2
+SEEDS = (0, 1, 2)
+SCREENING_SEEDS = (21, 22)
+TINY_IMAGES = 128
+
+# the student of the suite vit: 1.2 million parameters, a grid of 8 x 8 patches at 32 px
+VIT_EPOCHS = 10
+VIT_STUDENT = {
+    "student_source": "timm",
+    "student_name": "vit_tiny_patch16_224",
+    "student_kwargs": {"patch_size": 4, "img_size": 32, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "student_repo": None,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change of the shipped recipe: keys of train_config_kd.yaml and model_config_kd.yaml.
+
+    fixed_view: the teacher sees the image itself, the student a view of it.
+    """
+
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    fixed_view: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a suite.
+
+    contender: a key of learning_runs.CONTENDERS; epochs: passes over the first `images` images; views: of the teacher's
+    stored outputs, None where the teacher is live; eval_every: epochs between evaluations, a divisor of epochs.
+    """
+
+    label: str
+    contender: str
+    seed: int
+    epochs: int
+    images: int = ALL_IMAGES
+    views: int | None = None
+    variant: Variant = field(default_factory=Variant)
+    eval_every: int = 1
+
+    @property
+    def name(self) -> str:
+        """What files and folders of this run are called."""
+        return f"{slug(self.label)}_{self.seed}"
+
+    @property
+    def images_seen(self) -> int:
+        """Images that the student sees, short last batches included."""
+        return self.epochs * self.images
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A list of runs that belong into one table.
+
+    baseline: label of the run that others are compared with, seed by seed; equal_time: whether the table compares at
+    the seconds of the fastest too; picture: k-NN over images and seconds, k-NN over images seen by number of distinct
+    images, or none.
+    """
+
+    name: str
+    runs: list[Run]
+    baseline: str | None = None
+    equal_time: bool = False
+    picture: Literal["curves", "data"] | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels in the order of the table."""
+        return list(dict.fromkeys(run.label for run in self.runs))
+
+    def tiny(self) -> "Suite":
+        """One run of each kind, of an epoch over a few images: does everything still run?"""
+        kinds: dict[tuple, Run] = {}
+        for run in self.runs:
+            kinds.setdefault((run.contender, run.views, run.variant.fixed_view), run)
+        runs = [replace(run, images=min(run.images, TINY_IMAGES), epochs=min(run.epochs, 1), eval_every=1)
+                for run in kinds.values()]  # fmt: skip
+        return replace(self, runs=runs)
+
+
+def slug(label: str) -> str:
+    """A label as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", label).strip("-")
+
+
+CROPS = {"augment": {"hflip": True, "random_resized_crop": [0.4, 1.0]}}
+ABLATION = {
+    "as shipped": Variant(),
+    "fixed view": Variant(fixed_view=True),
+    "targets not standardised": Variant(train={"standardise_targets": False}),
+    "linear projector": Variant(model={"projector": {"type": "linear"}}),
+    "no patch loss": Variant(train={"distill_loss_weights": {"cls": 1.0}}),
+    "random crops": Variant(train=CROPS),
+    "random crops, fixed view": Variant(train=CROPS, fixed_view=True),
+}
+# to try a change: one line here
+SCREENING = {
+    "as shipped": Variant(),
+    "learning rate 1e-3": Variant(train={"learning_rate": 1e-3}),
+    "learning rate 4e-3": Variant(train={"learning_rate": 4e-3}),
+    "patch weight 1": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 1.0}}),
+    "linear projector": Variant(model={"projector": {"type": "linear"}}),
+    "random crops": Variant(train=CROPS),
+}
+LIVE, CACHED = "ours-live", f"ours-cached-{CACHED_VIEWS}"
+# label -> contender
+PEERS = {
+    "timm-feature": "timm-feature",
+    "timm-token": "timm-token",
+    "timm-logits": "timm-logits",
+    "lightly-train": "lightly-train",
+    "lightly-train-2e-3": "lightly-train-2e-3",
+}
+# (distinct images, passes): as few runs as show every number of images and of passes up to a million images seen
+DATA_CACHED = [(2_000, 10), (2_000, 40), (5_000, 10), (5_000, 40), (12_500, 5), (12_500, 20), (12_500, 40),
+               (50_000, 5), (50_000, 10), (50_000, 20)]  # fmt: skip
+DATA_LIVE = [(2_000, 40), (50_000, 10)]
+
+
+def ours(epochs: int, seed: int) -> list[Run]:
+    """Ours with a live teacher, and with its stored outputs."""
+    return [Run(LIVE, "ours", seed, epochs), Run(CACHED, "ours", seed, epochs, views=CACHED_VIEWS)]
+
+
+def data_runs() -> list[Run]:
+    """The runs of the suite data, five evaluations each."""
+    both = [(LIVE, None, DATA_LIVE), (CACHED, CACHED_VIEWS, DATA_CACHED)]
+    found = [
+        Run(f"{label} {images} x {passes}", "ours", 0, passes, images, views, eval_every=passes // 5)
+        for label, views, pairs in both
+        for images, passes in pairs
+    ]
+    return sorted(found, key=lambda run: (run.images, run.epochs, run.views is None))
+
+
+def variants(changes: dict[str, Variant], seeds: Sequence[int], **common: Any) -> list[Run]:
+    """A run for each change and seed, seed by seed."""
+    return [Run(label, "ours", seed, variant=variant, **common) for seed in seeds for label, variant in changes.items()]
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        # contenders take turns, seed by seed: an interrupted suite has all of them
+        Suite(
+            "budget4",
+            [
+                run
+                for seed in SEEDS
+                for run in (*ours(4, seed), *(Run(label, peer, seed, 4) for label, peer in PEERS.items()))
+            ],
+            equal_time=True,
+            picture="curves",
+        ),
+        Suite(
+            "budget20",
+            [
+                *(run for seed in SEEDS for run in ours(20, seed)),
+                *(Run(label, PEERS[label], 0, 20) for label in ("timm-feature", "lightly-train-2e-3")),
+            ],
+            equal_time=True,
+            picture="curves",
+        ),
+        Suite(
+            "screening",
+            variants(SCREENING, SCREENING_SEEDS, epochs=4, images=25_000, views=CACHED_VIEWS),
+            baseline="as shipped",
+        ),
+        Suite("ablation", variants(ABLATION, SEEDS[:1], epochs=2), baseline="as shipped"),
+        Suite("data", data_runs(), picture="data"),
+        Suite("vit", [Run("ViT, live", "ours", 0, VIT_EPOCHS, variant=Variant(model=VIT_STUDENT))]),
+        Suite("transfer", [Run("student on digits", "transfer", seed, 0, 0) for seed in SEEDS]),
+    )
+}
