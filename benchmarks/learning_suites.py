@@ -22,7 +22,7 @@ SCREENING_SEEDS = (21, 22)
 TINY_IMAGES = 128
 
 # the student of the suite vit: 1.2 million parameters, a grid of 8 x 8 patches at 32 px
-VIT_EPOCHS = 10
+VIT_EPOCHS = 4
 VIT_STUDENT = {
     "student_source": "timm",
     "student_name": "vit_tiny_patch16_224",
@@ -119,10 +119,20 @@ ABLATION = {
 # to try a change: one line here
 SCREENING = {
     "as shipped": Variant(),
-    "learning rate 1e-3": Variant(train={"learning_rate": 1e-3}),
+    "AdamW": Variant(train={"optimizer": "adamw"}),
+    "AdamW, patch weight 0.5": Variant(
+        train={"optimizer": "adamw", "distill_loss_weights": {"cls": 1.0, "patch": 0.5}}
+    ),
     "learning rate 4e-3": Variant(train={"learning_rate": 4e-3}),
-    "patch weight 1": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 1.0}}),
+    "learning rate 1.6e-2": Variant(train={"learning_rate": 1.6e-2}),
+    "patch weight 0.5": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 0.5}}),
+    "patch weight 5": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 5.0}}),
     "linear projector": Variant(model={"projector": {"type": "linear"}}),
+    "projector of 512": Variant(model={"projector": {"type": "mlp", "hidden_dim": 512}}),
+    "averaged weights, 0.99": Variant(train={"ema_decay": 0.99}),
+    "weight decay 0": Variant(train={"weight_decay": 0.0}),
+    "PHI-S targets": Variant(train={"standardise_targets": "phi_s"}),
+    "similarity beside": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 2.0, "similarity": 0.5}}),
     "random crops": Variant(train=CROPS),
 }
 LIVE, CACHED = "ours-live", f"ours-cached-{CACHED_VIEWS}"
