@@ -119,14 +119,17 @@ class Muon(torch.optim.AdamW):
         for value in group["params"]:
             if value.grad is not None:
                 by_shape.setdefault((len(value), value[0].numel()), []).append(value)
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, rate = getattr(self, "found_inf", None), group["lr"]
+        is_bad = None if found_inf is None else found_inf > 0
+        if found_inf is not None:
+            rate = rate * (1 - found_inf)
+        kept = 1 - rate * group["weight_decay"]
         for (rows, columns), weights in by_shape.items():
             momenta = [self._momentum_of(weight) for weight in weights]
             momentum = torch.stack([value.flatten(1) for value in momenta])
             gradient = torch.stack([weight.grad.flatten(1) for weight in weights])
-            rate = group["lr"]
-            if found_inf is not None:  # a gradient that equals the momentum changes it by nothing
-                gradient, rate = torch.where(found_inf > 0, momentum, gradient), rate * (1 - found_inf)
+            if is_bad is not None:  # a gradient that equals the momentum changes it by nothing
+                gradient = torch.where(is_bad, momentum, gradient)
             momentum.lerp_(gradient, 1 - MOMENTUM)
             dtype = torch.float32 if gradient.device.type == "cpu" else torch.bfloat16
             change = zeropower_via_newtonschulz(
@@ -134,7 +137,7 @@ class Muon(torch.optim.AdamW):
             ).to(momentum.dtype)
             change *= -rate * (0.2 * max(rows, columns) ** 0.5)
             torch._foreach_copy_(momenta, _shaped(momentum, momenta))
-            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            torch._foreach_mul_(weights, kept)
             torch._foreach_add_(weights, _shaped(change, weights))
 
     def _momentum_of(self, weight: Tensor) -> Tensor:
