@@ -41,7 +41,7 @@ from pathlib import Path
 
 from benchmarks.learning_docs import write_docs
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds
+from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, locked, measure, recipe_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
@@ -72,9 +72,9 @@ def main() -> int:
     if not arguments.tables:
         run_suites(arguments, suites)
     for suite in suites:
-        results = Results(arguments.out, suite.name)
-        print(f"\n{suite.name}\n\n{table_of(suite, results.runs(), results.left_out())}\n")
-        if picture := draw(suite, results.runs(), arguments.out / f"learning_{suite.name}.png"):
+        results, runs = Results(arguments.out, suite.name), runs_of(suite, arguments.out)
+        print(f"\n{suite.name}\n\n{table_of(suite, runs, results.left_out())}\n")
+        if picture := draw(suite, runs, arguments.out / f"learning_{suite.name}.png"):
             print(f"written: {picture}")
         if arguments.write_docs:
             write_docs(suite, results, ROOT / "docs")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import Results
+from benchmarks.learning_results import Results, runs_of
 from benchmarks.learning_suites import Suite
 from benchmarks.learning_tables import table_of
 from distillery.system.errors import UserError
@@ -20,7 +20,7 @@ PAGE = "results.md"
 
 def block_of(suite: Suite, results: Results) -> str:
     """What stands between a suite's markers."""
-    runs = results.runs()
+    runs = runs_of(suite, results.out)
     table = table_of(suite, runs, results.left_out())
     if suite.picture is None or not runs:
         return table
@@ -49,6 +49,6 @@ def write_docs(suite: Suite, results: Results, docs: Path) -> None:
         raise UserError(
             f"{page} has no line <!-- learning:{suite.name} --> with <!-- /learning --> after it. Add both."
         )
-    draw(suite, results.runs(), docs / picture_name(suite))
+    draw(suite, runs_of(suite, results.out), docs / picture_name(suite))
     write_atomic(page, markers.sub(lambda _: block_of(suite, results), text).encode())
     print(f"written: {page}, {suite.name}")

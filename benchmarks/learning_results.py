@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_suites import Run, slug
+from benchmarks.learning_suites import Run, Suite, slug
 from distillery.system.errors import UserError
 from distillery.system.files import make_directory, write_atomic
 
@@ -100,6 +100,15 @@ class Results:
     def _write(path: Path, content: dict[str, Any]) -> None:
         make_directory(path.parent)
         write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def runs_of(suite: Suite, out: Path) -> list[dict[str, Any]]:
+    """All finished runs of a suite's table, those that another suite keeps too."""
+    runs = Results(out, suite.name).runs()
+    for label, (other, its_label, seed) in suite.borrowed.items():
+        kept = Results(out, other).runs()
+        runs += [run | {"label": label} for run in kept if (run["label"], run["seed"]) == (its_label, seed)]
+    return runs
 
 
 def expected_seconds(run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ from benchmarks import learning
 from benchmarks.learning_docs import block_of, markers_of, write_docs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import Results, Setting, expected_seconds
+from benchmarks.learning_results import Results, Setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import knn_at, table_of
@@ -273,6 +273,15 @@ def test_every_run_of_a_suite_is_a_valid_configuration_with_a_name_of_its_own(tm
         assert configs.train.num_epochs % configs.train.eval_every_epochs == 0
 
 
-def test_the_data_suite_stays_within_its_bounds():
-    runs = SUITES["data"].runs
-    assert len(runs) <= 12 and max(run.images_seen for run in runs) == 1_000_000
+def test_the_data_suite_shows_runs_that_another_suite_keeps(tmp_path):
+    suite = SUITES["data"]
+    assert len(suite.runs) + len(suite.borrowed) <= 12
+    for label, (other, its_label, seed) in suite.borrowed.items():
+        (run,) = (run for run in SUITES[other].runs if (run.label, run.seed) == (its_label, seed))
+        assert label == f"{its_label} {run.images} x {run.epochs}"
+        Results(tmp_path, other).add(run, {"label": its_label, "seed": seed, "epochs": run.epochs})
+        Results(tmp_path, other).add(replace(run, seed=seed + 1), {"label": its_label, "seed": seed + 1})
+    assert {run["label"]: run["epochs"] for run in runs_of(suite, tmp_path)} == {
+        "ours-cached-2 50000 x 4": 4,
+        "ours-cached-2 50000 x 20": 20,
+    }
