@@ -90,7 +90,7 @@ class TrainConfig(StrictModel):
     max_grad_norm: PositiveNumber | None = Field(
         1.0, description="gradients are clipped to this norm; null: no clipping"
     )
-    use_fused_adamw: bool = Field(True, description="what AdamW updates in one kernel where the device has it")
+    use_fused_adamw: bool = Field(True, description="AdamW's share of the weights in one kernel, on CUDA")
     max_bad_steps: Count = Field(0, description="steps with a NaN or infinite loss skipped before the run stops")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         None, description="per step, such as 0.9999: keeps averaged weights too; null: off"

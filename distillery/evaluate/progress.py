@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED, title_of
-from distillery.training.learning import FIRST_LOOK, Course, explained_until, percent, rate_advice, term_advice
+from distillery.training.learning import FIRST_LOOK, WINDOW, Course, explained_until, percent, rate_advice, term_advice
 from distillery.training.log import quality_of
 
 COLLAPSE_NOTE = (
     "The student's features have collapsed: they are nearly the same for every image. Look at the loss curve, lower "
     "the learning rate, and check that the teacher's targets are standardised (standardise_targets: true)."
 )
+
+# percentage points below the untrained student that are no chance
+LEAST_LOSS = 1.0
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -41,7 +44,7 @@ def progress_lines(rows: Rows, course: Course, *, step: int, epoch: int) -> list
         earlier = next((r for r in rows if _is_of(r, STUDENT, name) and before and r["epoch"] == before), {})
         parts.append(_quality(row, *baselines, earlier, where, before))
         shapes += _shape(row, baselines[1], where)
-        advice += _advice(row, *baselines)
+        advice += _advice(row, *baselines, is_early=step < course.schedule.warmup_steps + WINDOW)
     parts.append(_explained(rows, step, before))
     text = "; ".join(part for part in [*parts, *shapes] if part)
     advice += term_advice(rows, course, step)
@@ -81,7 +84,7 @@ def _quality(
     said = [f"{title} {value:.1f}" for title, value in (("untrained", low), ("teacher", high)) if value is not None]
     text = ", ".join(said)
     if None not in (low, high) and high > low:
-        text += f": {percent((now - low) / (high - low))} of the way"
+        text += f": {percent((now - low) / (high - low))} of the way" if low <= now <= high else ""
     notes = [text] if text else []
     if then is not None:
         notes.append(f"{now - then:+.1f} since epoch {before}")
@@ -95,7 +98,7 @@ def _explained(rows: Rows, step: int, before: int) -> str:
     then = explained_until(rows, earlier[-1]) if earlier else {}
     terms = []
     for name, share in explained_until(rows, step).items():
-        change = f" ({round(100 * (share - then[name])):+d})" if name in then else ""
+        change = f" ({round(100 * (share - then[name])):+d} points)" if name in then else ""
         terms.append(f"{name} {percent(share)}{change}")
     return f"explained: {', '.join(terms)}" if terms else ""
 
@@ -112,16 +115,20 @@ def _shape(row: Mapping[str, Any], teacher: Mapping[str, Any], where: str) -> li
     return shown
 
 
-def _advice(row: Mapping[str, Any], untrained: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
-    """What an eval row of the student gives reason to say."""
+def _advice(
+    row: Mapping[str, Any], untrained: Mapping[str, Any], teacher: Mapping[str, Any], *, is_early: bool
+) -> list[str]:
+    """What an eval row of the student gives reason to say; is_early: too early to compare with the untrained one."""
     lines = []
     if has_collapsed(row):
         lines.append(f"learning: {row['dataset']}: {COLLAPSE_NOTE}")
     found = quality_of(row)
     name, now = (found[0], 100 * found[1]) if found else ("", 0.0)
     low, high = (_value(other, name) for other in (untrained, teacher))
-    if low is not None and now < low:
+    if not is_early and low is not None and now < low - LEAST_LOSS:
         advice = "lower learning_rate"
+        if row.get("weights") == "averaged":
+            advice += ", or wait: averaged weights (ema_decay) are young at first"
         if high is not None and high < low:
             advice = f"the teacher too is below it, at {high:.1f} %: take a teacher that suits these images"
         lines.append(

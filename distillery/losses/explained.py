@@ -19,12 +19,14 @@ def explained_variance(
     their mean, below 0 where it does worse than that. No gradient.
 
     MSE is mean (s - t)^2 over all elements. The variance is mean (t - m)^2, m the mean of each channel over images and
-    patches: of this batch, on this process.
+    patches: of this batch, on this process. A few images vary less than all, so that of pooled targets the share comes
+    out low where the batch is small: of 8 images 0.2 in place of 0.3.
 
     Args:
         student: [..., D], projected to the targets' width; or the same of several layers.
         targets: as the loss is given them, of the same shapes.
-        by_direction: give each row of the student its target's length first: for a loss that fixes no length.
+        by_direction: give each row of the student the length first at which it comes nearest to its target: for a loss
+            that fixes no length.
     Returns:
         float32 scalar, mean over the layers, at least -1e6; 0 where the targets do not vary, as those of one image.
     """
@@ -37,7 +39,8 @@ def explained_variance(
 def _explained(student: Tensor, targets: Tensor, by_direction: bool) -> Tensor:
     student, targets = student.detach().float(), targets.detach().float()
     if by_direction:
-        student = F.normalize(student, dim=-1) * targets.norm(dim=-1, keepdim=True)
+        student = F.normalize(student, dim=-1)
+        student = student * (student * targets).sum(-1, keepdim=True).clamp(min=0)
     variances, means = torch.var_mean(targets, dim=tuple(range(targets.ndim - 1)), correction=0)
     variance = variances.mean()
     share = (1 - F.mse_loss(student, targets) / variance).clamp(min=LEAST_EXPLAINED)

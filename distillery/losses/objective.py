@@ -1,11 +1,12 @@
 """What a training step differentiates: the student with its heads and the weighted losses, as one module."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from distillery.losses.total import bind_losses, sum_losses
+from distillery.losses.registry import fields_needed
+from distillery.losses.total import BoundLoss, bind_losses, sum_losses
 from distillery.models.backbone import Features
 from distillery.models.pair import StudentWithHeads, align
 
@@ -38,6 +39,7 @@ class Objective(nn.Module):
         self.losses = bind_losses(weights, options)
         is_whole = stored_losses is None
         self.stored_losses = [loss for loss in self.losses if is_whole or loss.name in stored_losses]
+        self._idle = _heads_without_loss(student, self.stored_losses)
         self.grid_at_most = grid_at_most
 
     def forward(
@@ -56,8 +58,22 @@ class Objective(nn.Module):
         outputs, targets = align(self.student(view), targets, self.grid_at_most)
         bound = self.stored_losses if is_stored else self.losses
         losses = sum_losses(outputs, targets, bound, second_view=second_view, queue=queue)
-        if len(bound) < len(self.losses):
-            # heads without a loss in this step: DistributedDataParallel waits for a gradient of every parameter
-            trained = (value.sum() for value in self.student.heads.parameters() if value.requires_grad)
-            losses["loss"] = losses["loss"] + 0 * sum(trained)
+        if is_stored and self._idle:
+            # DistributedDataParallel waits for a gradient of every parameter
+            losses["loss"] = losses["loss"] + 0 * sum(value.sum() for value in self._idle)
         return losses
+
+    def leave_idle_heads(self) -> None:
+        """After the backward passes of a step that was all on stored outputs: heads without a loss keep their weights.
+
+        The optimiser would move them along their momentum, Muon as far as with a gradient.
+        """
+        for value in self._idle:
+            value.grad = None
+
+
+def _heads_without_loss(student: StudentWithHeads, losses: Sequence[BoundLoss]) -> list[nn.Parameter]:
+    """The trained parameters of the heads whose outputs none of the losses compares."""
+    fields = fields_needed({loss.name: loss.weight for loss in losses})
+    heads = [head for name, head in student.heads.items() if name.split("_")[0] not in fields]  # layers_0, layers_1 ...
+    return [value for head in heads for value in head.parameters() if value.requires_grad]

@@ -182,7 +182,7 @@ def summary_sentences(run: RunRecord) -> list[str]:
     sentences += _data_sentences(run)
     shares = [f"{share:.0%} ({name})" for name, share in explained_until(run.rows, run.step).items()]
     if shares:
-        sentences.append(f"Of the variance of its targets the student explains {in_words(shares)}.")
+        sentences.append(f"On training images the student explains {in_words(shares)} of the variance of its targets.")
     for dataset in datasets_of(run.rows):
         sentences += _result_sentences(dataset, run.evaluation(dataset))
     return sentences or ["Nothing has been logged yet."]

@@ -50,8 +50,8 @@ def describe_run(
 def advise(configs: Configs, task: Task, steps_in_epoch: int, rows: Sequence[int], *, is_new: bool) -> list[str]:
     """Advice on the sizes of both models and on the number of passes; arguments as of describe_run."""
     data, train, model, lines = configs.data, configs.train, configs.model, []
-    # with another input size it is another teacher: none to advise where a run has begun or outputs may be stored
-    is_free = is_new and isinstance(task.teacher, FrozenTeacher) and not train.teacher_cache.is_read
+    # with another input size it is another teacher: none to advise where a run has begun or outputs are stored
+    is_free = is_new and isinstance(task.teacher, FrozenTeacher) and task.stored is None
     if is_free and "tokens" in fields_needed(train.distill_loss_weights):
         arguments = {"teacher": model.teacher_kwargs, "student": model.student_kwargs}
         lines += grid_advice(task.teacher.backbone, task.student.student, arguments)

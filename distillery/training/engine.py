@@ -136,6 +136,8 @@ def train_step(task: Task, batches: list[StepBatch], step: int, epoch: int) -> d
         now = _share(torch.stack([value.detach() for value in losses.values()]), len(batches))
         values = now if number == 1 else values + now
     with task.clock.part("optimizer"):
+        if all(batch.stored is not None for batch in batches):
+            task.objective.leave_idle_heads()
         task.scaler.unscale_(task.optimizer)
         max_norm = task.max_grad_norm if task.max_grad_norm is not None else math.inf
         grad_norm = nn.utils.clip_grad_norm_(task.student.parameters(), max_norm)

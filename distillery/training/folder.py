@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from distillery.config.load import Configs, dump_configs
+from distillery.config.yaml_text import as_yaml
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path, make_directory, sha256_of, write_atomic
 from distillery.system.launcher import is_restarted
@@ -61,7 +63,12 @@ START_NAME = "start.json"
 def identity_of(config: dict[str, dict]) -> str:
     """A hash of all in a configuration {"data": {...}, "train": {...}, "model": {...}} that a run is bound to."""
     bound = {
-        section: {key: value for key, value in config.get(section, {}).items() if key not in free | {*BATCH_KEYS}}
+        section: {
+            key: value
+            for key, value in config.get(section, {}).items()
+            # a run of before there was such a key has the same hash
+            if key not in free | {*BATCH_KEYS} and VALUES_BEFORE.get(section, {}).get(key) != value
+        }
         for section, free in FREE_KEYS.items()
     }
     return sha256_of(bound)
@@ -81,17 +88,21 @@ def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) 
     Raises:
         UserError: other differences, listed field by field.
     """
-    harmless, refused = [], []
+    harmless, refused, values = [], [], []
     for section, free in FREE_KEYS.items():
         old, new = VALUES_BEFORE.get(section, {}) | before.get(section, {}), now.get(section, {})
         for key in sorted(old.keys() & new.keys()):
             lines = _differences(key, old[key], new[key])
-            (harmless if key in free or key in BATCH_KEYS else refused).extend(lines)
+            if key in free or key in BATCH_KEYS:
+                harmless += lines
+            elif lines:
+                refused += lines
+                values.append(f"--set {shlex.quote(f'{key}={as_yaml(old[key])}')}")
     if refused:
         raise UserError(
             f"{where} holds a run of another configuration:\n  " + "\n  ".join(refused) + "\n"
-            "Nothing was written. Put the values back to go on with it, give another checkpoint_dir for a new run, "
-            "or --no_resume to start afresh in this one."
+            f"Nothing was written. Put the values back to go on with it ({' '.join(values)}), give another "
+            "checkpoint_dir for a new run, or --no_resume to start afresh in this one."
         )
     return harmless
 

@@ -4,6 +4,7 @@ The functions are pure: a run that was interrupted says what it would have said 
 torch.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from distillery.losses.registry import EXPLAINED
 if TYPE_CHECKING:
     from distillery.training.task import Schedule
 
-# a single step's number is noisy: figures are means over the rows of so many steps
+# a single step's number is noisy: figures are medians over the rows of so many steps
 WINDOW = 100
 # the step at which a run speaks of its learning for the first time, whatever the length of its epochs
 FIRST_LOOK = 100
@@ -43,7 +44,7 @@ class Course:
 
 
 def explained_until(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Loss name -> the share of its targets' variance that the student explains: the mean over the last 100 steps.
+    """Loss name -> the share of its targets' variance that the student explains: the median over the last 100 steps.
 
     rows: of metrics.jsonl, of any kind; those after `step` do not count. Of fewer than 200 steps the first half does
     not count either: a run may begin far below 0. Where no row is left, the last one says it.
@@ -55,7 +56,7 @@ def explained_until(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, f
         for name, value in row.items():
             if name.startswith(EXPLAINED) and value is not None:
                 found.setdefault(name.removeprefix(EXPLAINED), []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def is_first_look(step: int, log_every: int) -> bool:
@@ -65,7 +66,8 @@ def is_first_look(step: int, log_every: int) -> bool:
 
 def first_lines(rows: Sequence[Mapping[str, Any]], course: Course, step: int) -> list[str]:
     """What a run says of its learning after its first steps; rows: of metrics.jsonl up to `step`."""
-    terms = [f"{percent(value)} of {name}" for name, value in explained_until(rows, step).items()]
+    shares = explained_until(rows, step)
+    terms = [f"{percent(value) if value > 0 else 'nothing'} of {name}" for name, value in shares.items()]
     lines = []
     if terms:
         text = f"the student explains {in_words(terms)} (share of the targets' variance)"
@@ -78,14 +80,15 @@ def term_advice(rows: Sequence[Mapping[str, Any]], course: Course, step: int) ->
     run although the learning rate is high.
     """
     schedule, rate = course.schedule, course.schedule.at(step - 1)
-    if step < FIRST_LOOK or step <= schedule.warmup_steps:
+    if step < schedule.warmup_steps + WINDOW:  # the figures are to be of the steps after the warm-up
         return []
     before = step - schedule.total_steps // 4
     is_late = before >= schedule.warmup_steps + WINDOW and rate >= HIGH_RATE * schedule.learning_rate
     then = explained_until(rows, before) if is_late else {}
     lines = []
     for name, value in explained_until(rows, step).items():
-        if value < NEAR_ZERO:
+        # exactly 0 in all rows: targets that do not vary
+        if value < NEAR_ZERO and value != 0:
             lines.append(
                 f"learning: the student still explains {percent(value)} of {name} after {step:,} steps, warm-up "
                 f"included. Look at the teacher's weights, teacher_mean and teacher_std, at the images and at "

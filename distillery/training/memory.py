@@ -15,7 +15,8 @@ from distillery.training.task import Task
 GB = 10**9
 # sizes that GPUs have, for a plan that is made where there is none
 USUAL_GPUS = (24 * GB, 40 * GB, 80 * GB)
-# of the GPU, for CUDA itself, workspaces, the teacher's forward pass and blocks that are free but in pieces
+# of the GPU, for CUDA itself, workspaces, the teacher's forward pass, what the optimiser computes with for a moment,
+# and blocks that are free but in pieces
 _SET_ASIDE = 0.15
 
 

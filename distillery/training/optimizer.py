@@ -9,8 +9,11 @@ from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor, nn
 
 from distillery.config.keys_train import TrainConfig
+from distillery.models.configured import choose_precision
+from distillery.models.precision import LOW_TYPES
 
-# five steps of the Newton-Schulz iteration, from modded-nanogpt; they bring singular values to between 0.8 and 1.2
+# five steps of the Newton-Schulz iteration, from modded-nanogpt: singular values above 0.2 % of the matrix's norm come
+# to between 0.9 and 1.2, smaller ones stay below
 NEWTON_SCHULZ = [
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -39,15 +42,16 @@ def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device
     rest = [{"params": groups["decayed"]} | decays, {"params": groups["plain"], "weight_decay": 0.0}]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(rest, **options)
-    return Muon([{"params": groups["matrices"], "orthogonal": True} | decays, *rest], **options)
+    dtype = LOW_TYPES["bf16"] if choose_precision("auto", device) == "bf16" else torch.float32
+    return Muon([{"params": groups["matrices"], "orthogonal": True} | decays, *rest], dtype=dtype, **options)
 
 
 def default_learning_rate(global_batch_size: int, student: nn.Module, optimizer: str) -> float:
     """The rule behind `learning_rate: null`, which rate_rule puts into words.
 
     Under batch norm the scale of the weights does not matter, and they take larger steps (arXiv:1706.05350). The
-    square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287). docs/recipe.md has the
-    measurements behind the value at 64 images.
+    square root is the scaling of adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287), taken for Muon as well.
+    docs/results.md has the measurements behind the values at 64 images.
     """
     rate = RATES[optimizer] * min(2.0, math.sqrt(global_batch_size / 64))
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
@@ -75,7 +79,8 @@ def matrices_of(model: nn.Module) -> set[nn.Parameter]:
     """
     found = set()
     for module in model.modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1):
+        is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        if isinstance(module, nn.Linear) or is_convolution:
             found.add(module.weight)
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             found.add(module.in_proj_weight)
@@ -94,11 +99,13 @@ class Muon(torch.optim.AdamW):
 
     Args:
         groups: parameter groups; those of `orthogonal: True` hold parameters of two or more dimensions.
+        dtype: in which the directions are computed; bfloat16 has digits enough.
         options: of torch.optim.AdamW.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         super().__init__([{"orthogonal": False} | group for group in groups], **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -131,9 +138,8 @@ class Muon(torch.optim.AdamW):
             if is_bad is not None:  # a gradient that equals the momentum changes it by nothing
                 gradient = torch.where(is_bad, momentum, gradient)
             momentum.lerp_(gradient, 1 - MOMENTUM)
-            dtype = torch.float32 if gradient.device.type == "cpu" else torch.bfloat16
             change = zeropower_via_newtonschulz(
-                gradient.lerp_(momentum, MOMENTUM), len(NEWTON_SCHULZ), NEWTON_SCHULZ, dtype=dtype
+                gradient.lerp_(momentum, MOMENTUM), len(NEWTON_SCHULZ), NEWTON_SCHULZ, dtype=self.dtype
             ).to(momentum.dtype)
             change *= -rate * (0.2 * max(rows, columns) ** 0.5)
             torch._foreach_copy_(momenta, _shaped(momentum, momenta))

@@ -38,7 +38,7 @@ def said(rows: list[dict], epoch: int = 3, every: int = 1, rule: float | None = 
 def test_one_line_says_where_the_student_stands_and_what_changed_since_the_last_look():
     assert said(rows_of_run()) == [
         "learning: epoch 3: k-NN 67.3 % (untrained 31.5, teacher 85.6: 66 % of the way; +3.2 since epoch 2); "
-        "explained: cls 71 % (+4), patch 60 % (+2); effective rank 24 (teacher 20.2); agreement 0.71 (CKA)"
+        "explained: cls 71 % (+4 points), patch 60 % (+2 points); effective rank 24 (teacher 20.2); agreement 0.71 (CKA)"
     ]
 
 
@@ -48,7 +48,9 @@ def test_rows_of_later_epochs_do_not_change_what_was_said():
     assert said(rows, epoch=2) == before and "k-NN 64.1 %" in before[0]
 
 
-@pytest.mark.parametrize("every, epoch, changes", [(2, 3, "cls 71 % (+4)"), (0, 3, "cls 71 %,"), (5, 3, "cls 71 %,")])
+@pytest.mark.parametrize(
+    "every, epoch, changes", [(2, 3, "cls 71 % (+4 points)"), (0, 3, "cls 71 %,"), (5, 3, "cls 71 %,")]
+)
 def test_without_evaluation_sets_the_line_has_the_terms_alone(every, epoch, changes):
     (line,) = said([row for row in rows_of_run() if row["kind"] == "train"], epoch, every)
     assert line.startswith(f"learning: epoch 3: explained: {changes}")

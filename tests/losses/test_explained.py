@@ -23,7 +23,7 @@ def features(seed: int, scale: float = 1.0) -> Features:
 def ref_explained(s: np.ndarray, t: np.ndarray, *, by_direction: bool) -> float:
     s, t = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (s, t))
     if by_direction:
-        s = s * np.linalg.norm(t, axis=1, keepdims=True) / np.linalg.norm(s, axis=1, keepdims=True)
+        s = s * np.maximum(0, (s * t).sum(1, keepdims=True)) / (s * s).sum(1, keepdims=True)
     return 1 - np.mean((s - t) ** 2) / np.mean((t - t.mean(axis=0)) ** 2)
 
 

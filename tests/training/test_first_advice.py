@@ -95,7 +95,6 @@ def test_following_the_advice_gives_equal_grids_and_ends_it():
     [
         ({}, False),  # the run's teacher may not change any more
         ({"distill_loss_weights": {"cls": 1.0}}, True),
-        ({"teacher_cache": {"enabled": True}}, True),  # stored outputs are of this size
     ],
 )
 def test_a_size_is_advised_only_where_patches_are_compared_and_the_teacher_may_still_change(train, is_new):

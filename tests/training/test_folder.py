@@ -47,6 +47,12 @@ def test_a_key_of_a_later_version_binds_no_older_run(tmp_path):
     assert compare_configs(tmp_path, CONFIG, changed("train", new_key=1)) == []
 
 
+def test_a_run_of_before_there_was_a_choice_of_optimizer_goes_on_with_adamw_alone(tmp_path):
+    assert compare_configs(tmp_path, CONFIG, changed("train", optimizer="adamw")) == []
+    with pytest.raises(UserError, match="optimizer: 'adamw' -> 'muon'"):
+        compare_configs(tmp_path, CONFIG, changed("train", optimizer="muon"))
+
+
 @pytest.mark.parametrize(
     "now, same",
     [
