@@ -38,7 +38,8 @@ def said(rows: list[dict], epoch: int = 3, every: int = 1, rule: float | None = 
 def test_one_line_says_where_the_student_stands_and_what_changed_since_the_last_look():
     assert said(rows_of_run()) == [
         "learning: epoch 3: k-NN 67.3 % (untrained 31.5, teacher 85.6: 66 % of the way; +3.2 since epoch 2); "
-        "explained: cls 71 % (+4 points), patch 60 % (+2 points); effective rank 24 (teacher 20.2); agreement 0.71 (CKA)"
+        "explained: cls 71 % (+4 points), patch 60 % (+2 points); effective rank 24 (teacher 20.2); agreement 0.71 "
+        "(CKA)"
     ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from teachers import MODEL, images_plan, live_teacher, make_images, run_pass, teacher_plan
+from torch.nn.utils import parameters_to_vector
 
 from distillery.config.keys_train import TrainConfig
 from distillery.config.load import load_configs
@@ -29,6 +30,7 @@ from distillery.teacher_cache.targets import StoredTargets, check_fields
 from distillery.training import build
 from distillery.training.batches import StepLoader, live_batch, stored_batch
 from distillery.training.engine import check_first_step, forward_losses, train_step
+from distillery.training.optimizer import build_optimizer
 from distillery.training.task import Position
 from tests.training.test_engine import MEAN, STD, build_task, images_of, run_epoch
 
@@ -268,6 +270,22 @@ def test_every_parameter_has_a_gradient_in_every_step_as_distributed_training_wa
         seen.add(task.stored.is_live(step))
         task.student.zero_grad(set_to_none=True)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_head_moves_in_those_steps_alone_that_have_a_loss_of_its_outputs(optimizer):
+    task, moved = pooled_only_task(), []
+    task.optimizer = build_optimizer(task.student, train_config("hybrid", optimizer=optimizer), torch.device("cpu"))
+    for epoch in range(2):
+        for number, batch in enumerate(epoch_of(task, epoch)):
+            heads = {name: parameters_to_vector(head.parameters()) for name, head in task.student.heads.items()}
+            train_step(task, [batch], step := 4 * epoch + number, epoch)
+            for name, head in task.student.heads.items():
+                has_moved = not torch.equal(parameters_to_vector(head.parameters()), heads[name])
+                assert has_moved == (name == "pooled" or task.stored.is_live(step)), (step, name)
+            moved.append(task.stored.is_live(step))
+    # a step without its loss comes after one with it, whose momentum it must not follow
+    assert (True, False) in zip(moved, moved[1:], strict=False)
 
 
 def test_the_first_step_checks_the_losses_of_both_kinds_of_steps():
