@@ -57,7 +57,7 @@ def advise(configs: Configs, task: Task, steps_in_epoch: int, rows: Sequence[int
         lines += grid_advice(task.teacher.backbone, task.student.student, arguments)
     batch = global_batch_size(train)
     num_images = images_of_run(data, rows, steps_in_epoch * batch, train.num_epochs)
-    return [*lines, passes_advice(num_images, task.schedule.total_steps * batch)]
+    return [*lines, *passes_advice(num_images, task.schedule.total_steps * batch)]
 
 
 def describe_changes(state: dict[str, Any], train: TrainConfig, task: Task) -> list[str]:
