@@ -146,13 +146,13 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[
     """What a reader must know about the figures: what is not there yet, and what does not compare."""
     notes = []
     done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
-    missing = [
-        f"{run.label} (seed {run.seed})"
-        for run in suite.runs
-        if (run.label, run.seed) not in done and run.label not in left_out
-    ]
+    missing: dict[str, list[str]] = {}
+    for run in suite.runs:
+        if (run.label, run.seed) not in done and run.label not in left_out:
+            missing.setdefault(run.label, []).append(f"{run.seed}")
     if missing:
-        notes.append(f"Not measured yet: {', '.join(missing)}.")
+        parts = [f"{label} (seed {', '.join(seeds)})" for label, seeds in missing.items()]
+        notes.append(f"Not measured yet: {', '.join(parts)}.")
     if suite.equal_time and equal_seconds(groups) is None:
         notes.append("Not compared at equal time: the runs had different numbers of threads.")
     for label, runs in groups.items():
