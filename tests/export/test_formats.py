@@ -357,9 +357,9 @@ def test_the_card_tells_results_and_data_of_the_exported_step_only(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| digits | teacher | 90.0% | - |" in card and "| digits | student | 80.0% | 85.0% |" in card
     assert "50.0%" not in card and "`abc123` (2 shards)" in card
-    assert "40 steps, 640 images seen; losses 1 x cls, 0.5 x patch; last weights" in card
+    assert "40 steps, 640 images seen; losses 1 x cls, 2 x patch; last weights" in card
     assert "| weight_decay | `0.04` |" in card
-    assert "| learning_rate | `0.001` |" in card, "the rule's value, not null"
+    assert "| learning_rate | `0.004` |" in card, "the rule's value, not null"
 
 
 def front_matter(out_dir):

@@ -131,7 +131,7 @@ def test_the_page_says_in_plain_words_what_happened(tmp_path):
         in words
     )
     assert "It has seen 160 images from pets." in words
-    assert "Of the variance of its targets the student explains 71% (cls)." in words
+    assert "On training images the student explains 71% (cls) of the variance of its targets." in words
     assert (
         "On digits its features classify 70.0% of the test images by k-NN, "
         "against 25.0% untrained and 80.0% for the teacher." in words

@@ -122,7 +122,7 @@ def test_the_dry_run_of_stage_2_plans_and_writes_nothing(place, tmp_path):
     shutil.copytree(place.folder, mine.folder)
     before = sorted(mine.folder.rglob("*"))
     new = ["--set", f"checkpoint_dir={tmp_path / 'new'}"]
-    done = mine.distill("--dry_run", "--set", f"cache_dir={mine.folder / 'cache'}", *new)
+    done = mine.distill("--dry_run", "--set", f"cache_dir={mine.folder / 'cache'}", *new, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "steps on images of the run took" in done.stdout
     assert "batch_size up to" in done.stdout
