@@ -1,4 +1,8 @@
-"""The optimiser of a run: Muon for the student's weight matrices and AdamW for the rest, or AdamW for everything."""
+"""The optimiser of a run: Muon for the student's weight matrices and AdamW for the rest, or AdamW for everything.
+
+The heads are AdamW's. They may be as wide as their teacher, where Muon's matrix products would take longer than all
+else in a step.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 
 from distillery.config.keys_train import TrainConfig
 from distillery.models.configured import choose_precision
+from distillery.models.pair import StudentWithHeads
 from distillery.models.precision import LOW_TYPES
 
 # five steps of the Newton-Schulz iteration, from modded-nanogpt: singular values above 0.2 % of the matrix's norm come
@@ -26,12 +31,12 @@ MOMENTUM = 0.95
 RATES = {"muon": 8e-3, "adamw": 2e-3}
 
 
-def build_optimizer(student: nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(student: StudentWithHeads, train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
     """The optimiser of a student with its heads, as `optimizer` says; its groups' lr is 0 until a schedule sets it.
 
     Norms, biases, tokens and position embeddings are not decayed.
     """
-    matrices = matrices_of(student) if train.optimizer == "muon" else set()
+    matrices = matrices_of(student.student) if train.optimizer == "muon" else set()
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "plain": []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -64,9 +69,9 @@ def rate_rule(optimizer: str) -> str:
     return f"{rate:.3g} x sqrt(global batch / 64), at most {2 * rate:.3g}; half of it without batch norm"
 
 
-def state_bytes(student: nn.Module, train: TrainConfig) -> int:
+def state_bytes(student: StudentWithHeads, train: TrainConfig) -> int:
     """Bytes that the optimiser keeps: one moment of each of Muon's matrices, two of all else that is trained."""
-    matrices = matrices_of(student) if train.optimizer == "muon" else set()
+    matrices = matrices_of(student.student) if train.optimizer == "muon" else set()
     trained = (value for value in student.parameters() if value.requires_grad)
     return sum((1 if value in matrices else 2) * value.numel() * value.element_size() for value in trained)
 

@@ -38,12 +38,15 @@ def test_in_bf16_an_image_of_a_real_student_takes_about_half_as_much():
 
 
 def test_a_student_takes_its_weights_gradients_and_moments_and_averages_where_they_are_kept():
-    student = nn.Sequential(nn.Linear(10, 10), nn.LayerNorm(10))
-    student[0].bias.requires_grad_(False)
-    trained = 100 + 20
-    assert student_bytes(student, train_config()) == 4 * (130 + trained + 100 + 2 * 20)
-    assert student_bytes(student, train_config(ema_decay=0.9)) == 4 * (2 * 130 + trained + 100 + 2 * 20)
-    assert student_bytes(student, train_config(optimizer="adamw")) == 4 * (130 + 3 * trained)
+    student = nn.Module()
+    student.student, student.head = nn.Sequential(nn.Linear(10, 10), nn.LayerNorm(10)), nn.Linear(10, 5, bias=False)
+    student.student[0].bias.requires_grad_(False)
+    trained = 100 + 20 + 50
+    weights = trained + 10
+    # Muon has one moment of the matrix in the backbone, AdamW two of all else
+    assert student_bytes(student, train_config()) == 4 * (weights + trained + 100 + 2 * 70)
+    assert student_bytes(student, train_config(ema_decay=0.9)) == 4 * (2 * weights + trained + 100 + 2 * 70)
+    assert student_bytes(student, train_config(optimizer="adamw")) == 4 * (weights + 3 * trained)
 
 
 def test_a_teacher_in_a_low_type_takes_half_of_float32():

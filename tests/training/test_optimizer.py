@@ -17,7 +17,9 @@ def network() -> nn.Module:
     model = nn.Sequential(*layers, nn.Linear(8, 4), nn.Linear(4, 8))
     model.pos_embed = nn.Parameter(torch.randn(1, 4, 8))
     model.bias_table = nn.Parameter(torch.randn(9, 3))
-    return model
+    whole = nn.Module()
+    whole.student, whole.heads = model, nn.ModuleDict({"pooled": nn.Linear(8, 16)})
+    return whole
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, **change: float) -> None:
@@ -27,9 +29,9 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, **cha
     optimizer.step()
 
 
-def test_matrices_go_to_muon_and_norms_tables_and_grouped_convolutions_to_adamw():
+def test_matrices_of_the_backbone_go_to_muon_and_heads_norms_tables_and_grouped_convolutions_to_adamw():
     model = network()
-    names = {value: name for name, value in model.named_parameters()}
+    names = {value: name.removeprefix("student.") for name, value in model.named_parameters()}
     groups = [
         ({names[value] for value in group["params"]}, group.get("orthogonal"), group["weight_decay"])
         for group in build_optimizer(model, TrainConfig(), CPU).param_groups
@@ -37,11 +39,11 @@ def test_matrices_go_to_muon_and_norms_tables_and_grouped_convolutions_to_adamw(
     plain = {name for name in names.values() if name.endswith("bias")} | {"1.weight", "pos_embed"}
     assert groups == [
         ({"0.weight", "3.weight", "5.weight", "6.weight"}, True, 0.04),
-        ({"2.weight", "bias_table"}, False, 0.04),
+        ({"2.weight", "bias_table", "heads.pooled.weight"}, False, 0.04),
         (plain, False, 0.0),
     ]
     decayed, undecayed = build_optimizer(model, TrainConfig(optimizer="adamw"), CPU).param_groups
-    assert len(decayed["params"]) == 6 and {names[value] for value in undecayed["params"]} == plain
+    assert len(decayed["params"]) == 7 and {names[value] for value in undecayed["params"]} == plain
 
 
 def test_a_step_is_that_of_timms_muon_and_of_torchs_adamw():
