@@ -70,6 +70,8 @@ def main() -> int:
     arguments = parse_arguments()
     suites = [SUITES[name].tiny() if arguments.tiny else SUITES[name] for name in arguments.suite]
     if not arguments.tables:
+        if arguments.tiny:  # kept ones would be found, and nothing would run
+            shutil.rmtree(arguments.out / "learning", ignore_errors=True)
         run_suites(arguments, suites)
     for suite in suites:
         results, runs = Results(arguments.out, suite.name), runs_of(suite, arguments.out)
@@ -97,11 +99,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lightly_python", default=sys.executable, metavar="PATH", help="python with LightlyTrain")
     parser.add_argument("--tables", action="store_true", help="run nothing: tables and pictures of what is there")
     parser.add_argument("--write_docs", action="store_true", help="put tables and pictures into docs/")
-    parser.add_argument("--tiny", action="store_true", help="digits, one epoch of 128 images, one run of each kind")
+    parser.add_argument("--tiny", action="store_true", help="one epoch of 128 digits each, kept in OUT/tiny")
     parser.add_argument("--dir", type=Path, help="keep caches, logs and runs here; default: nowhere")
-    parser.add_argument("--out", type=Path, help=f"results and pictures (default {OUT}, with --tiny {OUT}/tiny)")
+    parser.add_argument("--out", type=Path, default=OUT, help="results and pictures (default %(default)s)")
     arguments = parser.parse_args()
-    arguments.out = arguments.out or (OUT / "tiny" if arguments.tiny else OUT)
+    if arguments.tiny:  # a folder of its own, as its results are removed each time
+        arguments.out /= "tiny"
     if arguments.suite is None and not (arguments.tables or arguments.tiny):
         parser.error(f"--suite is missing: some of {', '.join(SUITES)}")
     if arguments.tiny and arguments.write_docs:

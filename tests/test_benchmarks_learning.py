@@ -52,21 +52,22 @@ def cells_of(table: str, label: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_tiny_run_measures_ours_beside_timm_and_keeps_both(tmp_path):
     command = [sys.executable, "-m", "benchmarks.learning", "--tiny", "--suite", "budget4", "--jobs", "2"]
+    Results(tmp_path / "tiny", "budget4").add(FAST, {"label": "of the last time"})
     done = subprocess.run(
         [*command, "--only", "ours-live", "timm-feature", "--out", str(tmp_path), "--dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("learning/budget4/*.json"))]
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tiny/learning/budget4/*.json"))]
     assert [run["label"] for run in kept] == ["ours-live", "timm-feature"]
     for run in kept:
         assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128)]
         assert 0 < run["curve"][0]["seconds"] < run["curve"][1]["seconds"] < run["wall_seconds"]
         assert run["machine"]["threads"] == 1 and run["recipe"]["precision"] == "fp32"
     assert kept[0]["curve"][0]["knn"] == kept[1]["curve"][0]["knn"]
-    assert (tmp_path / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "tiny" / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
     assert "| timm-feature" in done.stdout and "k-NN after" in done.stdout
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["learning"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_with_a_fixed_view_the_teacher_sees_the_images_and_the_student_the_views_of_them():
