@@ -42,7 +42,7 @@ from pathlib import Path
 from benchmarks.learning_docs import write_docs
 from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, runs_of
-from benchmarks.learning_runs import Bench, NotYet, configs_of, locked, measure, recipe_of
+from benchmarks.learning_runs import Bench, NotYet, configs_of, has_outputs, locked, measure, recipe_of, student_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
 from distillery.system.errors import run_command
@@ -239,7 +239,10 @@ class Queue:
         if self.deadline is None:
             return None
         remaining = self.deadline - time.time()
-        expected = expected_seconds(run, self.results.runs_of_all_suites(), self.bench.machine)
+        expected = expected_seconds(
+            run, self.results.runs_of_all_suites(), self.bench.machine, student_of(self.bench.setting, run),
+            prepares=run.views is not None and not has_outputs(self.bench, run),
+        )  # fmt: skip
         if remaining > (expected or 0):
             return None
         known = "" if expected is None else f", it takes about {expected / 60:.0f}"

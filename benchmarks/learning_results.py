@@ -111,23 +111,27 @@ def runs_of(suite: Suite, out: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def expected_seconds(run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any]) -> float | None:
-    """How long a run will take, by the seconds an image of kept runs on such a machine, with as many threads.
+def expected_seconds(
+    run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any], student: str, *, prepares: bool = False
+) -> float | None:
+    """How long a run will take, by the seconds an image of kept runs of this student on such a machine.
 
     Runs of the same label count, where there are none those of the same contender. None: nothing is known.
+    prepares: the run makes the teacher's outputs first, and kept runs say how long that takes.
     """
     same = [
         result
         for result in kept
-        if result["contender"] == run.contender
+        if (result["contender"], result["student"], result["machine"]) == (run.contender, student, machine)
         and (result["views"] is None) == (run.views is None)
-        and result["machine"] == machine
         and result["images_seen"]
     ]
-    same = [result for result in same if result["label"] == run.label] or same
-    if not same:
+    alike = [result for result in same if result["label"] == run.label] or same
+    if not alike:
         return None
-    return run.images_seen * statistics.median(result["wall_seconds"] / result["images_seen"] for result in same)
+    seconds = run.images_seen * statistics.median(result["wall_seconds"] / result["images_seen"] for result in alike)
+    noted = [result["prepare_seconds"] / (result["images"] * result["views"]) for result in same if result["views"]]
+    return seconds + run.images * run.views * statistics.median(noted) if prepares else seconds
 
 
 def revision() -> str:

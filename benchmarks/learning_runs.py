@@ -27,8 +27,8 @@ import yaml
 
 from benchmarks.learning_results import ROOT, Setting, revision
 from benchmarks.learning_suites import Run
-from distillery.system.errors import EXIT_INTERRUPTED, Interrupted
-from distillery.system.files import sha256_of
+from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError, UserError
+from distillery.system.files import sha256_of, write_atomic
 from distillery.system.machine import usable_cpus
 
 DATASET = "benchmark"
@@ -152,6 +152,11 @@ def configs_of(setting: Setting, work: Path, folder: Path, run: Run) -> dict[str
     return {"data": data, "train": train, "model": model | run.variant.model}
 
 
+def student_of(setting: Setting, run: Run) -> str:
+    """Name of the student that a run trains."""
+    return run.variant.model.get("student_name", setting.student)
+
+
 def write_configs(setting: Setting, work: Path, folder: Path, run: Run) -> list[str]:
     """The three YAML files of a run in `folder`, which is emptied first, and the flags that name them."""
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left would make its seconds wrong
@@ -235,22 +240,92 @@ def make_image_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> Non
 
 
 def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> dict[str, Any]:
-    """Stage 1 over the teacher; returns the seconds it took when it was made, and its threads."""
-    configs = configs_of(bench.setting, bench.work, bench.folder(run), run)
-    deciding = ("teacher_cache", "augment", "distill_loss_weights", "standardise_targets")
-    key = sha256_of({"images": run.images, "train": {name: configs["train"][name] for name in deciding}})[:12]
-    noted = bench.work / f"teacher_cache_{key}.json"
+    """Stage 1 over the teacher; returns the note: the seconds it took when it was made, and its threads."""
     with locked(bench.work / "locks" / f"teacher_cache_{run.images}"):
-        entry = json.loads(noted.read_text()) if noted.exists() else {"seconds": 0.0, "done": False}
-        if not entry["done"]:
-            began = time.time()
+        outputs = outputs_of(bench, run)
+        note = outputs.note()
+        if not note["is_done"]:
+            note |= {"began": time.time(), "threads": bench.threads}
+            outputs.write(note)
             try:
                 bench.call(["precompute_cache.py", *flags, "--teacher"], log)
-                entry |= {"done": True, "threads": bench.threads}
+                note["is_done"] = True
             finally:
-                entry["seconds"] += time.time() - began
-                noted.write_text(json.dumps(entry))
-    return entry
+                note |= {"seconds": note["seconds"] + time.time() - note["began"], "began": None}
+                outputs.write(note)
+    return note
+
+
+def outputs_of(bench: Bench, run: Run) -> "TeacherOutputs":
+    """Those that a run reads; raises MissingFileError where the images are not there yet."""
+    from distillery.cache.folder import load_index
+    from distillery.config.load import load_configs
+    from distillery.teacher_cache.targets import wanted_outputs
+
+    configs = load_configs(*configs_of(bench.setting, bench.work, bench.folder(run), run).values())
+    cache_dir = Path(configs.data.cache_dir)
+    identity = wanted_outputs(configs, load_index(cache_dir).fingerprint)
+    return TeacherOutputs(cache_dir, identity, bench.work / f"teacher_outputs_{sha256_of(identity)[:12]}.json")
+
+
+def has_outputs(bench: Bench, run: Run) -> bool:
+    """Whether a run finds the outputs of the teacher that it reads."""
+    try:
+        outputs = outputs_of(bench, run)
+    except MissingFileError:
+        return False
+    return outputs.folder() is not None and outputs.note()["is_done"]
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Outputs of the teacher, and the note of the seconds that making them took.
+
+    Both go by what decides the outputs, as the trainer compares it: runs of other loss weights may share them.
+
+    cache_dir: of the images; identity: wanted_outputs of the trainer; path: of the note.
+    """
+
+    cache_dir: Path
+    identity: dict[str, Any]
+    path: Path
+
+    def folder(self) -> Path | None:
+        """Where they are, or a first part of them; None: nowhere."""
+        from distillery.teacher_cache.records import made_at, read_teacher_index, teacher_folders
+
+        fitting = [
+            folder
+            for folder in teacher_folders(self.cache_dir)
+            if made_at(folder) and self.identity.items() <= read_teacher_index(folder)["identity"].items()
+        ]
+        return max(fitting, key=made_at, default=None)
+
+    def note(self) -> dict[str, Any]:
+        """seconds of work on what is there now, is_done, threads, and began (Unix, s) of a pass in progress.
+
+        A pass that was killed counts up to the last file that it wrote.
+
+        Raises:
+            UserError: there are outputs, and nobody knows how long they took.
+        """
+        folder = self.folder()
+        if folder is None:
+            return {"seconds": 0.0, "is_done": False, "threads": None, "began": None}
+        if not self.path.exists():
+            raise UserError(
+                f"{folder} holds outputs of the teacher, and no note says how many seconds they took. Remove that "
+                "folder, so that the benchmark makes and times them, or choose another --dir."
+            )
+        note = json.loads(self.path.read_text())
+        if note["began"] is not None:
+            last_written = max(path.stat().st_mtime for path in folder.rglob("*"))
+            note |= {"seconds": note["seconds"] + max(0.0, last_written - note["began"]), "began": None}
+        return note
+
+    def write(self, note: dict[str, Any]) -> None:
+        """Keep the note."""
+        write_atomic(self.path, json.dumps(note).encode())
 
 
 def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:

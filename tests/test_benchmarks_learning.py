@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ from benchmarks.learning_docs import block_of, markers_of, write_docs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import Results, Setting, expected_seconds, runs_of
-from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
+from benchmarks.learning_runs import Bench, NotYet, TeacherOutputs, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import knn_at, table_of
 from distillery.config.load import load_configs
 from distillery.system.errors import Interrupted, UserError
+from tests.support.teachers import make_teacher_test_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small")
@@ -193,10 +195,29 @@ def test_results_of_another_setting_are_refused(tmp_path):
 
 def test_a_runs_length_is_expected_by_the_rate_of_its_own_kind_on_such_a_machine():
     kept = [finished(FAST, [0.3, 0.7], [0.0, 118.0]), finished(SLOW, [0.3, 0.7], [0.0, 630.0])]
-    assert expected_seconds(replace(FAST, seed=1, epochs=4), kept, MACHINE) == pytest.approx(256.0)
-    assert expected_seconds(replace(FAST, label="other", epochs=1), kept, MACHINE) == pytest.approx(64.0)
-    assert expected_seconds(replace(FAST, views=2), kept, MACHINE) is None
-    assert expected_seconds(FAST, kept, MACHINE | {"threads": 2}) is None
+    assert expected_seconds(replace(FAST, seed=1, epochs=4), kept, MACHINE, "small") == pytest.approx(256.0)
+    assert expected_seconds(replace(FAST, label="other", epochs=1), kept, MACHINE, "small") == pytest.approx(64.0)
+    assert expected_seconds(FAST, kept, MACHINE, "a ViT") is None
+    assert expected_seconds(FAST, kept, MACHINE | {"threads": 2}, "small") is None
+    cached = replace(FAST, views=2)
+    assert expected_seconds(cached, kept, MACHINE, "small") is None
+    kept.append(finished(cached, [0.3, 0.7], [0.0, 54.0], prepare_seconds=12.0))
+    assert expected_seconds(cached, kept, MACHINE, "small") == pytest.approx(64.0)
+    assert expected_seconds(replace(cached, images=1280), kept, MACHINE, "small", prepares=True) == pytest.approx(152.0)
+
+
+def test_the_seconds_of_the_teachers_outputs_survive_a_kill_and_end_with_the_outputs(tmp_path):
+    plan = make_teacher_test_cache(tmp_path / "cache")
+    outputs = TeacherOutputs(tmp_path / "cache", plan.spec.configured, tmp_path / "note.json")
+    with pytest.raises(UserError, match="no note says how many seconds they took. Remove that folder"):
+        outputs.note()
+    last_written = max(path.stat().st_mtime for path in plan.directory.iterdir())
+    outputs.write({"seconds": 30.0, "is_done": False, "threads": 1, "began": last_written - 12.0})
+    assert outputs.note() == {"seconds": pytest.approx(42.0), "is_done": False, "threads": 1, "began": None}
+    other = replace(outputs, identity=outputs.identity | {"images": "others"})
+    assert other.folder() is None and outputs.folder() == plan.directory
+    shutil.rmtree(plan.directory)
+    assert outputs.note()["seconds"] == 0.0
 
 
 def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) -> tuple[list[str], learning.Queue]:
