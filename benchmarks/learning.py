@@ -41,7 +41,7 @@ from pathlib import Path
 
 from benchmarks.learning_docs import write_docs
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, runs_of
+from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, revision, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, has_outputs, locked, measure, recipe_of, student_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
@@ -130,13 +130,15 @@ def check_paths(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 def run_suites(arguments: argparse.Namespace, suites: list[Suite]) -> None:
     """All runs that were asked for and are not there yet, as far as the time allows."""
     deadline = time.time() + 60 * arguments.minutes if arguments.minutes is not None else None
-    threads = usable_cpus() if arguments.jobs == 1 else 1
+    threads, started_at = usable_cpus() if arguments.jobs == 1 else 1, revision()
     with work_folder(arguments) as work:
         setting = tiny_setting(work) if arguments.tiny else setting_of(arguments)
         for suite in suites:
             results = Results(arguments.out, suite.name)
             results.check_setting(setting.facts())
-            bench = Bench(setting, work, suite.name, threads, arguments.lightly_python, arguments.run)
+            bench = Bench(
+                setting, work, arguments.out, suite.name, threads, started_at, arguments.lightly_python, arguments.run
+            )
             runs = [run for run in suite.runs if run.label in (arguments.only or suite.labels)]
             Queue(bench, results, runs, deadline).work_off(arguments.jobs)
 

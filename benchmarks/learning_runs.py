@@ -57,14 +57,17 @@ class NotYet(Exception):
 class Bench:
     """Where runs happen.
 
-    work: folder of caches, logs and runs; suite: its name; threads: of a run; lightly_python: with LightlyTrain;
-    run_dir: the run folder that the suite transfer measures, None: the kept ones of budget4.
+    work: folder of caches, logs and runs; out: of the results; suite: its name; threads: of a run; revision: when the
+    command started; lightly_python: with LightlyTrain; run_dir: the run folder that the suite transfer measures, None:
+    those of the kept runs of budget4.
     """
 
     setting: Setting
     work: Path
+    out: Path
     suite: str
     threads: int
+    revision: str
     lightly_python: str = sys.executable
     run_dir: Path | None = None
 
@@ -93,11 +96,13 @@ def measure(bench: Bench, run: Run) -> dict[str, Any]:
     """
     found = CONTENDERS[run.contender](bench, run)
     configs = configs_of(bench.setting, bench.work, bench.folder(run), run)
+    # the run may have read code of both, or of any between
+    revisions = dict.fromkeys([bench.revision, revision()])
     return {
         "suite": bench.suite, "label": run.label, "seed": run.seed, "contender": run.contender, "views": run.views,
         "images": run.images, "epochs": run.epochs, "images_seen": run.images_seen, "variant": asdict(run.variant),
         "student": configs["model"]["student_name"], "setting": bench.setting.facts(),
-        "recipe": recipe_of(run, configs), "revision": revision(), "machine": bench.machine,
+        "recipe": recipe_of(run, configs), "revision": "..".join(revisions), "machine": bench.machine,
         "evaluation": {key: getattr(bench.setting, key) for key in ("bank", "test_images", "knn_k")},
     } | found  # fmt: skip
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import learning
+from benchmarks import learning, learning_runs
 from benchmarks.learning_docs import block_of, markers_of, write_docs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
@@ -181,6 +181,17 @@ def test_processes_that_share_a_folder_keep_each_others_runs(tmp_path):
         assert [run["label"] for run in results.runs()] == ["ours-live", "timm-feature"] and not results.left_out()
 
 
+def test_a_run_during_which_the_code_changed_keeps_both_revisions(tmp_path, monkeypatch):
+    for name in ("train", "test"):
+        (tmp_path / name).write_bytes(b"rows")
+    setting = replace(SETTING, train=str(tmp_path / "train"), test=str(tmp_path / "test"))
+    bench = Bench(setting, tmp_path, tmp_path, "pair", threads=1, revision="abc")
+    monkeypatch.setitem(learning_runs.CONTENDERS, "ours", lambda bench, run: {"curve": []})
+    for at_the_end, kept in (("abc", "abc"), ("def", "abc..def")):
+        monkeypatch.setattr(learning_runs, "revision", lambda at_the_end=at_the_end: at_the_end)
+        assert learning_runs.measure(bench, FAST)["revision"] == kept
+
+
 def test_results_of_another_setting_are_refused(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.parquet").write_bytes(b"rows")
@@ -231,7 +242,7 @@ def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) 
         return finished(run, [0.3, 0.7], [0.0, 100.0], machine=bench.machine)
 
     monkeypatch.setattr(learning, "measure", measure)
-    bench = Bench(SETTING, tmp_path, "pair", threads=1)
+    bench = Bench(SETTING, tmp_path, tmp_path, "pair", threads=1, revision="abc")
     queue = learning.Queue(bench, Results(tmp_path, "pair"), runs, deadline)
     queue.work_off(jobs)
     return sorted(done), queue
