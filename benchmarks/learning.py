@@ -41,7 +41,7 @@ from pathlib import Path
 
 from benchmarks.learning_docs import write_docs
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, revision, runs_of
+from benchmarks.learning_results import ROOT, Results, Setting, check_setting, expected_seconds, revision, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, has_outputs, locked, measure, recipe_of, student_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
@@ -135,7 +135,7 @@ def run_suites(arguments: argparse.Namespace, suites: list[Suite]) -> None:
         setting = tiny_setting(work) if arguments.tiny else setting_of(arguments)
         for suite in suites:
             results = Results(arguments.out, suite.name)
-            results.check_setting(setting.facts())
+            check_setting(suite, arguments.out, setting.facts())
             bench = Bench(
                 setting, work, arguments.out, suite.name, threads, started_at, arguments.lightly_python, arguments.run
             )

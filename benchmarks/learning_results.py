@@ -34,7 +34,7 @@ class Setting:
     knn_k: int = 20
 
     def facts(self) -> dict[str, Any]:
-        """What makes results comparable: of files the name and size, as they may lie elsewhere the next time."""
+        """What is kept with each result: of files the name and size, as they may lie elsewhere the next time."""
         files = {key: Path(getattr(self, key)) for key in ("train", "test")}
         named = {key: f"{path.name}, {path.stat().st_size} bytes" for key, path in files.items()}
         return asdict(self) | named | {"teacher_repo": Path(self.teacher_repo).name}
@@ -79,15 +79,6 @@ class Results:
         """Keep the reason why runs of this label are not there."""
         self._write(self._reason_path(run), {"label": run.label, "left_out": reason})
 
-    def check_setting(self, facts: dict[str, Any]) -> None:
-        """UserError where a kept run has another setting: figures of both would stand in one table."""
-        for result in self.runs():
-            if differing := [key for key, value in facts.items() if result["setting"].get(key) != value]:
-                raise UserError(
-                    f"{self.folder} holds a run ({result['label']}, seed {result['seed']}) of another "
-                    f"{', '.join(differing)}. Choose another --out, or move that folder away."
-                )
-
     def _reason_path(self, run: Run) -> Path:
         return self.folder / f"{slug(run.label)}.left_out.json"
 
@@ -109,6 +100,26 @@ def runs_of(suite: Suite, out: Path) -> list[dict[str, Any]]:
         kept = Results(out, other).runs()
         runs += [run | {"label": label} for run in kept if (run["label"], run["seed"]) == (its_label, seed)]
     return runs
+
+
+def check_setting(suite: Suite, out: Path, facts: dict[str, Any]) -> None:
+    """UserError where a run of a suite's table has another setting: figures of both would stand side by side.
+
+    The names of files and folders do not count, their sizes do.
+    """
+    wanted = _deciding(facts)
+    for result in runs_of(suite, out):
+        had = _deciding(result["setting"])
+        if differing := [key for key, value in wanted.items() if had.get(key) != value]:
+            raise UserError(
+                f"the table of {suite.name} has a run ({result['label']}, seed {result['seed']}) of another "
+                f"{', '.join(differing)}. Choose another --out, or move {out / 'learning' / result['suite']} away."
+            )
+
+
+def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
+    sizes = {key: facts[key].rpartition(", ")[2] for key in ("train", "test")}
+    return {key: value for key, value in (facts | sizes).items() if key != "teacher_repo"}
 
 
 def expected_seconds(

@@ -147,9 +147,10 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[
     notes = []
     done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
     missing: dict[str, list[str]] = {}
-    for run in suite.runs:
-        if (run.label, run.seed) not in done and run.label not in left_out:
-            missing.setdefault(run.label, []).append(f"{run.seed}")
+    borrowed = [(label, seed) for label, (_, _, seed) in suite.borrowed.items()]
+    for label, seed in [*((run.label, run.seed) for run in suite.runs), *borrowed]:
+        if (label, seed) not in done and label not in left_out:
+            missing.setdefault(label, []).append(f"{seed}")
     if missing:
         parts = [f"{label} (seed {', '.join(seeds)})" for label, seeds in missing.items()]
         notes.append(f"Not measured yet: {', '.join(parts)}.")

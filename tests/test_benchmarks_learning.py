@@ -8,18 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from teachers import make_teacher_test_cache
 
 from benchmarks import learning, learning_runs
 from benchmarks.learning_docs import block_of, markers_of, write_docs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import Results, Setting, expected_seconds, runs_of
+from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, TeacherOutputs, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import knn_at, table_of
 from distillery.config.load import load_configs
 from distillery.system.errors import Interrupted, UserError
-from tests.support.teachers import make_teacher_test_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small")
@@ -140,7 +140,9 @@ def test_a_table_says_where_runs_of_one_label_have_different_recipes():
 def test_the_data_suite_has_a_row_and_a_point_for_each_run(tmp_path):
     suite = SUITES["data"]
     runs = [finished(run, [0.3, 0.7], [0.0, 9.0]) for run in suite.runs]
-    row = cells_of(table_of(suite, runs, {}), "ours-cached-2 12500 x 20")
+    table = table_of(suite, runs, {})
+    assert "Not measured yet: ours-cached-2 50000 x 4 (seed 0), ours-cached-2 50000 x 20 (seed 0)." in table
+    row = cells_of(table, "ours-cached-2 12500 x 20")
     assert [row[key] for key in ("images", "passes", "images seen")] == ["12,500", "20", "250,000"]
     assert draw(suite, runs, tmp_path / "a.png") is not None
 
@@ -192,16 +194,23 @@ def test_a_run_during_which_the_code_changed_keeps_both_revisions(tmp_path, monk
         assert learning_runs.measure(bench, FAST)["revision"] == kept
 
 
-def test_results_of_another_setting_are_refused(tmp_path):
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.parquet").write_bytes(b"rows")
-    setting = replace(SETTING, **{name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")})
-    results = Results(tmp_path, "pair")
-    results.add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0], setting=setting.facts()))
-    results.check_setting(setting.facts())
-    (tmp_path / "test.parquet").write_bytes(b"more rows")
-    with pytest.raises(UserError, match=r"ours-live, seed 0\) of another test, image_size. Choose another --out"):
-        results.check_setting(replace(setting, image_size=64).facts())
+def test_results_of_another_setting_are_refused_borrowed_ones_too_and_names_do_not_count(tmp_path):
+    def setting_in(name: str, *, test: bytes = b"rows", **changes) -> Setting:
+        folder = tmp_path / name
+        folder.mkdir()
+        files = {split: folder / f"{name}_{split}.parquet" for split in ("train", "test")}
+        files["train"].write_bytes(b"rows")
+        files["test"].write_bytes(test)
+        return replace(SETTING, teacher_repo=name, **changes, **{split: str(path) for split, path in files.items()})
+
+    kept = finished(FAST, [0.3, 0.7], [0.0, 9.0], setting=setting_in("here").facts(), suite="pair")
+    Results(tmp_path, "pair").add(FAST, kept)
+    borrower = Suite("other", [], borrowed={"ours 640 x 2": ("pair", "ours-live", 0)})
+    other = setting_in("changed", test=b"more rows", image_size=64).facts()
+    for suite in (SUITE, borrower):
+        check_setting(suite, tmp_path, setting_in(f"for_{suite.name}").facts())
+        with pytest.raises(UserError, match="seed 0.* of another test, image_size. Choose another --out.*pair away"):
+            check_setting(suite, tmp_path, other)
 
 
 def test_a_runs_length_is_expected_by_the_rate_of_its_own_kind_on_such_a_machine():
