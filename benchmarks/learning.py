@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.learning_docs import write_docs
@@ -45,6 +46,7 @@ from benchmarks.learning_results import ROOT, Results, Setting, check_setting, e
 from benchmarks.learning_runs import Bench, NotYet, configs_of, has_outputs, locked, measure, recipe_of, student_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
+from distillery.config.load import load_dumped_configs
 from distillery.system.errors import run_command
 from distillery.system.machine import usable_cpus
 
@@ -69,6 +71,8 @@ TINY_SUITES = ["budget4", "ablation", "vit", "transfer"]
 def main() -> int:
     arguments = parse_arguments()
     suites = [SUITES[name].tiny() if arguments.tiny else SUITES[name] for name in arguments.suite]
+    if arguments.run is not None:
+        suites = [suite_of_run(arguments.run)]
     if not arguments.tables:
         if arguments.tiny:  # kept ones would be found, and nothing would run
             shutil.rmtree(arguments.out / "learning", ignore_errors=True)
@@ -95,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default="cifar_resnet56")
     parser.add_argument("--student", default="cifar_resnet20")
     parser.add_argument("--image_size", type=int, default=32, help="px")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="transfer: this run folder, not those of budget4")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="transfer: one run folder instead of budget4's")
     parser.add_argument("--lightly_python", default=sys.executable, metavar="PATH", help="python with LightlyTrain")
     parser.add_argument("--tables", action="store_true", help="run nothing: tables and pictures of what is there")
     parser.add_argument("--write_docs", action="store_true", help="put tables and pictures into docs/")
@@ -115,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     labels = [label for name in arguments.suite for label in SUITES[name].labels]
     if unknown := set(arguments.only or ()) - set(labels):
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {'; '.join(labels)}")
+    others = arguments.only or arguments.tiny or arguments.write_docs
+    if arguments.run is not None and (arguments.suite != ["transfer"] or others):
+        parser.error("--run DIR is for --suite transfer alone, without --only, --tiny and --write_docs")
     if not (arguments.tiny or arguments.tables):
         check_paths(parser, arguments)
     return arguments
@@ -159,8 +166,21 @@ def work_folder(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
+    """What the flags say; with --run DIR, what that run was given."""
     paths = [str(getattr(arguments, name).resolve()) for name in ("train", "test", "teacher_repo")]
-    return Setting(*paths, arguments.teacher, arguments.student, image_size=arguments.image_size)
+    if arguments.run is None:
+        return Setting(*paths, arguments.teacher, arguments.student, image_size=arguments.image_size)
+    its = load_dumped_configs(arguments.run / "config.yaml")
+    model, train = its.model, its.train
+    options = {"image_size": its.data.image_size, "batch_size": train.batch_size, "knn_k": train.knn_k}
+    return Setting(*paths, model.teacher_name, model.student_name, **options)
+
+
+def suite_of_run(run_dir: Path) -> Suite:
+    """The suite transfer with one run in it: the models of this run folder."""
+    seed = load_dumped_configs(run_dir / "config.yaml").train.seed
+    label = f"{'/'.join(run_dir.resolve().parts[-2:])} on digits"
+    return replace(SUITES["transfer"], runs=[Run(label, "transfer", seed, 0, 0)])
 
 
 def tiny_setting(work: Path) -> Setting:

@@ -18,17 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.learning_results import ROOT, Setting, revision
-from benchmarks.learning_suites import Run
-from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError, UserError
-from distillery.system.files import sha256_of, write_atomic
+from benchmarks.learning_outputs import TeacherOutputs
+from benchmarks.learning_results import ROOT, Results, Setting, revision
+from benchmarks.learning_suites import LIVE, Run
+from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError
+from distillery.system.files import sha256_of
 from distillery.system.machine import usable_cpus
 
 DATASET = "benchmark"
@@ -261,7 +262,7 @@ def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> d
     return note
 
 
-def outputs_of(bench: Bench, run: Run) -> "TeacherOutputs":
+def outputs_of(bench: Bench, run: Run) -> TeacherOutputs:
     """Those that a run reads; raises MissingFileError where the images are not there yet."""
     from distillery.cache.folder import load_index
     from distillery.config.load import load_configs
@@ -280,57 +281,6 @@ def has_outputs(bench: Bench, run: Run) -> bool:
     except MissingFileError:
         return False
     return outputs.folder() is not None and outputs.note()["is_done"]
-
-
-@dataclass(frozen=True)
-class TeacherOutputs:
-    """Outputs of the teacher, and the note of the seconds that making them took.
-
-    Both go by what decides the outputs, as the trainer compares it: runs of other loss weights may share them.
-
-    cache_dir: of the images; identity: wanted_outputs of the trainer; path: of the note.
-    """
-
-    cache_dir: Path
-    identity: dict[str, Any]
-    path: Path
-
-    def folder(self) -> Path | None:
-        """Where they are, or a first part of them; None: nowhere."""
-        from distillery.teacher_cache.records import made_at, read_teacher_index, teacher_folders
-
-        fitting = [
-            folder
-            for folder in teacher_folders(self.cache_dir)
-            if made_at(folder) and self.identity.items() <= read_teacher_index(folder)["identity"].items()
-        ]
-        return max(fitting, key=made_at, default=None)
-
-    def note(self) -> dict[str, Any]:
-        """seconds of work on what is there now, is_done, threads, and began (Unix, s) of a pass in progress.
-
-        A pass that was killed counts up to the last file that it wrote.
-
-        Raises:
-            UserError: there are outputs, and nobody knows how long they took.
-        """
-        folder = self.folder()
-        if folder is None:
-            return {"seconds": 0.0, "is_done": False, "threads": None, "began": None}
-        if not self.path.exists():
-            raise UserError(
-                f"{folder} holds outputs of the teacher, and no note says how many seconds they took. Remove that "
-                "folder, so that the benchmark makes and times them, or choose another --dir."
-            )
-        note = json.loads(self.path.read_text())
-        if note["began"] is not None:
-            last_written = max(path.stat().st_mtime for path in folder.rglob("*"))
-            note |= {"seconds": note["seconds"] + max(0.0, last_written - note["began"]), "began": None}
-        return note
-
-    def write(self, note: dict[str, Any]) -> None:
-        """Keep the note."""
-        write_atomic(self.path, json.dumps(note).encode())
 
 
 def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:
@@ -406,11 +356,7 @@ def transfer(bench: Bench, run: Run) -> dict[str, Any]:
     Raises:
         NotYet: there is no such run.
     """
-    source = bench.run_dir or bench.work / "runs" / "budget4" / f"ours-live_{run.seed}" / "run"
-    if not (source / "config.yaml").exists():
-        raise NotYet(
-            f"there is no run folder {source}; run --suite budget4 with the same --dir first, or name one: --run DIR"
-        )
+    source = bench.run_dir or finished_run(bench, run.seed)
     folder = bench.folder(run)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -418,6 +364,20 @@ def transfer(bench: Bench, run: Run) -> dict[str, Any]:
         arguments = ["transfer", str(folder), str(source.resolve()), str(bench.work / "digits")]
         started = bench.call(["-m", "benchmarks.learning_peers", *arguments], folder / "log.txt")
     return {"curve": []} | peer_result(folder, time.time() - started)
+
+
+def finished_run(bench: Bench, seed: int) -> Path:
+    """The run folder of budget4's live run of a seed, whose result is kept: one without may still be training."""
+    other, source = replace(bench, suite="budget4"), Run(LIVE, "ours", seed, 0)
+    found = other.folder(source) / "run"
+    if Results(bench.out, other.suite).find(source) is None:
+        missing, remedy = f"{bench.out} has no result of budget4's {LIVE}, seed {seed}", "run --suite budget4 first"
+    elif not (found / "config.yaml").exists():
+        missing = f"budget4's {LIVE}, seed {seed}, was measured with another --dir: there is no {found}"
+        remedy = "repeat the command with that --dir, run --suite budget4 and this one with another --out"
+    else:
+        return found
+    raise NotYet(f"{missing}; {remedy}, or name a finished run: --run DIR")
 
 
 CONTENDERS: dict[str, Callable[[Bench, Run], dict[str, Any]]] = {

@@ -12,13 +12,14 @@ from teachers import make_teacher_test_cache
 
 from benchmarks import learning, learning_runs
 from benchmarks.learning_docs import block_of, markers_of, write_docs
+from benchmarks.learning_outputs import TeacherOutputs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
-from benchmarks.learning_runs import Bench, NotYet, TeacherOutputs, configs_of, curve_of
+from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import knn_at, table_of
-from distillery.config.load import load_configs
+from distillery.config.load import dump_configs, load_configs
 from distillery.system.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,6 +290,33 @@ def test_an_interrupted_peer_is_no_failed_one_and_nothing_begins_after_it(tmp_pa
         work_off(tmp_path, monkeypatch, [SLOW, FAST], failing=failing)
     results = Results(tmp_path, "pair")
     assert not results.left_out() and not results.runs()
+
+
+def test_transfer_waits_for_a_result_of_budget4_and_its_run_folder(tmp_path):
+    bench = Bench(SETTING, tmp_path / "work", tmp_path / "out", "transfer", threads=1, revision="abc")
+    run_dir = tmp_path / "work" / "runs" / "budget4" / "ours-live_1" / "run"
+    with pytest.raises(NotYet, match="no result of budget4's ours-live, seed 1; run --suite budget4 first, or name"):
+        learning_runs.finished_run(bench, 1)
+    run = replace(FAST, seed=1)
+    Results(tmp_path / "out", "budget4").add(run, finished(run, [0.3, 0.7], [0.0, 9.0]))
+    with pytest.raises(NotYet, match="with another --dir: .*, or name a finished run: --run DIR"):
+        learning_runs.finished_run(bench, 1)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").touch()
+    assert learning_runs.finished_run(bench, 1) == run_dir
+
+
+def test_a_named_run_is_measured_once_under_its_own_name_teacher_and_seed(tmp_path):
+    run_dir = tmp_path / "mine" / "run"
+    run_dir.mkdir(parents=True)
+    run = replace(FAST, seed=7)
+    configs = load_configs(*configs_of(replace(SETTING, teacher="huge"), tmp_path, tmp_path, run).values())
+    (run_dir / "config.yaml").write_text(dump_configs(configs))
+    (found,) = learning.suite_of_run(run_dir).runs
+    assert (found.label, found.contender, found.seed) == ("mine/run on digits", "transfer", 7)
+    paths = {name: tmp_path for name in ("train", "test", "teacher_repo")}
+    setting = learning.setting_of(SimpleNamespace(run=run_dir, **paths))
+    assert (setting.teacher, setting.student) == ("huge", "small")
 
 
 def test_a_kept_result_of_another_recipe_is_named(tmp_path, monkeypatch, capsys):
