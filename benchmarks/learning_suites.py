@@ -67,7 +67,7 @@ class Run:
 
     @property
     def images_seen(self) -> int:
-        """Images that the student sees, short last batches included."""
+        """Passes times images; training leaves out the short last batch of each pass, so it sees a few less."""
         return self.epochs * self.images
 
 

@@ -18,7 +18,7 @@ from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite
-from benchmarks.learning_tables import knn_at, table_of
+from benchmarks.learning_tables import comparable_curves, knn_at, table_of
 from distillery.config.load import dump_configs, load_configs
 from distillery.system.errors import Interrupted, UserError
 
@@ -111,10 +111,22 @@ def test_equal_time_is_read_between_the_evaluations_when_the_fastest_is_done(tmp
     assert cells_of(table, "ours-live")["k-NN after 20 s, %"] == "70.0"
     assert cells_of(table, "timm-feature")["k-NN after 20 s, %"] == "50.0"
     assert knn_at(runs[1]["curve"], 30.0) == pytest.approx(0.55)
-    runs[1]["machine"] = MACHINE | {"threads": 2}
-    table = table_of(SUITE, runs, {})
-    assert "k-NN after" not in table and "Not compared at equal time" in table
+    assert "k-NN after" not in table_of(SUITE, runs[:1], {}), "there is nothing to compare with"
+    for machine in (MACHINE | {"threads": 2}, MACHINE | {"machine": "arm64"}):
+        runs[1]["machine"] = machine
+        table = table_of(SUITE, runs, {})
+        assert "k-NN after" not in table and "Not compared at equal time" in table
+
+
+def test_the_picture_shows_the_curves_of_the_suites_length(tmp_path):
+    runs = [
+        finished(replace(FAST, seed=seed), shares, [10.0 * number for number in range(len(shares))])
+        for seed, shares in enumerate([[0.3, 0.6, 0.7], [0.3, 0.6], [0.3, 0.5, 0.6]])
+    ]
+    assert comparable_curves(SUITE, "ours-live", runs) == [runs[0]["curve"], runs[2]["curve"]]
+    assert comparable_curves(SUITE, "a label it had once", runs[:2]) == [runs[1]["curve"]]
     assert draw(SUITE, runs, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "The picture leaves out 1 of 3 curves of ours-live" in table_of(SUITE, runs, {})
 
 
 def test_seeds_are_told_as_the_median_with_least_and_most_and_compared_seed_by_seed():
