@@ -1,7 +1,7 @@
 """What students learn: named suites of runs from the same images, teacher and evaluation.
 
     python -m benchmarks.learning --suite budget4 --train train.parquet --test test.parquet --teacher_repo FOLDER
-    python -m benchmarks.learning --suite budget20 data --minutes 120 --jobs 2 --dir FOLDER --train ... (the same)
+    python -m benchmarks.learning --suite budget20 data --minutes 120 --jobs 2 --dir DIR --train ... (the same)
     python -m benchmarks.learning --suite budget4 --tables                # of what is there; runs nothing
     python -m benchmarks.learning --tables --write_docs                   # tables and pictures of all into docs/
     python -m benchmarks.learning --tiny                                  # minutes: does everything still run?
@@ -15,16 +15,16 @@ ours: stage 1 and distill_trainer.py with the shipped YAML files; the data set, 
 precision fp32 are put in. ours-cached-2: with the teacher's outputs for two views made once by stage 1; making them is
 part of its seconds, in each run anew. timm-feature: the mean squared difference of pooled features. timm-logits: KL
 between softened classes; only there the student learns from the teacher's classifier. Both on the very views that ours
-sees; AdamW, one-cycle to 2e-3. timm-token: needs a student with a distillation token. lightly-train: distillationv3 of
-LightlyTrain at its defaults; lightly-train-2e-3: with its learning rate set to 2e-3. All are evaluated by the same
-code, k-NN and linear probe on the student's features. What cannot run is left out, with the reason
-(requirements-bench.txt).
+sees; AdamW, one-cycle to 2e-3. lightly-train: distillationv3 of LightlyTrain at its defaults; lightly-train-2e-3: with
+its learning rate set to 2e-3. All are evaluated by the same code, k-NN and linear probe on the student's features. What
+cannot run is left out, with the reason (requirements-bench.txt).
 
 Seconds are wall time, the start of the process included, evaluations left out. With --jobs 2 each run has one thread,
 and its seconds are those of one core; the results say so.
 
 Every finished run is a file, OUT/learning/SUITE/LABEL_SEED.json. It is never run again: repeat the command after an
-interruption, or in another checkout. Two commands with one --dir share caches and divide the runs between them. With
+interruption, or in another checkout. The finished runs that come with the repository count too: to measure afresh,
+name an empty folder, --out DIR. Two commands with one --dir share caches and divide the runs between them. With
 --minutes no run begins that would not end in time, by the rate of earlier ones; a run in progress is never cut.
 """
 

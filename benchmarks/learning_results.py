@@ -1,6 +1,7 @@
 """The finished runs of benchmarks.learning on disk: a JSON file for each, so that any checkout and process goes on."""
 
 import json
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from distillery.system.errors import UserError
 from distillery.system.files import make_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
+# of an absolute path all but the last name; not in a URL
+FOLDERS = re.compile(r"""(?<![\w./~])/(?!/)(?:[^\s/'"]+/)+""")
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Results:
         self._reason_path(run).unlink(missing_ok=True)
 
     def leave_out(self, run: Run, reason: str) -> None:
-        """Keep the reason why runs of this label are not there."""
-        self._write(self._reason_path(run), {"label": run.label, "left_out": reason})
+        """Keep the reason why runs of this label are not there, without the folders of this machine."""
+        self._write(self._reason_path(run), {"label": run.label, "left_out": FOLDERS.sub("", reason)})
 
     def _reason_path(self, run: Run) -> Path:
         return self.folder / f"{slug(run.label)}.left_out.json"

@@ -112,10 +112,19 @@ def recipe_of(run: Run, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run learns by: of ours the keys of the YAML files, of others what is set by hand."""
     if run.contender == "ours":
         found = [(key, configs[name]) for name, keys in RECIPE_KEYS.items() for key in keys]
-        return {key: section[key] for key, section in found if key in section}
+        recipe = {key: section[key] for key, section in found if key in section}
+        # YAML takes 1e-6, without a dot, for text
+        return recipe | {"min_lr": float(recipe["min_lr"])} | base_learning_rate(recipe)
     if run.contender.startswith("timm"):
         return {"learning_rate": PEER_LEARNING_RATE} | {key: configs["train"][key] for key in SHARED_TRAIN_KEYS}
     return {"learning_rate": PEER_LEARNING_RATE} if run.contender == "lightly-train-2e-3" else {}
+
+
+def base_learning_rate(recipe: dict[str, Any]) -> dict[str, float]:
+    """What the rule behind learning_rate: null starts from; empty where a rate is given."""
+    from distillery.training.optimizer import RATES
+
+    return {"base_learning_rate": RATES[recipe["optimizer"]]} if recipe["learning_rate"] is None else {}
 
 
 # ---- files and processes -----------------------------------------------------------------------------------------
@@ -383,7 +392,6 @@ def finished_run(bench: Bench, seed: int) -> Path:
 CONTENDERS: dict[str, Callable[[Bench, Run], dict[str, Any]]] = {
     "ours": ours,
     "timm-feature": partial(timm, task="feature"),
-    "timm-token": partial(timm, task="token"),
     "timm-logits": partial(timm, task="logits"),
     "lightly-train": partial(lightly_train, by_hand=False),
     "lightly-train-2e-3": partial(lightly_train, by_hand=True),

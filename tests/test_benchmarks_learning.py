@@ -17,7 +17,7 @@ from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
-from benchmarks.learning_suites import SUITES, Run, Suite
+from benchmarks.learning_suites import SUITES, Run, Suite, Variant
 from benchmarks.learning_tables import comparable_curves, knn_at, table_of
 from distillery.config.load import dump_configs, load_configs
 from distillery.system.errors import Interrupted, UserError
@@ -55,19 +55,22 @@ def cells_of(table: str, label: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_tiny_run_measures_ours_beside_timm_and_keeps_both(tmp_path):
     command = [sys.executable, "-m", "benchmarks.learning", "--tiny", "--suite", "budget4", "--jobs", "2"]
+    labels = ["ours-cached-2", "ours-live", "timm-feature"]
     Results(tmp_path / "tiny", "budget4").add(FAST, {"label": "of the last time"})
     done = subprocess.run(
-        [*command, "--only", "ours-live", "timm-feature", "--out", str(tmp_path), "--dir", str(tmp_path)],
+        [*command, "--only", *labels, "--out", str(tmp_path), "--dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tiny/learning/budget4/*.json"))]
-    assert [run["label"] for run in kept] == ["ours-live", "timm-feature"]
+    assert [run["label"] for run in kept] == labels
     for run in kept:
         assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128)]
-        assert 0 < run["curve"][0]["seconds"] < run["curve"][1]["seconds"] < run["wall_seconds"]
+        first, last = (point["seconds"] for point in run["curve"])
+        assert run["prepare_seconds"] < first < last < run["prepare_seconds"] + run["wall_seconds"]
         assert run["machine"]["threads"] == 1 and run["recipe"]["precision"] == "fp32"
-    assert kept[0]["curve"][0]["knn"] == kept[1]["curve"][0]["knn"]
+        assert run["curve"][0]["knn"] == kept[0]["curve"][0]["knn"]
+        assert (run["prepare_seconds"] > 0) == (run["label"] == "ours-cached-2")
     assert (tmp_path / "tiny" / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
     assert "| timm-feature" in done.stdout and "k-NN after" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
@@ -329,6 +332,21 @@ def test_a_named_run_is_measured_once_under_its_own_name_teacher_and_seed(tmp_pa
     paths = {name: tmp_path for name in ("train", "test", "teacher_repo")}
     setting = learning.setting_of(SimpleNamespace(run=run_dir, **paths))
     assert (setting.teacher, setting.student) == ("huge", "small")
+
+
+def test_a_result_keeps_the_learning_rate_that_the_shipped_files_leave_to_the_rule(tmp_path):
+    recipe = learning_runs.recipe_of(FAST, configs_of(SETTING, tmp_path, tmp_path, FAST))
+    assert recipe["learning_rate"] is None and recipe["base_learning_rate"] > recipe["min_lr"] > 0
+    given = replace(FAST, variant=Variant(train={"learning_rate": 4e-3}))
+    assert "base_learning_rate" not in learning_runs.recipe_of(given, configs_of(SETTING, tmp_path, tmp_path, given))
+
+
+def test_a_kept_reason_has_no_folders_of_the_machine(tmp_path):
+    reason = "/home/me/venv/bin/python: no lightly_train in '/home/me/venv' (see https://docs.example/install, a/b/c)"
+    Results(tmp_path, "pair").leave_out(SLOW, reason)
+    assert Results(tmp_path, "pair").left_out() == {
+        "timm-feature": "python: no lightly_train in 'venv' (see https://docs.example/install, a/b/c)"
+    }
 
 
 def test_a_kept_result_of_another_recipe_is_named(tmp_path, monkeypatch, capsys):
