@@ -55,7 +55,7 @@ def cells_of(table: str, label: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_tiny_run_measures_ours_beside_timm_and_keeps_both(tmp_path):
     command = [sys.executable, "-m", "benchmarks.learning", "--tiny", "--suite", "budget4", "--jobs", "2"]
-    labels = ["ours-cached-2", "ours-live", "timm-feature"]
+    labels = ["ours-cached-2", "timm-feature"]
     Results(tmp_path / "tiny", "budget4").add(FAST, {"label": "of the last time"})
     done = subprocess.run(
         [*command, "--only", *labels, "--out", str(tmp_path), "--dir", str(tmp_path)],
