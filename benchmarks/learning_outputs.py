@@ -50,9 +50,13 @@ class TeacherOutputs:
             )
         note = json.loads(self.path.read_text())
         if note["began"] is not None:
-            last_written = max(path.stat().st_mtime for path in folder.rglob("*"))
+            last_written = max(path.stat().st_mtime for path in folder.rglob("[!.]*"))  # a dot: not published
             note |= {"seconds": note["seconds"] + max(0.0, last_written - note["began"]), "began": None}
         return note
+
+    def is_done(self) -> bool:
+        """Whether they are there and timed; a pass may be in progress beside this."""
+        return self.folder() is not None and self.path.exists() and json.loads(self.path.read_text())["is_done"]
 
     def write(self, note: dict[str, Any]) -> None:
         """Keep the note."""

@@ -286,10 +286,9 @@ def outputs_of(bench: Bench, run: Run) -> TeacherOutputs:
 def has_outputs(bench: Bench, run: Run) -> bool:
     """Whether a run finds the outputs of the teacher that it reads."""
     try:
-        outputs = outputs_of(bench, run)
+        return outputs_of(bench, run).is_done()
     except MissingFileError:
         return False
-    return outputs.folder() is not None and outputs.note()["is_done"]
 
 
 def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:

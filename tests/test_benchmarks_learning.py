@@ -250,10 +250,13 @@ def test_the_seconds_of_the_teachers_outputs_survive_a_kill_and_end_with_the_out
     last_written = max(path.stat().st_mtime for path in plan.directory.iterdir())
     outputs.write({"seconds": 30.0, "is_done": False, "threads": 1, "began": last_written - 12.0})
     assert outputs.note() == {"seconds": pytest.approx(42.0), "is_done": False, "threads": 1, "began": None}
+    assert not outputs.is_done()
+    outputs.write(outputs.note() | {"is_done": True})
+    assert outputs.is_done()
     other = replace(outputs, identity=outputs.identity | {"images": "others"})
     assert other.folder() is None and outputs.folder() == plan.directory
     shutil.rmtree(plan.directory)
-    assert outputs.note()["seconds"] == 0.0
+    assert outputs.note()["seconds"] == 0.0 and not outputs.is_done()
 
 
 def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) -> tuple[list[str], learning.Queue]:
