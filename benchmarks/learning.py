@@ -1,7 +1,7 @@
 """What students learn: named suites of runs from the same images, teacher and evaluation.
 
     python -m benchmarks.learning --suite budget4 --train train.parquet --test test.parquet --teacher_repo FOLDER
-    python -m benchmarks.learning --suite budget20 data --minutes 120 --jobs 2 --dir FOLDER --train ... (the same)
+    python -m benchmarks.learning --suite budget20 data --minutes 120 --jobs 2 --dir DIR --train ... (the same)
     python -m benchmarks.learning --suite budget4 --tables                # of what is there; runs nothing
     python -m benchmarks.learning --tables --write_docs                   # tables and pictures of all into docs/
     python -m benchmarks.learning --tiny                                  # minutes: does everything still run?
@@ -15,16 +15,16 @@ ours: stage 1 and distill_trainer.py with the shipped YAML files; the data set, 
 precision fp32 are put in. ours-cached-2: with the teacher's outputs for two views made once by stage 1; making them is
 part of its seconds, in each run anew. timm-feature: the mean squared difference of pooled features. timm-logits: KL
 between softened classes; only there the student learns from the teacher's classifier. Both on the very views that ours
-sees; AdamW, one-cycle to 2e-3. timm-token: needs a student with a distillation token. lightly-train: distillationv3 of
-LightlyTrain at its defaults; lightly-train-2e-3: with its learning rate set to 2e-3. All are evaluated by the same
-code, k-NN and linear probe on the student's features. What cannot run is left out, with the reason
-(requirements-bench.txt).
+sees; AdamW, one-cycle to 2e-3. lightly-train: distillationv3 of LightlyTrain at its defaults; lightly-train-2e-3: with
+its learning rate set to 2e-3. All are evaluated by the same code, k-NN and linear probe on the student's features. What
+cannot run is left out, with the reason (requirements-bench.txt).
 
 Seconds are wall time, the start of the process included, evaluations left out. With --jobs 2 each run has one thread,
 and its seconds are those of one core; the results say so.
 
 Every finished run is a file, OUT/learning/SUITE/LABEL_SEED.json. It is never run again: repeat the command after an
-interruption, or in another checkout. Two commands with one --dir share caches and divide the runs between them. With
+interruption, or in another checkout. The finished runs that come with the repository count too: to measure afresh,
+name an empty folder, --out DIR. Two commands with one --dir share caches and divide the runs between them. With
 --minutes no run begins that would not end in time, by the rate of earlier ones; a run in progress is never cut.
 """
 
@@ -37,14 +37,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.learning_docs import write_docs
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import ROOT, Results, Setting, expected_seconds, runs_of
-from benchmarks.learning_runs import Bench, NotYet, configs_of, locked, measure, recipe_of
+from benchmarks.learning_results import ROOT, Results, Setting, check_setting, expected_seconds, revision, runs_of
+from benchmarks.learning_runs import Bench, NotYet, configs_of, has_outputs, locked, measure, recipe_of, student_of
 from benchmarks.learning_suites import SUITES, Run, Suite
 from benchmarks.learning_tables import table_of
+from distillery.config.load import load_dumped_configs
 from distillery.system.errors import run_command
 from distillery.system.machine import usable_cpus
 
@@ -69,7 +71,11 @@ TINY_SUITES = ["budget4", "ablation", "vit", "transfer"]
 def main() -> int:
     arguments = parse_arguments()
     suites = [SUITES[name].tiny() if arguments.tiny else SUITES[name] for name in arguments.suite]
+    if arguments.run is not None:
+        suites = [suite_of_run(arguments.run)]
     if not arguments.tables:
+        if arguments.tiny:  # kept ones would be found, and nothing would run
+            shutil.rmtree(arguments.out / "learning", ignore_errors=True)
         run_suites(arguments, suites)
     for suite in suites:
         results, runs = Results(arguments.out, suite.name), runs_of(suite, arguments.out)
@@ -93,15 +99,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default="cifar_resnet56")
     parser.add_argument("--student", default="cifar_resnet20")
     parser.add_argument("--image_size", type=int, default=32, help="px")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="transfer: this run folder, not those of budget4")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="transfer: one run folder instead of budget4's")
     parser.add_argument("--lightly_python", default=sys.executable, metavar="PATH", help="python with LightlyTrain")
     parser.add_argument("--tables", action="store_true", help="run nothing: tables and pictures of what is there")
     parser.add_argument("--write_docs", action="store_true", help="put tables and pictures into docs/")
-    parser.add_argument("--tiny", action="store_true", help="digits, one epoch of 128 images, one run of each kind")
+    parser.add_argument("--tiny", action="store_true", help="one epoch of 128 digits each, kept in OUT/tiny")
     parser.add_argument("--dir", type=Path, help="keep caches, logs and runs here; default: nowhere")
-    parser.add_argument("--out", type=Path, help=f"results and pictures (default {OUT}, with --tiny {OUT}/tiny)")
+    parser.add_argument("--out", type=Path, default=OUT, help="results and pictures (default %(default)s)")
     arguments = parser.parse_args()
-    arguments.out = arguments.out or (OUT / "tiny" if arguments.tiny else OUT)
+    if arguments.tiny:  # a folder of its own, as its results are removed each time
+        arguments.out /= "tiny"
     if arguments.suite is None and not (arguments.tables or arguments.tiny):
         parser.error(f"--suite is missing: some of {', '.join(SUITES)}")
     if arguments.tiny and arguments.write_docs:
@@ -112,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     labels = [label for name in arguments.suite for label in SUITES[name].labels]
     if unknown := set(arguments.only or ()) - set(labels):
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {'; '.join(labels)}")
+    others = arguments.only or arguments.tiny or arguments.write_docs
+    if arguments.run is not None and (arguments.suite != ["transfer"] or others):
+        parser.error("--run DIR is for --suite transfer alone, without --only, --tiny and --write_docs")
     if not (arguments.tiny or arguments.tables):
         check_paths(parser, arguments)
     return arguments
@@ -127,13 +137,15 @@ def check_paths(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 def run_suites(arguments: argparse.Namespace, suites: list[Suite]) -> None:
     """All runs that were asked for and are not there yet, as far as the time allows."""
     deadline = time.time() + 60 * arguments.minutes if arguments.minutes is not None else None
-    threads = usable_cpus() if arguments.jobs == 1 else 1
+    threads, started_at = usable_cpus() if arguments.jobs == 1 else 1, revision()
     with work_folder(arguments) as work:
         setting = tiny_setting(work) if arguments.tiny else setting_of(arguments)
         for suite in suites:
             results = Results(arguments.out, suite.name)
-            results.check_setting(setting.facts())
-            bench = Bench(setting, work, suite.name, threads, arguments.lightly_python, arguments.run)
+            check_setting(suite, arguments.out, setting.facts())
+            bench = Bench(
+                setting, work, arguments.out, suite.name, threads, started_at, arguments.lightly_python, arguments.run
+            )
             runs = [run for run in suite.runs if run.label in (arguments.only or suite.labels)]
             Queue(bench, results, runs, deadline).work_off(arguments.jobs)
 
@@ -154,8 +166,21 @@ def work_folder(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
+    """What the flags say; with --run DIR, what that run was given."""
     paths = [str(getattr(arguments, name).resolve()) for name in ("train", "test", "teacher_repo")]
-    return Setting(*paths, arguments.teacher, arguments.student, image_size=arguments.image_size)
+    if arguments.run is None:
+        return Setting(*paths, arguments.teacher, arguments.student, image_size=arguments.image_size)
+    its = load_dumped_configs(arguments.run / "config.yaml")
+    model, train = its.model, its.train
+    options = {"image_size": its.data.image_size, "batch_size": train.batch_size, "knn_k": train.knn_k}
+    return Setting(*paths, model.teacher_name, model.student_name, **options)
+
+
+def suite_of_run(run_dir: Path) -> Suite:
+    """The suite transfer with one run in it: the models of this run folder."""
+    seed = load_dumped_configs(run_dir / "config.yaml").train.seed
+    label = f"{'/'.join(run_dir.resolve().parts[-2:])} on digits"
+    return replace(SUITES["transfer"], runs=[Run(label, "transfer", seed, 0, 0)])
 
 
 def tiny_setting(work: Path) -> Setting:
@@ -236,7 +261,10 @@ class Queue:
         if self.deadline is None:
             return None
         remaining = self.deadline - time.time()
-        expected = expected_seconds(run, self.results.runs_of_all_suites(), self.bench.machine)
+        expected = expected_seconds(
+            run, self.results.runs_of_all_suites(), self.bench.machine, student_of(self.bench.setting, run),
+            prepares=run.views is not None and not has_outputs(self.bench, run),
+        )  # fmt: skip
         if remaining > (expected or 0):
             return None
         known = "" if expected is None else f", it takes about {expected / 60:.0f}"

@@ -116,8 +116,8 @@ def timm(folder: Path, kind: str, learning_rate: float) -> None:
 def timm_task(configs: Any, device: Any, kind: str = "feature") -> tuple:
     """One of timm's distillation tasks with our teacher and student, and the student with our way to its features.
 
-    kind: feature, pooled features by mean squared difference; logits, softened classes; token, classes by a
-    distillation token, which the student must have. There are no labels: the task's own loss has weight 0.
+    kind: feature, pooled features by mean squared difference; logits, softened classes. There are no labels: the
+    task's own loss has weight 0.
 
     Raises:
         ValueError: the task does not take these models.
@@ -136,11 +136,7 @@ def timm_task(configs: Any, device: Any, kind: str = "feature") -> tuple:
     for backbone in (teacher, student):
         # where timm looks for the normalisation; models from torch.hub have none
         backbone.model.pretrained_cfg = {"mean": backbone.mean, "std": backbone.std}
-    classes = {
-        "feature": tasks.FeatureDistillationTask,
-        "logits": tasks.LogitDistillationTask,
-        "token": tasks.TokenDistillationTask,
-    }
+    classes = {"feature": tasks.FeatureDistillationTask, "logits": tasks.LogitDistillationTask}
     task = classes[kind](
         student.model, DistillationTeacher(teacher.model, device=device), criterion=torch.nn.CrossEntropyLoss(),
         distill_loss_weight=1.0, task_loss_weight=0.0, device=device, verbose=False,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.learning_suites import Suite
-from benchmarks.learning_tables import Result, by_label, knn_of, untrained_and_teacher
+from benchmarks.learning_tables import Result, by_label, comparable_curves, knn_of, untrained_and_teacher
 
 
 def draw(suite: Suite, runs: Sequence[Result], path: Path) -> Path | None:
@@ -18,7 +18,8 @@ def draw(suite: Suite, runs: Sequence[Result], path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = {"curves": draw_curves, "data": draw_data}[suite.picture](figure, by_label(suite, runs))
+    groups = by_label(suite, runs)
+    axes = draw_data(figure, groups) if suite.picture == "data" else draw_curves(figure, suite, groups)
     axes.set_ylabel("k-NN top-1, %")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     student = ", ".join(dict.fromkeys(run["student"] for run in runs))
@@ -28,13 +29,14 @@ def draw(suite: Suite, runs: Sequence[Result], path: Path) -> Path | None:
     return path
 
 
-def draw_curves(figure: Any, groups: dict[str, list[Result]]) -> Any:
+def draw_curves(figure: Any, suite: Suite, groups: dict[str, list[Result]]) -> Any:
     """A panel over images seen and one over seconds: median and range over seeds; returns the first."""
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("images", "seconds"), ("images seen", "seconds"), strict=True):
         for name, runs in groups.items():
-            x = np.median([[point[key] for point in run["curve"]] for run in runs], axis=0)
-            y = 100 * np.array([[point["knn"] for point in run["curve"]] for run in runs])
+            curves = comparable_curves(suite, name, runs)
+            x = np.median([[point[key] for point in curve] for curve in curves], axis=0)
+            y = 100 * np.array([[point["knn"] for point in curve] for curve in curves])
             style = "-" if name.startswith("ours") else "--"
             (line,) = axes.plot(x, np.median(y, axis=0), style, marker="o", markersize=3, label=name)
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.2, color=line.get_color())

@@ -1,6 +1,7 @@
 """The finished runs of benchmarks.learning on disk: a JSON file for each, so that any checkout and process goes on."""
 
 import json
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from distillery.system.errors import UserError
 from distillery.system.files import make_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
+# of an absolute path all but the last name; not in a URL
+FOLDERS = re.compile(r"""(?<![\w./~])/(?!/)(?:[^\s/'"]+/)+""")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Setting:
     knn_k: int = 20
 
     def facts(self) -> dict[str, Any]:
-        """What makes results comparable: of files the name and size, as they may lie elsewhere the next time."""
+        """What is kept with each result: of files the name and size, as they may lie elsewhere the next time."""
         files = {key: Path(getattr(self, key)) for key in ("train", "test")}
         named = {key: f"{path.name}, {path.stat().st_size} bytes" for key, path in files.items()}
         return asdict(self) | named | {"teacher_repo": Path(self.teacher_repo).name}
@@ -76,17 +79,8 @@ class Results:
         self._reason_path(run).unlink(missing_ok=True)
 
     def leave_out(self, run: Run, reason: str) -> None:
-        """Keep the reason why runs of this label are not there."""
-        self._write(self._reason_path(run), {"label": run.label, "left_out": reason})
-
-    def check_setting(self, facts: dict[str, Any]) -> None:
-        """UserError where a kept run has another setting: figures of both would stand in one table."""
-        for result in self.runs():
-            if differing := [key for key, value in facts.items() if result["setting"].get(key) != value]:
-                raise UserError(
-                    f"{self.folder} holds a run ({result['label']}, seed {result['seed']}) of another "
-                    f"{', '.join(differing)}. Choose another --out, or move that folder away."
-                )
+        """Keep the reason why runs of this label are not there, without the folders of this machine."""
+        self._write(self._reason_path(run), {"label": run.label, "left_out": FOLDERS.sub("", reason)})
 
     def _reason_path(self, run: Run) -> Path:
         return self.folder / f"{slug(run.label)}.left_out.json"
@@ -111,23 +105,47 @@ def runs_of(suite: Suite, out: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def expected_seconds(run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any]) -> float | None:
-    """How long a run will take, by the seconds an image of kept runs on such a machine, with as many threads.
+def check_setting(suite: Suite, out: Path, facts: dict[str, Any]) -> None:
+    """UserError where a run of a suite's table has another setting: figures of both would stand side by side.
+
+    The names of files and folders do not count, their sizes do.
+    """
+    wanted = _deciding(facts)
+    for result in runs_of(suite, out):
+        had = _deciding(result["setting"])
+        if differing := [key for key, value in wanted.items() if had.get(key) != value]:
+            raise UserError(
+                f"the table of {suite.name} has a run ({result['label']}, seed {result['seed']}) of another "
+                f"{', '.join(differing)}. Choose another --out, or move {out / 'learning' / result['suite']} away."
+            )
+
+
+def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
+    sizes = {key: facts[key].rpartition(", ")[2] for key in ("train", "test")}
+    return {key: value for key, value in (facts | sizes).items() if key != "teacher_repo"}
+
+
+def expected_seconds(
+    run: Run, kept: Iterable[dict[str, Any]], machine: dict[str, Any], student: str, *, prepares: bool = False
+) -> float | None:
+    """How long a run will take, by the seconds an image of kept runs of this student on such a machine.
 
     Runs of the same label count, where there are none those of the same contender. None: nothing is known.
+    prepares: the run makes the teacher's outputs first, and kept runs say how long that takes.
     """
     same = [
         result
         for result in kept
-        if result["contender"] == run.contender
+        if (result["contender"], result["student"], result["machine"]) == (run.contender, student, machine)
         and (result["views"] is None) == (run.views is None)
-        and result["machine"] == machine
         and result["images_seen"]
     ]
-    same = [result for result in same if result["label"] == run.label] or same
-    if not same:
+    alike = [result for result in same if result["label"] == run.label] or same
+    if not alike:
         return None
-    return run.images_seen * statistics.median(result["wall_seconds"] / result["images_seen"] for result in same)
+    seconds = run.images_seen * statistics.median(result["wall_seconds"] / result["images_seen"] for result in alike)
+    noted = [result["prepare_seconds"] / (result["images"] * result["views"]) for result in same if result["views"]]
+    return seconds + run.images * run.views * statistics.median(noted) if prepares else seconds
 
 
 def revision() -> str:

@@ -18,16 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.learning_results import ROOT, Setting, revision
-from benchmarks.learning_suites import Run
-from distillery.system.errors import EXIT_INTERRUPTED, Interrupted
+from benchmarks.learning_outputs import TeacherOutputs
+from benchmarks.learning_results import ROOT, Results, Setting, revision
+from benchmarks.learning_suites import LIVE, Run
+from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError
 from distillery.system.files import sha256_of
 from distillery.system.machine import usable_cpus
 
@@ -57,14 +58,17 @@ class NotYet(Exception):
 class Bench:
     """Where runs happen.
 
-    work: folder of caches, logs and runs; suite: its name; threads: of a run; lightly_python: with LightlyTrain;
-    run_dir: the run folder that the suite transfer measures, None: the kept ones of budget4.
+    work: folder of caches, logs and runs; out: of the results; suite: its name; threads: of a run; revision: when the
+    command started; lightly_python: with LightlyTrain; run_dir: the run folder that the suite transfer measures, None:
+    those of the kept runs of budget4.
     """
 
     setting: Setting
     work: Path
+    out: Path
     suite: str
     threads: int
+    revision: str
     lightly_python: str = sys.executable
     run_dir: Path | None = None
 
@@ -93,11 +97,13 @@ def measure(bench: Bench, run: Run) -> dict[str, Any]:
     """
     found = CONTENDERS[run.contender](bench, run)
     configs = configs_of(bench.setting, bench.work, bench.folder(run), run)
+    # the run may have read code of both, or of any between
+    revisions = dict.fromkeys([bench.revision, revision()])
     return {
         "suite": bench.suite, "label": run.label, "seed": run.seed, "contender": run.contender, "views": run.views,
         "images": run.images, "epochs": run.epochs, "images_seen": run.images_seen, "variant": asdict(run.variant),
         "student": configs["model"]["student_name"], "setting": bench.setting.facts(),
-        "recipe": recipe_of(run, configs), "revision": revision(), "machine": bench.machine,
+        "recipe": recipe_of(run, configs), "revision": "..".join(revisions), "machine": bench.machine,
         "evaluation": {key: getattr(bench.setting, key) for key in ("bank", "test_images", "knn_k")},
     } | found  # fmt: skip
 
@@ -106,10 +112,19 @@ def recipe_of(run: Run, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run learns by: of ours the keys of the YAML files, of others what is set by hand."""
     if run.contender == "ours":
         found = [(key, configs[name]) for name, keys in RECIPE_KEYS.items() for key in keys]
-        return {key: section[key] for key, section in found if key in section}
+        recipe = {key: section[key] for key, section in found if key in section}
+        # YAML takes 1e-6, without a dot, for text
+        return recipe | {"min_lr": float(recipe["min_lr"])} | base_learning_rate(recipe)
     if run.contender.startswith("timm"):
         return {"learning_rate": PEER_LEARNING_RATE} | {key: configs["train"][key] for key in SHARED_TRAIN_KEYS}
     return {"learning_rate": PEER_LEARNING_RATE} if run.contender == "lightly-train-2e-3" else {}
+
+
+def base_learning_rate(recipe: dict[str, Any]) -> dict[str, float]:
+    """What the rule behind learning_rate: null starts from; empty where a rate is given."""
+    from distillery.training.optimizer import RATES
+
+    return {"base_learning_rate": RATES[recipe["optimizer"]]} if recipe["learning_rate"] is None else {}
 
 
 # ---- files and processes -----------------------------------------------------------------------------------------
@@ -150,6 +165,11 @@ def configs_of(setting: Setting, work: Path, folder: Path, run: Run) -> dict[str
     if run.views is not None:
         train["teacher_cache"] = train["teacher_cache"] | {"enabled": True, "views": run.views}
     return {"data": data, "train": train, "model": model | run.variant.model}
+
+
+def student_of(setting: Setting, run: Run) -> str:
+    """Name of the student that a run trains."""
+    return run.variant.model.get("student_name", setting.student)
 
 
 def write_configs(setting: Setting, work: Path, folder: Path, run: Run) -> list[str]:
@@ -235,22 +255,40 @@ def make_image_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> Non
 
 
 def make_teacher_cache(bench: Bench, run: Run, flags: list[str], log: Path) -> dict[str, Any]:
-    """Stage 1 over the teacher; returns the seconds it took when it was made, and its threads."""
-    configs = configs_of(bench.setting, bench.work, bench.folder(run), run)
-    deciding = ("teacher_cache", "augment", "distill_loss_weights", "standardise_targets")
-    key = sha256_of({"images": run.images, "train": {name: configs["train"][name] for name in deciding}})[:12]
-    noted = bench.work / f"teacher_cache_{key}.json"
+    """Stage 1 over the teacher; returns the note: the seconds it took when it was made, and its threads."""
     with locked(bench.work / "locks" / f"teacher_cache_{run.images}"):
-        entry = json.loads(noted.read_text()) if noted.exists() else {"seconds": 0.0, "done": False}
-        if not entry["done"]:
-            began = time.time()
+        outputs = outputs_of(bench, run)
+        note = outputs.note()
+        if not note["is_done"]:
+            note |= {"began": time.time(), "threads": bench.threads}
+            outputs.write(note)
             try:
                 bench.call(["precompute_cache.py", *flags, "--teacher"], log)
-                entry |= {"done": True, "threads": bench.threads}
+                note["is_done"] = True
             finally:
-                entry["seconds"] += time.time() - began
-                noted.write_text(json.dumps(entry))
-    return entry
+                note |= {"seconds": note["seconds"] + time.time() - note["began"], "began": None}
+                outputs.write(note)
+    return note
+
+
+def outputs_of(bench: Bench, run: Run) -> TeacherOutputs:
+    """Those that a run reads; raises MissingFileError where the images are not there yet."""
+    from distillery.cache.folder import load_index
+    from distillery.config.load import load_configs
+    from distillery.teacher_cache.targets import wanted_outputs
+
+    configs = load_configs(*configs_of(bench.setting, bench.work, bench.folder(run), run).values())
+    cache_dir = Path(configs.data.cache_dir)
+    identity = wanted_outputs(configs, load_index(cache_dir).fingerprint)
+    return TeacherOutputs(cache_dir, identity, bench.work / f"teacher_outputs_{sha256_of(identity)[:12]}.json")
+
+
+def has_outputs(bench: Bench, run: Run) -> bool:
+    """Whether a run finds the outputs of the teacher that it reads."""
+    try:
+        return outputs_of(bench, run).is_done()
+    except MissingFileError:
+        return False
 
 
 def curve_of(rows: list[dict], started: float, batch_size: int) -> list[dict]:
@@ -326,11 +364,7 @@ def transfer(bench: Bench, run: Run) -> dict[str, Any]:
     Raises:
         NotYet: there is no such run.
     """
-    source = bench.run_dir or bench.work / "runs" / "budget4" / f"ours-live_{run.seed}" / "run"
-    if not (source / "config.yaml").exists():
-        raise NotYet(
-            f"there is no run folder {source}; run --suite budget4 with the same --dir first, or name one: --run DIR"
-        )
+    source = bench.run_dir or finished_run(bench, run.seed)
     folder = bench.folder(run)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -340,10 +374,23 @@ def transfer(bench: Bench, run: Run) -> dict[str, Any]:
     return {"curve": []} | peer_result(folder, time.time() - started)
 
 
+def finished_run(bench: Bench, seed: int) -> Path:
+    """The run folder of budget4's live run of a seed, whose result is kept: one without may still be training."""
+    other, source = replace(bench, suite="budget4"), Run(LIVE, "ours", seed, 0)
+    found = other.folder(source) / "run"
+    if Results(bench.out, other.suite).find(source) is None:
+        missing, remedy = f"{bench.out} has no result of budget4's {LIVE}, seed {seed}", "run --suite budget4 first"
+    elif not (found / "config.yaml").exists():
+        missing = f"budget4's {LIVE}, seed {seed}, was measured with another --dir: there is no {found}"
+        remedy = "repeat the command with that --dir, run --suite budget4 and this one with another --out"
+    else:
+        return found
+    raise NotYet(f"{missing}; {remedy}, or name a finished run: --run DIR")
+
+
 CONTENDERS: dict[str, Callable[[Bench, Run], dict[str, Any]]] = {
     "ours": ours,
     "timm-feature": partial(timm, task="feature"),
-    "timm-token": partial(timm, task="token"),
     "timm-logits": partial(timm, task="logits"),
     "lightly-train": partial(lightly_train, by_hand=False),
     "lightly-train-2e-3": partial(lightly_train, by_hand=True),

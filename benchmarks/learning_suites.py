@@ -1,6 +1,7 @@
 """The named suites of benchmarks.learning: every run of each, as data.
 
 budget4: what is learnt from 4 x 50,000 images, beside timm and LightlyTrain, at equal images and at equal wall time?
+timm's token distillation is not among them: it needs a student with a distillation token, and a ResNet-20 has none.
 budget20: the same after 20 x 50,000 images; the strongest peers run with one seed, as they take hours.
 screening: does a change of the recipe learn more? One change at a time, two seeds that no other suite uses.
 ablation: what does each part of the recipe contribute? One part changed at a time, live teacher, one seed.
@@ -67,7 +68,7 @@ class Run:
 
     @property
     def images_seen(self) -> int:
-        """Images that the student sees, short last batches included."""
+        """Passes times images; training leaves out the short last batch of each pass, so it sees a few less."""
         return self.epochs * self.images
 
 
@@ -140,7 +141,6 @@ LIVE, CACHED = "ours-live", f"ours-cached-{CACHED_VIEWS}"
 # label -> contender
 PEERS = {
     "timm-feature": "timm-feature",
-    "timm-token": "timm-token",
     "timm-logits": "timm-logits",
     "lightly-train": "lightly-train",
     "lightly-train-2e-3": "lightly-train-2e-3",

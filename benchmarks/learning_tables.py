@@ -35,6 +35,14 @@ def seconds_of(run: Result) -> float | None:
     return run["curve"][-1]["seconds"] if run["curve"] else None
 
 
+def comparable_curves(suite: Suite, label: str, runs: Sequence[Result]) -> list[list[dict[str, Any]]]:
+    """The curves of a label's runs that have as many points as the suite asks for now, else as the last of them."""
+    curves = [run["curve"] for run in runs]
+    wanted = [run.epochs // run.eval_every + 1 for run in suite.runs if run.label == label]
+    points = next((count for count in wanted if count in map(len, curves)), len(curves[-1]))
+    return [curve for curve in curves if len(curve) == points]
+
+
 def untrained_and_teacher(runs: Iterable[Result]) -> tuple[list[Result], list[Result]]:
     """The evaluation rows of the untrained students, one for each student and seed, and of the teacher."""
     runs = list(runs)
@@ -53,9 +61,9 @@ def percent(values: Sequence[float | None], *, sign: bool = False) -> str:
 
 
 def equal_seconds(groups: dict[str, list[Result]]) -> float | None:
-    """The median seconds of the label that was done first; None where runs had different numbers of threads."""
+    """The median seconds of the label that was done first; None where runs had different machines or threads."""
     runs = [run for group in groups.values() for run in group]
-    if len({run["machine"]["threads"] for run in runs}) > 1 or any(seconds_of(run) is None for run in runs):
+    if any(run["machine"] != runs[0]["machine"] or seconds_of(run) is None for run in runs):
         return None
     return min(statistics.median(map(seconds_of, group)) for group in groups.values())
 
@@ -76,7 +84,7 @@ def columns_of(suite: Suite, groups: dict[str, list[Result]]) -> dict[str, Calla
         )
     columns["linear probe, %"] = lambda runs: percent([run["rows"]["student"].get("linear_top1") for run in runs])
     columns["seconds"] = _seconds_cell
-    if suite.equal_time and (deadline := equal_seconds(groups)) is not None:
+    if suite.equal_time and len(groups) > 1 and (deadline := equal_seconds(groups)) is not None:
         columns[f"k-NN after {deadline:,.0f} s, %"] = lambda runs: percent(
             [knn_at(run["curve"], deadline) for run in runs]
         )
@@ -147,15 +155,18 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[
     notes = []
     done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
     missing: dict[str, list[str]] = {}
-    for run in suite.runs:
-        if (run.label, run.seed) not in done and run.label not in left_out:
-            missing.setdefault(run.label, []).append(f"{run.seed}")
+    borrowed = [(label, seed) for label, (_, _, seed) in suite.borrowed.items()]
+    for label, seed in [*((run.label, run.seed) for run in suite.runs), *borrowed]:
+        if (label, seed) not in done and label not in left_out:
+            missing.setdefault(label, []).append(f"{seed}")
     if missing:
         parts = [f"{label} (seed {', '.join(seeds)})" for label, seeds in missing.items()]
         notes.append(f"Not measured yet: {', '.join(parts)}.")
-    if suite.equal_time and equal_seconds(groups) is None:
-        notes.append("Not compared at equal time: the runs had different numbers of threads.")
+    if suite.equal_time and len(groups) > 1 and equal_seconds(groups) is None:
+        notes.append("Not compared at equal time: the runs had different machines or numbers of threads.")
     for label, runs in groups.items():
+        if suite.picture == "curves" and (lost := len(runs) - len(comparable_curves(suite, label, runs))):
+            notes.append(f"The picture leaves out {lost} of {len(runs)} curves of {label}, which have other lengths.")
         others = [run for run in runs if run.get("prepare_threads") not in (None, run["machine"]["threads"])]
         if others:
             notes.append(f"The teacher's outputs of {label} were made with {others[0]['prepare_threads']} threads.")

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -7,16 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from teachers import make_teacher_test_cache
 
-from benchmarks import learning
+from benchmarks import learning, learning_runs
 from benchmarks.learning_docs import block_of, markers_of, write_docs
+from benchmarks.learning_outputs import TeacherOutputs
 from benchmarks.learning_peers import with_fixed_view
 from benchmarks.learning_pictures import draw
-from benchmarks.learning_results import Results, Setting, expected_seconds, runs_of
+from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
-from benchmarks.learning_suites import SUITES, Run, Suite
-from benchmarks.learning_tables import knn_at, table_of
-from distillery.config.load import load_configs
+from benchmarks.learning_suites import SUITES, Run, Suite, Variant
+from benchmarks.learning_tables import comparable_curves, knn_at, table_of
+from distillery.config.load import dump_configs, load_configs
 from distillery.system.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,21 +55,25 @@ def cells_of(table: str, label: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_tiny_run_measures_ours_beside_timm_and_keeps_both(tmp_path):
     command = [sys.executable, "-m", "benchmarks.learning", "--tiny", "--suite", "budget4", "--jobs", "2"]
+    labels = ["ours-cached-2", "timm-feature"]
+    Results(tmp_path / "tiny", "budget4").add(FAST, {"label": "of the last time"})
     done = subprocess.run(
-        [*command, "--only", "ours-live", "timm-feature", "--out", str(tmp_path), "--dir", str(tmp_path)],
+        [*command, "--only", *labels, "--out", str(tmp_path), "--dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("learning/budget4/*.json"))]
-    assert [run["label"] for run in kept] == ["ours-live", "timm-feature"]
+    kept = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("tiny/learning/budget4/*.json"))]
+    assert [run["label"] for run in kept] == labels
     for run in kept:
         assert [(point["epoch"], point["images"]) for point in run["curve"]] == [(0, 0), (1, 128)]
-        assert 0 < run["curve"][0]["seconds"] < run["curve"][1]["seconds"] < run["wall_seconds"]
+        first, last = (point["seconds"] for point in run["curve"])
+        assert run["prepare_seconds"] < first < last < run["prepare_seconds"] + run["wall_seconds"]
         assert run["machine"]["threads"] == 1 and run["recipe"]["precision"] == "fp32"
-    assert kept[0]["curve"][0]["knn"] == kept[1]["curve"][0]["knn"]
-    assert (tmp_path / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
+        assert run["curve"][0]["knn"] == kept[0]["curve"][0]["knn"]
+        assert (run["prepare_seconds"] > 0) == (run["label"] == "ours-cached-2")
+    assert (tmp_path / "tiny" / "learning_budget4.png").read_bytes()[:4] == b"\x89PNG"
     assert "| timm-feature" in done.stdout and "k-NN after" in done.stdout
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["learning"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_with_a_fixed_view_the_teacher_sees_the_images_and_the_student_the_views_of_them():
@@ -107,10 +114,22 @@ def test_equal_time_is_read_between_the_evaluations_when_the_fastest_is_done(tmp
     assert cells_of(table, "ours-live")["k-NN after 20 s, %"] == "70.0"
     assert cells_of(table, "timm-feature")["k-NN after 20 s, %"] == "50.0"
     assert knn_at(runs[1]["curve"], 30.0) == pytest.approx(0.55)
-    runs[1]["machine"] = MACHINE | {"threads": 2}
-    table = table_of(SUITE, runs, {})
-    assert "k-NN after" not in table and "Not compared at equal time" in table
+    assert "k-NN after" not in table_of(SUITE, runs[:1], {}), "there is nothing to compare with"
+    for machine in (MACHINE | {"threads": 2}, MACHINE | {"machine": "arm64"}):
+        runs[1]["machine"] = machine
+        table = table_of(SUITE, runs, {})
+        assert "k-NN after" not in table and "Not compared at equal time" in table
+
+
+def test_the_picture_shows_the_curves_of_the_suites_length(tmp_path):
+    runs = [
+        finished(replace(FAST, seed=seed), shares, [10.0 * number for number in range(len(shares))])
+        for seed, shares in enumerate([[0.3, 0.6, 0.7], [0.3, 0.6], [0.3, 0.5, 0.6]])
+    ]
+    assert comparable_curves(SUITE, "ours-live", runs) == [runs[0]["curve"], runs[2]["curve"]]
+    assert comparable_curves(SUITE, "a label it had once", runs[:2]) == [runs[1]["curve"]]
     assert draw(SUITE, runs, tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "The picture leaves out 1 of 3 curves of ours-live" in table_of(SUITE, runs, {})
 
 
 def test_seeds_are_told_as_the_median_with_least_and_most_and_compared_seed_by_seed():
@@ -137,7 +156,9 @@ def test_a_table_says_where_runs_of_one_label_have_different_recipes():
 def test_the_data_suite_has_a_row_and_a_point_for_each_run(tmp_path):
     suite = SUITES["data"]
     runs = [finished(run, [0.3, 0.7], [0.0, 9.0]) for run in suite.runs]
-    row = cells_of(table_of(suite, runs, {}), "ours-cached-2 12500 x 20")
+    table = table_of(suite, runs, {})
+    assert "Not measured yet: ours-cached-2 50000 x 4 (seed 0), ours-cached-2 50000 x 20 (seed 0)." in table
+    row = cells_of(table, "ours-cached-2 12500 x 20")
     assert [row[key] for key in ("images", "passes", "images seen")] == ["12,500", "20", "250,000"]
     assert draw(suite, runs, tmp_path / "a.png") is not None
 
@@ -178,24 +199,64 @@ def test_processes_that_share_a_folder_keep_each_others_runs(tmp_path):
         assert [run["label"] for run in results.runs()] == ["ours-live", "timm-feature"] and not results.left_out()
 
 
-def test_results_of_another_setting_are_refused(tmp_path):
+def test_a_run_during_which_the_code_changed_keeps_both_revisions(tmp_path, monkeypatch):
     for name in ("train", "test"):
-        (tmp_path / f"{name}.parquet").write_bytes(b"rows")
-    setting = replace(SETTING, **{name: str(tmp_path / f"{name}.parquet") for name in ("train", "test")})
-    results = Results(tmp_path, "pair")
-    results.add(FAST, finished(FAST, [0.3, 0.7], [0.0, 9.0], setting=setting.facts()))
-    results.check_setting(setting.facts())
-    (tmp_path / "test.parquet").write_bytes(b"more rows")
-    with pytest.raises(UserError, match=r"ours-live, seed 0\) of another test, image_size. Choose another --out"):
-        results.check_setting(replace(setting, image_size=64).facts())
+        (tmp_path / name).write_bytes(b"rows")
+    setting = replace(SETTING, train=str(tmp_path / "train"), test=str(tmp_path / "test"))
+    bench = Bench(setting, tmp_path, tmp_path, "pair", threads=1, revision="abc")
+    monkeypatch.setitem(learning_runs.CONTENDERS, "ours", lambda bench, run: {"curve": []})
+    for at_the_end, kept in (("abc", "abc"), ("def", "abc..def")):
+        monkeypatch.setattr(learning_runs, "revision", lambda at_the_end=at_the_end: at_the_end)
+        assert learning_runs.measure(bench, FAST)["revision"] == kept
+
+
+def test_results_of_another_setting_are_refused_borrowed_ones_too_and_names_do_not_count(tmp_path):
+    def setting_in(name: str, *, test: bytes = b"rows", **changes) -> Setting:
+        folder = tmp_path / name
+        folder.mkdir()
+        files = {split: folder / f"{name}_{split}.parquet" for split in ("train", "test")}
+        files["train"].write_bytes(b"rows")
+        files["test"].write_bytes(test)
+        return replace(SETTING, teacher_repo=name, **changes, **{split: str(path) for split, path in files.items()})
+
+    kept = finished(FAST, [0.3, 0.7], [0.0, 9.0], setting=setting_in("here").facts(), suite="pair")
+    Results(tmp_path, "pair").add(FAST, kept)
+    borrower = Suite("other", [], borrowed={"ours 640 x 2": ("pair", "ours-live", 0)})
+    other = setting_in("changed", test=b"more rows", image_size=64).facts()
+    for suite in (SUITE, borrower):
+        check_setting(suite, tmp_path, setting_in(f"for_{suite.name}").facts())
+        with pytest.raises(UserError, match="seed 0.* of another test, image_size. Choose another --out.*pair away"):
+            check_setting(suite, tmp_path, other)
 
 
 def test_a_runs_length_is_expected_by_the_rate_of_its_own_kind_on_such_a_machine():
     kept = [finished(FAST, [0.3, 0.7], [0.0, 118.0]), finished(SLOW, [0.3, 0.7], [0.0, 630.0])]
-    assert expected_seconds(replace(FAST, seed=1, epochs=4), kept, MACHINE) == pytest.approx(256.0)
-    assert expected_seconds(replace(FAST, label="other", epochs=1), kept, MACHINE) == pytest.approx(64.0)
-    assert expected_seconds(replace(FAST, views=2), kept, MACHINE) is None
-    assert expected_seconds(FAST, kept, MACHINE | {"threads": 2}) is None
+    assert expected_seconds(replace(FAST, seed=1, epochs=4), kept, MACHINE, "small") == pytest.approx(256.0)
+    assert expected_seconds(replace(FAST, label="other", epochs=1), kept, MACHINE, "small") == pytest.approx(64.0)
+    assert expected_seconds(FAST, kept, MACHINE, "a ViT") is None
+    assert expected_seconds(FAST, kept, MACHINE | {"threads": 2}, "small") is None
+    cached = replace(FAST, views=2)
+    assert expected_seconds(cached, kept, MACHINE, "small") is None
+    kept.append(finished(cached, [0.3, 0.7], [0.0, 54.0], prepare_seconds=12.0))
+    assert expected_seconds(cached, kept, MACHINE, "small") == pytest.approx(64.0)
+    assert expected_seconds(replace(cached, images=1280), kept, MACHINE, "small", prepares=True) == pytest.approx(152.0)
+
+
+def test_the_seconds_of_the_teachers_outputs_survive_a_kill_and_end_with_the_outputs(tmp_path):
+    plan = make_teacher_test_cache(tmp_path / "cache")
+    outputs = TeacherOutputs(tmp_path / "cache", plan.spec.configured, tmp_path / "note.json")
+    with pytest.raises(UserError, match="no note says how many seconds they took. Remove that folder"):
+        outputs.note()
+    last_written = max(path.stat().st_mtime for path in plan.directory.iterdir())
+    outputs.write({"seconds": 30.0, "is_done": False, "threads": 1, "began": last_written - 12.0})
+    assert outputs.note() == {"seconds": pytest.approx(42.0), "is_done": False, "threads": 1, "began": None}
+    assert not outputs.is_done()
+    outputs.write(outputs.note() | {"is_done": True})
+    assert outputs.is_done()
+    other = replace(outputs, identity=outputs.identity | {"images": "others"})
+    assert other.folder() is None and outputs.folder() == plan.directory
+    shutil.rmtree(plan.directory)
+    assert outputs.note()["seconds"] == 0.0 and not outputs.is_done()
 
 
 def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) -> tuple[list[str], learning.Queue]:
@@ -209,7 +270,7 @@ def work_off(tmp_path, monkeypatch, runs, *, jobs=1, deadline=None, failing=()) 
         return finished(run, [0.3, 0.7], [0.0, 100.0], machine=bench.machine)
 
     monkeypatch.setattr(learning, "measure", measure)
-    bench = Bench(SETTING, tmp_path, "pair", threads=1)
+    bench = Bench(SETTING, tmp_path, tmp_path, "pair", threads=1, revision="abc")
     queue = learning.Queue(bench, Results(tmp_path, "pair"), runs, deadline)
     queue.work_off(jobs)
     return sorted(done), queue
@@ -247,6 +308,48 @@ def test_an_interrupted_peer_is_no_failed_one_and_nothing_begins_after_it(tmp_pa
         work_off(tmp_path, monkeypatch, [SLOW, FAST], failing=failing)
     results = Results(tmp_path, "pair")
     assert not results.left_out() and not results.runs()
+
+
+def test_transfer_waits_for_a_result_of_budget4_and_its_run_folder(tmp_path):
+    bench = Bench(SETTING, tmp_path / "work", tmp_path / "out", "transfer", threads=1, revision="abc")
+    run_dir = tmp_path / "work" / "runs" / "budget4" / "ours-live_1" / "run"
+    with pytest.raises(NotYet, match="no result of budget4's ours-live, seed 1; run --suite budget4 first, or name"):
+        learning_runs.finished_run(bench, 1)
+    run = replace(FAST, seed=1)
+    Results(tmp_path / "out", "budget4").add(run, finished(run, [0.3, 0.7], [0.0, 9.0]))
+    with pytest.raises(NotYet, match="with another --dir: .*, or name a finished run: --run DIR"):
+        learning_runs.finished_run(bench, 1)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").touch()
+    assert learning_runs.finished_run(bench, 1) == run_dir
+
+
+def test_a_named_run_is_measured_once_under_its_own_name_teacher_and_seed(tmp_path):
+    run_dir = tmp_path / "mine" / "run"
+    run_dir.mkdir(parents=True)
+    run = replace(FAST, seed=7)
+    configs = load_configs(*configs_of(replace(SETTING, teacher="huge"), tmp_path, tmp_path, run).values())
+    (run_dir / "config.yaml").write_text(dump_configs(configs))
+    (found,) = learning.suite_of_run(run_dir).runs
+    assert (found.label, found.contender, found.seed) == ("mine/run on digits", "transfer", 7)
+    paths = {name: tmp_path for name in ("train", "test", "teacher_repo")}
+    setting = learning.setting_of(SimpleNamespace(run=run_dir, **paths))
+    assert (setting.teacher, setting.student) == ("huge", "small")
+
+
+def test_a_result_keeps_the_learning_rate_that_the_shipped_files_leave_to_the_rule(tmp_path):
+    recipe = learning_runs.recipe_of(FAST, configs_of(SETTING, tmp_path, tmp_path, FAST))
+    assert recipe["learning_rate"] is None and recipe["base_learning_rate"] > recipe["min_lr"] > 0
+    given = replace(FAST, variant=Variant(train={"learning_rate": 4e-3}))
+    assert "base_learning_rate" not in learning_runs.recipe_of(given, configs_of(SETTING, tmp_path, tmp_path, given))
+
+
+def test_a_kept_reason_has_no_folders_of_the_machine(tmp_path):
+    reason = "/home/me/venv/bin/python: no lightly_train in '/home/me/venv' (see https://docs.example/install, a/b/c)"
+    Results(tmp_path, "pair").leave_out(SLOW, reason)
+    assert Results(tmp_path, "pair").left_out() == {
+        "timm-feature": "python: no lightly_train in 'venv' (see https://docs.example/install, a/b/c)"
+    }
 
 
 def test_a_kept_result_of_another_recipe_is_named(tmp_path, monkeypatch, capsys):
