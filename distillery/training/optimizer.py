@@ -154,9 +154,9 @@ class Muon(torch.optim.AdamW):
     def _momentum_of(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
-            # AdamW wants a step of every parameter that has a state
-            state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(weight)
-        return state["momentum"]
+            # AdamW wants a step of every parameter that has a state; its own average of gradients has the same name
+            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(weight)
+        return state["exp_avg"]
 
 
 def _shaped(matrices: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
