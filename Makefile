@@ -39,7 +39,8 @@ lint: install
 
 # these fork the process they run in, which torch allows only before its first backward pass: one process for each file,
 # those that take longest first
-FORKING := tests/system/test_distributed.py $(wildcard tests/faults/test_training_*.py) tests/test_embed.py
+FORKING := tests/system/test_distributed.py $(wildcard tests/faults/test_training_*.py) tests/test_teacher_trainer.py \
+           tests/test_encoded_trainer.py tests/test_embed.py
 
 # tests/conftest.py puts the files that take longest first, which xdist must not undo
 test: install lint

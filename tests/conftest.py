@@ -10,8 +10,7 @@ from distillery.system.errors import remember_invocation
 # begun last, one of them would keep a single core busy while the other has nothing left; those that take longest first
 LONG_FILES = [
     "test_scripts.py", "test_benchmarks.py", "test_fake_cuda.py", "test_benchmarks_learning.py",
-    "test_benchmarks_gpu.py", "test_kills.py", "test_teacher_trainer.py", "test_encoded_trainer.py", "test_onnx.py",
-    "test_hub.py",
+    "test_benchmarks_gpu.py", "test_kills.py", "test_onnx.py", "test_hub.py",
 ]  # fmt: skip
 
 
