@@ -270,7 +270,7 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     if every:
         with run.console.paused():
             is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
-    # what a run that goes on from here has measured before, it has said before
+    # a run that starts again at this point has printed the lines of these rows already
     if is_whole and step > 0 and (not every or len(rows) < len(evaluation.sets)):
         say_learning(run, progress_lines, epoch=epoch)
     if every and is_whole and not rows and step > 0 and train.tensorboard:

@@ -158,7 +158,6 @@ def configs_of(setting: Setting, work: Path, folder: Path, run: Run) -> dict[str
     }  # fmt: skip
     model = shipped("model_config_kd.yaml") | {
         "teacher_name": setting.teacher, "teacher_source": "torch_hub", "teacher_repo": setting.teacher_repo,
-        "teacher_img_size": None,  # the shipped size is for the shipped pair
         "student_name": setting.student, "student_source": "torch_hub", "student_repo": setting.teacher_repo,
     }  # fmt: skip
     train |= run.variant.train

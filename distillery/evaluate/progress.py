@@ -81,10 +81,10 @@ def _quality(
         return ""
     name, now = found[0], 100 * found[1]
     low, high, then = (_value(other, name) for other in (untrained, teacher, earlier))
-    said = [f"{title} {value:.1f}" for title, value in (("untrained", low), ("teacher", high)) if value is not None]
-    text = ", ".join(said)
-    if None not in (low, high) and high > low:
-        text += f": {percent((now - low) / (high - low))} of the way" if low <= now <= high else ""
+    baselines = (("untrained", low), ("teacher", high))
+    text = ", ".join(f"{title} {value:.1f}" for title, value in baselines if value is not None)
+    if None not in (low, high) and low <= now <= high and low < high:
+        text += f": {percent((now - low) / (high - low))} of the way"
     notes = [text] if text else []
     if then is not None:
         notes.append(f"{now - then:+.1f} since epoch {before}")

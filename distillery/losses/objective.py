@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distillery.losses.registry import fields_needed
 from distillery.losses.total import BoundLoss, bind_losses, sum_losses
-from distillery.models.backbone import Features
+from distillery.models.backbone import Features, field_of
 from distillery.models.pair import StudentWithHeads, align
 
 
@@ -75,5 +75,5 @@ class Objective(nn.Module):
 def _heads_without_loss(student: StudentWithHeads, losses: Sequence[BoundLoss]) -> list[nn.Parameter]:
     """The trained parameters of the heads whose outputs none of the losses compares."""
     fields = fields_needed({loss.name: loss.weight for loss in losses})
-    heads = [head for name, head in student.heads.items() if name.split("_")[0] not in fields]  # layers_0, layers_1 ...
+    heads = [head for name, head in student.heads.items() if field_of(name) not in fields]
     return [value for head in heads for value in head.parameters() if value.requires_grad]

@@ -26,6 +26,11 @@ from distillery.models.weights import load_weights
 from distillery.system.errors import UserError
 
 
+def field_of(tensor: str) -> str:
+    """The field of Features to which a name of Features.tensors() belongs: layers for layers_0."""
+    return "layers" if tensor.startswith("layers_") else tensor
+
+
 @dataclass(frozen=True)
 class Features:
     """What a model says about a batch: B images, P = h * w patches in row-major order, D channels, C classes."""
@@ -46,7 +51,7 @@ class Features:
     def with_tensors(self, named: Mapping[str, Tensor]) -> "Features":
         """The same with some tensors changed, named as in tensors()."""
         changed = tuple(named.get(f"layers_{i}", layer) for i, layer in enumerate(self.layers))
-        fields = {name: value for name, value in named.items() if not name.startswith("layers_")}
+        fields = {name: value for name, value in named.items() if field_of(name) == name}
         return dataclasses.replace(self, layers=changed, **fields)
 
 

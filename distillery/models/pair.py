@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.models.backbone import Backbone, Features, eval_mode
+from distillery.models.backbone import Backbone, Features, eval_mode, field_of
 from distillery.system.errors import UserError
 
 PROJECTORS = ("mlp", "linear")
@@ -75,7 +75,7 @@ def _tensors_of(fields: Iterable[str], teacher_widths: Mapping[str, int], own: M
     names = []
     for field in sorted(fields):
         if field == "layers":
-            layers, own_layers = ([n for n in widths if n.startswith("layers_")] for widths in (teacher_widths, own))
+            layers, own_layers = ([n for n in widths if field_of(n) == field] for widths in (teacher_widths, own))
             if not layers or layers != own_layers:
                 raise UserError(
                     f"a loss compares layers: the teacher gives {len(layers)} and the student {len(own_layers)}. Set "
