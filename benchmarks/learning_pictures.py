@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.learning_suites import Suite
-from benchmarks.learning_tables import Result, by_label, comparable_curves, knn_of, untrained_and_teacher
+from benchmarks.learning_tables import Result, by_label, comparable_curves, knn_of, untrained_and_teachers
 
 
 def draw(suite: Suite, runs: Sequence[Result], path: Path) -> Path | None:
@@ -69,9 +69,10 @@ def draw_data(figure: Any, groups: dict[str, list[Result]]) -> Any:
 
 def draw_references(axes: Any, groups: dict[str, list[Result]]) -> None:
     """The untrained student and the teacher as lines."""
-    untrained, teachers = untrained_and_teacher(run for runs in groups.values() for run in runs)
-    for name, measured, color in (("untrained student", untrained, "grey"), ("teacher", teachers, "black")):
-        if measured:
-            share = 100 * statistics.median(row["knn_top1"] for row in measured)
+    untrained, teachers = untrained_and_teachers(run for runs in groups.values() for run in runs)
+    measured = [("untrained student", untrained, "grey"), *((name, [row], "black") for name, row in teachers.items())]
+    for name, rows, color in measured:
+        if rows:
+            share = 100 * statistics.median(row["knn_top1"] for row in rows)
             axes.axhline(share, color=color, linestyle=":", label=f"{name} ({share:.1f} %)")
     axes.grid(alpha=0.3)

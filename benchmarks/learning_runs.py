@@ -44,7 +44,7 @@ RECIPE_KEYS = {
         "optimizer", "learning_rate", "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay",
         "precision", "distill_loss_weights", "loss_options", "standardise_targets", "augment", "teacher_cache",
     ),
-    "model": ("projector", "drop_path_rate", "use_cls_token"),
+    "model": ("projector", "drop_path_rate", "use_cls_token", "teacher_mirror"),
 }  # fmt: skip
 # of these the timm peers use
 SHARED_TRAIN_KEYS = ("weight_decay", "augment", "precision")

@@ -43,12 +43,16 @@ def comparable_curves(suite: Suite, label: str, runs: Sequence[Result]) -> list[
     return [curve for curve in curves if len(curve) == points]
 
 
-def untrained_and_teacher(runs: Iterable[Result]) -> tuple[list[Result], list[Result]]:
-    """The evaluation rows of the untrained students, one for each student and seed, and of the teacher."""
+def untrained_and_teachers(runs: Iterable[Result]) -> tuple[list[Result], dict[str, Result]]:
+    """The evaluation rows of the untrained students, one for each student and seed, and of each teacher by its name."""
     runs = list(runs)
     untrained = {(run["student"], run["seed"]): run["rows"]["untrained"] for run in runs if "untrained" in run["rows"]}
-    teachers = [run["rows"]["teacher"] for run in runs if "teacher" in run["rows"]]
-    return list(untrained.values()), teachers[:1]
+    teachers: dict[str, Result] = {}
+    for run in runs:
+        if "teacher" in run["rows"]:
+            name = "teacher, mirrored" if run["recipe"].get("teacher_mirror") else "teacher"
+            teachers.setdefault(name, run["rows"]["teacher"])
+    return list(untrained.values()), teachers
 
 
 def percent(values: Sequence[float | None], *, sign: bool = False) -> str:
@@ -118,8 +122,9 @@ def table_of(suite: Suite, runs: Sequence[Result], left_out: dict[str, str]) -> 
     groups = by_label(suite, runs)
     columns = columns_of(suite, groups)
     rows = [[label, *(cell(group) for cell in columns.values())] for label, group in groups.items()]
-    untrained, teachers = untrained_and_teacher(runs)
-    rows = [_row("untrained student", untrained, columns), *rows, _row("teacher", teachers, columns)]
+    untrained, teachers = untrained_and_teachers(runs)
+    rows.insert(0, _row("untrained student", untrained, columns))
+    rows += [_row(name, [row], columns) for name, row in teachers.items()]
     table = markdown(["", *columns], [row for row in rows if row])
     return "\n\n".join([heading_of(runs), table, *lines, *notes_of(suite, groups, left_out)])
 

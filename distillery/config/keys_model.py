@@ -42,6 +42,11 @@ class ModelConfig(StrictModel):
         description="true: the image feature after the projection into text space. "
         "Of timm's image-text models that have one: CLIP, MobileCLIP and others",
     )
+    teacher_mirror: bool = Field(
+        False,
+        description="true: its mean over image and mirror image. Better targets for twice its time; "
+        "stored outputs of views that differ by the mirror alone take no longer than without",
+    )
     teacher_freeze: bool = Field(True, description="always true: the teacher never learns")
 
     student_name: Text = Field("vit_small_patch16_224", description="model name in student_source")

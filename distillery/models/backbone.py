@@ -54,6 +54,18 @@ class Features:
         fields = {name: value for name, value in named.items() if field_of(name) == name}
         return dataclasses.replace(self, layers=changed, **fields)
 
+    def mirrored(self) -> "Features":
+        """The columns of tokens and layers in reverse: what was said of mirrored images, laid over the images."""
+        named = self.tensors()
+        grids = {"tokens": self.grid} | {f"layers_{i}": grid for i, grid in enumerate(self.layer_grids)}
+        maps = {name: named[name].unflatten(1, grid) for name, grid in grids.items() if name in named}
+        return self.with_tensors({name: cells.flip(2).flatten(1, 2) for name, cells in maps.items()})
+
+    def mean_with(self, other: "Features") -> "Features":
+        """The mean of each tensor and the other's, in float32."""
+        others = other.tensors()
+        return self.with_tensors({n: (value.float() + others[n].float()) / 2 for n, value in self.tensors().items()})
+
 
 def build_backbone(
     spec: ModelSpec,
@@ -97,6 +109,7 @@ def build_backbone(
         use_cls_token=spec.use_cls_token,
         with_logits=spec.with_logits,
         projection=spec.projection,
+        mirror=spec.mirror,
         out_indices=spec.out_indices,
         dtype=dtype,
     )
@@ -138,6 +151,7 @@ class Backbone(nn.Module):
     `model` is the raw module, and all there is in the state dict; `img_size` (height, width) in px, `grid` (h, w) and
     the widths are read from what it gives for one black image. Of a model without patch tokens `token_width` is None.
     With `projection`, pooled is what comes out of the classifier's place, an image-text model's feature in text space.
+    With `mirror`, all features are means over the image and its mirror image, float32.
     `dtype` is the type of its weights: float32, or what keep_in has made of them. `precision` is what float32 weights
     are computed in: bf16, fp16 or fp32 whatever autocast surrounds them; None: what the surrounding autocast says.
     `resizes`: False gives the raw model images of the size that they come in; `grid` is that of img_size all the same.
@@ -153,6 +167,7 @@ class Backbone(nn.Module):
         use_cls_token: bool = True,
         with_logits: bool = False,
         projection: bool = False,
+        mirror: bool = False,
         out_indices: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -164,7 +179,7 @@ class Backbone(nn.Module):
         self._format_on_gpu = memory_format_of(built.model, torch.device("cuda"))
         self.img_size = built.img_size
         self.use_cls_token = use_cls_token
-        self.with_logits, self.projection = with_logits, projection
+        self.with_logits, self.projection, self.mirror = with_logits, projection, mirror
         data_mean, data_std = tuple(data_mean), tuple(data_std)
         self.mean, self.std = tuple(built.mean or data_mean), tuple(built.std or data_std)
         self.set_data_normalisation(data_mean, data_std)
@@ -281,6 +296,12 @@ class Backbone(nn.Module):
         them: it would run every layer norm in float32. Otherwise their types are what autocast makes them.
         """
         images = self.prepare(images)
+        if not self.mirror:
+            return self._features_of(images)
+        return self._features_of(images).mean_with(self._features_of(images.flip(-1)).mirrored())
+
+    def _features_of(self, images: Tensor) -> Features:
+        """Of images as prepare gives them, as they are."""
         if images.is_cuda:
             # the caller's view may suit another model: a CNN and a ViT see the same one
             images = images.contiguous(memory_format=self._format_on_gpu)

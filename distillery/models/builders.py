@@ -48,6 +48,7 @@ class ModelSpec:
     with_logits: keep the classifier and give its output.
     projection: pooled is what comes out of the classifier's place, where an image-text model has its projection into
         text space. timm alone.
+    mirror: the features are means over the image and its mirror image.
     out_indices: intermediate layers for Features.layers, numbered as in timm's forward_intermediates.
     gradient_checkpointing: keep only the input of each block, and compute the rest again in the backward pass.
     role: "teacher" or "student": which of the two a checkpoint with both is read for.
@@ -66,6 +67,7 @@ class ModelSpec:
     drop_path_rate: float | None = None
     with_logits: bool = False
     projection: bool = False
+    mirror: bool = False
     out_indices: Sequence[int] | None = None
     gradient_checkpointing: bool = False
     role: str | None = None

@@ -89,7 +89,7 @@ def plan_outputs(configs: Configs, images: CachePlan, shards: range) -> TeacherJ
 def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     """What will be made, how much room it takes, what it costs once and saves in every epoch."""
     plan, spec = job.plan, job.plan.spec
-    rows, views = plan.images.num_rows, spec.num_views
+    rows, views, epochs = plan.images.num_rows, spec.num_views, job.teacher.passes(spec.num_views)
     to_make = [*survey.missing, *survey.to_check]
     rows_to_make = sum(stop - start for start, stop in map(plan.rows_of, to_make))
     fields = ", ".join(
@@ -99,7 +99,7 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     state = f"{len(survey.done)} done, {len(to_make)} to go"
     if len(job.shards) < plan.num_shards:
         state = f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; {state}"
-    passes, num_bytes, free = rows_to_make * views, rows_to_make * plan.row_bytes, free_bytes(plan.images.directory)
+    passes, num_bytes, free = rows_to_make * epochs, rows_to_make * plan.row_bytes, free_bytes(plan.images.directory)
     lines = [
         f"the teacher's outputs: {job.label}, {views} views of every image, {job.teacher.precision} on "
         f"{job.teacher.device.type}",
@@ -110,7 +110,7 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
         f"  {state}; {format_bytes(num_bytes)} to write, {passes} forward passes of the teacher to "
         f"run, {_format_flops(job.flops)} each: {_format_flops(passes * job.flops)}",
         f"  mode: cached then saves {rows} of them in every epoch over all images, {_format_flops(rows * job.flops)}: "
-        f"the pass costs as much as {views} epochs with the live teacher",
+        f"the pass costs as much as {epochs} epochs with the live teacher",
     ]
     if num_bytes > free:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")

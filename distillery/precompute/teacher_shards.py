@@ -171,8 +171,7 @@ class _TeacherLoop(ShardLoop):
         global_idx = torch.arange(start, start + len(images), device=self.teacher.device)
         rows = rows_of_valid(valid, self.teacher.device)
         views, largest = [], []
-        for view in range(self.plan.spec.num_views):
-            features = self.teacher.features(images, global_idx, view)
+        for features in self.teacher.views(images, global_idx, self.plan.spec.num_views):
             encoded, magnitudes = encode_features(features, self.plan.spec, self.basis)
             views.append(encoded)
             largest.append(magnitudes)

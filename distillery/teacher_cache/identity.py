@@ -76,7 +76,7 @@ def _teacher_configured(model: Mapping[str, Any], precision: str) -> dict:
         repo = f"{LOCAL_REPO}{file_hash(code.resolve())}"  # the same folder wherever it is moved
     # only where they are set: identities of outputs that were stored before these keys stay as they are
     added = {} if entry is None else {"checkpoint_entry": entry}
-    added |= {"projection": True} if of.get("projection") else {}
+    added |= {name: True for name in ("projection", "mirror") if of.get(name)}
     return {
         "source": of["source"],
         "name": of["name"],

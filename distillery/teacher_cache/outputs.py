@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,24 @@ class LiveTeacher:
         with autocast_for(self.precision, images.device.type):
             features = self.backbone(images.contiguous(memory_format=memory_format_of(self.backbone, images.device)))
         return features.with_tensors({name: value.float() for name, value in features.tensors().items()})
+
+    def views(self, images: Tensor, global_idx: Tensor, num_views: int) -> Iterator[Features]:
+        """`features` of the views 0, 1, ... in turn, with as few passes of the backbone as they take."""
+        step = 2 if self._has_pairs else 1
+        for view in range(0, num_views, step):
+            features = self.features(images, global_idx, view)
+            yield features
+            if view + 1 < min(num_views, view + step):
+                yield features.mirrored()
+
+    def passes(self, num_views: int) -> int:
+        """How often `views` runs the backbone for an image."""
+        return (num_views + 1) // 2 if self._has_pairs else num_views
+
+    @property
+    def _has_pairs(self) -> bool:
+        """Whether view 2k + 1 is the mirror image of view 2k: a backbone that averages over both has seen it then."""
+        return self.backbone.mirror and self.augmentation.hflip and not self.augmentation.changes_pixels
 
 
 def forward_batch(device: torch.device) -> int:

@@ -76,6 +76,21 @@ def test_any_timm_model_gives_features_of_the_stated_shapes(name):
     assert not torch.equal(features.pooled[0], features.pooled[1])
 
 
+@torch.no_grad()
+def test_with_mirror_all_features_are_means_over_image_and_mirror_image():
+    options = {"name": "test_vit", "image_size": 48, "out_indices": [1]}
+    plain, mirrored = (timm_backbone(**options, mirror=mirror).eval() for mirror in (False, True))
+    images = random_images(2, 48)
+    one, other, mean = plain(images), plain(images.flip(-1)), mirrored(images)
+    torch.testing.assert_close(mean.pooled, (one.pooled + other.pooled) / 2)
+    for name in ("tokens", "layers_0"):
+        found, left, right = (features.tensors()[name] for features in (mean, one, other))
+        # row 2, column 0 of the 3 x 3 cells, beside column 2 of the mirror image
+        torch.testing.assert_close(found[:, 6], (left[:, 6] + right[:, 8]) / 2)
+    again = mirrored(images.flip(-1)).mirrored().tensors()
+    assert all(torch.equal(value, again[name]) for name, value in mean.tensors().items())
+
+
 @pytest.mark.parametrize("name", sorted(set(TIMM) - {"deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"}))
 def test_pooled_is_what_the_exported_timm_model_returns(name):
     size = TIMM[name][1]

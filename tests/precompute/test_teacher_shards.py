@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from caches import make_test_cache
+from caches import MEAN, STD, make_test_cache
 from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.cache.encoded import RowEncoding
 from distillery.cache.store import record_path
 from distillery.models.backbone import Features
+from distillery.models.views import Augmentation
 from distillery.precompute import teacher_shards
 from distillery.reading.rows import ImageRows
 from distillery.system.errors import RunError, UserError
@@ -152,6 +153,29 @@ def test_a_shard_larger_than_a_batch_is_aligned_with_its_images(tmp_path):
     stored = found.read(global_idx, np.ones(149, np.int64))["pooled"]
     live = teacher.features(rows.read_rows(*rows.find(global_idx)), torch.from_numpy(global_idx), 1).pooled
     torch.testing.assert_close(stored, live, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, passes",
+    [({}, 2), ({"random_resized_crop": (0.5, 1.0)}, 3), ({"hflip": False}, 3)],
+    ids=["mirror alone", "crops too", "no mirror"],
+)
+def test_views_that_differ_by_the_mirror_alone_take_one_pass_of_a_mirrored_teacher(tmp_path, options, passes):
+    make_test_cache(tmp_path, 16)
+    teacher = live_teacher(augmentation=Augmentation(mean=MEAN, std=STD, **options), mirror=True)
+    plan = teacher_plan(images_plan(tmp_path, 16), teacher, fields=("logits",), views=3, **FULL)
+    runs = []
+    teacher.backbone.register_forward_hook(lambda _model, arguments, _out: runs.append(len(arguments[0])))
+    run_pass(plan, teacher)
+    assert sum(runs) == 16 * passes == 16 * teacher.passes(3)
+    # every view is what the teacher says of it
+    found, images = TeacherCache(plan.directory), ImageRows(tmp_path, plan.images.fingerprint)
+    assert all(replay.agrees for replay in replay_views(found, teacher, images, 48, np.random.default_rng(0)))
+    for view in range(3):
+        stored = found.read(np.arange(16), np.full(16, view))
+        live = teacher.features(images.read_rows(*images.find(np.arange(16))), torch.arange(16), view)
+        for field in ("pooled", "tokens", "logits"):
+            torch.testing.assert_close(stored[field], live.tensors()[field], rtol=2e-3, atol=1e-3)
 
 
 def test_while_a_batch_is_written_the_next_one_is_computed(reference, work, monkeypatch):

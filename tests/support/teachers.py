@@ -51,10 +51,11 @@ class TinyTeacher(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def tiny_backbone(seed: int = 1) -> Backbone:
+def tiny_backbone(seed: int = 1, *, mirror: bool = False) -> Backbone:
     """TinyTeacher as the pass takes it."""
-    built = BuiltModel(TinyTeacher(seed), (8, 8))
-    return Backbone(built, label="tiny", data_mean=MEAN, data_std=STD, with_logits=True).requires_grad_(False).eval()
+    built, normalisation = BuiltModel(TinyTeacher(seed), (8, 8)), {"data_mean": MEAN, "data_std": STD}
+    backbone = Backbone(built, label="tiny", with_logits=True, mirror=mirror, **normalisation)
+    return backbone.requires_grad_(False).eval()
 
 
 def images_plan(
@@ -74,10 +75,10 @@ def make_images(plan: CachePlan, bad: tuple[int, ...] = ()) -> None:
         make_cache(plan, source, survey=survey, batch_size=8, num_workers=1, stop=stop)
 
 
-def live_teacher(seed: int = 1, augmentation: Augmentation | None = None) -> LiveTeacher:
+def live_teacher(seed: int = 1, augmentation: Augmentation | None = None, *, mirror: bool = False) -> LiveTeacher:
     """The teacher of a seed on the CPU."""
     augmentation = augmentation or Augmentation(random_resized_crop=(0.5, 1.0), mean=MEAN, std=STD)
-    return LiveTeacher(tiny_backbone(seed), augmentation, 0, torch.device("cpu"), "fp32")
+    return LiveTeacher(tiny_backbone(seed, mirror=mirror), augmentation, 0, torch.device("cpu"), "fp32")
 
 
 def teacher_plan(images: CachePlan, teacher: LiveTeacher, *, fields: tuple[str, ...] = (), **changes) -> TeacherPlan:
