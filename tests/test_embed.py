@@ -153,7 +153,7 @@ def test_teacher_and_untrained_student_are_those_of_the_run(place, tmp_path):
         np.testing.assert_allclose(embedded(tmp_path / role)[0], pooled(module, place), atol=1e-6)
 
 
-def test_a_model_config_gives_either_of_its_models_without_a_run(place, tmp_path):
+def test_a_model_config_gives_either_of_its_models_without_a_run(place, tmp_path, capsys):
     for role, width in (("teacher", 24), ("student", 64)):
         flags = [*place.flags("model"), "--role", role]
         assert run_embed(place, tmp_path / role, *flags) == EXIT_DONE
@@ -161,6 +161,9 @@ def test_a_model_config_gives_either_of_its_models_without_a_run(place, tmp_path
     configs = load_dumped_configs(place.folder / "run" / "config.yaml")
     teacher = build_teacher_backbone(configs.model, configs.data)
     np.testing.assert_allclose(embedded(tmp_path / "teacher")[0], pooled(teacher, place), atol=1e-6)
+    mirrored = [*place.flags("model"), "--role", "teacher", "--set", "teacher_mirror=true"]
+    assert run_embed(place, tmp_path / "teacher", *mirrored) == EXIT_USAGE
+    assert "model.mirror is None there, True now" in capsys.readouterr().err
 
 
 def test_images_normalised_otherwise_give_the_same_embeddings(place, made, tmp_path):

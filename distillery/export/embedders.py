@@ -116,13 +116,15 @@ def student_embedder(
 
 def _facts_of(backbone: Backbone, given: dict[str, Any]) -> dict[str, Any]:
     """Which model it is: what its source calls it, its input, its weights. given: its side of the configuration."""
-    return {key: given[key] for key in ("source", "name", "kwargs", "use_cls_token")} | {
+    facts = {key: given[key] for key in ("source", "name", "kwargs", "use_cls_token")} | {
         "projection": backbone.projection,
         "img_size": backbone.img_size,
         "mean": backbone.mean,
         "std": backbone.std,
         "weights_hash": weights_hash(backbone.model),
     }
+    # only where it is set: what was embedded before this key goes on
+    return facts | {"mirror": True} if backbone.mirror else facts
 
 
 def _embedder(

@@ -52,6 +52,7 @@ def describe_space(student: Student, space: TeacherSpace) -> dict[str, Any]:
         "heads": "averaged" if student.trained.heads_are_averaged else "last",
         "use_cls_token": student.config["model"]["use_cls_token"],
         "teacher_projection": student.config["model"].get("teacher_projection", False),
+        "teacher_mirror": student.config["model"].get("teacher_mirror", False),
         "hub_code": hub_folder(student.config["model"]) is not None,
     }
 
@@ -95,6 +96,8 @@ def usage_in_teacher_space(config: dict[str, Any], format: str) -> str:
         source = "feature after its projection into text space"
     elif not facts["use_cls_token"]:
         source = "mean of patch tokens, or its own pooling"
+    if facts["teacher_mirror"]:
+        source += ", the mean over image and mirror image"
     height, width = config["pretrained_cfg"]["input_size"][1:]
     rows, columns = facts["grid"]
     texts = {

@@ -308,6 +308,13 @@ def test_the_hub_folder_has_a_front_matter_and_a_card_that_loads_it_from_the_hub
     assert_gives(outputs, space, space.student, pixels)
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_the_card_says_that_the_targets_were_means_over_mirror_images(tmp_path, mirror):
+    make_space_run(tmp_path / "run", STUDENTS["cnn"] | {"teacher_mirror": mirror})
+    export_student(tmp_path / "run", tmp_path / "out", space="teacher")
+    assert ("the mean over image and mirror image" in (tmp_path / "out" / "README.md").read_text()) is mirror
+
+
 @pytest.mark.parametrize(
     "method, words",
     [(True, "divided by its standard deviation"), ("phi_s", "PHI-S"), (False, "nothing had to be undone")],

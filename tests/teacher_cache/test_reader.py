@@ -253,6 +253,8 @@ def test_the_projection_is_part_of_the_identity_and_without_it_nothing_of_it_is_
     assert wanted(plan, {"teacher_projection": False}) == wanted(plan)
     projected = wanted(plan, {"teacher_projection": True})
     assert projected["teacher"] == wanted(plan)["teacher"] | {"projection": True}
+    assert wanted(plan, {"teacher_mirror": False}) == wanted(plan)
+    assert wanted(plan, {"teacher_mirror": True})["teacher"] == wanted(plan)["teacher"] | {"mirror": True}
 
 
 def test_every_part_of_the_identity_changes_the_fingerprint(plans):
