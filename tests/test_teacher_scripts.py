@@ -127,6 +127,22 @@ def test_dry_run_prints_what_it_costs_and_writes_nothing(run_teacher, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, cost, is_advised",
+    [
+        ([], "2 epochs", True),
+        (["teacher_mirror=true"], "1 epoch", False),
+        (["teacher_mirror=true", "augment.color_jitter=0.5"], "2 epochs", False),
+        (["augment.color_jitter=0.5"], "2 epochs", False),
+    ],
+)
+def test_a_mirrored_teacher_is_advised_where_it_costs_nothing(run_teacher, tmp_path, settings, cost, is_advised):
+    sets = ["--set", "augment.hflip=true", *(word for setting in settings for word in ("--set", setting))]
+    status, output, _ = run_teacher("--dry_run", *sets, cache=tmp_path / "none")
+    assert status == 0 and f"as much as {cost} with the live teacher" in output
+    assert ("advice: teacher_mirror: true" in output) is is_advised
+
+
 def test_array_jobs_together_make_the_same_folder_whatever_the_batch_size(place, run_teacher, tmp_path):
     for job in ("1", "0"):
         status, _, errors = run_teacher(

@@ -110,8 +110,10 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
         f"  {state}; {format_bytes(num_bytes)} to write, {passes} forward passes of the teacher to "
         f"run, {_format_flops(job.flops)} each: {_format_flops(passes * job.flops)}",
         f"  mode: cached then saves {rows} of them in every epoch over all images, {_format_flops(rows * job.flops)}: "
-        f"the pass costs as much as {epochs} epochs with the live teacher",
+        f"the pass costs as much as {epochs} epoch{'s' * (epochs > 1)} with the live teacher",
     ]
+    if job.teacher.views_only_mirror and not job.teacher.backbone.mirror and views % 2 == 0:
+        lines.append("advice: teacher_mirror: true gives better targets for as much arithmetic (docs/recipe.md).")
     if num_bytes > free:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
     return lines

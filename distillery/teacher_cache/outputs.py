@@ -68,9 +68,14 @@ class LiveTeacher:
         return (num_views + 1) // 2 if self._has_pairs else num_views
 
     @property
+    def views_only_mirror(self) -> bool:
+        """Whether view 2k + 1 is the mirror image of view 2k."""
+        return self.augmentation.hflip and not self.augmentation.changes_pixels
+
+    @property
     def _has_pairs(self) -> bool:
-        """Whether view 2k + 1 is the mirror image of view 2k: a backbone that averages over both has seen it then."""
-        return self.backbone.mirror and self.augmentation.hflip and not self.augmentation.changes_pixels
+        """Whether the backbone sees view 2k + 1 with view 2k, as it averages over both."""
+        return self.backbone.mirror and self.views_only_mirror
 
 
 def forward_batch(device: torch.device) -> int:
