@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,9 +19,10 @@ from benchmarks.learning_pictures import draw
 from benchmarks.learning_results import Results, Setting, check_setting, expected_seconds, runs_of
 from benchmarks.learning_runs import Bench, NotYet, configs_of, curve_of
 from benchmarks.learning_suites import SUITES, Run, Suite, Variant
-from benchmarks.learning_tables import comparable_curves, knn_at, table_of
+from benchmarks.learning_tables import comparable_curves, knn_at, knn_of, table_of
 from distillery.config.load import dump_configs, load_configs
 from distillery.system.errors import Interrupted, UserError
+from distillery.training.advice import ROSE_UNTIL
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("train.parquet", "test.parquet", "hub", "big", "small")
@@ -184,6 +186,16 @@ def test_the_page_of_results_shows_what_is_kept(name):
     assert shown == block_of(SUITES[name], Results(ROOT / "benchmarks" / "results", name)), (
         "run: python -m benchmarks.learning --tables --write_docs"
     )
+
+
+def test_the_advice_on_passes_is_what_the_kept_results_show():
+    stored = [run for run in runs_of(SUITES["data"], ROOT / "benchmarks" / "results") if run["views"] is not None]
+    rose = {}
+    for images in {run["images"] for run in stored}:
+        ends = sorted((run["epochs"], knn_of(run)) for run in stored if run["images"] == images)
+        higher = [passes for (_, before), (passes, share) in itertools.pairwise(ends) if share > before]
+        rose |= {images: max(higher)} if higher else {}
+    assert rose == ROSE_UNTIL
 
 
 # ---- what is kept, and what is run ---------------------------------------------------------------------------------
