@@ -1,4 +1,4 @@
-"""The processes of benchmarks.learning that are no program of this repository: peers, and one part of the ablation.
+"""The processes of benchmarks.learning that are no program of this repository: peers, and the screening's fixed view.
 
     python -m benchmarks.learning_peers timm FOLDER TASK LEARNING_RATE    # reads its YAML files, writes result.json
     python -m benchmarks.learning_peers lightly-train FOLDER              # reads setting.json, leaves a state per epoch
@@ -233,7 +233,7 @@ def evaluate_states(folder: Path) -> None:
     curve.write(folder)
 
 
-# ---- the ablation's fixed view -----------------------------------------------------------------------------------
+# ---- the screening's fixed view ----------------------------------------------------------------------------------
 
 
 def fixed_view(flags: list[str]) -> None:

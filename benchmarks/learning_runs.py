@@ -234,11 +234,12 @@ def ours(bench: Bench, run: Run) -> dict[str, Any]:
     started = bench.call([*trainer, *flags], log)
     wall_seconds = time.time() - started
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    batch_size = configs_of(bench.setting, bench.work, folder, run)["train"]["batch_size"]
     return {
         "prepare_seconds": prepared["seconds"],
         "prepare_threads": prepared.get("threads"),
         "wall_seconds": wall_seconds,
-        "curve": curve_of(rows, started - prepared["seconds"], bench.setting.batch_size),
+        "curve": curve_of(rows, started - prepared["seconds"], batch_size),
         "rows": {row["model"]: row for row in rows if row["kind"] == "eval"},
     }
 

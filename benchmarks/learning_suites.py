@@ -3,17 +3,15 @@
 budget4: what is learnt from 4 x 50,000 images, beside timm and LightlyTrain, at equal images and at equal wall time?
 timm's token distillation is not among them: it needs a student with a distillation token, and a ResNet-20 has none.
 budget20: the same after 20 x 50,000 images; the strongest peers run with one seed, as they take hours.
-screening: does a change of the recipe learn more? One change at a time, two seeds that no other suite uses.
-ablation: what does each part of the recipe contribute? One part changed at a time, live teacher, one seed.
+screening: what does each part of the recipe bring, and does a change learn more? One change at a time, two seeds that
+no other suite uses.
 data: is it better to see more images, or the same ones more often? Each run is a whole schedule of its own.
-mirror: what does a teacher give whose targets are means over image and mirror image?
 vit: does a small vision transformer learn from the same teacher?
 transfer: what are the features worth on images that the teacher's task has nothing to do with? scikit-learn's digits,
 which come with the package. Its faces (Olivetti, LFW) would have to be downloaded, so they are not here.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -112,33 +110,32 @@ def slug(label: str) -> str:
 
 
 CROPS = {"augment": {"hflip": True, "random_resized_crop": [0.4, 1.0]}}
-ABLATION = {
-    "as shipped": Variant(),
-    "fixed view": Variant(fixed_view=True),
-    "targets not standardised": Variant(train={"standardise_targets": False}),
-    "linear projector": Variant(model={"projector": {"type": "linear"}}),
-    "no patch loss": Variant(train={"distill_loss_weights": {"cls": 1.0}}),
-    "random crops": Variant(train=CROPS),
-    "random crops, fixed view": Variant(train=CROPS, fixed_view=True),
-}
+MIRRORED = Variant(model={"teacher_mirror": True})
 # to try a change: one line here
 SCREENING = {
     "as shipped": Variant(),
     "AdamW": Variant(train={"optimizer": "adamw"}),
-    "AdamW, patch weight 0.5": Variant(
-        train={"optimizer": "adamw", "distill_loss_weights": {"cls": 1.0, "patch": 0.5}}
-    ),
     "learning rate 4e-3": Variant(train={"learning_rate": 4e-3}),
     "learning rate 1.6e-2": Variant(train={"learning_rate": 1.6e-2}),
+    "batch 256": Variant(train={"batch_size": 256}),
+    "no patch loss": Variant(train={"distill_loss_weights": {"cls": 1.0}}),
     "patch weight 0.5": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 0.5}}),
     "patch weight 5": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 5.0}}),
+    "similarity beside": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 2.0, "similarity": 0.5}}),
+    "targets not standardised": Variant(train={"standardise_targets": False}),
+    "PHI-S targets": Variant(train={"standardise_targets": "phi_s"}),
+    "mirrored teacher": MIRRORED,
     "linear projector": Variant(model={"projector": {"type": "linear"}}),
     "projector of 512": Variant(model={"projector": {"type": "mlp", "hidden_dim": 512}}),
     "averaged weights, 0.99": Variant(train={"ema_decay": 0.99}),
     "weight decay 0": Variant(train={"weight_decay": 0.0}),
-    "PHI-S targets": Variant(train={"standardise_targets": "phi_s"}),
-    "similarity beside": Variant(train={"distill_loss_weights": {"cls": 1.0, "patch": 2.0, "similarity": 0.5}}),
-    "random crops": Variant(train=CROPS),
+}
+# stored outputs have two crops of an image at most, and never a fixed view
+SCREENING_LIVE = {
+    "live teacher": Variant(),
+    "live teacher, fixed view": Variant(fixed_view=True),
+    "live teacher, random crops": Variant(train=CROPS),
+    "live teacher, random crops, fixed view": Variant(train=CROPS, fixed_view=True),
 }
 LIVE, CACHED = "ours-live", f"ours-cached-{CACHED_VIEWS}"
 # label -> contender
@@ -154,8 +151,6 @@ DATA_CACHED = [(2_000, 10), (2_000, 20), (2_000, 40), (5_000, 10), (5_000, 20), 
                (12_500, 40)]  # fmt: skip
 DATA_LIVE = [(2_000, 40)]
 DATA_BORROWED = {f"{CACHED} 50000 x {passes}": (f"budget{passes}", CACHED, 0) for passes in (4, 20)}
-MIRRORED = Variant(model={"teacher_mirror": True})
-PLAIN = {f"as shipped, {passes} passes": (f"budget{passes}", CACHED, 0) for passes in (4, 20)}
 
 
 def ours(epochs: int, seed: int) -> list[Run]:
@@ -174,14 +169,15 @@ def data_runs() -> list[Run]:
     return sorted(found, key=lambda run: (run.images, run.epochs, run.views is None))
 
 
-def variants(changes: dict[str, Variant], seeds: Sequence[int], **common: Any) -> list[Run]:
-    """A run for each change and seed, seed by seed."""
-    return [Run(label, "ours", seed, variant=variant, **common) for seed in seeds for label, variant in changes.items()]
-
-
-def fast(changes: dict[str, Variant]) -> dict[str, Variant]:
-    """The same changes in bf16."""
-    return {label: replace(change, train=FAST | change.train) for label, change in changes.items()}
+def screening_runs() -> list[Run]:
+    """The runs of the suite screening, seed by seed, evaluated at their ends."""
+    changes = [(CACHED_VIEWS, SCREENING), (None, SCREENING_LIVE)]
+    return [
+        Run(label, "ours", seed, 4, 25_000, views, replace(variant, train=FAST | variant.train), eval_every=4)
+        for seed in SCREENING_SEEDS
+        for views, variants in changes
+        for label, variant in variants.items()
+    ]
 
 
 SUITES = {
@@ -203,26 +199,14 @@ SUITES = {
             [
                 # live and stored differ less than seeds do after 4 passes, and a live run takes hours
                 *(run for seed in SEEDS for run in ours(20, seed) if run.views is not None or seed == SEEDS[0]),
+                Run(f"{CACHED}, mirrored teacher", "ours", 0, 20, views=CACHED_VIEWS, variant=MIRRORED),
                 *(Run(label, PEERS[label], 0, 20) for label in ("timm-feature", "lightly-train-2e-3")),
             ],
             equal_time=True,
             picture="curves",
         ),
-        Suite(
-            "screening",
-            variants(fast(SCREENING), SCREENING_SEEDS, epochs=4, images=25_000, views=CACHED_VIEWS, eval_every=4),
-            baseline="as shipped",
-        ),
-        Suite("ablation", variants(ABLATION, SEEDS[:1], epochs=2), baseline="as shipped"),
+        Suite("screening", screening_runs(), baseline="as shipped"),
         Suite("data", data_runs(), picture="data", borrowed=DATA_BORROWED),
-        Suite(
-            "mirror",
-            [
-                Run(f"mirrored, {passes} passes", "ours", 0, passes, views=CACHED_VIEWS, variant=MIRRORED)
-                for passes in (4, 20)
-            ],
-            borrowed=PLAIN,
-        ),
         Suite("vit", [Run("ViT, live", "ours", 0, VIT_EPOCHS, variant=Variant(model=VIT_STUDENT))]),
         Suite("transfer", [Run("student on digits", "transfer", seed, 0, 0) for seed in SEEDS]),
     )

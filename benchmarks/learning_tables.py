@@ -13,9 +13,10 @@ NOT_MEASURED = "not measured yet"
 
 
 def by_label(suite: Suite, runs: Iterable[Result]) -> dict[str, list[Result]]:
-    """The runs of each label by seed, in the suite's order; labels that it no longer has come last."""
+    """The runs of each label by seed, in the suite's order; borrowed ones next, labels that it no longer has last."""
     runs = sorted(runs, key=lambda run: run["seed"])
-    labels = [*suite.labels, *sorted({run["label"] for run in runs} - set(suite.labels))]
+    known = [*suite.labels, *suite.borrowed]
+    labels = [*known, *sorted({run["label"] for run in runs} - set(known))]
     groups = {label: [run for run in runs if run["label"] == label] for label in labels}
     return {label: group for label, group in groups.items() if group}
 
