@@ -1,4 +1,4 @@
-# make demo     two minutes on a laptop: real images cached, a real teacher distilled, a table and a report
+# make demo     90 s on two cores: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
 # make gpu      on a machine with CUDA: its tests, then ten minutes of measurements into gpu.json and a table (docs/gpu.md)
 # make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md

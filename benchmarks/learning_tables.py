@@ -160,14 +160,17 @@ def notes_of(suite: Suite, groups: dict[str, list[Result]], left_out: Container[
     """What a reader must know about the figures: what is not there yet, and what does not compare."""
     notes = []
     done = {(run["label"], run["seed"]) for runs in groups.values() for run in runs}
-    missing: dict[str, list[str]] = {}
     borrowed = [(label, seed) for label, (_, _, seed) in suite.borrowed.items()]
-    for label, seed in [*((run.label, run.seed) for run in suite.runs), *borrowed]:
+    wanted = [*((run.label, run.seed) for run in suite.runs), *borrowed]
+    missing: dict[str, list[str]] = {}
+    for label, seed in wanted:
         if (label, seed) not in done and label not in left_out:
             missing.setdefault(label, []).append(f"{seed}")
     if missing:
-        parts = [f"{label} (seed {', '.join(seeds)})" for label, seeds in missing.items()]
-        notes.append(f"Not measured yet: {', '.join(parts)}.")
+        count = sum(map(len, missing.values()))
+        # the seeds of a label only where it has some already
+        parts = [f"{label} (seed {', '.join(seeds)})" if label in groups else label for label, seeds in missing.items()]
+        notes.append(f"Not measured yet, {count} of {len(wanted)} runs: {'; '.join(parts)}.")
     if suite.equal_time and len(groups) > 1 and equal_seconds(groups) is None:
         notes.append("Not compared at equal time: the runs had different machines or numbers of threads.")
     for label, runs in groups.items():

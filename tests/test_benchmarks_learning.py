@@ -144,7 +144,7 @@ def test_seeds_are_told_as_the_median_with_least_and_most_and_compared_seed_by_s
     assert (other["seeds"], other["k-NN, %"]) == ("3", "74.0 (71.0 to 82.0)")
     assert other["k-NN against as shipped, same seed"] == "+1.0 (-1.0 to +2.0)"
     assert (cells_of(table, "untrained student")["seeds"], cells_of(table, "teacher")["k-NN, %"]) == ("3", "90.0")
-    assert "fourth: left out: ImportError" in table and "Not measured yet: third (seed 0)." in table
+    assert "fourth: left out: ImportError" in table and "Not measured yet, 1 of 7 runs: third." in table
 
 
 def test_a_table_says_where_runs_of_one_label_have_different_recipes():
@@ -159,7 +159,7 @@ def test_the_data_suite_has_a_row_and_a_point_for_each_run(tmp_path):
     suite = SUITES["data"]
     runs = [finished(run, [0.3, 0.7], [0.0, 9.0]) for run in suite.runs]
     table = table_of(suite, runs, {})
-    assert "Not measured yet: ours-cached-2 50000 x 4 (seed 0), ours-cached-2 50000 x 20 (seed 0)." in table
+    assert "Not measured yet, 2 of 12 runs: ours-cached-2 50000 x 4; ours-cached-2 50000 x 20." in table
     row = cells_of(table, "ours-cached-2 12500 x 20")
     assert [row[key] for key in ("images", "passes", "images seen")] == ["12,500", "20", "250,000"]
     assert draw(suite, runs, tmp_path / "a.png") is not None

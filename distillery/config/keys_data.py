@@ -131,13 +131,13 @@ class DataConfig(StrictModel):
     )
     cache_shard_size: PositiveInt = Field(2048, description="images per shard")
     max_samples: PositiveInt | None = Field(
-        None, description="only the first so many images; null: all. A larger number extends the cache"
+        None, description="number of images, the first ones; null: all. A larger number extends the cache"
     )
-    max_shards: PositiveInt | None = Field(None, description="only the first so many shards; null: all")
+    max_shards: PositiveInt | None = Field(None, description="number of shards, the first ones; null: all")
     max_failed_fraction: Share = Field(0.01, description="share 0..1; more undecodable images: exit status 3")
 
     shards_per_epoch: PositiveInt | None = Field(
-        None, description="so many random shards each epoch; null: all of them"
+        None, description="number of random shards in an epoch; null: all of them"
     )
     shard_subset_mode: Literal["cycle", "independent", "fixed"] = Field(
         "cycle",

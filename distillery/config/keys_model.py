@@ -44,7 +44,7 @@ class ModelConfig(StrictModel):
     )
     teacher_mirror: bool = Field(
         False,
-        description="true: its mean over image and mirror image. Better targets for twice its time; "
+        description="true: mean of the teacher over image and mirror image. Better targets for twice its time; "
         "stored outputs of views that differ by the mirror alone take no longer than without",
     )
     teacher_freeze: bool = Field(True, description="always true: the teacher never learns")

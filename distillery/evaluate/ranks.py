@@ -1,4 +1,4 @@
-"""Work of rank 0 alone that a request to stop on any rank still ends on all of them."""
+"""Run work on rank 0 alone; a request to stop on any rank ends it on all ranks."""
 
 from collections.abc import Callable
 from typing import Any

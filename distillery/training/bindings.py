@@ -1,4 +1,4 @@
-"""What a run must keep from its first start: the shards, the teacher and the data."""
+"""Check that a run that goes on has the shards, the teacher and the data of its first start."""
 
 from collections.abc import Iterator
 from pathlib import Path

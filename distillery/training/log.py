@@ -1,8 +1,8 @@
 """The log of a run: rows of metrics.jsonl, and the same values in TensorBoard and Weights & Biases.
 
 metrics.jsonl is the record; the other two show the same rows. A row is one JSON object with its kind: "train" and
-"eval" from the trainer, "epoch" for the shards of an epoch, "resume" for every start from a checkpoint, "end" for the
-way a process ended, if it had time to write one.
+"eval" from the trainer, "epoch" for the shards of an epoch, "start" for a new run, "resume" for every start from a
+checkpoint, "end" for the way a process ended, if it had time to write one.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Compute what of a run a GPU holds, and the largest batch that fits, from the sizes of its tensors."""
+"""Compute the GPU memory that a run takes, and the largest batch that fits, from the sizes of its tensors."""
 
 from collections.abc import Iterable
 
