@@ -41,8 +41,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RECIPE_KEYS = {
     "data": ("resize_mode", "interpolation", "mean", "std", "cache_dtype"),
     "train": (
-        "optimizer", "learning_rate", "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm", "ema_decay",
-        "precision", "distill_loss_weights", "loss_options", "standardise_targets", "augment", "teacher_cache",
+        "batch_size", "optimizer", "learning_rate", "min_lr", "warmup_epochs", "weight_decay", "max_grad_norm",
+        "ema_decay", "precision", "distill_loss_weights", "loss_options", "standardise_targets", "augment",
+        "teacher_cache",
     ),
     "model": ("projector", "drop_path_rate", "use_cls_token", "teacher_mirror"),
 }  # fmt: skip

@@ -327,11 +327,20 @@ def test_raw_images_train_as_those_of_the_cache_do(cached, tmp_path):
     assert losses["false"] == pytest.approx(losses["true"], rel=1e-4)
 
 
-def test_random_shards_per_epoch_train(cached, tmp_path):
-    done = cached.distill("--set", "shards_per_epoch=2", "--set", "num_epochs=2", "--set", "eval_every_epochs=0",
+def test_random_shards_per_epoch_train_and_a_run_without_labelled_images_says_what_it_learns(cached, tmp_path):
+    done = cached.distill("--set", "shards_per_epoch=2", "--set", "num_epochs=2", "--set", "eval_datasets={}",
                           "--set", f"checkpoint_dir={tmp_path / 'subset'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 epochs x 6 steps = 12 steps" in done.stdout
+    lines = learning_lines(done.stderr)
+    assert [line.split(": ")[1] for line in lines if "explained: cls " in line] == ["epoch 1", "epoch 2"]
+
+
+def test_a_batch_of_one_image_that_batch_norm_cannot_take_is_an_error_with_the_key(cached, tmp_path):
+    done = cached.distill("--set", "batch_size=1", "--set", "student_name=test_resnet", "--set", "student_kwargs={}",
+                          "--set", "eval_datasets={}", "--set", f"checkpoint_dir={tmp_path / 'one'}")  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "batch_size 1: the student's batch norm needs two images or more. Raise batch_size" in done.stderr
 
 
 def test_an_evaluation_cache_larger_than_asked_for_is_said(cached, tmp_path):

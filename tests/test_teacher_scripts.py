@@ -143,6 +143,16 @@ def test_a_mirrored_teacher_is_advised_where_it_costs_nothing(run_teacher, tmp_p
     assert ("advice: teacher_mirror: true" in output) is is_advised
 
 
+def test_no_other_teacher_is_advised_once_outputs_are_there(run_teacher, tmp_path):
+    advised = []
+    for _ in range(2):
+        status, output, errors = run_teacher("--set", "augment.hflip=true", "--set", "max_samples=24",
+                                             "--set", "max_shards=1", cache=tmp_path / "cache")  # fmt: skip
+        assert status == 0, errors
+        advised.append("advice: teacher_mirror: true" in output)
+    assert advised == [True, False]
+
+
 def test_array_jobs_together_make_the_same_folder_whatever_the_batch_size(place, run_teacher, tmp_path):
     for job in ("1", "0"):
         status, _, errors = run_teacher(

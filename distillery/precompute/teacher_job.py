@@ -112,7 +112,8 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
         f"  mode: cached then saves {rows} of them in every epoch over all images, {_format_flops(rows * job.flops)}: "
         f"the pass costs as much as {epochs} epoch{'s' * (epochs > 1)} with the live teacher",
     ]
-    if job.teacher.views_only_mirror and not job.teacher.backbone.mirror and views % 2 == 0:
+    is_free = job.teacher.views_only_mirror and views % 2 == 0
+    if is_free and not survey.done and not job.teacher.backbone.mirror:
         lines.append("advice: teacher_mirror: true gives better targets for as much arithmetic (docs/recipe.md).")
     if num_bytes > free:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")

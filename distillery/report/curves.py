@@ -42,7 +42,7 @@ TIME_SHARES = (
 TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 # the first steps may explain less than nothing: an axis down to there would show little of the rest
 LEAST_SHOWN = -0.5
-TERM_COLOURS = (COLOUR.third, COLOUR.fourth, COLOUR.fifth, COLOUR.teacher)
+TERM_COLOURS = (COLOUR.third, COLOUR.fourth, COLOUR.fifth, COLOUR.teacher, COLOUR.untrained)
 MODEL_COLOURS = {
     "student": COLOUR.student,
     "student_ema": COLOUR.third,

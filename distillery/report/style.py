@@ -152,11 +152,22 @@ def use_log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.tick_params(axis="y", which="minor", length=0)
 
 
+# characters that fit side by side above a picture, and those that a curve's sign and the space after it take
+_LEGEND_LENGTH, _SIGN_LENGTH = 44, 6
+
+
 def add_legend(axes: Axes, handlelength: float = 1.9, columnspacing: float = 1.6) -> None:
-    """Names of the curves in one line between the title and the picture."""
-    axes.set_title(axes.get_title(loc="left"), loc="left", pad=24)
+    """Names of the curves between the title and the picture, in as few lines as fit."""
+    lengths = [len(label) + _SIGN_LENGTH for label in axes.get_legend_handles_labels()[1]]
+
+    def is_fitting(columns: int) -> bool:
+        parts = np.array_split(lengths, columns)  # as matplotlib does
+        return sum(max(part, default=0) for part in parts) <= _LEGEND_LENGTH
+
+    columns = next((columns for columns in (5, 4, 3, 2) if is_fitting(columns)), 1)
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=10 + 14 * -(-len(lengths) // columns))
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, handlelength=handlelength,
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=handlelength,
         columnspacing=columnspacing, borderaxespad=0.4, borderpad=0.0,
     )  # fmt: skip
 

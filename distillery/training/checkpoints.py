@@ -371,9 +371,14 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     task.student.student.model.load_state_dict(state["student"])
     task.student.heads.load_state_dict(state["heads"])
     # how a step is computed is not part of a run: a saved choice would outlive a move from CPU to CUDA
-    own = task.optimizer.state_dict()["param_groups"]
-    for saved, present in zip(state["optimizer"]["param_groups"], own, strict=True):
-        saved.update({key: present[key] for key in ("fused", "foreach", "capturable")})
+    own, saved = task.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+    if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
+        raise UserError(
+            "the checkpoint is of an earlier version, whose optimiser grouped the weights in another way. Finish the "
+            "run with that version, or start afresh: --no_resume"
+        )
+    for group, present in zip(saved, own, strict=True):
+        group.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
     # fp16 alone has a scale; checkpoints of other precisions have none, or (of earlier versions) one that never grows
     if task.scaler.is_enabled() and state["scaler"].get("growth_interval", _NEVER) != _NEVER:

@@ -91,6 +91,11 @@ def advice_on_errors(
             raise
         raise RunError(str(error)) from error
     except Exception as error:
+        if "Expected more than 1 value per channel" in str(error):
+            batch = configs.train.batch_size
+            raise RunError(
+                f"batch_size {batch}: the student's batch norm needs two images or more. Raise batch_size"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise RunError(memory_advice(configs.train, configs.data.image_size, device, position.step)) from error

@@ -101,7 +101,7 @@ def training_lines(
 def coverage_advice(configs: Configs, valid_rows: Sequence[int], steps_in_epoch: int, total_steps: int) -> list[str]:
     """What to change where epoch or run see too few of the images; valid_rows: images in each shard."""
     data, train, batch, num_images = configs.data, configs.train, global_batch_size(configs.train), sum(valid_rows)
-    seen, times = steps_in_epoch * batch, total_steps * batch / num_images
+    seen, times, looks = steps_in_epoch * batch, total_steps * batch / num_images, train.augment
     lines = []
     if seen < _SMALL_EPOCH * num_images:
         is_capped = rows_of_draw(valid_rows, data.shards_per_epoch) // batch > steps_in_epoch
@@ -120,10 +120,11 @@ def coverage_advice(configs: Configs, valid_rows: Sequence[int], steps_in_epoch:
         lines.append(
             f"the run ends when it has seen {times:.0%} of the images: num_epochs: {enough} is the first that sees all"
         )
-    elif times > _MANY_VIEWS and train.augment.random_resized_crop is None:
+    elif times > _MANY_VIEWS and not (looks.random_resized_crop or looks.color_jitter or looks.grayscale or looks.blur):
+        change = "with no other change than a mirror image" if looks.hflip else "without a change"
         lines.append(
-            f"every image comes {times:,.0f} times with no other change than a mirror image: set "
-            "augment.random_resized_crop, e.g. [0.3, 1.0], or fewer epochs"
+            f"every image comes {times:,.0f} times {change}: set augment.random_resized_crop, e.g. [0.3, 1.0], or "
+            "fewer epochs"
         )
     return lines
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from distillery.config.load import Configs, dump_configs
+from distillery.config.sections import MODELS, SUB_MODELS
 from distillery.config.yaml_text import as_yaml
 from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import expand_path, make_directory, sha256_of, write_atomic
@@ -77,8 +78,8 @@ def identity_of(config: dict[str, dict]) -> str:
 def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """The harmless differences between a run's configuration and the present one, a line each.
 
-    A key that the run does not know came with a later version; its default leaves things as they were, or VALUES_BEFORE
-    has the value that does.
+    A key that the run does not know came with a later version: the run did what the key's default does, or the value in
+    VALUES_BEFORE.
 
     Args:
         where: run folder or checkpoint, for the message.
@@ -90,7 +91,7 @@ def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) 
     """
     harmless, refused, values = [], [], []
     for section, free in FREE_KEYS.items():
-        old, new = VALUES_BEFORE.get(section, {}) | before.get(section, {}), now.get(section, {})
+        old, new = values_of_run(section, before.get(section, {})), now.get(section, {})
         for key in sorted(old.keys() & new.keys()):
             lines = _differences(key, old[key], new[key])
             if key in free or key in BATCH_KEYS:
@@ -105,6 +106,13 @@ def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) 
             "checkpoint_dir for a new run, or --no_resume to start afresh in this one."
         )
     return harmless
+
+
+def values_of_run(section: str, known: dict[str, Any]) -> dict[str, Any]:
+    """What a run did by the keys of a section: those that it knew, and what later ones stand for."""
+    defaults = MODELS[section].model_construct().model_dump(mode="json") | VALUES_BEFORE.get(section, {})
+    nested = {key: defaults[key] | known[key] for key in SUB_MODELS if key in defaults and key in known}
+    return defaults | known | nested
 
 
 def check_same_models(where: Path, before: dict[str, dict], now: dict[str, dict]) -> None:

@@ -47,7 +47,8 @@ def explained_until(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, f
     """Loss name -> the share of its targets' variance that the student explains: the median over the last 100 steps.
 
     rows: of metrics.jsonl, of any kind; those after `step` do not count. Of fewer than 200 steps the first half does
-    not count either: a run may begin far below 0. Where no row is left, the last one says it.
+    not count either: a run may begin far below 0. Where no row is left, the last one says it. A loss whose targets do
+    not vary, which is exactly 0 in all rows, has none.
     """
     train = [row for row in rows if row.get("kind") == "train" and row["step"] <= step]
     train = [row for row in train if row["step"] > step - min(WINDOW, step // 2)] or train[-1:]
@@ -56,7 +57,7 @@ def explained_until(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, f
         for name, value in row.items():
             if name.startswith(EXPLAINED) and value is not None:
                 found.setdefault(name.removeprefix(EXPLAINED), []).append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in found.items() if any(values)}
 
 
 def is_first_look(step: int, log_every: int) -> bool:
@@ -87,8 +88,7 @@ def term_advice(rows: Sequence[Mapping[str, Any]], course: Course, step: int) ->
     then = explained_until(rows, before) if is_late else {}
     lines = []
     for name, value in explained_until(rows, step).items():
-        # exactly 0 in all rows: targets that do not vary
-        if value < NEAR_ZERO and value != 0:
+        if value < NEAR_ZERO:
             lines.append(
                 f"learning: the student still explains {percent(value)} of {name} after {step:,} steps, warm-up "
                 f"included. Look at the teacher's weights, teacher_mean and teacher_std, at the images and at "

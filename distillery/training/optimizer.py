@@ -5,6 +5,7 @@ else in a step.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ NEWTON_SCHULZ = [
     (2.8366, -3.0525, 1.2012),
 ]
 MOMENTUM = 0.95
+# what timm's and torchvision's models call their tokens and position embeddings
+TOKENS = re.compile(r"(cls|class|reg|register|dist|mask)_tokens?_?\d*|pos_embed(ding)?_?\d*")
 # peak learning rates at 64 images a step, of students with batch norm
 RATES = {"muon": 8e-3, "adamw": 2e-3}
 
@@ -40,7 +43,7 @@ def build_optimizer(student: StudentWithHeads, train: TrainConfig, device: torch
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "decayed": [], "plain": []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            is_plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed", "reg_token"))
+            is_plain = parameter.ndim < 2 or TOKENS.fullmatch(name.rpartition(".")[2]) is not None
             groups["matrices" if parameter in matrices else "plain" if is_plain else "decayed"].append(parameter)
     decays = {"weight_decay": train.weight_decay}
     options = {"lr": 0.0, "betas": (0.9, 0.999), "fused": train.use_fused_adamw and device.type == "cuda"}

@@ -48,6 +48,19 @@ def test_every_term_of_the_loss_is_named():
     assert {"Loss", "cls", "patch", "weighted sum"} <= set(texts_of(draw_loss(rows)))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "names", [("cls", "patch"), ("barlow", "cls", "layers", "patch", "similarity_queue"),
+              ("patch_cosine", "patch_mse", "patch_smooth_l1", "smooth_l1")],
+)  # fmt: skip
+def test_the_names_of_many_losses_leave_the_curves_their_width(names):
+    terms = {f"{kind}/{name}": 0.5 for name in names for kind in ("loss", "explained")}
+    rows = [row | terms for row in train_rows(5)]
+    for figure in (draw_loss(rows), draw_explained(rows)):
+        to_png(figure)
+        assert figure.axes[0].get_position().width > 0.8
+
+
 def test_what_the_student_explains_of_each_term_has_the_colour_of_its_loss():
     rows = [row | {"loss/barlow": 1.0, "loss/cls": 0.5, "loss/patch": 0.2} for row in train_rows(5)]
     assert draw_explained(rows) is None  # as of a run of an earlier version

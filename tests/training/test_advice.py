@@ -85,7 +85,12 @@ def test_a_run_that_ends_before_it_has_seen_everything_is_told_how_many_epochs_w
         ({"eval_every_epochs": 0}, {}, "eval_every_epochs is 0: nothing but the loss"),
         ({"eval_datasets": {}}, {}, "eval_datasets is empty: nothing but the loss"),
         ({}, {"warmup_steps": 40_000}, "the warm-up takes 40,000 of 78,120 steps"),
-        ({"augment": {}}, {"num_images": 64_000}, "every image comes 78 times"),
+        (
+            {"augment": {}},
+            {"num_images": 64_000},
+            "78 times with no other change than a mirror image: set augment.r",
+        ),
+        ({"augment": {"hflip": False}}, {"num_images": 64_000}, "every image comes 78 times without a change: set"),
         ({}, {"total_steps": 900}, "900 steps are few"),
         ({}, {"speed": dataclasses.replace(SPEED, precision="fp32")}, "precision: fp32 leaves the tensor cores idle"),
         ({}, {"save_every": 30_000}, "save_every: 30000 steps are 50 minutes"),
@@ -93,6 +98,10 @@ def test_a_run_that_ends_before_it_has_seen_everything_is_told_how_many_epochs_w
 )
 def test_what_a_careful_colleague_would_say(keys, changes, expected):
     assert expected in advice(WHOLE | keys, **changes)
+
+
+def test_images_that_come_often_in_other_colours_are_changed_enough():
+    assert "every image comes" not in advice(WHOLE | {"augment": {"color_jitter": 0.5}}, num_images=64_000)
 
 
 def test_checkpoints_by_the_clock_count_as_well():

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from distillery.config.keys_train import AugmentConfig
 from distillery.system.errors import MissingFileError, UserError
 from distillery.training import folder
 from distillery.training.checkpoints import checkpoint_dir, save_checkpoint
@@ -20,9 +21,10 @@ from distillery.training.folder import (
 )
 from tests.training.test_checkpoints import state_at
 
+AUGMENT = AugmentConfig().model_dump(mode="json")
 CONFIG = {
     "data": {"num_workers": 1, "image_size": 32},
-    "train": {"num_epochs": 2, "weight_decay": 0.1, "augment": {"hflip": True, "blur": 0.0}},
+    "train": {"num_epochs": 2, "weight_decay": 0.1, "augment": AUGMENT},
     "model": {"student_name": "a"},
 }
 
@@ -38,13 +40,18 @@ def test_equal_configurations_have_no_differences():
 def test_harmless_changes_are_listed_and_others_refused_down_to_the_key_that_differs(tmp_path):
     now = changed("data", num_workers=4) | {"train": changed("train", num_epochs=3)["train"]}
     assert compare_configs(tmp_path, CONFIG, now) == ["num_workers: 1 -> 4", "num_epochs: 2 -> 3"]
-    now["train"]["augment"] = {"hflip": False, "blur": 0.0}
+    now["train"]["augment"] = AUGMENT | {"hflip": False}
     with pytest.raises(UserError, match=r"another configuration:\n  augment.hflip: True -> False\nNothing was written"):
         compare_configs(tmp_path, CONFIG, now)
 
 
-def test_a_key_of_a_later_version_binds_no_older_run(tmp_path):
-    assert compare_configs(tmp_path, CONFIG, changed("train", new_key=1)) == []
+def test_a_run_goes_on_with_the_defaults_of_keys_that_it_did_not_know(tmp_path):
+    before = changed("train", augment={"hflip": True})
+    assert compare_configs(tmp_path, before, changed("model", teacher_mirror=False)) == []
+    with pytest.raises(UserError, match=r"teacher_mirror: False -> True\nNothing was written"):
+        compare_configs(tmp_path, before, changed("model", teacher_mirror=True))
+    with pytest.raises(UserError, match=r"augment.blur: 0.0 -> 0.5\nNothing was written"):
+        compare_configs(tmp_path, before, changed("train", augment=AUGMENT | {"blur": 0.5}))
 
 
 def test_a_run_of_before_there_was_a_choice_of_optimizer_goes_on_with_adamw_alone(tmp_path):

@@ -55,6 +55,12 @@ def test_the_first_look_is_at_the_first_row_after_a_hundred_steps_and_once(log_e
     assert [number for number in rows if is_first_look(number, log_every)] == [step]
 
 
+def test_a_term_whose_targets_do_not_vary_has_no_share():
+    rows = train_rows(200, cls=lambda _: 0.0, patch=lambda _: 0.14)
+    assert explained_until(rows, 200) == {"patch": 0.14}
+    assert term_advice(rows, course(), 200) == []
+
+
 def test_the_first_line_names_the_share_of_each_term():
     rows = train_rows(100, cls=lambda _: 0.312, patch=lambda _: 0.22)
     assert first_lines(rows, course(), 100) == [

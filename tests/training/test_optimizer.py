@@ -1,7 +1,9 @@
 import math
 
 import pytest
+import timm
 import torch
+import torchvision
 from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
@@ -44,6 +46,20 @@ def test_matrices_of_the_backbone_go_to_muon_and_heads_norms_tables_and_grouped_
     ]
     decayed, undecayed = build_optimizer(model, TrainConfig(optimizer="adamw"), CPU).param_groups
     assert len(decayed["params"]) == 7 and {names[value] for value in undecayed["params"]} == plain
+
+
+@pytest.mark.parametrize(
+    "create", [lambda: torchvision.models.VisionTransformer(32, 8, 1, 1, 8, 8),
+               lambda: timm.create_model("deit_tiny_distilled_patch16_224", embed_dim=12, depth=1),
+               lambda: timm.create_model("crossvit_tiny_240", depth=[[1, 1, 0]] * 3)],
+    ids=["torchvision", "deit", "crossvit"],
+)  # fmt: skip
+def test_tokens_and_position_embeddings_are_not_decayed_whatever_a_model_calls_them(create):
+    model = nn.Module()
+    model.student, model.heads = create(), nn.ModuleDict()
+    names = {value: name for name, value in model.named_parameters()}
+    _, decayed, _ = build_optimizer(model, TrainConfig(), CPU).param_groups
+    assert [names[value] for value in decayed["params"] if value.ndim != 4] == []
 
 
 def test_a_step_is_that_of_timms_muon_and_of_torchs_adamw():

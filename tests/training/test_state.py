@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distillery.system.errors import UserError
 from distillery.training.checkpoints import read_numbers, restore, state_of, state_on_device
 from distillery.training.engine import train_step
 from distillery.training.task import Position
@@ -13,6 +14,14 @@ from distillery.training.watch import finite_weights
 from tests.training.test_engine import batches, build_task
 
 NEVER = 2**31 - 1
+
+
+def test_a_checkpoint_whose_optimiser_grouped_the_weights_otherwise_is_refused():
+    state = state_of(trained("fp32"), Position())
+    first, *rest = state["optimizer"]["param_groups"]
+    state["optimizer"]["param_groups"] = [first | {"params": first["params"][1:]}, *rest]
+    with pytest.raises(UserError, match="of an earlier version, whose optimiser grouped the weights in another way"):
+        resumed(state, "fp32")
 
 
 def trained(precision: str):
