@@ -68,8 +68,11 @@ def draw_data(figure: Any, groups: dict[str, list[Result]]) -> Any:
 
 
 def draw_references(axes: Any, groups: dict[str, list[Result]]) -> None:
-    """The untrained student and the teacher as lines."""
-    untrained, teachers = untrained_and_teachers(run for runs in groups.values() for run in runs)
+    """The teacher as a line. The axis begins at the lowest trained student, so the untrained one is named alone."""
+    runs = [run for group in groups.values() for run in group]
+    untrained, teachers = untrained_and_teachers(runs)
+    lowest = min([knn_of(run) for run in runs] + [point["knn"] for run in runs for point in run["curve"][1:]])
+    axes.set_ylim(bottom=100 * lowest - 2)
     measured = [("untrained student", untrained, "grey"), *((name, [row], "black") for name, row in teachers.items())]
     for name, rows, color in measured:
         if rows:
