@@ -322,7 +322,7 @@ def is_made_of(directory: Path, source_identity: dict) -> bool:
 
 
 # what an identity means that does not name a key
-_UNNAMED = {"jpeg_decode": "exact"}
+_UNNAMED = {"jpeg_decode": "exact", "projection": False, "mirror": False}
 
 
 def differences(a: object, b: object, prefix: str = "") -> Iterator[tuple[str, object, object]]:

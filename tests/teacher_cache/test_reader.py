@@ -10,6 +10,7 @@ from caches import MEAN, STD
 from stage1 import folder_bytes
 from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
 
+from distillery.cache.plan import differences
 from distillery.cache.store import record_path
 from distillery.models.pair import resample_tokens
 from distillery.models.views import Augmentation
@@ -254,7 +255,9 @@ def test_the_projection_is_part_of_the_identity_and_without_it_nothing_of_it_is_
     projected = wanted(plan, {"teacher_projection": True})
     assert projected["teacher"] == wanted(plan)["teacher"] | {"projection": True}
     assert wanted(plan, {"teacher_mirror": False}) == wanted(plan)
-    assert wanted(plan, {"teacher_mirror": True})["teacher"] == wanted(plan)["teacher"] | {"mirror": True}
+    mirrored = wanted(plan, {"teacher_mirror": True})
+    assert mirrored["teacher"] == wanted(plan)["teacher"] | {"mirror": True}
+    assert list(differences(mirrored, wanted(plan))) == [("teacher.mirror", True, False)]
 
 
 def test_every_part_of_the_identity_changes_the_fingerprint(plans):
