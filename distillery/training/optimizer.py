@@ -29,7 +29,7 @@ NEWTON_SCHULZ = [
 ]
 MOMENTUM = 0.95
 # what timm's and torchvision's models call their tokens and position embeddings
-TOKENS = re.compile(r"(cls|class|reg|register|dist|mask)_tokens?_?\d*|pos_embed(ding)?_?\d*")
+TOKENS = re.compile(r"(.*_)?((cls|class|reg|register|dist)_tokens?|pos_embed(ding)?)(_?\d+|_win(dow)?)?")
 # peak learning rates at 64 images a step, of students with batch norm
 RATES = {"muon": 8e-3, "adamw": 2e-3}
 
