@@ -16,7 +16,7 @@ from distillery.cache.archive import row_bytes_of
 from distillery.cache.encoded import RowEncoding, is_encoded
 from distillery.cache.images import shard_name
 from distillery.config.keys_data import DataConfig
-from distillery.config.keys_train import TrainConfig
+from distillery.config.keys_train import AugmentConfig, TrainConfig
 from distillery.config.load import Configs
 from distillery.reading.loader import DevicePrefetcher
 from distillery.reading.shard_draws import rows_of_draw
@@ -101,7 +101,7 @@ def training_lines(
 def coverage_advice(configs: Configs, valid_rows: Sequence[int], steps_in_epoch: int, total_steps: int) -> list[str]:
     """What to change where epoch or run see too few of the images; valid_rows: images in each shard."""
     data, train, batch, num_images = configs.data, configs.train, global_batch_size(configs.train), sum(valid_rows)
-    seen, times, looks = steps_in_epoch * batch, total_steps * batch / num_images, train.augment
+    seen, times, augment = steps_in_epoch * batch, total_steps * batch / num_images, train.augment
     lines = []
     if seen < _SMALL_EPOCH * num_images:
         is_capped = rows_of_draw(valid_rows, data.shards_per_epoch) // batch > steps_in_epoch
@@ -120,8 +120,8 @@ def coverage_advice(configs: Configs, valid_rows: Sequence[int], steps_in_epoch:
         lines.append(
             f"the run ends when it has seen {times:.0%} of the images: num_epochs: {enough} is the first that sees all"
         )
-    elif times > _MANY_VIEWS and not (looks.random_resized_crop or looks.color_jitter or looks.grayscale or looks.blur):
-        change = "with no other change than a mirror image" if looks.hflip else "without a change"
+    elif times > _MANY_VIEWS and augment.model_copy(update={"hflip": True}) == AugmentConfig():
+        change = "with no other change than a mirror image" if augment.hflip else "without a change"
         lines.append(
             f"every image comes {times:,.0f} times {change}: set augment.random_resized_crop, e.g. [0.3, 1.0], or "
             "fewer epochs"
