@@ -163,7 +163,7 @@ def test_a_model_config_gives_either_of_its_models_without_a_run(place, tmp_path
     np.testing.assert_allclose(embedded(tmp_path / "teacher")[0], pooled(teacher, place), atol=1e-6)
     mirrored = [*place.flags("model"), "--role", "teacher", "--set", "teacher_mirror=true"]
     assert run_embed(place, tmp_path / "teacher", *mirrored) == EXIT_USAGE
-    assert "model.mirror is None there, True now" in capsys.readouterr().err
+    assert "model.mirror is False there, True now" in capsys.readouterr().err
 
 
 def test_images_normalised_otherwise_give_the_same_embeddings(place, made, tmp_path):
