@@ -270,8 +270,8 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     if every:
         with run.console.paused():
             is_whole = evaluation.record(run.log, run.console, rows, step=step, epoch=epoch, linear=is_linear)
-    # a run that starts again at this point has printed the lines of these rows already
-    if is_whole and step > 0 and (not evaluation.sets or len(rows) < len(evaluation.sets)):
+    # a run that starts again at this point prints them again: the new job's log begins with where the run stands
+    if is_whole and step > 0:
         say_learning(run, progress_lines, epoch=epoch)
     if every and is_whole and not rows and step > 0 and train.tensorboard:
         on_main(lambda: show_models(run, first_images(run.loader, run.task, epoch)))

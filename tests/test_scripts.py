@@ -248,6 +248,8 @@ def test_a_finished_run_run_again_does_nothing(trained):
     done = trained.distill()
     assert done.returncode == 0, done.stderr
     assert (trained.folder / "run" / "metrics.jsonl").read_bytes() == before
+    # a kill between an evaluation and its line does not lose the line
+    assert learning_lines(done.stderr) == learning_lines(trained.straight_log)[-1:] != []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
