@@ -21,7 +21,7 @@ from distillery.report.pictures import draw_run
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PCA_ROWS = 3
-PAGE_PX = "980,740"  # width, height
+PAGE_PX = "1040,860"  # width, height
 
 
 def main() -> int:

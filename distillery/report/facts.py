@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from distillery.config.load import dataset_label
-from distillery.evaluate.columns import MODELS, headline
+from distillery.evaluate.columns import MODELS, TEACHER, headline
 from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
 from distillery.training.learning import explained_until, in_words
@@ -101,9 +101,14 @@ class RunRecord:
         return self.config.get(section, {}).get(key)
 
     def evaluation(self, dataset: str) -> dict[str, dict[str, Any]]:
-        """model -> its last row on a data set, in the order of MODELS."""
+        """model -> its last row on a data set, in the order of MODELS, with its k-NN as a share of the teacher's."""
         rows = [row for row in of_kind(self.rows, "eval") if row.get("dataset") == dataset]
-        return {model: found[-1] for model in MODELS if (found := [r for r in rows if r.get("model") == model])}
+        last = {model: found[-1] for model in MODELS if (found := [r for r in rows if r.get("model") == model])}
+        whole = last.get(TEACHER, {}).get("knn_top1")
+        if not is_number(whole) or not whole:
+            return last
+        shares = {model: row["knn_top1"] / whole for model, row in last.items() if is_number(row.get("knn_top1"))}
+        return {model: row | {"knn_share": shares.get(model)} for model, row in last.items()}
 
 
 def load_run(run_dir: Path) -> RunRecord:

@@ -215,6 +215,7 @@ def test_the_table_for_the_console_has_a_line_per_model(tmp_path):
     lines = summary_table(tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == ["digits", "untrained", "student", "teacher"]
     assert "25.0%" in lines[1] and "70.0%" in lines[2] and "80.0%" in lines[3]
+    assert " 31%" in lines[1] and " 87%" in lines[2] and " 100%" in lines[3] and "of teacher" in lines[0]
     assert "linear" not in lines[0]  # nowhere measured: no column
 
 
