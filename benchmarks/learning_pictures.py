@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.learning_suites import Suite
 from benchmarks.learning_tables import Result, by_label, comparable_curves, knn_of, untrained_and_teachers
+from distillery.report.style import short_count
 
 
 def draw(suite: Suite, runs: Sequence[Result], path: Path) -> Path | None:
@@ -42,6 +43,8 @@ def draw_curves(figure: Any, suite: Suite, groups: dict[str, list[Result]]) -> A
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.2, color=line.get_color())
         draw_references(axes, groups)
         axes.set_xlabel(label)
+        if key == "images":
+            axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     return panels[0]
 
 
