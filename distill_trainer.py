@@ -146,6 +146,7 @@ def distill(
             raise
         notes.append(str(error))
     teacher, student = build.build_models(configs, device, cache)
+    teacher_hash = bindings.teacher_hash(teacher, cache)
 
     # 4. The task, which is all that a step touches, and what measures the models.
     schedule = build.build_schedule(train, student, steps_in_epoch, *build.finished_epochs(state, train))
@@ -159,6 +160,7 @@ def distill(
         student,
         teacher,
         lambda: build.loaded_teacher(configs, teacher, cache, device),
+        teacher_hash=teacher_hash,
         ema=task.ema,
         k=train.knn_k,
         device=device,
@@ -170,7 +172,6 @@ def distill(
     checkpoints = CheckpointWriter(run_dir, start.checkpoint, in_background=device.type == "cuda")
     with describe.advice_on_errors(configs, device, position, first_step, checkpoints):
         # 5. Weights, optimiser and position of the checkpoint; a new run measures the teacher's features first.
-        teacher_hash = bindings.teacher_hash(teacher, cache)
         if state is not None:
             bindings.check_same_teacher(run_dir, state, teacher_hash, cache)
             restore(task, position, state, build.global_batch_size(train))
@@ -192,7 +193,7 @@ def distill(
                 print("\n".join(lines), flush=True)
             return EXIT_DONE
         on_main(lambda: folder.claim_folder(lock, configs, start, position.step, shards))
-        log = open_log(configs, task, position, sum(shards["rows"]))
+        log = open_log(configs, task, position, sum(shards["rows"]), evaluation.baselines)
         console = ProgressLine(schedule.total_steps, "steps", "training", initial=position.step, enabled=is_main())
         run = Run(
             configs=configs, loader=loader, task=task, position=position, steps_in_epoch=steps_in_epoch,
@@ -260,11 +261,11 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     from distillery.training.run import say_learning
 
     train, step, epoch = run.configs.train, run.position.step, run.position.epoch
-    every, is_last = train.eval_every_epochs, epoch == train.num_epochs
-    if run.position.samples or not (is_last or (every and epoch % every == 0)):
+    # num_epochs may have been lowered to less than the run has done
+    every, is_last = train.eval_every_epochs, epoch >= train.num_epochs
+    if not (is_last or (run.position.samples == 0 and every and epoch % every == 0)):
         return True
     rows = on_main(lambda: [row for row in read_rows(run.log.path) if row.get("kind") == "eval"])
-    rows = [row for row in rows if row.get("step") == step]
     # linear probes take seconds to minutes: for the baselines and the outcome
     is_linear, is_whole = step == 0 or is_last, True
     if every:
@@ -273,7 +274,8 @@ def evaluate_if_due(run: Any, evaluation: Any) -> bool:
     # a run that starts again at this point prints them again: the new job's log begins with where the run stands
     if is_whole and step > 0:
         say_learning(run, progress_lines, epoch=epoch)
-    if every and is_whole and not rows and step > 0 and train.tensorboard:
+    is_new = all(row.get("step") != step for row in rows)
+    if every and is_whole and is_new and step > 0 and train.tensorboard:
         on_main(lambda: show_models(run, first_images(run.loader, run.task, epoch)))
     return is_whole
 

@@ -30,9 +30,9 @@ def compare_by_class(of: EvalSet, student: Tensor, teacher: Tensor, labels: Tens
 
     Args:
         of: the set.
-        student: what its k-NN says of the test rows, int64 [M].
+        student: what its k-NN says of the test rows that have a label, int64 [L].
         teacher: likewise.
-        labels: int64 [M].
+        labels: of all test rows, int64 [M], negative where there is none.
         k: neighbours.
     Returns:
         `classes`, those of most loss first: class, name, images, student and teacher (accuracy in 0..1), difference
@@ -41,6 +41,8 @@ def compare_by_class(of: EvalSet, student: Tensor, teacher: Tensor, labels: Tens
         cache of the test split).
     """
     student, teacher, labels = (of_rows.numpy() for of_rows in (student, teacher, labels))
+    has_label = labels >= 0
+    labels = labels[has_label]
     classes = []
     for number in np.unique(labels).tolist():
         rows = labels == number
@@ -53,7 +55,7 @@ def compare_by_class(of: EvalSet, student: Tensor, teacher: Tensor, labels: Tens
     lost = np.flatnonzero((teacher == labels) & (student != labels))
     counts = Counter(zip(labels[lost].tolist(), student[lost].tolist(), strict=True))
     confusions = []
-    global_idx = global_indices(of.test)
+    global_idx = global_indices(of.test)[has_label]
     for (number, said), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]:
         rows = lost[(labels[lost] == number) & (student[lost] == said)]
         confusions.append({

@@ -66,21 +66,25 @@ def load_candidates(
     Raises:
         UserError: a student was trained towards a teacher of other weights.
     """
+    # all at once: a run that is going on may delete its older files while the first models are measured
+    states = {path: load_checkpoint(path) for path in checkpoints}
+    for state in states.values():
+        del state["optimizer"]  # twice the student's size
     teacher, student = build_models(configs, device)
-    check_teacher(teacher.backbone.model, checkpoints)
+    check_teacher(teacher.backbone, states)
 
     def load_statistics(state: dict[str, Any]) -> None:
         if state.get("target_statistics"):
             teacher.load_statistics(state["target_statistics"])
 
-    if space == "teacher" and checkpoints:  # the untrained student needs them too
-        load_statistics(load_checkpoint(checkpoints[0]))
+    if space == "teacher" and states:  # the untrained student needs them too
+        load_statistics(next(iter(states.values())))
 
     def candidates() -> Iterator[Candidate]:
         # an untrained head says nothing, unless it is what is asked for
         yield Candidate(Subject(UNTRAINED, student.student, student.heads if space == "teacher" else {}, space))
         for path in checkpoints:
-            state = load_checkpoint(path)
+            state = states[path]
             load_statistics(state)
             own = (STUDENT, "last", state["student"], state["heads"])
             # runs of earlier versions averaged the backbone alone

@@ -32,8 +32,8 @@ Labelled = tuple[Tensor, Tensor]  # features float32 [N, D] and labels int64 [N]
 class Measured:
     """What was found of a model's features of both splits.
 
-    predicted: int64 [M], what its k-NN says of the test rows; probe: fitted on all training rows, None where it was not
-    asked for; row: the fields of metrics.jsonl.
+    predicted: int64 [M], what its k-NN says of the test rows with a label; probe: fitted on all training rows that have
+    one, None where it was not asked for; row: the fields of metrics.jsonl.
     """
 
     predicted: Tensor
@@ -51,7 +51,14 @@ class TeacherFeatures:
 
     def with_probe(self, train_y: Tensor, device: torch.device | str) -> "TeacherFeatures":
         """The same with its probe, fitted where it is not there yet."""
-        return self if self.probe else replace(self, probe=fit_probe(self.train_x, train_y, device=device))
+        if self.probe:
+            return self
+        return replace(self, probe=fit_probe(*labelled(self.train_x, train_y), device=device))
+
+
+def labelled(x: Tensor, y: Tensor) -> Labelled:
+    """The rows of features [N, D] and labels [N] that have a label."""
+    return (x, y) if (y >= 0).all() else (x[y >= 0], y[y >= 0])
 
 
 class WithHead(nn.Module):
@@ -94,8 +101,9 @@ def evaluate_features(
     """What a row of metrics.jsonl says about one model's features on one data set.
 
     Args:
-        train: the bank of the k-NN and the probes' training rows, [N, D] and [N].
-        test: of the same model, [M, D] and [M].
+        train: the bank of the k-NN and the probes' training rows, [N, D] and [N]; rows without a label (negative) are
+            left out.
+        test: of the same model, [M, D] and [M]; likewise.
         k: neighbours.
         linear: fit linear probes too, on all training rows and on a few of each class (seconds to minutes).
         device: where the measures are computed.
@@ -104,13 +112,17 @@ def evaluate_features(
         linear_top1_1shot, linear_top1_1shot_std and so on; feature_std and effective_rank of the test rows; collapsed:
         what these two say. Accuracies are in 0..1.
     Raises:
-        UserError: a label is negative: a split without labels.
+        UserError: no row of a split has a label.
         FloatingPointError: a feature is not finite.
     """
     for part, (x, y) in (("train", train), ("test", test)):
-        if y.min() < 0:
-            raise UserError(f"evaluation: label {int(y.min())} in the {part} split; choose a split that has labels")
+        if not (y >= 0).any():
+            raise UserError(
+                f"evaluation: none of the {len(y):,} images of the {part} split has a label; choose a split that has "
+                "labels"
+            )
         check_finite(x, part)
+    train, test = labelled(*train), labelled(*test)
     on_device = test[0].to(device)
     std, rank = measures.feature_std(on_device), measures.effective_rank(on_device)
     predicted = measures.knn_predictions(*train, test[0], ks={*CALIBRATION_KS, k}, device=device)
@@ -215,9 +227,8 @@ def measure_in_teacher_space(
         knn_top1_in_teacher_bank and, where `linear`, linear_top1_on_teacher_probe, in 0..1.
     """
     check_finite(in_space, "test")
-    row = {
-        "knn_top1_in_teacher_bank": measures.knn_top1(teacher.train_x, train_y, in_space, test_y, k=k, device=device)
-    }
+    bank, queries = labelled(teacher.train_x, train_y), labelled(in_space, test_y)
+    row = {"knn_top1_in_teacher_bank": measures.knn_top1(*bank, *queries, k=k, device=device)}
     if linear:
-        row["linear_top1_on_teacher_probe"] = teacher.probe.top1(in_space, test_y, device)
+        row["linear_top1_on_teacher_probe"] = teacher.probe.top1(*queries, device)
     return row

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from distillery.evaluate.by_class import write_by_class
+from distillery.evaluate.by_class import identity_of, write_by_class
 from distillery.evaluate.columns import STUDENT, TEACHER, UNTRAINED, headline
 from distillery.evaluate.measuring import Measuring, Subject
 from distillery.evaluate.sets import EvalSet
@@ -15,9 +15,11 @@ from distillery.evaluate.teacher_features import TeacherStore
 from distillery.losses.targets import Targets
 from distillery.models.backbone import Backbone
 from distillery.models.pair import StudentWithHeads
+from distillery.models.weights import weights_hash
 from distillery.system.console import ProgressLine
 from distillery.system.distributed import copy_from_main, is_main
 from distillery.system.errors import Interrupted
+from distillery.system.files import sha256_of
 from distillery.training.log import RunLog
 from distillery.training.task import Ema
 
@@ -33,6 +35,7 @@ class RunEvaluation:
         student: the student with its heads.
         targets: standardises the teacher's features for the student.
         load_teacher: loads the teacher, for a run that trains without it.
+        teacher_hash: of its weights.
         ema: the run's averaged weights, which are measured where there are any; None: the student as it is.
         k: neighbours.
         device: where the models run.
@@ -48,6 +51,7 @@ class RunEvaluation:
         targets: Targets,
         load_teacher: Callable[[], Backbone],
         *,
+        teacher_hash: str,
         ema: Ema | None = None,
         k: int,
         device: torch.device,
@@ -56,22 +60,38 @@ class RunEvaluation:
     ) -> None:
         self.run_dir, self.sets, self.student, self.ema = run_dir, sets, student, ema
         self.targets, self.load_teacher = targets, load_teacher
-        self.device, self.store = device, TeacherStore(run_dir)
+        self.device, self.store, self.teacher_hash = device, TeacherStore(run_dir, teacher_hash), teacher_hash
         self._how = {"k": k, "device": device, "precision": precision, "is_stopped": is_stopped}
+
+    def baselines(self) -> str:
+        """A hash of what decides the figures before the first step: both models' weights, the sets' images, k."""
+        images = {of.name: [identity_of(of.train), identity_of(of.test)] for of in self.sets}
+        return sha256_of([self.teacher_hash, weights_hash(self.student.student.model), images, self._how["k"]])
 
     def record(
         self, log: RunLog, console: ProgressLine, rows: list[dict], *, step: int, epoch: int, linear: bool
     ) -> bool:
         """Measure the baselines before the first step, the student after it, and log what is not in `rows` yet.
 
-        linear: whether this is the first evaluation or the last one, which fit linear probes; after the last one,
-            evaluation/NAME.json compares the student with its teacher class by class.
+        The teacher of a set that came later is measured with the student.
 
+        Args:
+            log: takes the rows.
+            console: says the headline of each.
+            rows: the eval rows that the log has.
+            step: where the run stands.
+            epoch: how many are done.
+            linear: whether this is the first evaluation or the last one, which fit linear probes; after the last one,
+                evaluation/NAME.json compares the student with its teacher class by class.
         Returns:
             False where a request to stop came before everything was measured.
         """
-        done = {(row.get("dataset"), row.get("model")) for row in rows}
-        names = [UNTRAINED, TEACHER] if step == 0 else [STUDENT]
+        done = {
+            (row.get("dataset"), row.get("model"))
+            for row in rows
+            if row.get("model") == TEACHER or (row.get("step") == step and (has_probe(row) or not linear))
+        }
+        names = [UNTRAINED, TEACHER] if step == 0 else [TEACHER, STUDENT]
         # closed: the student gets its own weights back whatever happens
         with contextlib.closing(self.measure(names, done, linear=linear)) as measured:
             try:
@@ -112,7 +132,10 @@ class RunEvaluation:
                     else:  # an untrained head says nothing
                         heads = self.student.heads if name == STUDENT else {}
                         subject = Subject(name, self.student.student, heads)
-                    row, by_class = measuring.row(of, subject, linear=linear, by_class=linear and name == STUDENT)
+                    # the teacher's row is its only one
+                    row, by_class = measuring.row(
+                        of, subject, linear=linear or name == TEACHER, by_class=linear and name == STUDENT
+                    )
                     yield of, name, row | ({"weights": which} if name == STUDENT else {}), by_class
 
     @contextlib.contextmanager
@@ -132,6 +155,11 @@ class RunEvaluation:
             yield "averaged"
         finally:
             _overwrite(own)
+
+
+def has_probe(row: dict) -> bool:
+    """Whether an eval row has the figure of a linear probe, of images or of patches."""
+    return row.get("linear_top1") is not None or row.get("miou") is not None
 
 
 @torch.no_grad()

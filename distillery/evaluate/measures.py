@@ -46,7 +46,7 @@ def knn_predictions(
 
     Args:
         train_x: the bank, [N, D].
-        train_y: its labels, [N], 0..C-1.
+        train_y: its labels, [N], any integers.
         test_x: rows to classify, [M, D].
         ks: numbers of neighbours; more than N are taken as N.
         temperature: > 0, no unit.
@@ -56,8 +56,7 @@ def knn_predictions(
     Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
     """
     bank = F.normalize(train_x.to(device).float(), dim=1)
-    bank_y = train_y.to(device)
-    num_classes = int(train_y.max()) + 1
+    classes, bank_y = train_y.to(device).unique(return_inverse=True)
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
     most = min(max(found), len(bank))
     for chunk in test_x.split(max(1, MAX_SIMILARITIES // len(bank))):
@@ -66,8 +65,8 @@ def knn_predictions(
         # minus the best one: the same vote, and exp cannot overflow at small temperatures
         weights, labels = ((similarity - similarity[:, :1]) / temperature).exp(), bank_y[neighbours]
         for k, parts in found.items():
-            votes = torch.zeros(len(queries), num_classes, device=device)
-            parts.append(votes.scatter_add_(1, labels[:, :k], weights[:, :k]).argmax(dim=1))
+            votes = torch.zeros(len(queries), len(classes), device=device)
+            parts.append(classes[votes.scatter_add_(1, labels[:, :k], weights[:, :k]).argmax(dim=1)])
     return {k: torch.cat(parts).cpu() for k, parts in found.items()}
 
 

@@ -15,6 +15,7 @@ from distillery.evaluate.classification import (
     WithHead,
     compare_with_teacher,
     evaluate_features,
+    labelled,
     measure_in_teacher_space,
     to_teacher_space,
 )
@@ -140,8 +141,9 @@ class Measuring:
             row |= self._zero_shot(of, in_space, train_y, test_y)
         if not by_class:
             return row, None
+        queries, _ = labelled(teacher.test_x, test_y)
         of_teacher = measures.knn_predictions(
-            teacher.train_x, train_y, teacher.test_x, ks=[self.k], device=self.device
+            *labelled(teacher.train_x, train_y), queries, ks=[self.k], device=self.device
         )[self.k]
         return row, compare_by_class(of, measured.predicted, of_teacher, test_y, self.k)
 
@@ -150,7 +152,7 @@ class Measuring:
             return {}
         self.texts.check_width(in_space.shape[1])
         classes = self.texts.for_set(of, int(max(train_y.max(), test_y.max())) + 1)
-        return {"zero_shot_top1": zero_shot_top1(in_space, test_y, classes, self.device)}
+        return {"zero_shot_top1": zero_shot_top1(*labelled(in_space, test_y), classes, self.device)}
 
     def _have_teacher(self, of: EvalSet) -> None:
         """Let the teacher's features of a set be kept, extracted now where they are not there."""

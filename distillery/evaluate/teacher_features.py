@@ -22,10 +22,11 @@ class TeacherStore:
 
     Args:
         run_dir: the run folder that has them as teacher_features/NAME.safetensors; None: they stay in memory.
+        teacher: weights.teacher_hash; features of another teacher are made again.
     """
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self._run_dir, self._held = run_dir, {}
+    def __init__(self, run_dir: Path | None, teacher: str = "") -> None:
+        self._run_dir, self._teacher, self._held = run_dir, teacher, {}
 
     def keep(self, of: EvalSet, features: TeacherFeatures) -> None:
         """Keep the features of a set, in place of what was kept of it."""
@@ -37,15 +38,15 @@ class TeacherStore:
             tensors |= {f"probe_{part}": getattr(features.probe, part).contiguous() for part in _PROBE_PARTS}
         path = self._path(of)
         make_directory(path.parent)
-        write_atomic(path, safetensors.torch.save(tensors, _images_of(of)))
+        write_atomic(path, safetensors.torch.save(tensors, self._identity(of)))
 
     def has(self, of: EvalSet) -> bool:
-        """Whether features of these images are kept; False too where they are damaged or of an earlier layout."""
+        """Whether this teacher's features of these images are kept, and whole."""
         if self._run_dir is None:
             return of.name in self._held
         try:
             with safetensors.safe_open(self._path(of), "pt") as file:
-                return file.metadata() == _images_of(of)
+                return file.metadata() == self._identity(of)
         except (OSError, safetensors.SafetensorError):  # not there, or damaged: they can be made again
             return False
 
@@ -62,6 +63,6 @@ class TeacherStore:
     def _path(self, of: EvalSet) -> Path:
         return self._run_dir / FEATURES_DIR / f"{of.name}.safetensors"
 
-
-def _images_of(of: EvalSet) -> dict[str, str]:
-    return {"layout": _LAYOUT, "train": identity_of(of.train), "test": identity_of(of.test)}
+    def _identity(self, of: EvalSet) -> dict[str, str]:
+        images = {"train": identity_of(of.train), "test": identity_of(of.test)}
+        return {"layout": _LAYOUT, "teacher": self._teacher, **images}

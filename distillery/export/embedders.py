@@ -15,7 +15,7 @@ from distillery.models.configured import build_student_backbone, choose_precisio
 from distillery.models.weights import weights_hash
 from distillery.system.errors import UserError
 from distillery.training.build import build_teacher
-from distillery.training.checkpoints import latest_checkpoint
+from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 from distillery.training.trained import Weights, check_teacher, load_trained
 
 
@@ -55,7 +55,7 @@ def teacher_embedder(configs: Configs, data: DataConfig, device: torch.device, r
     """
     backbone = build_teacher(configs, device).backbone
     checkpoint = None if run_dir is None else latest_checkpoint(run_dir)
-    check_teacher(backbone.model, [checkpoint] if checkpoint else [])
+    check_teacher(backbone, {checkpoint: load_checkpoint(checkpoint)} if checkpoint else {})
     facts = {"role": "teacher", "space": "backbone", "precision": backbone.precision}
     return _embedder(backbone, backbone, data, device, facts | _facts_of(backbone, configs.model.side("teacher")))
 

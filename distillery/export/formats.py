@@ -71,7 +71,9 @@ def export_student(
     student = load_student(run_dir, checkpoint, weights=weights)
     _check_folder(out_dir, format, space)
     build = _build_in_teacher_space if space == "teacher" else _build_in_own_space
-    return _write(build(student, run_dir, out_dir, format, onnx), out_dir)
+    # the card's results are those of the run that the checkpoint lies in: it may be another, or one set aside
+    of_run = run_dir if checkpoint is None else checkpoint.resolve().parent.parent
+    return _write(build(student, of_run, out_dir, format, onnx), out_dir)
 
 
 def _check_choice(format: str, space: str) -> None:

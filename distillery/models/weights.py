@@ -154,6 +154,11 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def teacher_hash(weights: str, pooling: str | None) -> str:
+    """What a checkpoint is bound to: weights_hash of its teacher, and how that pools where it is not the usual way."""
+    return weights if pooling is None else f"{weights}, pooled by {pooling}"
+
+
 def remember_hash(model: nn.Module, digest: str | None = None) -> None:
     """Keep the hash of a raw model's present weights, or `digest` in its place, before they are cast."""
     setattr(model, _HASH, digest or weights_hash(model))

@@ -82,7 +82,7 @@ def build_cache_page(index: CacheIndex) -> str:
         width=width,
         contacts=dict(zip(rows, jpegs, strict=True)),
         sizes=sizes_before(index),
-        statistics=statistics_of(index, pixels),
+        statistics=statistics_of(index, pixels) if pixels else None,
         failures=failures,
         reasons=Counter(entry.get("reason", "?") for entry in failures).most_common(20),
         shown_failures=SHOWN_FAILURES,
@@ -98,10 +98,13 @@ def sample(index: CacheIndex) -> tuple[list[int], dict[str, np.ndarray], list[st
 
     Returns:
         global_idx of those on the contact sheet; mean, std (float [N, 3] per image and channel, of pixels in 0..1) and
-        histogram (int [3, 64], of all of them); the contact sheet's images, JPEG in base64.
+        histogram (int [3, 64], of all of them); the contact sheet's images, JPEG in base64. All three are empty where
+        no image could be decoded.
     """
     from distillery.reading.rows import CachedRows
 
+    if index.num_valid == 0:
+        return [], {}, []
     reader = CachedRows(index)
     valid = index.shard_rows - index.shard_failed
     ends = np.cumsum(valid)

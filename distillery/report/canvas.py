@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -125,21 +125,21 @@ def write(draw: ImageDraw.ImageDraw, x: int, y: int, words: str, colour: str) ->
     draw.text((x, y + LINE_PX - 9), words, fill=colour, font=ImageFont.load_default(FONT_PX), anchor="ls")
 
 
-def save_png(path: Path, canvas: Image.Image, description: str, step: int) -> Path:
-    """Write a picture atomically, with what is on it in its text chunks."""
-    texts = PngImagePlugin.PngInfo()
-    texts.add_text("Description", description)
-    texts.add_text("Step", str(step))
+def save_png(path: Path, canvas: Image.Image, description: str, **texts: Any) -> Path:
+    """Write a picture atomically, with what is on it and further texts in its text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in {"Description": description, **texts}.items():
+        chunks.add_text(name, str(text))
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", pnginfo=texts)
+    canvas.save(buffer, "PNG", pnginfo=chunks)
     write_atomic(path, buffer.getvalue())
     return path
 
 
-def step_of(path: Path) -> int | None:
-    """The step that a picture says it is of; None where there is no such picture."""
+def text_of(path: Path, name: str) -> str | None:
+    """A text that a picture was saved with; None where there is no such picture or text."""
     try:
         with Image.open(path) as image:
-            return int(image.info["Step"])
-    except (OSError, KeyError, ValueError):
+            return image.info.get(name)
+    except OSError:
         return None

@@ -13,7 +13,7 @@ from distillery.evaluate.columns import MODELS, TEACHER, headline
 from distillery.report.style import datasets_of, is_number, of_kind
 from distillery.system.errors import MissingFileError
 from distillery.training.learning import explained_until, in_words
-from distillery.training.log import METRICS_NAME, quality_of, read_rows
+from distillery.training.log import CURVE_KINDS, METRICS_NAME, quality_of, read_rows
 
 PLOTS_NAME = "plots"
 # made where there are models (distillery/report/pictures.py), shown where there are none
@@ -48,8 +48,8 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """The last step that a row speaks of."""
-        return max((row["step"] for row in self.rows if is_number(row.get("step"))), default=0)
+        """The last step of a train or eval row: a run that was set back keeps no later ones of these."""
+        return max((row["step"] for row in self.rows if row.get("kind") in CURVE_KINDS), default=0)
 
     @property
     def total_steps(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from distillery.evaluate import columns, progress
 from distillery.evaluate.by_class import read_by_class
 from distillery.report import facts
-from distillery.report.canvas import step_of
+from distillery.report.canvas import text_of
 from distillery.report.curves import draw_all
 from distillery.report.render import clock, render
 from distillery.report.style import datasets_of, is_number, of_kind, to_png, to_svg
 from distillery.system.console import format_seconds
-from distillery.system.files import write_atomic
+from distillery.system.files import sha256_of, write_atomic
 from distillery.training.log import quality_of
 
 CAPTIONS = {
@@ -129,7 +130,7 @@ def _by_class(run: facts.RunRecord) -> dict[str, dict[str, Any]]:
         content = read_by_class(run.run_dir, dataset)
         if content is not None:
             path = run.run_dir / facts.PLOTS_NAME / facts.confusions_name(dataset)
-            has_picture = bool(content["confusions"]) and step_of(path) == content["step"]
+            has_picture = bool(content["confusions"]) and text_of(path, "Source") == sha256_of(content)
             shown[dataset] = content | {
                 "png": base64.b64encode(path.read_bytes()).decode() if has_picture else None,
                 "description": _description(path) if has_picture else "",
@@ -155,18 +156,18 @@ def _yaml_value(value: Any) -> str:
 
 def write_plots(run_dir: Path) -> list[Path]:
     """Write plots/*.png (loss.png, learning_rate.png, knn_<dataset>.png, ...); pictures without data are left out."""
-    return _write_plots(facts.load_run(Path(run_dir)))[0]
+    run = facts.load_run(Path(run_dir))
+    return _write_plots(run, draw_all(run.rows, run.num_shards, run.shard_rows))
 
 
-def _write_plots(run: facts.RunRecord) -> tuple[list[Path], dict[str, Any]]:
-    figures = draw_all(run.rows, run.num_shards, run.shard_rows)
+def _write_plots(run: facts.RunRecord, figures: dict[str, Any]) -> list[Path]:
     folder = run.run_dir / facts.PLOTS_NAME
     folder.mkdir(exist_ok=True)
     paths = []
     for stem, drawn in figures.items():
         paths.append(folder / f"{stem}.png")
         write_atomic(paths[-1], to_png(drawn))
-    return paths, figures
+    return paths
 
 
 def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None = None) -> Path:
@@ -175,12 +176,16 @@ def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None
     Works at any time of a run: what has not happened yet is left out.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder. Where it may only be read, plots/ stays as it is.
         out: where to; None: report.html in the run folder.
         no_pictures: why pictures of the features could not be drawn; the page says so where there are none.
     """
     run = facts.load_run(Path(run_dir))
-    _, figures = _write_plots(run)
+    figures = draw_all(run.rows, run.num_shards, run.shard_rows)
+    try:
+        _write_plots(run, figures)
+    except OSError as error:
+        print(f"{run.run_dir / facts.PLOTS_NAME}: not written ({error.strerror})", file=sys.stderr)
     path = out or run.run_dir / REPORT_NAME
     svgs = {stem: to_svg(figure) for stem, figure in figures.items()}
     write_atomic(path, build_page(run, svgs, no_pictures).encode())

@@ -26,9 +26,10 @@ from distillery.evaluate.sets import EvalSet, eval_sets
 from distillery.models.backbone import Backbone, eval_mode
 from distillery.models.pair import resample_tokens
 from distillery.reading.datasets import CachedTensorDataset, cached_labels
-from distillery.report.canvas import draw_neighbours, draw_pca, draw_rows, save_png, step_of, thumbnails
+from distillery.report.canvas import draw_neighbours, draw_pca, draw_rows, save_png, text_of, thumbnails
 from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME, confusions_name
 from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.system.files import sha256_of
 from distillery.training.batches import StepBatch
 from distillery.training.log import RunLog
 from distillery.training.task import Position, Task
@@ -84,7 +85,7 @@ def write_pictures(
         device: where the models are.
     """
     plots_dir = run_dir / PLOTS_NAME
-    if step_of(plots_dir / NEIGHBOURS_NAME) == step:
+    if text_of(plots_dir / NEIGHBOURS_NAME, "Step") == str(step):
         return []
     plots_dir.mkdir(exist_ok=True)
     shown = spread(PCA_IMAGES, len(pool.rows))
@@ -98,14 +99,14 @@ def write_pictures(
             "on these images together, as red, green and blue. The student's have the order and signs that resemble "
             "the teacher's most; beyond that the colours mean nothing."
         )
-        written.append(save_png(plots_dir / PCA_NAME, draw_pca(pixels[shown], *colours), text, step))
+        written.append(save_png(plots_dir / PCA_NAME, draw_pca(pixels[shown], *colours), text, Step=step))
     if len(pixels) > NEIGHBOURS:
         queries = spread(QUERIES, len(pixels))
         found = [nearest(seen.pooled, queries, NEIGHBOURS) for seen in (of_student, of_teacher)]
         labels = None if pool.labels is None else pool.labels[pool.rows]
         canvas = draw_neighbours(pixels, queries, *found, labels)
         text = neighbours_text(of_student.pooled, of_teacher.pooled, where, has_labels=labels is not None)
-        written.append(save_png(plots_dir / NEIGHBOURS_NAME, canvas, text, step))
+        written.append(save_png(plots_dir / NEIGHBOURS_NAME, canvas, text, Step=step))
     return written
 
 
@@ -247,7 +248,7 @@ def draw_run(run_dir: Path, device: torch.device) -> list[Path]:
     configs = load_dumped_configs(run_dir / "config.yaml")
     sets = eval_sets(configs.data)
     written = write_confusions(run_dir, sets, configs.data)
-    if step_of(run_dir / PLOTS_NAME / NEIGHBOURS_NAME) == int(checkpoint.stem.rpartition("_")[2]):
+    if text_of(run_dir / PLOTS_NAME / NEIGHBOURS_NAME, "Step") == str(int(checkpoint.stem.rpartition("_")[2])):
         return written  # before the models are built, which takes a while
     pool = choose_pool(sets, configs.data)
     teacher, _, students = load_candidates(configs, [checkpoint], device)
@@ -302,7 +303,9 @@ def write_confusions(run_dir: Path, sets: Sequence[EvalSet], data: Any) -> list[
     for of in sets:
         content, path = read_by_class(run_dir, of.name), run_dir / PLOTS_NAME / confusions_name(of.name)
         shown = (content or {}).get("confusions", [])[:SHOWN_CONFUSIONS]
-        if not shown or step_of(path) == content["step"] or content.get("test") != identity_of(of.test):
+        if not shown or content.get("test") != identity_of(of.test):
+            continue
+        if text_of(path, "Source") == (source := sha256_of(content)):
             continue
         dataset, rows = CachedTensorDataset(of.test), global_indices(of.test)
         drawn = []
@@ -316,7 +319,7 @@ def write_confusions(run_dir: Path, sets: Sequence[EvalSet], data: Any) -> list[
             f"step {content['step']:,} takes the images for one other class. {content['num_lost']:,} of "
             f"{content['num_images']:,} images are lost so in all."
         )
-        written.append(save_png(path, draw_rows(drawn), text, content["step"]))
+        written.append(save_png(path, draw_rows(drawn), text, Step=content["step"], Source=source))
     return written
 
 

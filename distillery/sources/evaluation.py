@@ -123,17 +123,23 @@ def number_as(train: Source, test: Source, where: str) -> Source:
 
 
 def label_warnings(train: np.ndarray, test: np.ndarray, names: Mapping[int, str]) -> list[str]:
-    """What makes the accuracy of an evaluation set mean little: a class without an example, or a single class.
+    """What makes the accuracy of an evaluation set mean little: images without a label, a class without an example, or
+    a single class.
 
     Args:
-        train: int64 [N], labels of the bank.
-        test: int64 [M].
+        train: int64 [N], labels of the bank, negative where there is none.
+        test: int64 [M], likewise.
         names: class number -> name, as far as they are known.
     """
+    warnings = []
+    for split, labels in (("train", train), ("test", test)):
+        if num_absent := int((labels < 0).sum()):
+            text = f"{num_absent:,} of the {len(labels):,} images of the {split} split have no label"
+            is_useless = num_absent == len(labels)
+            warnings.append(text + (": choose a split that has labels" if is_useless else ": they are left out"))
     classes, counts = np.unique(test[test >= 0], return_counts=True)
     if not len(classes):
-        return []
-    warnings = []
+        return warnings
     if len(classes) == 1:
         name = names.get(int(classes[0]), str(classes[0]))
         warnings.append(f"the test split has a single class, {name!r}: its accuracy says nothing")

@@ -143,19 +143,24 @@ def save(run: Run) -> None:
     run.checkpoints.save(state, run.position.step, keep=train.keep_checkpoints, protect=protect, proof=proof)
 
 
-def open_log(configs: Configs, task: Task, position: Position, num_images: int) -> RunLog:
+def open_log(configs: Configs, task: Task, position: Position, num_images: int, baselines: Callable[[], str]) -> RunLog:
     """The run's log, cut back to where the run stands; its "start" row says what the run will do.
 
-    num_images: that the run trains on.
+    num_images: that the run trains on; baselines: a hash of what decides the evaluation before the first step. Where an
+    earlier start without a checkpoint had another, its evaluation goes.
     """
     train, is_main = configs.train, distributed.is_main()
     log = RunLog(
         train.checkpoint_path, tensorboard=train.tensorboard, wandb_project=train.wandb_project, is_main=is_main
     )
-    if position.epoch < train.num_epochs:
-        log.truncate_after(position.step)
     plan = bindings.plan_of(task, num_images) | {"global_batch_size": global_batch_size(train)}
     starts = [row for row in read_rows(log.path) if row.get("kind") == "start"] if is_main else []
+    is_other = False
+    if is_main and position.step == 0:
+        plan["baselines"] = baselines()
+        is_other = bool(starts) and starts[-1].get("baselines") != plan["baselines"]
+    if position.epoch < train.num_epochs:
+        log.truncate_after(-1 if is_other else position.step)
     if not starts or any(starts[-1].get(key) != value for key, value in plan.items()):
         log.write("start", step=position.step, **plan)
     return log

@@ -13,7 +13,7 @@ from distillery.losses.teacher_space import TeacherSpace, fold_heads, last_linea
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import ModelSpec
 from distillery.models.pair import build_projector
-from distillery.models.weights import weights_hash
+from distillery.models.weights import teacher_hash, weights_hash
 from distillery.system.errors import UserError
 from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
@@ -171,11 +171,14 @@ def build_heads(state: Mapping[str, Tensor], config: dict[str, dict[str, Any]], 
     return heads
 
 
-def check_teacher(teacher: nn.Module, checkpoints: Iterable[Path]) -> None:
-    """Raise UserError unless the students were trained towards a teacher of these weights."""
-    now = weights_hash(teacher)
-    for path in checkpoints:
-        trained = load_checkpoint(path).get("teacher_hash")
+def check_teacher(teacher: Backbone, states: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raise UserError unless the students were trained towards a teacher of these weights, pooled in this way.
+
+    states: path of a checkpoint -> its content.
+    """
+    now = teacher_hash(weights_hash(teacher.model), teacher.pooling)
+    for path, state in states.items():
+        trained = state.get("teacher_hash")
         if trained not in (None, now):
             raise UserError(
                 f"{path}: its student was trained towards a teacher of other weights ({trained}) than there are now "

@@ -33,6 +33,12 @@ def test_losses_are_counted_by_class_and_by_what_the_student_says(of):
     assert said == [("nought", "one", 2, [1, 2]), ("nought", "2", 1, [3])]
 
 
+def test_rows_without_a_label_are_no_part_of_the_comparison(of):
+    labels = torch.tensor([-1, 0, 0] + [-1] * 9)
+    content = compare_by_class(of, torch.tensor([0, 1]), torch.tensor([0, 0]), labels, k=5)
+    assert content["num_images"] == 2 and content["confusions"][0]["images"] == [3]
+
+
 def test_the_comparison_is_read_as_it_was_written_and_a_damaged_one_is_none(of, tmp_path):
     labels = torch.zeros(12, dtype=torch.int64)
     content = compare_by_class(of, labels, labels, labels, k=1) | {"step": 3}

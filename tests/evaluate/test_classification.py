@@ -59,12 +59,28 @@ def test_collapsed_features_are_called_so_in_the_row():
 def test_missing_labels_and_bad_features_are_errors_that_name_the_split(part):
     x, y = labelled(6, 3)
     good = {"train": (x, y), "test": (x, y)}
-    with pytest.raises(UserError, match=f"label -1 in the {part} split"):
+    with pytest.raises(UserError, match=f"none of the 6 images of the {part} split has a label"):
         evaluate_features(**good | {part: (x, torch.full((6,), -1))})
     bad = x.clone()
     bad[2, 1] = float("nan")
     with pytest.raises(FloatingPointError, match=f"1 {part} features not finite"):
         evaluate_features(**good | {part: (bad, y)})
+
+
+def test_rows_without_a_label_are_left_out():
+    (train_x, train_y), (test_x, test_y) = labelled(90), labelled(30)
+    test_x = test_x + 0.3
+    whole = evaluate_features((train_x, train_y), (test_x, test_y), k=3, linear=True)
+    more = torch.full((1, train_x.shape[1]), 9.0), torch.tensor([-1])
+    train, test = (
+        (torch.cat([more[0], x]), torch.cat([more[1], y])) for x, y in ((train_x, train_y), (test_x, test_y))
+    )
+    assert evaluate_features(train, test, k=3, linear=True).row == whole.row
+    kept = TeacherFeatures(train[0], test[0]).with_probe(train[1], "cpu")
+    in_place = measure_in_teacher_space(test[0], kept, train[1], test[1], k=3, linear=True, device="cpu")
+    assert in_place == {
+        "knn_top1_in_teacher_bank": whole.row["knn_top1"], "linear_top1_on_teacher_probe": whole.row["linear_top1"]
+    }  # fmt: skip
 
 
 def test_the_teacher_agrees_with_itself_completely():

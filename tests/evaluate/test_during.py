@@ -60,11 +60,13 @@ def sets(tmp_path):
     return [EvalSet("digits", tmp_path / "train", tmp_path / "test")]
 
 
-def evaluation(tmp_path, sets, student, teacher, *, is_stopped=lambda: False, **options) -> RunEvaluation:
+def evaluation(
+    tmp_path, sets, student, teacher, *, is_stopped=lambda: False, teacher_hash="one", k=1, **options
+) -> RunEvaluation:
     targets = Targets({"pooled": WIDTH, "tokens": WIDTH}, False)
     return RunEvaluation(
-        tmp_path / "run", sets, student, targets, lambda: teacher, k=1, device=torch.device("cpu"),
-        is_stopped=is_stopped, **options,
+        tmp_path / "run", sets, student, targets, lambda: teacher, teacher_hash=teacher_hash, k=k,
+        device=torch.device("cpu"), is_stopped=is_stopped, **options,
     )  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def test_sets_of_both_tasks_are_measured_in_one_run(tmp_path, sets, monkeypatch)
     (tmp_path / "run").mkdir()
     log, console = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True), Console()
     for step, linear in ((0, True), (5, False), (9, True)):
-        assert own.record(log, console, [], step=step, epoch=step, linear=linear)
+        assert own.record(log, console, read_rows(log.path), step=step, epoch=step, linear=linear)
     rows = [(row["step"], row["dataset"], row["model"]) for row in read_rows(log.path)]
     assert rows[:4] == [(0, name, model) for name in ("digits", "streets") for model in ("untrained", "teacher")]
     assert rows[4:] == [(step, name, "student") for step in (5, 9) for name in ("digits", "streets")]
@@ -237,13 +239,50 @@ def test_sets_of_both_tasks_are_measured_in_one_run(tmp_path, sets, monkeypatch)
     assert log.best_step() in (5, 9)
 
 
+def test_the_teacher_of_a_set_that_came_later_is_measured_with_the_student(tmp_path, sets):
+    own = evaluation(tmp_path, sets, Student(1), Projection(0))
+    (tmp_path / "run").mkdir()
+    log = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True)
+    for step in (5, 9):
+        own.record(log, Console(), read_rows(log.path), step=step, epoch=step, linear=False)
+    rows = read_rows(log.path)
+    assert [(row["step"], row["model"]) for row in rows] == [(5, "teacher"), (5, "student"), (9, "student")]
+    assert rows[0]["linear_top1"] is not None and rows[1]["linear_top1"] is None
+
+
+def test_an_evaluation_that_turns_out_to_be_the_last_fits_the_probe_after_all(tmp_path, sets):
+    own = evaluation(tmp_path, sets, Student(1), Projection(0))
+    (tmp_path / "run").mkdir()
+    log = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True)
+    for linear in (False, False, True, True):  # num_epochs was lowered to where the run stood
+        own.record(log, Console(), read_rows(log.path), step=3, epoch=1, linear=linear)
+    students = [row["linear_top1"] for row in read_rows(log.path) if row["model"] == "student"]
+    assert len(students) == 2 and students[0] is None and students[1] is not None
+    assert read_by_class(tmp_path / "run", "digits")["step"] == 3
+
+
+def test_features_and_baselines_are_of_one_teacher(tmp_path, sets):
+    first = evaluation(tmp_path, sets, Student(1), Projection(0))
+    rows_of(first, "teacher")
+    assert first.store.has(sets[0])
+    others = {
+        "teacher": evaluation(tmp_path, sets, Student(1), Projection(0), teacher_hash="two"),
+        "student": evaluation(tmp_path, sets, Student(2), Projection(0)),
+        "k": evaluation(tmp_path, sets, Student(1), Projection(0), k=2),
+        "sets": evaluation(tmp_path, [], Student(1), Projection(0)),
+    }
+    torch.nn.init.zeros_(others["student"].student.student.model.weight)
+    assert not others["teacher"].store.has(sets[0])
+    assert len({own.baselines() for own in (first, *others.values())}) == 5
+
+
 def test_what_was_lost_by_class_is_written_after_the_last_evaluation(tmp_path, sets):
     own = evaluation(tmp_path, sets, Student(1), Projection(0))
     (tmp_path / "run").mkdir()
     log = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True)
     own.record(log, Console(), [], step=3, epoch=1, linear=False)
     assert read_by_class(tmp_path / "run", "digits") is None
-    own.record(log, Console(), [], step=6, epoch=2, linear=True)
+    own.record(log, Console(), read_rows(log.path), step=6, epoch=2, linear=True)
     content = read_by_class(tmp_path / "run", "digits")
     assert (content["step"], content["weights"], content["k"], content["num_images"]) == (6, "last", 1, 24)
     row = read_rows(log.path)[-1]

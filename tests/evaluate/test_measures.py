@@ -34,6 +34,13 @@ def collapsed_features(rows=400, dims=32, noise=1e-3, seed=0):
 # k-NN
 
 
+def test_labels_may_be_any_integers():
+    (train_x, train_y), (test_x, _) = clusters(40), clusters(12, seed=1)
+    (few,) = measures.knn_predictions(train_x, train_y, test_x, ks=[5]).values()
+    (many,) = measures.knn_predictions(train_x, train_y + 8_000_000_000, test_x, ks=[5]).values()
+    assert torch.equal(many, few + 8_000_000_000)
+
+
 def slow_knn(train_x, train_y, test_x, test_y, k, temperature):
     train_x, test_x = F.normalize(train_x.double(), dim=1), F.normalize(test_x.double(), dim=1)
     correct = 0

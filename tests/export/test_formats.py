@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ from distillery.export.student import find_other_call, load_student
 from distillery.models.configured import build_student_backbone
 from distillery.models.pair import build_projector
 from distillery.system.errors import UserError, run_command
-from distillery.training.checkpoints import save_checkpoint
+from distillery.training.checkpoints import latest_checkpoint, save_checkpoint
 from distillery.training.log import RunLog
 from distillery.training.trained import build_bare_student
 
@@ -360,6 +361,20 @@ def test_the_card_tells_results_and_data_of_the_exported_step_only(tmp_path):
     assert "40 steps, 640 images seen; losses 1 x cls, 2 x patch; last weights" in card
     assert "| weight_decay | `0.04` |" in card
     assert "| learning_rate | `0.004` |" in card, "the rule's value, not null"
+
+
+def test_the_card_of_a_checkpoint_elsewhere_has_the_results_of_the_run_that_it_lies_in(tmp_path):
+    for name, knn in (("run", 0.8), ("run/previous_1", 0.6)):
+        make_run(tmp_path / name.replace("/", "-"), STUDENTS["cnn"])
+        (tmp_path / name.replace("/", "-")).rename(tmp_path / name)
+        log = RunLog(tmp_path / name, tensorboard=False, wandb_project=None, is_main=True)
+        log.write("eval", step=40, dataset="digits", model="student", knn_top1=knn)
+    before = latest_checkpoint(tmp_path / "run" / "previous_1")
+    alone = shutil.copy2(before, tmp_path / "copy.pt")
+    for path, shown in ((before, True), (alone, False)):
+        export_student(tmp_path / "run", tmp_path / "out", checkpoint=path)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert ("60.0%" in card) is shown and "80.0%" not in card
 
 
 def front_matter(out_dir):

@@ -19,6 +19,7 @@ from distillery.system.errors import UserError
 from distillery.teacher_cache.problems import find_teacher_problems
 from distillery.teacher_cache.reader import TeacherCache
 from distillery.training.bindings import teacher_hash
+from distillery.training.trained import check_teacher
 
 DATA = {"data_mean": MEAN, "data_std": STD}
 
@@ -192,6 +193,11 @@ def test_outputs_stored_before_with_the_class_token_are_not_mixed_with_the_poole
     assert teacher_hash(teacher, None) != found  # a run that was started on the class token is not gone on with
     usual = FrozenTeacher(live_teacher().backbone)
     assert teacher_hash(usual, None) == weights_hash(usual.backbone.model)
+    # what is made of a run afterwards compares the same
+    for of in (teacher, usual):
+        check_teacher(of.backbone, {tmp_path / "step.pt": {"teacher_hash": teacher_hash(of, None)}})
+    with pytest.raises(UserError, match="trained towards a teacher of other weights"):
+        check_teacher(teacher.backbone, {tmp_path / "step.pt": {"teacher_hash": found}})
 
 
 def test_no_plain_vision_transformer_is_pooled_by_attention():

@@ -101,6 +101,12 @@ def test_an_incomplete_cache_says_so(tmp_path):
     assert "Incomplete: 16 of 40 rows" in text and "Images that could not" not in text
 
 
+def test_a_cache_without_a_single_image_that_could_be_decoded_has_a_page_that_says_why(tmp_path):
+    make_test_cache(tmp_path / "cache", 3, bad=(0, 1, 2))
+    text = write_cache_report(tmp_path / "cache", tmp_path / "page.html").read_text()
+    assert "Images that could not be decoded: 3" in text and "Statistics of" not in text
+
+
 def test_images_of_one_colour_are_pointed_out(tmp_path, monkeypatch):
     monkeypatch.setattr("caches.Images.pixels", lambda self, i: np.full((8, 8, 3), 200 * (i % 2), np.uint8))
     make_test_cache(tmp_path / "cache", 10)

@@ -12,9 +12,11 @@ from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
 from distillery.evaluate.by_class import write_by_class
+from distillery.report import page as page_module
 from distillery.report.facts import load_run, summary_sentences
 from distillery.report.page import summary_table, write_plots, write_report
 from distillery.system.errors import MissingFileError
+from distillery.system.files import sha256_of
 from distillery.training.log import RunLog
 
 VOID_TAGS = {"meta", "link", "br", "img", "hr", "input"}
@@ -115,6 +117,26 @@ def test_the_page_is_light_and_dark_and_every_colour_is_defined_for_both(tmp_pat
         assert f"--{name}:" in light and f"--{name}:" in dark
     svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert svg and not re.search(r"#[0-9a-f]{6}\b", svg)
+
+
+def test_a_run_that_was_set_back_is_not_finished_any_more(tmp_path):
+    make_run(tmp_path, steps=10)
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    log.write("start", step=0, total_steps=10)
+    log.write_end(10, "done")
+    assert load_run(tmp_path).is_finished
+    log.truncate_after(5)
+    assert load_run(tmp_path).step == 5 and not load_run(tmp_path).is_finished
+
+
+def test_a_page_is_made_elsewhere_of_a_folder_that_may_only_be_read(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    make_run(tmp_path / "run", steps=3)
+    monkeypatch.setattr(page_module, "_write_plots", refuse)
+    assert write_report(tmp_path / "run", tmp_path / "page.html").exists()
+    assert "plots: not written (Permission denied)" in capsys.readouterr().err
 
 
 def test_what_the_user_wrote_is_escaped(tmp_path):
@@ -347,7 +369,7 @@ def test_chromium_paints_the_page_dark_where_that_is_preferred(full_page, tmp_pa
     assert light.size[0] == 1400 and len(light.getcolors(2**24)) > 50
 
 
-def write_lost(run_dir, *, num_classes=20, picture_step=2):
+def write_lost(run_dir, *, num_classes=20, is_other=False):
     """evaluation/digits.json and the picture of its confusions."""
     of_all = {"images": 5, "student": 0.2, "teacher": 0.8}
     classes = [of_all | {"class": n, "name": f"class<{n}>", "difference": n / 100 - 0.6} for n in range(num_classes)]
@@ -357,7 +379,7 @@ def write_lost(run_dir, *, num_classes=20, picture_step=2):
     write_by_class(run_dir, content)
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Description", "Most frequent confusions.")
-    texts.add_text("Step", str(picture_step))
+    texts.add_text("Source", "another" if is_other else sha256_of(content))
     (run_dir / "plots").mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(run_dir / "plots" / "confusions_digits.png", pnginfo=texts)
 
@@ -370,7 +392,7 @@ def test_what_the_student_lost_is_shown_by_class_the_worst_first(tmp_path):
     assert {"-60.0%", "-46.0%", "Most frequent confusions."} <= {word.strip() for word in page.words}
     assert "class<14>" in page.words and "class<15>" not in page.words
     assert page.tags.count("img") == 1
-    write_lost(tmp_path, picture_step=1)  # an earlier evaluation's
+    write_lost(tmp_path, is_other=True)  # an earlier evaluation's
     assert Structure(page_of(tmp_path)).tags.count("img") == 0
 
 

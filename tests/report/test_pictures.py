@@ -203,4 +203,6 @@ def test_the_worst_confusions_are_drawn_from_the_images_that_the_comparison_name
         shown = np.asarray(image)[LINE_PX : LINE_PX + TILE_PX, TILE_PX + GAP_PX : 2 * TILE_PX + GAP_PX, :3]
     expected = enlarged(Images(14, labels=True).pixels(9))
     assert np.abs(shown.astype(int) - expected).max() <= 1
-    assert write_confusions(tmp_path, [of], data) == []  # of this step already
+    assert write_confusions(tmp_path, [of], data) == []  # of this comparison already
+    write_by_class(tmp_path, content | {"test": identity_of(of.test), "k": 5})
+    assert write_confusions(tmp_path, [of], data) == [path]  # of the same step, and another comparison

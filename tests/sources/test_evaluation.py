@@ -143,10 +143,17 @@ def test_warnings_name_the_classes_without_an_example_and_a_single_class():
         "2 of the 3 classes of the test split have no image in the train split: 'cat', '3'. Their 3 test images (75%) "
         "count as wrong for every model"
     ]
-    assert label_warnings(train, np.array([1, 1, -1]), {1: "bee"}) == [
+    assert label_warnings(train, np.array([1, 1]), {1: "bee"}) == [
         "the test split has a single class, 'bee': its accuracy says nothing"
     ]
-    assert label_warnings(train, np.array([0, 1]), {}) == label_warnings(train, np.array([-1]), {}) == []
+    assert label_warnings(train, np.array([0, 1]), {}) == []
+
+
+def test_warnings_count_the_images_without_a_label():
+    assert label_warnings(np.array([0, 1, -1]), np.array([-1, -1]), {}) == [
+        "1 of the 3 images of the train split have no label: they are left out",
+        "2 of the 2 images of the test split have no label: choose a split that has labels",
+    ]
 
 
 def make(tmp_path, data):
