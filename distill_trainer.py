@@ -133,6 +133,8 @@ def distill(
     shards = bindings.shards_of(loader)
     if frozen is not None:
         folder.check_shards(frozen, shards, data.cache_dir)
+    elif state is not None:  # refresh_shards: more shards, of the same images
+        folder.check_images(state["shards"], shards, data.cache_dir)
     if state is not None:
         notes += bindings.begin_epoch_again(state, shards)
     steps_in_epoch = build.steps_per_epoch(train, loader.valid_rows_per_shard, data.shards_per_epoch)

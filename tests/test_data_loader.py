@@ -113,6 +113,12 @@ def test_limits_take_the_first_shards_and_the_first_valid_rows(tmp_path):
     assert loader.valid_rows_per_shard == [7, 4]
 
 
+def test_a_last_shard_without_an_image_stays_where_the_limit_is_all_there_is(tmp_path):
+    make_test_cache(tmp_path, 18, bad=(16, 17))
+    # a run that goes on asks for as many as it was started on, and compares shard by shard
+    assert CachedTensorDataset(tmp_path, max_samples=16).shard_rows.tolist() == [8, 8, 0]
+
+
 def test_shards_per_epoch_are_drawn_from_those_within_max_samples(tmp_path):
     make_test_cache(tmp_path, 40)
     loader = build(tmp_path, 4, data={"max_samples": 20, "shards_per_epoch": 2})

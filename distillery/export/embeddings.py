@@ -1,4 +1,4 @@
-"""A folder of embeddings: parquet files of a fixed number of rows each, made one by one, never changed afterwards.
+"""A folder of embeddings: parquet files of a fixed number of rows each, made one by one.
 
     embeddings_00000.parquet ...    global_idx, embedding, label; what it was made of stands in the file's metadata
     failures.jsonl                  {"global_idx", "reason"} of each image left out; absent where there is none

@@ -53,7 +53,7 @@ class CachedTensorDataset(Dataset):
         self.index = index.only(slice(0, max_shards))
         self.transform = transform
         valid = self.index.shard_rows - self.index.shard_failed
-        if max_samples is not None:
+        if max_samples is not None and max_samples < valid.sum():
             before = np.cumsum(valid) - valid
             # shards past the limit are not part of it: a draw of shards_per_epoch would waste its turns on them
             num_used = max(1, int((before < max_samples).sum()))

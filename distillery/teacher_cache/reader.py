@@ -5,6 +5,7 @@ row with the image shards. View k of an image is Augmentation.views(images, glob
 a separate view with separate outputs. distillery.precompute.teacher_shards writes these folders.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,19 +149,21 @@ class _FieldFiles(ShardFiles):
 
     def _load_layout(self, shard: int) -> ShardLayout:
         index, path = self.index, self.index.shard_path(shard)
-        record = _record_of(path)
-        rows = record["num_samples"] * record["num_views"]
-        if (record["fingerprint"], record["global_start"], rows, record["num_views"]) != (
-            index.fingerprint,
-            index.shard_starts[shard],
-            index.shard_rows[shard],
-            index.num_views,
-        ):
+        listed, record = int(index.shard_rows[shard]), _record_of(path)
+        num_bytes, is_listed = None, record["num_samples"] * record["num_views"] == listed
+        with contextlib.suppress(FileNotFoundError, UserError):  # it is refused when it is opened
+            if (size := path.stat().st_size) != index.shard_bytes[shard]:
+                # not the record: it is written after the shard, and may be the short one's still
+                record, _ = TEACHER_SHARDS.meta_inside(path)
+                num_bytes, is_listed = size, record["num_samples"] * record["num_views"] > listed
+        found = (record["fingerprint"], record["global_start"], record["num_views"])
+        if not is_listed or found != (index.fingerprint, index.shard_starts[shard], index.num_views):
             raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
         field = next((field for field in fields_of(record) if field.name == index.name), None)
         if field is None or field.row_bytes != index.row_bytes:
             raise UserError(f"{path}: holds other tensors than index.json says. Run: {teacher_command()}")
-        return ShardLayout(field.offset, np.ones(rows, bool), decode_checksums(record["checksums"][index.name]))
+        checksums = decode_checksums(record["checksums"][index.name])[:listed]
+        return ShardLayout(field.offset, np.ones(listed, bool), checksums, num_bytes)
 
     def _row_name(self, shard: int, row: int) -> str:
         local, view = divmod(row, self.index.num_views)

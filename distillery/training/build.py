@@ -79,7 +79,7 @@ def build_models(
         fields,
         configs.model.projector.model_dump(),
     )
-    return teacher, on_device(student, device)
+    return teacher, on_device(student.train(), device)  # a hub entry may give it in eval mode
 
 
 def build_schedule(

@@ -366,6 +366,14 @@ def read_numbers(state: dict[str, Any]) -> dict[str, Any]:
     return state | {key: map_leaves(state[key], Tensor, Tensor.item) for key in _NUMBERS if key in state}
 
 
+def _match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out the moments as their parameters are: fused kernels want it, and a CPU's layout may differ from CUDA's."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def restore(task: Task, position: Position, state: dict[str, Any], global_batch: int) -> None:
     """Put a task and its position where `state` was taken; global_batch: images per optimiser step."""
     task.student.student.model.load_state_dict(state["student"])
@@ -380,6 +388,7 @@ def restore(task: Task, position: Position, state: dict[str, Any], global_batch:
     for group, present in zip(saved, own, strict=True):
         group.update({key: present[key] for key in ("fused", "foreach", "capturable")})
     task.optimizer.load_state_dict(state["optimizer"])
+    _match_strides(task.optimizer)
     # fp16 alone has a scale; checkpoints of other precisions have none, or (of earlier versions) one that never grows
     if task.scaler.is_enabled() and state["scaler"].get("growth_interval", _NEVER) != _NEVER:
         task.scaler.load_state_dict(state["scaler"])

@@ -307,12 +307,12 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
     groups = batches_by_step(batches, task.accumulation_steps)
     began, steps = time.monotonic(), 0
     for step in range(1 + _NUM_STEPS):
-        if step <= 1:  # the first pays for what happens once
-            task.clock.restart()
         with task.clock.part("wait"):
             group = next(groups, None)
-        if group is None:
+        if group is None:  # an epoch of a single step: that one is measured
             break
+        if step <= 1:  # the first pays for what happens once
+            task.clock.restart()
         train_step(task, group, step, epoch)
         task.clock.count(sum(len(batch.images) for batch in group))
         steps = max(1, step)

@@ -166,17 +166,22 @@ def frozen_shards(run_dir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: damaged ({error}). Delete it to go by what the newest checkpoint says.") from error
 
 
-def check_shards(frozen: dict[str, Any], found: dict[str, Any], where: Path) -> None:
-    """Raise UserError when what a run was started on is no longer what is there.
-
-    frozen, found: as freeze_shards takes them; where: the cache folder, for the message.
-    """
+def check_images(frozen: dict[str, Any], found: dict[str, Any], where: Path) -> None:
+    """Raise UserError when a cache is of other images than a run was started on. Arguments as of check_shards."""
     was, is_now = (content["fingerprint"][:16] or "none" for content in (frozen, found))
     if frozen["fingerprint"] != found["fingerprint"]:
         raise UserError(
             f"{where} holds other images than this run was started on (fingerprint {is_now}, {SHARDS_NAME} has {was}). "
             "Give the cache it was started on as cache_dir, or another checkpoint_dir for a new run."
         )
+
+
+def check_shards(frozen: dict[str, Any], found: dict[str, Any], where: Path) -> None:
+    """Raise UserError when what a run was started on is no longer what is there.
+
+    frozen, found: as freeze_shards takes them; where: the cache folder, for the message.
+    """
+    check_images(frozen, found, where)
     for name, before, now in zip(frozen["shards"] or ["all images"], frozen["rows"], found["rows"], strict=True):
         if before != now:
             raise UserError(f"{where}: {name} has {now} usable rows, this run was started with {before}.")
@@ -200,6 +205,8 @@ def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None
     """
     if paths is None:
         paths = [path for path in run_dir.glob("*") if not path.name.startswith(("previous_", _LOCK_NAME))]
+        # by the configuration the next start sees whose the rest is, should this one be killed here
+        paths.sort(key=lambda path: path.name == CONFIG_NAME)
     if not (paths := list(paths)):
         return None
     target = run_dir / f"previous_{1 + sum(1 for _ in run_dir.glob('previous_*'))}"
@@ -298,8 +305,8 @@ def look_at_folder(
         changes = compare_configs(start.checkpoint if resume_from else run_dir, state["config"], config)
         start = replace(start, notes=[*start.notes, *(f"changed since then: {line}" for line in changes)])
         check_global_batch(state, global_batch_size(configs.train), describe_batch(configs.train))
-    if not start.sets_all_aside and not configs.train.refresh_shards:
-        frozen = frozen_shards(run_dir) or (state or {}).get("shards")
+    if not configs.train.refresh_shards:
+        frozen = (None if start.sets_all_aside else frozen_shards(run_dir)) or (state or {}).get("shards")
     return start, state, frozen
 
 
@@ -375,7 +382,12 @@ def _start_from(run_dir: Path, path: Path, record: dict) -> Start:
             f"--resume_from {path}: {run_dir} holds checkpoints of another run. Give another checkpoint_dir, or leave "
             "the flag out to go on with the run that is there."
         )
-    return Start(path, [f"going on from {path}"], sets_newer_aside=is_own, record=record)
+    # what an earlier start left here without a checkpoint is another run's; the file itself stays where it is
+    place = path.resolve()
+    stays = not place.is_relative_to(run_dir.resolve()) or any(part.startswith("previous_") for part in place.parts)
+    return Start(
+        path, [f"going on from {path}"], sets_all_aside=stays and not is_own, sets_newer_aside=is_own, record=record
+    )
 
 
 def _is_of_another(run_dir: Path, identity: str) -> bool:

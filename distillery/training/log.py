@@ -183,13 +183,13 @@ class RunLog:
         if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
-        values: dict[int, list[float]] = {}
+        values: dict[int, dict[str, float]] = {}
         for row in self._evaluations:
             found = quality_of(row)
             if row.get("model") == model and found is not None:
-                values.setdefault(row["step"], []).append(found[1])
+                values.setdefault(row["step"], {})[row.get("dataset")] = found[1]
         most = max(map(len, values.values()), default=0)
-        means = {step: sum(of_step) / most for step, of_step in values.items() if len(of_step) == most}
+        means = {step: sum(of_step.values()) / most for step, of_step in values.items() if len(of_step) == most}
         return max(means, key=means.get, default=None)
 
     def close(self) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from caches import MEAN, STD
 from stage1 import folder_bytes
-from teachers import MODEL, TEACHER_CACHE, images_plan, live_teacher, make_teacher_test_cache, run_pass, teacher_plan
+from teachers import (
+    MODEL,
+    TEACHER_CACHE,
+    images_plan,
+    live_teacher,
+    make_images,
+    make_teacher_test_cache,
+    run_pass,
+    teacher_plan,
+)
 
 from distillery.cache.plan import differences
 from distillery.cache.store import record_path
@@ -306,6 +315,25 @@ def test_a_vanished_shard_is_named(copy):
     (copy / "teacher_shard_00002.pt").unlink()
     with pytest.raises(MissingFileError, match="teacher_shard_00002.pt.*--teacher"):
         TeacherCache(copy).read(np.array([16]), np.array([0]))
+
+
+def test_a_last_shard_that_grew_before_it_was_opened_gives_the_outputs_the_index_lists(tmp_path):
+    teacher, rows = live_teacher(), (np.array([35, 33, 2]), np.array([1, 0, 1]))
+    short = images_plan(tmp_path, 36, source_rows=40)
+    make_images(short)
+    plan = teacher_plan(short, teacher)
+    run_pass(plan, teacher)
+    caches, record = [TeacherCache(plan.directory) for _ in range(2)], record_path(plan.shard_path(4))
+    expected, before = TeacherCache(plan.directory).read(*rows), record.read_bytes()
+    whole = images_plan(tmp_path, 40)
+    make_images(whole)
+    run_pass(teacher_plan(whole, teacher), teacher)
+    assert len(TeacherCache(plan.directory).read(np.array([39]), np.array([0]))) == len(expected)
+    # before: the moment between the longer shard and its record
+    for cache, text in zip(caches, (record.read_bytes(), before), strict=True):
+        record.write_bytes(text)
+        found = cache.read(*rows)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_lost_record_is_made_up_for_by_what_the_shard_says(copy):

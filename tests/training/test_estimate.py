@@ -100,6 +100,11 @@ def test_a_loader_that_ends_early_is_enough():
     assert measure_steps(build_task(), Batches(2), epoch=0).num_steps == 1
 
 
+def test_of_an_epoch_of_one_step_that_step_is_timed():
+    speed = measure_steps(build_task(), Batches(1), epoch=0)
+    assert speed.num_steps == 1 and speed.teacher_fraction + speed.student_fraction > 0.1
+
+
 def test_a_plan_counts_whole_shards_and_the_steps_left(tmp_path):
     configs, task = configs_of(tmp_path, shards_per_epoch=1, cache_dtype="uint8"), build_task()
     text = "\n".join(plan_run(configs, task, SyntheticLoader(1000, 300, 8, 32), 37, steps_done=7, epoch=0))

@@ -40,6 +40,13 @@ def first_lines(configs, *, is_new=True):
     return teacher.backbone.grid, "\n".join(advise(configs, task, 10, [80], is_new=is_new))
 
 
+def test_a_student_that_its_source_gives_in_eval_mode_trains(monkeypatch):
+    build_usual = build.build_student_backbone
+    monkeypatch.setattr(build, "build_student_backbone", lambda *args, **options: build_usual(*args, **options).eval())
+    _, student = build.build_models(configs_of(), CPU)
+    assert all(module.training for module in student.modules())
+
+
 # ---- grids ---------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -188,6 +189,34 @@ def test_resume_from_acts_once_a_file_even_when_the_file_is_gone(tmp_path):
     again = begin(run_dir, resume_from=path)
     assert again.checkpoint.name == "step_00000006.pt"
     assert "--resume_from was acted on" in again.notes[1]
+
+
+def test_resuming_another_runs_checkpoint_sets_aside_what_a_failed_start_left(tmp_path):
+    run_dir, source = tmp_path / "run", tmp_path / "source"
+    checkpoints(source, 4)
+    run_dir.mkdir()
+    for name in ("config.yaml", "shards.json", "metrics.jsonl"):
+        (run_dir / name).write_text("of another run")
+    path = checkpoint_dir(source) / "step_00000004.pt"
+    begin(run_dir, 4, resume_from=path)
+    assert not (run_dir / "metrics.jsonl").exists() and (run_dir / "previous_1" / "metrics.jsonl").exists()
+    assert not begin(run_dir, 4, resume_from=path).sets_all_aside  # stopped before it could save anything
+    # a checkpoint set aside in the folder itself stays where it is
+    set_aside(run_dir)
+    checkpoints(run_dir / "previous_2", 6)
+    (run_dir / "metrics.jsonl").write_text("of another run")
+    own = checkpoint_dir(run_dir / "previous_2") / "step_00000006.pt"
+    assert begin(run_dir, 6, resume_from=own).sets_all_aside and own.is_file()
+
+
+def test_the_configuration_is_set_aside_last(tmp_path, monkeypatch):
+    names = ["checkpoints", "config.yaml", "metrics.jsonl", "shards.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: (moved.append(path.name), rename(path, target)))
+    set_aside(tmp_path)
+    assert sorted(moved) == names and moved[-1] == "config.yaml"
 
 
 def test_going_back_sets_later_checkpoints_aside_newest_first_and_acts_once(tmp_path):

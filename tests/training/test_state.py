@@ -24,6 +24,18 @@ def test_a_checkpoint_whose_optimiser_grouped_the_weights_otherwise_is_refused()
         resumed(state, "fp32")
 
 
+def test_moments_of_another_layout_are_laid_out_as_their_weights():
+    state = state_of(trained("fp32"), Position())
+    moments = state["optimizer"]["state"]
+    number, name = next((n, k) for n, of in moments.items() for k, v in of.items() if v.ndim == 4 and v.shape[1] > 1)
+    expected = moments[number][name].clone()
+    moments[number][name] = expected.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    task = resumed(state, "fp32")
+    weights = [value for group in task.optimizer.param_groups for value in group["params"]]
+    found = task.optimizer.state[weights[number]][name]
+    assert torch.equal(found, expected) and found.stride() == weights[number].stride()
+
+
 def trained(precision: str):
     task = build_task(precision=precision)
     train_step(task, batches(1), 0, 0)
