@@ -197,7 +197,7 @@ def _jpeg_bytes(unit: Unit, result: UnitResult, encoding: RowEncoding) -> float 
     if result.row_sizes is None:
         try:
             images = unit.images[: _affordable(unit, result)]
-            result = encode_unit(replace(unit, images=images, encoding=encoding), memoryview(b""))
+            result = encode_unit(replace(unit, images=images, encoding=encoding), memoryview(bytearray()))
         except UserError:
             return None
     sizes = result.row_sizes[result.row_sizes > 0]
@@ -209,7 +209,7 @@ def sampled_row_bytes(source: Source, plan: CachePlan, num_images: int = 16) -> 
     images = _sample(source, num_images)
     if plan.encoding.stored_size == "original":
         return sum(map(len, images)) / len(images)
-    result = encode_unit(Unit(0, images, plan.spec, plan.dtype, encoding=plan.encoding), memoryview(b""))
+    result = encode_unit(Unit(0, images, plan.spec, plan.dtype, encoding=plan.encoding), memoryview(bytearray()))
     sizes = result.row_sizes[result.row_sizes > 0]
     return float(sizes.mean()) if len(sizes) else plan.row_bytes
 

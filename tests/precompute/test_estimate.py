@@ -9,7 +9,7 @@ from distillery.cache.encoded import RowEncoding
 from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
 from distillery.precompute import estimate
-from distillery.precompute.estimate import DecodeSpeed, measure_decoding, plan_lines, remote_lines
+from distillery.precompute.estimate import DecodeSpeed, measure_decoding, plan_lines, remote_lines, sampled_row_bytes
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 
@@ -87,6 +87,11 @@ def test_a_source_of_one_image_is_enough(png_images):
 
 def test_images_that_cannot_be_decoded_tell_nothing():
     assert measure_decoding(Images([b"broken"] * 20), SPEC, "float32", JPEG) is None
+
+
+def test_encoded_rows_of_images_that_cannot_be_decoded_count_as_typical(tmp_path):
+    plan = CachePlan(tmp_path, SPEC, "jpeg", 10, 20, 20, {}, False, encoding=JPEG)
+    assert sampled_row_bytes(Images([b"broken"] * 20), plan) == plan.row_bytes
 
 
 def test_plan_lines_count_what_is_left_of_every_folder(tmp_path):
