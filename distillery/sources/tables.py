@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import struct
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from distillery.sources.columns import (
     number_all_labels,
     types_of,
 )
-from distillery.sources.listing import FileList, map_files, scan_folder
+from distillery.sources.listing import FileList, check_split, map_files, scan_folder
 from distillery.system.errors import MissingFileError, RunError, UserError
 
 # more would be no faster, and from 64 MiB on slower: fresh memory costs a page fault for every 4 KiB
@@ -380,15 +381,18 @@ def is_saved_dataset(folder: Path) -> bool:
 def saved_dataset_files(folder: Path, split: str) -> FileList:
     """The arrow files of a folder written by save_to_disk, in the order its state.json gives.
 
+    A folder of one Dataset has the split that it was loaded as, "train" where that is not known.
+
     Raises:
         UserError: there is no such split.
     """
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise UserError(f"split {split!r} is not in {folder}; it has {', '.join(map(repr, splits))}.")
+    if is_dict := (folder / "dataset_dict.json").is_file():
+        check_split(split, json.loads((folder / "dataset_dict.json").read_text())["splits"], str(folder))
         folder = folder / split
     state = json.loads((folder / "state.json").read_text())
+    if not is_dict:
+        # of a part, such as train[:80%], the split that it is from
+        check_split(split, re.split(r"[\[+]", state.get("_split") or "train")[:1], str(folder))
     names = [entry["filename"] for entry in state["_data_files"]]
     if not names:
         return scan_folder(folder, ArrowSource.suffixes)

@@ -546,6 +546,11 @@ def test_folders_of_save_to_disk_are_read_in_their_own_order(tmp_path):
         assert source.labels(0, 5).tolist() == LABELS[:5] and source.class_names == CLASSES
     with pytest.raises(UserError, match="split 'test' is not in .*two; it has 'train', 'odd'"):
         open_source(dataset_name=str(tmp_path / "two"), split="test")
+    for saved_as, split in [(None, "train"), ("test", "test"), ("test[:50%]", "test")]:
+        datasets.Dataset.from_dict(columns, features, split=saved_as).save_to_disk(tmp_path / "single")
+        assert len(open_source(dataset_name=str(tmp_path / "single"), split=split)) == len(IMAGES)
+        with pytest.raises(UserError, match=f"split 'val' is not in .*single; it has '{split}'"):
+            open_source(dataset_name=str(tmp_path / "single"), split="val")
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(MissingFileError, match="state.json names data-.*arrow, which is not there"):
         open_source(dataset_name=str(tmp_path / "one"))
