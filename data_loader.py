@@ -38,7 +38,7 @@ from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import MissingFileError, UserError, stage1_command
 from distillery.system.launcher import world_from_environment
-from distillery.system.machine import file_system_of, is_network_file_system, usable_cpus
+from distillery.system.machine import file_system_of, is_network_file_system
 
 __all__ = [
     "CachedTensorDataset",
@@ -189,9 +189,8 @@ def _cached_images(data: DataConfig, index: CacheIndex, shards: Sequence[str] | 
         index = _chosen_shards(index, shards)
     dataset = CachedTensorDataset(index, max_shards=data.max_shards, max_samples=data.max_samples)
     index = dataset.index
-    num_threads = usable_cpus() if index.is_encoded else _READING_THREADS
-    if data.num_workers is not None:
-        num_threads = max(1, data.num_workers)
+    by_default = data.num_workers is None and not index.is_encoded
+    num_threads = _READING_THREADS if by_default else data.workers
     return _Images(
         dataset,
         CachedRows(index, raw=raw, files=open_files(index, mode=data.read_mode)),
@@ -211,7 +210,7 @@ def _raw_images(data: DataConfig, shards: Sequence[str] | None, *, raw: bool) ->
         )
     dataset = PretrainDataset(data)
     size, decoder = data.image_size, dataset.decoder
-    num_threads = usable_cpus() if data.num_workers is None else max(1, data.num_workers)
+    num_threads = data.workers
     why = "use_cached is false" if data.use_cached is False else f"there is no cache at {data.cache_dir}"
     line = (
         f"decoding raw images, {num_threads} at a time, from {decoder.source.describe()}: {len(dataset)} "

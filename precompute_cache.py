@@ -39,7 +39,6 @@ from distillery.sources.hub import NotDownloadedError
 from distillery.sources.registry import open_source
 from distillery.system.errors import EXIT_DONE, EXIT_ERROR, Interrupted, remember_invocation, run_command
 from distillery.system.launcher import world_from_environment
-from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 from distillery.verify import report_verification
 
@@ -194,7 +193,7 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
         if jobs[0].part.dataset is None:
             print(dtype_line(jobs[0].plan, jpeg_encoding(data), speed))
         to_make = [(job.plan, [*survey.missing, *survey.to_check]) for job, survey in zip(jobs, surveys, strict=True)]
-        print("\n".join(plan_lines(to_make, data.cache_path, data.num_workers or usable_cpus(), speed)))
+        print("\n".join(plan_lines(to_make, data.cache_path, data.workers, speed)))
     return EXIT_DONE
 
 

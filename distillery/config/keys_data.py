@@ -20,6 +20,7 @@ from distillery.config.types import (
 )
 from distillery.system.errors import UserError
 from distillery.system.files import expand_path
+from distillery.system.machine import usable_cpus
 
 # what int16 holds
 _LAST_CLASS = 2**15 - 1
@@ -226,6 +227,11 @@ class DataConfig(StrictModel):
         """Rows that max_samples and max_shards leave of the source, the first so many; None: all."""
         limits = [self.max_samples, self.max_shards and self.max_shards * self.cache_shard_size]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def workers(self) -> int:
+        """How many work at a time: num_workers, at least 1, or where that is null every usable CPU."""
+        return usable_cpus() if self.num_workers is None else max(1, self.num_workers)
 
     @property
     def cache_path(self) -> Path:

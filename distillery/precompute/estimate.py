@@ -19,7 +19,7 @@ from distillery.sources.pixels import DecodeError, PreprocessSpec, decode_image,
 from distillery.sources.resizing import load_resampler
 from distillery.system.console import format_bytes, format_duration
 from distillery.system.errors import UserError
-from distillery.system.machine import free_bytes, free_inodes, is_network_file_system, usable_cpus
+from distillery.system.machine import free_bytes, free_inodes, is_network_file_system
 
 # measured (Private_* of smaps_rollup, Python 3.11, torch 2.14), without torch and with it, which resizes: a decode
 # worker, and the server that all of them are forked from and share the rest with
@@ -139,7 +139,7 @@ def dtype_line(plan: CachePlan, encoding: RowEncoding, speed: DecodeSpeed | None
 
 def room_lines(data: DataConfig, num_bytes: int) -> list[str]:
     """The room there is for so many bytes, and what is used to make them."""
-    free, workers = free_bytes(data.cache_path), data.num_workers or usable_cpus()
+    free, workers = free_bytes(data.cache_path), data.workers
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     lines = [f"free space: {format_bytes(free)} (a quota may be less); up to {workers} decode workers; {versions}"]
     if num_bytes > free:

@@ -29,7 +29,6 @@ from distillery.sources.pixels import PreprocessSpec
 from distillery.sources.registry import open_source
 from distillery.system.console import ProgressLine
 from distillery.system.errors import EXIT_DONE, EXIT_TOO_MANY_FAILED, EXIT_USAGE, UserError
-from distillery.system.machine import usable_cpus
 from distillery.system.signals import StopFlag
 
 _WORKERS_SHOWN = 10
@@ -187,7 +186,6 @@ def make_job(
     to_make = [*survey.missing, *survey.to_check]
     if stop.requested:
         return len(to_make)
-    num_workers = data.num_workers or usable_cpus()
     rows = sum(after - first for first, after in map(job.plan.rows_of, to_make))
     with ProgressLine(total=rows, unit="images", desc=job.title, enabled=rows > 0) as progress:
         report = make_cache(
@@ -195,7 +193,7 @@ def make_job(
             job.source,
             survey=survey,
             batch_size=batch_size,
-            num_workers=num_workers,
+            num_workers=data.workers,
             stop=stop,
             on_rows=progress.advance,
             on_wait=progress.message if elastic else None,

@@ -26,7 +26,6 @@ from distillery.reading.rows import CachedRows, reading_threads
 from distillery.reading.stream import Batch, BatchMemory, BatchStream, RowIds
 from distillery.sources.pixels import DecodeError, preprocess_image
 from distillery.system.files import sha256_of
-from distillery.system.machine import usable_cpus
 
 # more threads than these only wait for each other: a batch of a cache is a few reads
 _MOST_READING_THREADS = 16
@@ -142,7 +141,8 @@ class CachedImages(EveryImage):
         # of its predecessor's caches nobody knows how many rows there should be
         self.is_whole = sum(part.stop - part.first for part in self.parts) == self._limit or not index.verified
         self.has_labels, self.image_shape = index.labels, index.image_shape
-        self.num_threads = data.num_workers or reading_threads(index, _MOST_READING_THREADS)
+        by_default = data.num_workers is None
+        self.num_threads = reading_threads(index, _MOST_READING_THREADS) if by_default else data.workers
         self.identity = {
             "source": index.source,
             "preprocess": index.preprocess,
@@ -219,7 +219,7 @@ class RawImages(EveryImage):
         self.parts = [Part(number, first, stop, stop - first) for number, (first, stop) in enumerate(bounds)]
         self.has_labels = source.labels(0, 0) is not None
         self.image_shape = (3, spec.image_size, spec.image_size)
-        self.num_threads = data.num_workers or usable_cpus()
+        self.num_threads = data.workers
         self.identity = {
             "source": source.identity,
             "preprocess": spec.identity() | {"normalized": True},

@@ -324,6 +324,12 @@ def test_paths_stay_as_written_and_expand_on_demand(monkeypatch):
     assert train.checkpoint_path == Path(os.path.expanduser("~/run"))
 
 
+@pytest.mark.parametrize("num_workers, workers", [(None, 11), (0, 1), (1, 1), (3, 3)])
+def test_no_number_of_workers_is_every_cpu_and_0_counts_as_1(monkeypatch, num_workers, workers):
+    monkeypatch.setattr("distillery.config.keys_data.usable_cpus", lambda: 11)
+    assert load_data_config({**DATA, "num_workers": num_workers}).workers == workers
+
+
 def test_expanding_a_missing_folder_says_which_key():
     with pytest.raises(UserError, match="cache_dir is required"):
         _ = load_data_config({"dataset_name": "x"}, require_source=False).cache_path

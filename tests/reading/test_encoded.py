@@ -138,13 +138,14 @@ def test_the_order_is_that_of_the_uint8_cache(cache, tmp_path, monkeypatch):
 
 def test_decoding_takes_every_cpu_and_the_console_gives_stored_bytes(cache, tmp_path, monkeypatch, capsys):
     make_photograph_cache(tmp_path, 8, dtype="uint8")
-    for module in ("data_loader", "distillery.reading.rows"):
+    for module in ("distillery.config.keys_data", "distillery.reading.rows"):
         monkeypatch.setattr(f"{module}.usable_cpus", lambda: 11)
     loader, stored = build(cache), load_index(cache).shard_bytes.sum()
     text = capsys.readouterr().out
     assert loader.num_threads == 11 and "decoded when they are read, 11 at a time" in text
     assert f"jpeg, in 3 shards, {stored / 1000:.1f} kB" in text
-    assert build(cache, data={"num_workers": 3}).num_threads == 3 and build(tmp_path).num_threads == 2
+    assert [build(cache, data={"num_workers": number}).num_threads for number in (3, 0)] == [3, 1]
+    assert build(tmp_path).num_threads == 2
     threads = []
     stream = rows.BatchStream
     monkeypatch.setattr(

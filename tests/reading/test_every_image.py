@@ -52,6 +52,12 @@ def test_a_limit_ends_inside_a_part_and_an_index_of_fewer_rows_than_wanted_is_no
     assert not CachedImages(DataConfig(), index.only(slice(1, None))).is_whole
 
 
+def test_no_workers_count_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("distillery.reading.rows.usable_cpus", lambda: 11)
+    make_test_cache(tmp_path, 8)
+    assert CachedImages(DataConfig(num_workers=0), load_index(tmp_path)).num_threads == 1
+
+
 def test_labels_are_those_of_the_images(tmp_path):
     make_test_cache(tmp_path, 40, bad=BAD, labels=True)
     images = CachedImages(DataConfig(), load_index(tmp_path))
