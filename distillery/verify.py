@@ -41,6 +41,9 @@ def report_verification(directory: Path, repair: str | None = None) -> int:
     Raises:
         MissingFileError: no cache there.
     """
+    if not directory.is_dir():
+        what = "a file, not a folder" if directory.exists() else "no such folder"
+        raise MissingFileError(f"{directory}: {what}. Give the cache_dir of your data_config.yaml.")
     is_teachers = shard_names(directory, TEACHER_SHARDS) or (directory / STATISTICS_NAME).exists()
     images = [] if is_teachers else folders_of(directory)
     teachers = [directory] if is_teachers else teacher_folders(directory)
@@ -91,12 +94,11 @@ def verify_folder(directory: Path) -> int:
     """
     # whose configuration it is, the folder does not say: no command may fill another cache by mistake
     remember_invocation({"data_config": "YOUR_DATA_CONFIG.yaml"})
-    if not directory.is_dir():
-        what = "a file, not a folder" if directory.exists() else "no such folder"
-        raise MissingFileError(f"{directory}: {what}. Give the cache_dir of your data_config.yaml.")
     try:
         return report_verification(directory)
     except MissingFileError as error:
+        if not directory.is_dir():
+            raise
         if (directory / "checkpoints").is_dir() or directory.name == "checkpoints":
             raise MissingFileError(
                 f"{directory}: a run folder. This command is for caches: give the cache_dir of your data_config.yaml. "

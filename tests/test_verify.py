@@ -317,3 +317,11 @@ def test_a_run_folder_is_told_apart_from_a_cache(tmp_path, name):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(MissingFileError, match="a run folder. This command is for caches"):
         verify_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("verify", [verify_folder, report_verification])
+@pytest.mark.parametrize("name, what", [("none", "no such folder"), ("file", "a file, not a folder")])
+def test_where_there_is_no_folder_a_message_says_so(tmp_path, verify, name, what):
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingFileError, match=f"{name}: {what}. Give the cache_dir"):
+        verify(tmp_path / name)
