@@ -225,7 +225,8 @@ def _columns(table: object) -> dict[str, list]:
 
 def _parse_json_lines(data: bytes) -> dict[str, list]:
     rows = []
-    for number, line in enumerate(data.decode("utf-8-sig").splitlines(), 1):
+    # not splitlines: inside a text, JSON may hold characters that it takes for ends of lines
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):

@@ -242,6 +242,14 @@ def test_metadata_gives_the_rows_their_order_and_their_labels(tmp_path, suffix):
         assert rows(other) == [3, 0, 1, 3] and other.identity == source.identity
 
 
+def test_a_text_of_json_lines_may_hold_unicodes_ends_of_lines(tmp_path):
+    write(tmp_path, {"a/0.png": 0, "a/1.png": 1})
+    names = ["two\u2028lines", "next\u0085line"]
+    lines = [json.dumps({"file_name": f"a/{k}.png", "label": names[k]}, ensure_ascii=False) for k in range(2)]
+    (tmp_path / "metadata.jsonl").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    assert open_folder(tmp_path, labels_required=True).class_names == sorted(names)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_metadata_reads_as_load_dataset_reads_it(tmp_path, suffix):
     datasets = pytest.importorskip("datasets")
