@@ -34,7 +34,7 @@ _LONGEST_WAIT_S = 120
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 522, 524}
 _NETWORK_MODULES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl", "socket"}
 # files that load_dataset converts, by these names
-_FORMATS = ("csv", "json")
+FORMATS = ("csv", "json")
 _TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
 _FINAL_ERRORS = {"OfflineModeIsEnabled", "DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
@@ -90,7 +90,7 @@ def resolve_dataset(
     """
     import datasets
 
-    if dataset_name in _FORMATS and data_files is None and data_dir is None:
+    if dataset_name in FORMATS and data_files is None and data_dir is None:
         raise UserError(f"dataset_name: {dataset_name} needs data_files (paths or patterns) or data_dir (a folder).")
     is_local = Path(dataset_name).exists()
     request = [dataset_name, dataset_config, dataset_revision, data_files, data_dir, split]
@@ -153,7 +153,7 @@ def _unreachable(dataset_name: str, error: Exception) -> Exception:
     text = " ".join(str(error).split())[:400]
     if isinstance(error, ValueError) and "config" in text.lower():
         return UserError(f"dataset_config of {dataset_name}: {text}")
-    if Path(dataset_name).exists() or dataset_name in _FORMATS:
+    if Path(dataset_name).exists() or dataset_name in FORMATS:
         hint = (
             " load_dataset takes [, * and ? in a folder's name for a pattern: rename it."
             if glob.has_magic(dataset_name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distillery.sources.base import Source
 from distillery.sources.folders import ImageFolderSource
+from distillery.sources.hub import FORMATS, resolve_dataset
 from distillery.sources.listing import DataFiles, resolve_files, scan_folder
 from distillery.sources.pairs import listed_images
 from distillery.sources.tables import ArrowSource, ParquetSource, is_saved_dataset, saved_dataset_files
@@ -75,6 +76,8 @@ def open_source(
         files = resolve_files(dataset_name, kind.suffixes, data_files, data_dir, split)
         return _open(dataset_name, files, split, columns)
     place = _local_folder(dataset_name)
+    if place is not None or dataset_name in FORMATS:
+        data_files, data_dir = _expand(data_files), _expand(data_dir)
     if place is not None and masks_required:
         root = place / (data_dir or "")
         if (listed := listed_images(data_files, str(root), split)) is not None:
@@ -87,8 +90,6 @@ def open_source(
             f"dataset_name {dataset_name}: load_dataset takes *, ? and [ in a folder's name for a pattern. Rename the "
             f"folder, or write dataset_name: KIND and data_dir: {place}, with one of {', '.join(SOURCES)} for KIND."
         )
-    from distillery.sources.hub import resolve_dataset
-
     found = resolve_dataset(
         dataset_name if place is None else os.path.abspath(place),
         kinds=tuple(SOURCES),
@@ -128,6 +129,15 @@ def _has_urls(data_files: DataFiles) -> bool:
     if data_files is None or isinstance(data_files, str | Path):
         return "://" in str(data_files or "")
     return any(map(_has_urls, data_files))
+
+
+def _expand(data_files: DataFiles) -> DataFiles:
+    """The same with ~ and $VARIABLES expanded, but in URLs."""
+    if isinstance(data_files, dict):
+        return {split: _expand(entries) for split, entries in data_files.items()}
+    if isinstance(data_files, str | Path):
+        return data_files if _has_urls(data_files) else str(expand_path(data_files))
+    return data_files and list(map(_expand, data_files))
 
 
 def _local_folder(dataset_name: str) -> Path | None:

@@ -56,6 +56,22 @@ def test_paths_in_a_csv_begin_in_its_own_folder_however_it_is_named(tmp_path, mo
         assert read_all(**arguments, image_column="image") == IMAGES[:3], arguments
 
 
+def test_home_and_variables_are_expanded(tmp_path, monkeypatch):
+    put_csv(tmp_path / "x/train.csv", put_images(tmp_path / "x", range(2)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", "x")
+    for arguments in [
+        {"dataset_name": "csv", "data_files": "~/$WHERE/*.csv"},
+        {"dataset_name": "csv", "data_files": {"train": ["~/x/train.csv"]}},
+        {"dataset_name": "csv", "data_dir": "~/$WHERE"},
+        {"dataset_name": "~", "data_dir": "$WHERE"},
+        {"dataset_name": "~", "data_files": "${WHERE}/train.csv"},
+    ]:
+        assert read_all(**arguments, image_column="image") == IMAGES[:2], arguments
+    with pytest.raises(UserError, match=r"the environment variable \$NOWHERE is not set"):
+        read_all(dataset_name="csv", data_files="$NOWHERE/train.csv")
+
+
 def test_files_of_several_folders_keep_their_order_and_each_its_folder(tmp_path):
     first = put_csv(tmp_path / "x/a[1]/train.csv", put_images(tmp_path / "x/a[1]", [0, 1]), "file_name")
     second = put_csv(tmp_path / "x/b/train.csv", put_images(tmp_path / "x/b", [5, 6]), "file_name")
