@@ -207,7 +207,7 @@ def _converted(
 
     found = convert(builder, dataset_name, dataset_config, split, prepare, by_folder=by_folder)
     origin: dict = {"kind": "load_dataset"}
-    if is_local:
+    if is_local or found.beside.identity is not None:
         origin["files"] = found.beside.identity
     else:
         # arrow files differ with the version of the library that writes them: the commit says what is in them

@@ -117,8 +117,6 @@ class TableSource(Source):
             **({} if self._mask_column is None else {"mask_column": self._mask_column}),
             **(origin or {}),
         }
-        if beside is not None and beside.identity is not None and self.begins_with_a_relative_path():
-            identity["files"] = beside.identity
         super().__init__(identity, int(files.sizes.sum()), files.left_out())
         if self._mask_column is not None:
             self._masks = copy.copy(self)

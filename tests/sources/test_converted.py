@@ -124,12 +124,15 @@ def test_the_identity_follows_the_contents_of_the_files_and_not_their_place(tmp_
     assert str(tmp_path) not in json.dumps(before)
 
 
-def test_the_identity_of_a_csv_of_absolute_paths_is_what_it_was(tmp_path):
-    put_images(tmp_path, [0])
+def test_the_identity_of_a_csv_of_absolute_paths_follows_the_csv_and_no_library(tmp_path):
+    put_images(tmp_path, [0, 1])
     for folder in "ab":
         put_csv(tmp_path / folder / "train.csv", [(tmp_path / "imgs/0.jpg", 0)])
-    identity = open_source(dataset_name="csv", data_files=str(tmp_path / "*/*.csv"), image_column="image").identity
-    assert identity["files"] == {"count": 1} and identity["dataset_name"] == "csv"
+    arguments = {"dataset_name": "csv", "data_files": str(tmp_path / "*/*.csv"), "image_column": "image"}
+    before = open_source(**arguments).identity
+    assert before["files"]["count"] == 2 and "revision" not in before
+    put_csv(tmp_path / "b/train.csv", [(tmp_path / "imgs/1.jpg", 0)])
+    assert open_source(**arguments).identity["files"] != before["files"]
 
 
 @pytest.mark.parametrize("cell, message", [
