@@ -188,7 +188,7 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
     for line in at_work:
         print(line)
     for part, facts in remote:
-        print("\n".join(remote_lines(part.title, facts, part.limit, data)))
+        print("\n".join(remote_lines(part.title, facts, part.limit, part.dtype, data)))
     if jobs:
         if jobs[0].part.dataset is None:
             print(dtype_line(jobs[0].plan, jpeg_encoding(data), speed))

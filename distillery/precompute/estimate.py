@@ -322,15 +322,15 @@ def _num_rows(plan: CachePlan, shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in map(plan.rows_of, shards))
 
 
-def remote_lines(title: str, split: HubSplit, limit: int | None, data: DataConfig) -> list[str]:
-    """Describe a data set that is not downloaded yet; limit: the most rows to take, None for all."""
+def remote_lines(title: str, split: HubSplit, limit: int | None, dtype: str, data: DataConfig) -> list[str]:
+    """Describe a data set that is not downloaded yet; limit: the most rows to take, None for all; dtype: to store."""
     lines = [f"{title}: {split.describe()}"]
     if split.num_rows is None:
         lines.append("  how many images there are is not known before the download")
     else:
         rows = min(limit or split.num_rows, split.num_rows)
-        row_bytes, about = row_bytes_of((3, data.image_size, data.image_size), data.cache_dtype), ""
-        if is_encoded(data.cache_dtype):
+        row_bytes, about = row_bytes_of((3, data.image_size, data.image_size), dtype), ""
+        if is_encoded(dtype):
             row_bytes, about = jpeg_encoding(data).typical_bytes(data.image_size), "about "
         num_shards = -(-rows // data.cache_shard_size)
         lines.append(

@@ -38,14 +38,16 @@ _WORKERS_SHOWN = 10
 class CachePart:
     """One cache folder that the configuration needs.
 
-    arguments: those of open_source; limit: the most rows, None for all; dataset: where the folder holds a split of an
-    evaluation set, its name and entry; bank: for a test split with labels, the folder of its train split.
+    arguments: those of open_source; limit: the most rows, None for all; dtype: of the rows; dataset: where the folder
+    holds a split of an evaluation set, its name and entry; bank: for a test split with labels, the folder of its train
+    split.
     """
 
     title: str
     folder: Path
     arguments: dict[str, Any]
     limit: int | None
+    dtype: str
     labels: bool
     dataset: tuple[str, EvalDataset] | None = None
     bank: Path | None = None
@@ -69,18 +71,16 @@ class CacheJob:
 
 def list_parts(data: DataConfig) -> list[CachePart]:
     """The training cache, and one cache with labels or masks for each split of each evaluation set."""
-    parts = [
-        CachePart(
-            "the training images", data.cache_path, data.source_arguments, data.max_rows, data.label_column is not None
-        )
-    ]
+    labels, limit = data.label_column is not None, data.max_rows
+    parts = [CachePart("the training images", data.cache_path, data.source_arguments, limit, data.cache_dtype, labels)]
+    dtype = pixel_dtype_of(data.cache_dtype)
     for name, entry in data.eval_datasets.items():
         has_labels = entry.mask_dtype is None
         bank = data.cache_path / "eval" / name / "train" if has_labels else None
         for split, limit, its_bank in (("train", entry.max_train, None), ("test", entry.max_test, bank)):
             folder = data.cache_path / "eval" / name / split
             title, arguments = f"evaluation set {name}/{split}", entry.source_arguments(split)
-            parts.append(CachePart(title, folder, arguments, limit, has_labels, (name, entry), its_bank))
+            parts.append(CachePart(title, folder, arguments, limit, dtype, has_labels, (name, entry), its_bank))
     return parts
 
 
@@ -114,7 +114,7 @@ def build_jobs(data: DataConfig, opened: list[tuple[CachePart, Source]], num_job
             directory=part.folder,
             # evaluation sets are small, and what is measured on them shall not depend on how training images are stored
             spec=spec if is_training else replace(spec, jpeg_decode="exact"),
-            dtype=data.cache_dtype if is_training else pixel_dtype_of(data.cache_dtype),
+            dtype=part.dtype,
             shard_size=data.cache_shard_size,
             num_rows=min(part.limit or len(source), len(source)),
             source_num_samples=len(source),

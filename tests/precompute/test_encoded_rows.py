@@ -219,4 +219,5 @@ def test_a_compressed_cache_of_a_data_set_that_is_not_here_is_planned_too():
         ({"stored_size": 256}, "15.7 GB"),
         ({"stored_size": "original"}, "48.2 GB"),
     ):
-        assert size in "\n".join(remote_lines("the training images", split, None, configuration(**changes)))
+        data = configuration(**changes)
+        assert size in "\n".join(remote_lines("the training images", split, None, data.cache_dtype, data))

@@ -10,6 +10,7 @@ from distillery.cache.plan import CachePlan
 from distillery.config.load import load_data_config
 from distillery.precompute import estimate
 from distillery.precompute.estimate import DecodeSpeed, measure_decoding, plan_lines, remote_lines, sampled_row_bytes
+from distillery.precompute.jobs import list_parts
 from distillery.sources.hub import HubSplit
 from distillery.sources.pixels import PreprocessSpec
 
@@ -139,15 +140,25 @@ def test_one_worker_is_this_process(tmp_path, monkeypatch):
 def test_a_remote_data_set_is_planned_from_what_the_hub_says():
     data = load_data_config({"dataset_name": "me/x", "cache_dir": "c", "image_size": 224, "cache_dtype": "uint8"})
     split = HubSplit("me/x", "parquet", "train", 3, 5 * 10**9, 600_000)
-    text = "\n".join(remote_lines("the training images", split, 500_000, data))
+    text = "\n".join(remote_lines("the training images", split, 500_000, "uint8", data))
     assert "600,000 images in 3 files (5.0 GB to download), split 'train', from me/x on the hub" in text
     assert "500,000 of 600,000 images: 245 shards of 2,048, 75.3 GB to write, 492 files" in text
     assert "--download_only" in text
 
 
+def test_remote_evaluation_sets_of_a_compressed_cache_are_planned_as_uint8():
+    keys = {"dataset_name": "me/x", "cache_dir": "c", "image_size": 224, "cache_dtype": "jpeg"}
+    data = load_data_config({**keys, "eval_datasets": {"e": {"dataset_name": "me/e"}}})
+    training, *evaluation = list_parts(data)
+    assert [part.dtype for part in evaluation] == ["uint8", "uint8"]
+    split = HubSplit("me/e", "parquet", "test", 1, 10**6, 1000)
+    planned = [remote_lines(part.title, split, None, part.dtype, data)[1] for part in (training, evaluation[1])]
+    assert "about" in planned[0] and f"shards of 2,048, {1000 * 3 * 224 * 224 / 1e6:.1f} MB to write" in planned[1]
+
+
 def test_what_the_hub_does_not_say_is_called_unknown():
     data = load_data_config({"dataset_name": "me/x", "cache_dir": "c"})
     split = HubSplit("me/x", "imagefolder", "train", 1, None, None)
-    text = "\n".join(remote_lines("the training images", split, None, data))
+    text = "\n".join(remote_lines("the training images", split, None, "float32", data))
     assert "images in 1 file (of unknown size)" in text
     assert "not known before the download" in text
