@@ -21,6 +21,7 @@ from pathlib import Path
 
 from distillery.cache.plan import survey_cache
 from distillery.cache.rebuild import rebuild_index
+from distillery.cache.verify import folders_of
 from distillery.config.keys_data import DataConfig
 from distillery.config.load import Configs, load_configs
 from distillery.losses.registry import check_losses
@@ -210,8 +211,7 @@ def verify(configs: Configs, arguments: argparse.Namespace) -> int:
 def rebuild_indexes(data: DataConfig) -> int:
     """Make index.json, failures.jsonl and lost records again from the shards alone, in every folder of the cache."""
     status = EXIT_DONE
-    evaluation = sorted(path for path in data.cache_path.glob("eval/*/*") if path.is_dir())
-    for folder in [data.cache_path, *evaluation]:
+    for folder in folders_of(data.cache_path):
         report = rebuild_index(folder, data.max_rows if folder == data.cache_path else None)
         how = " (upgraded from the predecessor's format)" if report.was_upgraded else ""
         shards = f"{len(report.index['shards'])} shards, {report.num_hashed} of them hashed{how}"

@@ -20,8 +20,10 @@ from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.rebuild import rebuild_index
 from distillery.cache.store import FutureFormatError
 from distillery.cache.verify import verify_cache
+from distillery.config.load import load_data_config
 from distillery.system.errors import MissingFileError, UserError
 from distillery.verify import report_verification
+from precompute_cache import rebuild_indexes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = SmallSource()
@@ -240,6 +242,16 @@ def test_a_folder_without_a_whole_shard_has_no_index(tmp_path):
     (tmp_path / "images_shard_00000.pt").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"no shard is whole:\n.*images_shard_00000.pt"):
         rebuild_index(tmp_path)
+
+
+def test_an_empty_evaluation_folder_does_not_stop_the_command(cache):
+    part = shutil.copytree(cache, cache / "eval/sets/train")
+    (cache / "eval/sets/test").mkdir()
+    indexes = [cache / "index.json", part / "index.json"]
+    for index in indexes:
+        index.unlink()
+    assert rebuild_indexes(load_data_config({"dataset_name": "x", "cache_dir": str(cache)})) == 0
+    assert all(index.exists() for index in indexes)
 
 
 def test_shards_of_two_configurations_are_not_put_into_one_index(cache, tmp_path):
