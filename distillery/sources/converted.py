@@ -135,6 +135,8 @@ def name_in_repository(url: str, base_path: str | None) -> str:
         return re.sub(r"^hf://[^@]*@[^/]+/", "", url)
     if "://" in url or not base_path or not os.path.isabs(url):
         return url
+    if not Path(url).is_relative_to(base_path):  # load_dataset lists a folder by where its link leads
+        base_path = os.path.realpath(base_path)
     return Path(os.path.relpath(url, base_path)).as_posix()
 
 

@@ -135,6 +135,22 @@ def test_the_identity_of_a_csv_of_absolute_paths_follows_the_csv_and_no_library(
     assert open_source(**arguments).identity["files"] != before["files"]
 
 
+def test_a_folder_reached_by_a_link_is_the_folder_itself(tmp_path):
+    put_csv(tmp_path / "x/deep/train.csv", put_images(tmp_path / "x/deep", range(2)), "file_name")
+    put_images(tmp_path / "pictures/train", range(2))
+    put_csv(tmp_path / "pictures/train/metadata.csv", [("imgs/1.jpg", 5), ("imgs/0.jpg", 6)], "file_name")
+    for name in ("x", "pictures"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+        places = [tmp_path / name, tmp_path / f"link to {name}"]
+        there, by_link = (open_source(dataset_name=str(place), label_column="label") for place in places)
+        assert by_link.identity == there.identity and by_link.read(0, 2) == there.read(0, 2)
+
+    # a file that is named below the link is no other either
+    linked = str(tmp_path / "link to x")
+    by_name = open_source(dataset_name=linked, data_files=f"{linked}/deep/train.csv").identity
+    assert by_name == open_source(dataset_name=linked).identity
+
+
 @pytest.mark.parametrize("cell, message", [
     ("imgs/9.jpg", r"train\.csv, row 0: no bytes .* 'imgs/9.jpg', and there is no file '/.*/x/imgs/9.jpg'"),
     ("https://example.org/a.jpg", r"train\.csv, row 0: .* is an address; images must be local"),
