@@ -72,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--verify", nargs="?", type=int, const=True, metavar="N",
                       help="compare every byte with its hash; N views with --teacher (default 64)")  # fmt: skip
     mode.add_argument("--rebuild_index", action="store_true", help="make index.json again from the shards; no decoding")
-    mode.add_argument("--dry_run", action="store_true", help="print the plan and stop; writes and downloads nothing")
+    mode.add_argument("--dry_run", action="store_true",
+                      help="print the plan and stop; downloads nothing, and writes nothing but, of csv, json and other "
+                           "files that load_dataset converts, what it converts into HF_HOME")  # fmt: skip
     mode.add_argument("--download_only", action="store_true", help="fetch data set and weights, for offline nodes")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
@@ -166,7 +168,7 @@ def share_of(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool) -> int:
-    """Print the plan: nothing is written, nothing is downloaded; a few images are decoded to tell the hours."""
+    """Print the plan, of a few decoded images the hours too; no cache is written, nothing is downloaded."""
     data, opened, remote = configs.data, [], []
     for part in list_parts(data):
         try:
