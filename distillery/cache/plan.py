@@ -315,10 +315,10 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
     )
 
 
-def is_made_of(directory: Path, source_identity: dict) -> bool:
-    """Whether a folder holds shards of this very source."""
+def rows_made_of(directory: Path, source_identity: dict) -> int:
+    """How many rows of this very source a folder holds."""
     records = IMAGE_SHARDS.scan(directory).records() if directory.is_dir() else []
-    return any(record["identity"]["source"] == source_identity for record in records)
+    return sum(record["num_samples"] for record in records if record["identity"]["source"] == source_identity)
 
 
 # what an identity means that does not name a key

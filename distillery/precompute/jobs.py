@@ -11,7 +11,7 @@ from distillery.cache.folder import load_index
 from distillery.cache.images import FAILURES_NAME, IMAGE_SHARDS, INDEX_NAME, index_of
 from distillery.cache.lease_names import last_heartbeat, list_leases
 from distillery.cache.masks import check_mask_classes
-from distillery.cache.plan import CachePlan, Survey, is_made_of, survey_cache
+from distillery.cache.plan import CachePlan, Survey, rows_made_of, survey_cache
 from distillery.config.keys_data import DataConfig, EvalDataset
 from distillery.precompute.estimate import (
     DecodeSpeed,
@@ -142,8 +142,8 @@ def survey_jobs(jobs: list[CacheJob]) -> list[Survey]:
 def _rows_wanted(part: CachePart, source: Source) -> Source:
     """The source, or of a split that is cut for evaluation as many rows from all over it."""
     is_cut = part.dataset is not None and part.limit is not None and part.limit < len(source)
-    # caches of earlier versions hold the first rows, and stay as they are
-    if not is_cut or is_made_of(part.folder, source.identity):
+    # finished caches of earlier versions hold the first rows, and stay as they are
+    if not is_cut or rows_made_of(part.folder, source.identity) == part.limit:
         return source
     return PartOfSource(source, rows=spread_rows(len(source), part.limit))
 

@@ -189,6 +189,16 @@ def test_stage_1_spreads_a_cut_split_numbers_both_alike_and_stores_the_names(tmp
     assert f"WARNING: eval_datasets.v: {warning}" in capsys.readouterr().out
 
 
+def test_a_cut_that_comes_after_a_cache_of_every_row_is_refused_by_name(tmp_path):
+    train = write_folder(tmp_path / "train", [f"class {number // 10}" for number in range(40)])
+    entry = {"dataset_name": "imagefolder", "data_dir": str(tmp_path)}
+    write_folder(tmp_path / "test", ["class 0"])
+    data = train | {"eval_datasets": {"e": entry}}
+    make(tmp_path, data)
+    with pytest.raises(UserError, match="e/train"):
+        make(tmp_path, data | {"eval_datasets": {"e": entry | {"max_train": 20}}})
+
+
 def test_a_cache_of_the_first_rows_and_one_numbered_apart_are_kept_or_refused_by_name(tmp_path, monkeypatch):
     train = write_folder(tmp_path / "e" / "train", ["ant"] * 5 + ["bee"] * 5)
     write_folder(tmp_path / "e" / "test", ["bee"])
