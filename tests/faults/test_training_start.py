@@ -106,6 +106,20 @@ def test_resume_from_an_older_checkpoint_of_the_folder_goes_back_once_and_keeps_
     assert_same_run(straight_run(place, "vit"), run_dir)
 
 
+def test_baselines_of_a_start_that_left_no_checkpoint_stay_where_they_are_the_same(place, folder):
+    def baselines_after(settings) -> list[tuple]:
+        killed = start(place, run_dir, settings, before=stopped_at(1, KILL))
+        assert killed.wait() == -KILL, killed.text
+        return [(row["model"], row["time"]) for row in of_folder(run_dir).rows("eval")]
+
+    run_dir, settings = folder / "run", SETTINGS | {"eval_every_epochs": 1}
+    first = baselines_after(settings)
+    assert [model for model, _ in first] == ["untrained", "teacher"]
+    assert baselines_after(settings) == first
+    other = baselines_after(settings | {"knn_k": 3})
+    assert [model for model, _ in other] == ["untrained", "teacher"] and not set(first) & set(other)
+
+
 def test_resume_from_into_a_folder_with_another_run_is_refused(place, folder):
     run_dir = folder / "run"
     assert start(place, run_dir, SETTINGS, before=stopped_at(4)).wait() == 75
