@@ -367,7 +367,7 @@ def test_leaving_an_epoch_early_ends_its_threads(tmp_path):
         for _ in loader:
             break
         gc.collect()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of an earlier test may have ended meanwhile
 
 
 # ---- things go wrong ---------------------------------------------------------------------------------------------

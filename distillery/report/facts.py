@@ -49,7 +49,8 @@ class RunRecord:
     @property
     def step(self) -> int:
         """The last step of a train or eval row: a run that was set back keeps no later ones of these."""
-        return max((row["step"] for row in self.rows if row.get("kind") in CURVE_KINDS), default=0)
+        rows = (row for row in self.rows if row.get("kind") in CURVE_KINDS)
+        return max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
 
     @property
     def total_steps(self) -> int | None:
