@@ -35,7 +35,7 @@ class RunEvaluation:
         student: the student with its heads.
         targets: standardises the teacher's features for the student.
         load_teacher: loads the teacher, for a run that trains without it.
-        teacher_hash: of its weights.
+        teacher_hash: as of training.bindings.
         ema: the run's averaged weights, which are measured where there are any; None: the student as it is.
         k: neighbours.
         device: where the models run.

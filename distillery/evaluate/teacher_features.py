@@ -22,7 +22,7 @@ class TeacherStore:
 
     Args:
         run_dir: the run folder that has them as teacher_features/NAME.safetensors; None: they stay in memory.
-        teacher: weights.teacher_hash; features of another teacher are made again.
+        teacher: its hash, as of training.bindings.teacher_hash; features of another teacher are made again.
     """
 
     def __init__(self, run_dir: Path | None, teacher: str = "") -> None:

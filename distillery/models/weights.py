@@ -154,8 +154,8 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def teacher_hash(weights: str, pooling: str | None) -> str:
-    """What a checkpoint is bound to: weights_hash of its teacher, and how that pools where it is not the usual way."""
+def with_pooling(weights: str, pooling: str | None) -> str:
+    """weights_hash of a teacher, and how it pools where that is not the usual way: what a checkpoint is bound to."""
     return weights if pooling is None else f"{weights}, pooled by {pooling}"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from distillery.config.keys_data import DataConfig
 from distillery.losses.targets import FrozenTeacher, Targets
-from distillery.models import weights
+from distillery.models.weights import weights_hash, with_pooling
 from distillery.reading.order import EpochOrder
 from distillery.system.errors import UserError, teacher_command
 from distillery.system.files import sha256_of
@@ -94,14 +94,14 @@ def plan_of(task: Task, num_images: int) -> dict[str, int]:
 
 
 def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
-    """weights.teacher_hash of the run's teacher, loaded or not.
+    """The hash of the run's teacher, loaded or not: its weights and how it pools.
 
     Raises:
         UserError: it is loaded, and its outputs have been stored with other weights, or pooled in another way.
     """
     if not isinstance(teacher, FrozenTeacher):
-        return weights.teacher_hash(cache.weights_hash, cache.identity["resolved"].get("pooling"))
-    found, pooling = weights.weights_hash(teacher.backbone.model), teacher.backbone.pooling
+        return with_pooling(cache.weights_hash, cache.identity["resolved"].get("pooling"))
+    found, pooling = weights_hash(teacher.backbone.model), teacher.backbone.pooling
     if cache is not None and cache.identity["resolved"].get("pooling") != pooling:
         raise UserError(
             f"the outputs in {cache.directory} hold the teacher's class token, and its image feature is now that of "
@@ -112,7 +112,7 @@ def teacher_hash(teacher: Targets, cache: TeacherCache | None) -> str:
             f"the teacher has other weights ({found}) than the one whose outputs are in {cache.directory} "
             f"({cache.weights_hash}). Put its files back, or store its outputs: {teacher_command()}"
         )
-    return weights.teacher_hash(found, pooling)
+    return with_pooling(found, pooling)
 
 
 def check_same_teacher(run_dir: Path, state: dict[str, Any], now: str, cache: TeacherCache | None) -> None:

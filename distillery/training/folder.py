@@ -383,8 +383,8 @@ def _start_from(run_dir: Path, path: Path, record: dict) -> Start:
             "the flag out to go on with the run that is there."
         )
     # what an earlier start left here without a checkpoint is another run's; the file itself stays where it is
-    place = path.resolve()
-    stays = not place.is_relative_to(run_dir.resolve()) or any(part.startswith("previous_") for part in place.parts)
+    place, folder = path.resolve(), run_dir.resolve()
+    stays = not place.is_relative_to(folder) or place.relative_to(folder).parts[0].startswith("previous_")
     return Start(
         path, [f"going on from {path}"], sets_all_aside=stays and not is_own, sets_newer_aside=is_own, record=record
     )

@@ -13,7 +13,7 @@ from distillery.losses.teacher_space import TeacherSpace, fold_heads, last_linea
 from distillery.models.backbone import Backbone, build_backbone
 from distillery.models.builders import ModelSpec
 from distillery.models.pair import build_projector
-from distillery.models.weights import teacher_hash, weights_hash
+from distillery.models.weights import weights_hash, with_pooling
 from distillery.system.errors import UserError
 from distillery.training.checkpoints import latest_checkpoint, load_checkpoint
 
@@ -176,7 +176,7 @@ def check_teacher(teacher: Backbone, states: Mapping[Path, Mapping[str, Any]]) -
 
     states: path of a checkpoint -> its content.
     """
-    now = teacher_hash(weights_hash(teacher.model), teacher.pooling)
+    now = with_pooling(weights_hash(teacher.model), teacher.pooling)
     for path, state in states.items():
         trained = state.get("teacher_hash")
         if trained not in (None, now):
