@@ -1,11 +1,11 @@
 # make demo     90 s on two cores: real images cached, a real teacher distilled, a table and a report
 # make test     lint and all tests (set up the same way)
-# make gpu      on a machine with CUDA: its tests, then ten minutes of measurements into gpu.json and a table (docs/gpu.md)
+# make gpu      on a machine with CUDA: its tests, then nine minutes of measurements into gpu.json and a table (docs/gpu.md)
 # make schemas  after a change of distillery/config/keys_*.py: schemas/, the YAML files' comments, docs/configuration.md
 # make pictures RUN=DIR   docs/pca.png from that run folder, docs/report.png from the demo's (needs Chromium)
 # All make .venv and install requirements on the first call. PYTHON chooses the interpreter, VENV the folder.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
