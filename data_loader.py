@@ -33,7 +33,9 @@ from distillery.reading.raw import PretrainDataset, RawRows
 from distillery.reading.row_files import open_files
 from distillery.reading.rows import CachedRows
 from distillery.reading.staging import Staging, describe_staging, stage_path
+from distillery.sources.base import describe_source
 from distillery.sources.pixels import PreprocessSpec
+from distillery.sources.registry import SOURCES
 from distillery.system import distributed
 from distillery.system.console import format_bytes
 from distillery.system.errors import MissingFileError, UserError, stage1_command
@@ -53,6 +55,8 @@ __all__ = [
 _READING_THREADS = 2
 # a few: each keeps the last piece it read of a parquet file in memory
 _RAW_READERS = 4
+# keys that say which images are meant, as far as a cache knows
+_SOURCE_KEYS = ("dataset_name", "split", "image_column")
 # rows of which a parquet file's row group is worth reading whole
 _LONG_RUN = 64
 
@@ -150,6 +154,8 @@ def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: s
         wanted |= {"stored_size": data.row_size, "jpeg_quality": data.jpeg_quality}
     if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
         stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
+    stored |= _keys_of_source(index.source, is_kind=data.dataset_name in SOURCES)
+    wanted |= {key: value for key in _SOURCE_KEYS if (value := getattr(data, key)) is not None}
     differing = [
         f"  {key}: {_plain(stored[key])} in the cache, {_plain(wanted[key])} in data_config"
         for key in sorted(wanted.keys() & stored.keys() & keys_given)
@@ -160,6 +166,16 @@ def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: s
             f"{index.directory} is the cache of another configuration:\n" + "\n".join(differing) + "\n"
             f"Give these values in data_config.yaml, or another cache_dir and run: {stage1_command()}"
         )
+
+
+def _keys_of_source(source: Mapping[str, Any], *, is_kind: bool) -> dict[str, Any]:
+    """Keys of data_config.yaml that the cache's record of its source answers; is_kind: dataset_name is parquet, say."""
+    known = {key: source.get(key) for key in _SOURCE_KEYS}
+    if source.get("kind") == "webdataset":  # an extension, written in several ways
+        known["image_column"] = None
+    if is_kind:
+        known["dataset_name"] = source["kind"] if source.get("kind") in SOURCES else None
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -211,7 +227,8 @@ def _raw_images(data: DataConfig, shards: Sequence[str] | None, *, raw: bool) ->
     dataset = PretrainDataset(data)
     size, decoder = data.image_size, dataset.decoder
     num_threads = data.workers
-    why = "use_cached is false" if data.use_cached is False else f"there is no cache at {data.cache_dir}"
+    place = "cache_dir is null" if data.cache_dir is None else f"there is no cache at {data.cache_dir}"
+    why = "use_cached is false" if data.use_cached is False else place
     line = (
         f"decoding raw images, {num_threads} at a time, from {decoder.source.describe()}: {len(dataset)} "
         f"images of {size} x {size} px ({why}; a cache is many times faster: {stage1_command()})"
@@ -297,6 +314,8 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig, num_threads:
         f"reading the cache {index.directory}: {len(dataset)} images of {height} x {width} px, {index.dtype}, in "
         f"{len(index.shard_names)} shards, {format_bytes(int(index.shard_bytes.sum()))}"
     ]
+    if "files" in index.source:
+        lines.append(f"  made from {describe_source(index.source)}")
     if index.is_encoded:
         lines.append(f"  its rows are decoded when they are read, {num_threads} at a time (num_workers)")
     if not index.complete and index.verified:

@@ -158,7 +158,7 @@ def distill(
     has_evaluation = train.eval_every_epochs and not isinstance(loader, estimate.SyntheticLoader)
     evaluation = RunEvaluation(
         run_dir,
-        eval_sets(data) if has_evaluation else [],
+        eval_sets(data, train.knn_k) if has_evaluation else [],
         student,
         teacher,
         lambda: build.loaded_teacher(configs, teacher, cache, device),

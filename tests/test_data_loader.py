@@ -471,6 +471,50 @@ def test_a_cache_of_another_configuration_is_refused_field_by_field(tmp_path):
     assert len(build(tmp_path, data=same)) == 2
 
 
+def test_a_cache_of_another_data_set_is_refused_and_the_lines_say_what_it_was_made_from(tmp_path, capsys):
+    make_test_cache(tmp_path, 16)
+    index = tmp_path / "index.json"
+    content = json.loads(index.read_text())
+    files = {"count": 2, "bytes": 4000, "hash": "x"}
+    content["source"] |= {"kind": "parquet", "split": "train", "image_column": "img", "files": files, "num_rows": 16}
+    index.write_text(json.dumps(content))
+    source = {"dataset_name": "parquet", "data_files": "a.parquet", "split": "train", "image_column": "img"}
+    assert len(build(tmp_path, data=source)) == 2
+    assert "made from parquet: 16 images in 2 files (4.0 kB), split 'train', column img" in capsys.readouterr().out
+    build(tmp_path, data=source | {"image_column": None})  # found by its type
+    for key, other in {"dataset_name": "imagefolder", "split": "test", "image_column": "photo"}.items():
+        expected = f"another configuration:\n  {key}: {content['source'].get(key, 'parquet')} in the cache, {other} in"
+        with pytest.raises(UserError, match=expected):
+            build(tmp_path, data=source | {key: other})
+    content["source"]["dataset_name"] = "me/photos"
+    index.write_text(json.dumps(content))
+    assert len(build(tmp_path, data={"dataset_name": "me/photos"})) == 2
+    with pytest.raises(UserError, match="dataset_name: me/photos in the cache, you/photos in data_config"):
+        build(tmp_path, data={"dataset_name": "you/photos"})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda data: RandomShardSubsetCachedDataset(data, 2, seed="x"), "seed is 'x'; it must be a whole number"),
+        (lambda data: RandomShardSubsetCachedDataset(data, 2.0), "shards_per_epoch is 2.0; it must be a whole number"),
+        (lambda data: RandomShardSubsetCachedDataset(data, 2).set_epoch(-1), "epoch is -1; it must be 0 or more"),
+        (lambda data: RandomShardSubsetCachedDataset(data, 2).set_epoch(1.5), "epoch is 1.5; it must be a whole"),
+        (
+            lambda data: CachedTensorDataset(data.index, max_samples="5"),
+            "max_samples is '5'; it must be a whole number",
+        ),
+        (lambda data: data[1.5], "row numbers must be whole numbers, found .1.5"),
+        (lambda data: data["a"], "row numbers must be whole numbers, found .'a'"),
+        (lambda data: build(data.index.directory).load_state_dict({"epoch": 0}), "this one has no samples"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_where_it_is_given(tmp_path, call, message):
+    make_test_cache(tmp_path, 40)
+    with pytest.raises((UserError, TypeError), match=message):
+        call(CachedTensorDataset(tmp_path))
+
+
 def test_a_cache_made_by_another_jpeg_decode_is_refused_where_the_configuration_sets_the_key(tmp_path):
     folders = {jpeg_decode: tmp_path / jpeg_decode for jpeg_decode in ("exact", "scaled")}
     for jpeg_decode, folder in folders.items():

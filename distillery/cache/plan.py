@@ -309,10 +309,24 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
     if {key for key, _, _ in changed} == {"preprocess.encoder"}:
         encoder = str(changed[0][1]).replace(" ", "==")
         remedy = f"Install the version of the cache (pip install {encoder}), or give another cache_dir"
+    then, now = found["source"], plan.source_identity
+    if "files" in then and all(key.startswith(("source.files.", "source.num_rows")) for key, _, _ in changed):
+        raise UserError(
+            f"{path} was made of other files: {_count_files(then)} then, {_count_files(now)} now"
+            f"{'' if _count_files(then) != _count_files(now) else ', with other names or content'}. Nothing was "
+            f"written. Put the files back as they were, or {remedy.removeprefix('Put the values back, or ')}."
+        )
     lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
         f"{path} was made with another configuration:\n" + "\n".join(lines) + f"\nNothing was written. {remedy}."
     )
+
+
+def _count_files(source: dict) -> str:
+    """How much a source is, of its identity."""
+    files = source["files"]
+    size = f", {files['bytes']:,} bytes" if "bytes" in files else ""
+    return f"{source['num_rows']:,} images in {files['count']:,} file{'s' * (files['count'] != 1)}{size}"
 
 
 def rows_made_of(directory: Path, source_identity: dict) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distillery.config.types import (
     Count,
@@ -14,6 +14,7 @@ from distillery.config.types import (
     Seed,
     Share,
     Std,
+    StoredSize,
     StrictModel,
     Text,
     folder_name,
@@ -116,7 +117,7 @@ class DataConfig(StrictModel):
         "normalised on the device, the others are stored normalised. Rows of jpeg are decoded while training reads "
         "them; evaluation sets are stored as uint8 then",
     )
-    stored_size: PositiveInt | Literal["original"] | None = Field(
+    stored_size: StoredSize | None = Field(
         None,
         description="px of a jpeg row's shorter side, or original; null: image_size. "
         "original stores files as they came. Images are never enlarged and keep their aspect; resize_mode is applied "
@@ -174,13 +175,6 @@ class DataConfig(StrictModel):
         description="name -> labelled data set for k-NN and linear probe. "
         "Stage 1 caches both splits with their labels under cache_dir/eval/NAME",
     )
-
-    @field_validator("mean", "std")
-    @classmethod
-    def _check_unit(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if max(values) > 1:
-            raise ValueError("expected numbers of pixels in 0..1; of pixels in 0..255, divide them by 255")
-        return values
 
     @model_validator(mode="after")
     def _check_window(self) -> "DataConfig":

@@ -59,7 +59,9 @@ class ModelConfig(StrictModel):
     student_checkpoint: PathText | None = Field(
         None, description="weights file or exported folder to start from. FILE#NAME: one of several models in it"
     )
-    student_img_size: PositiveInt | None = Field(None, description="px; null: image_size")
+    student_img_size: PositiveInt | None = Field(
+        None, description="px; null: image_size rounded to the student's patch"
+    )
     student_mean: Mean | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
     student_std: Std | None = Field(None, description="of pixels in 0..1; null: the model's own, else data_config's")
     student_kwargs: dict[str, JsonValue] = Field(

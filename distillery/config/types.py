@@ -46,6 +46,12 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _of_unit_pixels(values: tuple[float, ...]) -> tuple[float, ...]:
+    if max(values) > 1:
+        raise ValueError("expected numbers of pixels in 0..1; of pixels in 0..255, divide them by 255")
+    return values
+
+
 def folder_name(name: str) -> str:
     """The name, if it can be a folder's; else ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -66,12 +72,17 @@ Number = Annotated[float, BeforeValidator(_number)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 NonNegativeNumber = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Mean = Annotated[tuple[Number, Number, Number], _numbers("three numbers [r, g, b]", 3)]
-Std = Annotated[tuple[PositiveNumber, PositiveNumber, PositiveNumber], _numbers("three numbers > 0 [r, g, b]", 3)]
+Mean = Annotated[tuple[Number, Number, Number], AfterValidator(_of_unit_pixels), _numbers("three numbers [r, g, b]", 3)]
+Std = Annotated[
+    tuple[PositiveNumber, PositiveNumber, PositiveNumber],
+    AfterValidator(_of_unit_pixels),
+    _numbers("three numbers > 0 [r, g, b]", 3),
+]
 AreaRange = Annotated[tuple[Number, Number], AfterValidator(_ascending), _numbers(_AREA_RANGE, 2)]
 OutIndices = Annotated[list[int], Field(min_length=1)]
 ModelSource = Literal["timm", "torchvision", "torch_hub"]
 Choice = Annotated[bool | Literal["auto"], _one_message("auto, true or false")]
+StoredSize = Annotated[PositiveInt | Literal["original"], _one_message("a whole number of px, or original")]
 Standardisation = Annotated[bool | Literal["phi_s"], _one_message("true, false or phi_s")]
 
 

@@ -43,8 +43,10 @@ class EvalSet:
         return self.class_names.get(number, str(number))
 
 
-def eval_sets(data: DataConfig) -> list[EvalSet]:
+def eval_sets(data: DataConfig, k: int | None = None) -> list[EvalSet]:
     """The evaluation sets of a data configuration, in its order; rank 0 prints what makes their numbers mean little.
+
+    k: neighbours that shall vote.
 
     Raises:
         UserError: one of them has not been cached, or its masks hold a class that its num_classes leaves out.
@@ -65,6 +67,8 @@ def eval_sets(data: DataConfig) -> list[EvalSet]:
                 why = f"{index.directory} holds {count} images, more than {key} ({limit}): all are used"
                 print(f"eval_datasets.{name}: {why}. For fewer, remove that folder and run: {stage1_command()}")
         num_classes = None
+        if k is not None and dataset.task != SEGMENTATION and indexes[0].num_valid < k and distributed.is_main():
+            print(f"eval_datasets.{name}: knn_k is {k}, and there are {indexes[0].num_valid} training images: all vote")
         if dataset.task == SEGMENTATION:
             num_classes = count_mask_classes(indexes, name, dataset.num_classes, dataset.ignore_index)
         elif distributed.is_main():

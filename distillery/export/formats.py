@@ -88,14 +88,29 @@ def _check_choice(format: str, space: str) -> None:
 
 
 def _check_folder(out_dir: Path, format: str, space: str) -> None:
-    """Refuse a place where no folder can be, or where student.py of an earlier export would get other weights."""
+    """Refuse a place where no folder can be, where files are that no export has made, or where student.py of an earlier
+    export would get other weights."""
     if (place := next(path for path in (out_dir, *out_dir.parents) if path.exists())) and not place.is_dir():
         raise UserError(f"--out {out_dir}: {place} is a file. Name a folder, which is made if need be")
+    present = [name for name in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, ONNX_NAME) if (out_dir / name).exists()]
+    if present and not _is_export(out_dir):
+        raise UserError(
+            f"--out {out_dir} holds {' and '.join(present)}, which no export has made. They would be overwritten: "
+            "name another folder, or move them away"
+        )
     if format != "onnx" and space == "backbone" and (out_dir / CODE_NAME).exists():
         raise UserError(
             f"--out {out_dir} holds {CODE_NAME} of an export with --space teacher, which the new {WEIGHTS_NAME} would "
             f"not fit. Name another folder, or remove that one: {shlex.join(['rm', '-r', str(out_dir)])}"
         )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether the config.json there is one of card.describe."""
+    try:
+        return "distillation" in json.loads((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _build_in_own_space(
@@ -141,9 +156,10 @@ def _build_in_teacher_space(
 
 
 def _with_texts(model: bytes, config: dict, run_dir: Path, format: str) -> dict[str, bytes]:
+    # config.json first: by it the folder of an export that was killed is known as one
     return {
-        ONNX_NAME if format == "onnx" else WEIGHTS_NAME: model,
         CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n",
+        ONNX_NAME if format == "onnx" else WEIGHTS_NAME: model,
         CARD_NAME: build_card(run_dir, config, format).encode(),
     }
 

@@ -1,7 +1,7 @@
 """The loss functions: pure functions of the student's and the teacher's features. The teacher gets no gradient.
 
-Every function computes in float32, whatever the dtype of its arguments. Every loss but `barlow` is zero where the
-student equals the teacher.
+Every function computes in float32, whatever the dtype of its arguments. Every loss is zero where the student
+equals the teacher, but `barlow`, and `similarity_queue` with two different temperatures.
 """
 
 from collections.abc import Sequence

@@ -83,6 +83,11 @@ class ModelSpec:
         return self.pretrained and self.checkpoint is None
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the name is that of a repository of the Hugging Face hub, which describes the model."""
+        return self.source == "timm" and self.name.startswith(("hf-hub:", "hf_hub:"))
+
+    @property
     def needs_classifier(self) -> bool:
         """Whether the model is built, and its weights are loaded, with what is in the classifier's place."""
         return self.with_logits or self.projection
@@ -168,7 +173,7 @@ def _create_timm(spec: ModelSpec, optional: dict[str, Any], kwargs: dict[str, An
                 raise _refused_arguments(spec.label, error, kwargs) from error
             optional = {key: value for key, value in optional.items() if key not in rejected}
         except Exception as error:
-            raise _load_error(spec.label, spec.takes_published_weights, error) from error
+            raise _load_error(spec.label, spec.takes_published_weights or spec.is_on_hub, error) from error
 
 
 def build_torchvision(spec: ModelSpec, image_size: int) -> BuiltModel:

@@ -161,7 +161,8 @@ def download_weights(model: ModelConfig) -> list[str]:
     lines = []
     for role in ("teacher", "student"):
         spec = ModelSpec(**model.side(role))
-        if spec.takes_published_weights or spec.source == "torch_hub":
+        # hub code, and the description of a model whose name is a hub repository's, are needed untrained too
+        if spec.takes_published_weights or spec.source == "torch_hub" or spec.is_on_hub:
             build_model(spec, image_size=224)  # every size has the same weights
         state = f"checkpoint {spec.checkpoint}" if spec.checkpoint else "untrained"
         lines.append(

@@ -1,6 +1,7 @@
 """Load local weights into raw models, from the files of many training tools."""
 
 import argparse
+import pickle
 import re
 import sys
 from pathlib import Path, PosixPath
@@ -92,9 +93,15 @@ def _read_state(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as weights: {error}. It must be .safetensors, or a state dict that "
-            "torch.load(weights_only=True) takes"
+            f"{path} cannot be read as weights: {_reason(error)}. It must be .safetensors, or a state dict: "
+            "torch.save(model.state_dict(), PATH)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run what the file holds
+        return "it holds more than tensors, which may be code"
+    return f"{type(error).__name__}: {error}"
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Map-style data sets for any torch DataLoader: the rows of a cache, and the labelled rows of evaluation sets."""
 
 import contextlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class CachedTensorDataset(Dataset):
         max_samples: int | None = None,
     ) -> None:
         for name, limit in (("max_shards", max_shards), ("max_samples", max_samples)):
-            if limit is not None and limit < 1:
+            if limit is not None and whole(limit, name) < 1:
                 raise UserError(f"{name} is {limit}; it must be 1 or more, or None for all.")
         index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
         self.index = index.only(slice(0, max_shards))
@@ -110,7 +111,8 @@ class RandomShardSubsetCachedDataset(Dataset):
         draws: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.base_dataset = base_dataset
-        seed = _DEFAULT_SUBSET_SEED if seed is None else seed
+        seed = _DEFAULT_SUBSET_SEED if seed is None else whole(seed, "seed")
+        shards_per_epoch = None if shards_per_epoch is None else whole(shards_per_epoch, "shards_per_epoch")
         self._draws = draws or ShardDraws(len(base_dataset.shard_rows), shards_per_epoch, seed, mode)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._chosen: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -124,7 +126,13 @@ class RandomShardSubsetCachedDataset(Dataset):
         return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Make this the data set of that epoch's shards, here and in worker processes."""
+        """Make this the data set of that epoch's shards, here and in worker processes.
+
+        Raises:
+            UserError: epoch is below 0, or no whole number.
+        """
+        if whole(epoch, "epoch") < 0:
+            raise UserError(f"epoch is {epoch}; it must be 0 or more.")
         self._epoch[0] = epoch
 
     @property
@@ -154,9 +162,25 @@ class RandomShardSubsetCachedDataset(Dataset):
         return self.base_dataset.fetch(shards[place], rows - (ends - self.base_dataset.shard_rows[shards])[place])
 
 
+def whole(value: Any, name: str) -> int:
+    """A whole number that a caller gave: of Python, numpy or torch; UserError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} is {value!r}; it must be a whole number.") from None
+
+
 def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
-    """Row numbers as int64 [n], negative ones counted from the end; IndexError for one that is not there."""
-    rows = np.asarray(indices, np.int64)
+    """Row numbers as int64 [n], negative ones counted from the end.
+
+    Raises:
+        IndexError: one is not there.
+        TypeError: one is no whole number.
+    """
+    rows = np.asarray(indices)
+    if rows.dtype.kind not in "iu" and rows.size:
+        raise TypeError(f"row numbers must be whole numbers, found {list(indices)[:3]!r}")
+    rows = rows.astype(np.int64)
     outside = (rows < -count) | (rows >= count)
     if outside.any():
         raise IndexError(f"row {rows[outside][0]} of a data set of {count} rows")

@@ -113,8 +113,11 @@ class PretrainingLoader:
         """Let the next iteration begin where the state was taken; nothing before it is read.
 
         Raises:
-            UserError: that position is not at the border of a global batch of this batch_size and number of processes.
+            UserError: that position is not at the border of a global batch of this batch_size and number of processes,
+                or `state` is no position.
         """
+        if missing := {"epoch", "samples"} - state.keys():
+            raise UserError(f"a position has epoch and samples, this one has no {' and no '.join(sorted(missing))}.")
         samples, global_batch = state["samples"], self.sampling.global_batch
         if samples % global_batch:
             raise UserError(

@@ -229,10 +229,15 @@ class Sampling:
         )  # fmt: skip
         object.__setattr__(self, "draws", draws)
         if not self.epoch_rows:
+            most = rows_of_draw(self.shard_rows, self.shards_per_epoch)
+            what_to_do = "Lower batch_size, or raise shards_per_epoch or max_samples."
+            if draws.count == len(self.shard_rows):
+                what_to_do = "Lower batch_size, or let more images be used (max_samples, stage 1)."
+            if not self.shard_rows.sum():
+                what_to_do = "No image could be decoded: failures.jsonl beside the shards says why."
             raise UserError(
                 f"a step takes {self.step_rows} images (batch_size x processes x grad_accumulation_steps), but an "
-                f"epoch holds at most {rows_of_draw(self.shard_rows, self.shards_per_epoch)} ({draws.count} of "
-                f"{len(self.shard_rows)} shards). Lower batch_size, or raise shards_per_epoch or max_samples."
+                f"epoch holds at most {most} ({draws.count} of {len(self.shard_rows)} shards). {what_to_do}"
             )
 
     @property

@@ -5,12 +5,13 @@ python -m distillery.report CACHE_DIR     # ./cache_report.html: what the images
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from distillery.report.cache_page import CACHE_REPORT_NAME, is_cache, write_cache_report
 from distillery.report.facts import load_run
 from distillery.report.page import summary_table, write_report
-from distillery.system.errors import EXIT_DONE, run_command
+from distillery.system.errors import EXIT_DONE, UserError, run_command
 from distillery.system.files import expand_path
 
 
@@ -35,6 +36,8 @@ def main() -> int:
         print(f"report: {write_cache_report(folder, out or Path(CACHE_REPORT_NAME))}")
         return EXIT_DONE
     load_run(folder)  # a folder that is no run is refused before torch is imported
+    if out is None and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} may only be read: name a place for the report with --out FILE")
     reason: str | None = "left out: --no_pictures"
     if not arguments.no_pictures:
         from distillery.models.configured import choose_device

@@ -80,18 +80,7 @@ class Source(ABC):
 
     def describe(self) -> str:
         """One line for the plan."""
-        identity = self._identity
-        count = identity["files"]["count"]
-        line = f"{identity['kind']}: {len(self):,} images in {count:,} file{'s' * (count != 1)}"
-        line += f" ({format_bytes(self._file_bytes)}), split {identity['split']!r}"
-        for key, name in (
-            ("dataset_name", "from"),
-            ("revision", "revision"),
-            ("image_column", "column"),
-            ("mask_column", "masks"),
-        ):
-            if identity.get(key):
-                line += f", {name} {identity[key]}"
+        line = describe_source(self._identity | {"bytes": self._file_bytes})
         left_out = ", ".join(f"{number:,} {what}" for what, number in self._left_out.items() if number)
         return f"{line}, {left_out} left out" if left_out else line
 
@@ -109,14 +98,17 @@ class Source(ABC):
         return {**self.__dict__, "_handles": {}, "_masks": copy.copy(self._masks)}
 
 
-def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.ndarray, list[str] | None]:
+def number_labels(values: Sequence[int | float | str | None], where: str) -> tuple[np.ndarray, list[str] | None]:
     """Labels as int64, -1 for None; texts become the positions of their sorted names, which are returned too.
+
+    Whole numbers kept as floats are integers, NaN is None: so pandas writes a column of integers with one missing.
 
     Raises:
         UserError: neither all integers nor all texts, or an integer that int64 does not hold.
     """
+    values = [_plain_label(value) for value in values]
     given = [value for value in values if value is not None]
-    if all(isinstance(value, str) for value in given):
+    if given and all(isinstance(value, str) for value in given):
         names = sorted(set(given))
         position = {name: number for number, name in enumerate(names)}
         return np.array([position.get(value, -1) for value in values], np.int64), names
@@ -126,6 +118,14 @@ def number_labels(values: Sequence[int | str | None], where: str) -> tuple[np.nd
         return np.array([-1 if value is None else value for value in values], np.int64), None
     kinds = ", ".join(sorted({type(value).__name__ for value in given}))
     raise UserError(f"{where}: labels must be all integers or all texts; found {kinds}.")
+
+
+def _plain_label(value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    if value != value:
+        return None
+    return int(value) if value.is_integer() else value
 
 
 class PackedNames:
@@ -139,3 +139,21 @@ class PackedNames:
     def __getitem__(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+
+def describe_source(identity: dict) -> str:
+    """What a source is, in one line: of its identity, `bytes` of all files added where they are known."""
+    count = identity["files"]["count"]
+    line = f"{identity['kind']}: {identity['num_rows']:,} images in {count:,} file{'s' * (count != 1)}"
+    if (num_bytes := identity.get("bytes", identity["files"].get("bytes"))) is not None:
+        line += f" ({format_bytes(num_bytes)})"
+    line += f", split {identity['split']!r}"
+    for key, name in (
+        ("dataset_name", "from"),
+        ("revision", "revision"),
+        ("image_column", "column"),
+        ("mask_column", "masks"),
+    ):
+        if identity.get(key):
+            line += f", {name} {identity[key]}"
+    return line

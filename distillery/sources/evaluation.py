@@ -111,6 +111,8 @@ def number_as(train: Source, test: Source, where: str) -> Source:
         return test  # numbers in both
     if names is None and test.named_by_feature:
         return test
+    if not all(map(_has_a_label, (train, test))):
+        return test  # label_warnings says so
     if names is None or own is None:
         kinds = ["numbers" if known is None else "texts" for known in (names, own)]
         raise UserError(
@@ -120,6 +122,10 @@ def number_as(train: Source, test: Source, where: str) -> Source:
     if own == names[: len(own)]:
         return test  # its own numbers are the right ones already
     return PartOfSource(test, class_names=[*names, *(name for name in own if name not in set(names))])
+
+
+def _has_a_label(source: Source) -> bool:
+    return bool((source.labels(0, len(source)) >= 0).any())
 
 
 def label_warnings(train: np.ndarray, test: np.ndarray, names: Mapping[int, str]) -> list[str]:

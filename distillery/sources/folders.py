@@ -125,6 +125,11 @@ class ImageFolderSource(Source):
         elif image_column not in (None, "image"):
             raise UserError(f"image_column is {image_column!r}; an image folder has only 'image': leave it out.")
         elif has_labels:
+            if label_column not in (None, "label"):
+                raise UserError(
+                    f"label_column is {label_column!r}; an image folder without a metadata file has only 'label', the "
+                    "names of its folders: leave it out, or put metadata.csv beside the images."
+                )
             self._labels, self.class_names = self._classes(files, names)
             identity["label_column"] = "label"
             if any(index.has_backslashes for index in indexed.values()):

@@ -201,12 +201,19 @@ def _parse_csv(data: bytes) -> dict[str, list]:
 
     header = csv.open_csv(io.BytesIO(data), parse_options=csv.ParseOptions(newlines_in_values=True)).schema.names
     paths = {name: pa.string() for name in header if name.endswith(FILE_NAME)}
-    table = csv.read_csv(
-        io.BytesIO(data),
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        # only an empty cell is none: a class may be called "NA" or "null"
-        convert_options=csv.ConvertOptions(column_types=paths, strings_can_be_null=True, null_values=[""]),
-    )
+
+    def read(types: dict) -> pa.Table:
+        return csv.read_csv(
+            io.BytesIO(data),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            # only an empty cell is none: a class may be called "NA" or "null"
+            convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
+        )
+
+    table = read(paths)
+    # a class may be called 2020-01-01 or 12:30
+    if dates := {field.name: pa.string() for field in table.schema if pa.types.is_temporal(field.type)}:
+        table = read(paths | dates)
     return _columns(table)
 
 

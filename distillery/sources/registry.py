@@ -4,6 +4,7 @@ Every source is read in place, in a fixed order, without decoding. To add one, w
 and add one line to SOURCES.
 """
 
+import difflib
 import glob
 import os
 from pathlib import Path
@@ -90,6 +91,9 @@ def open_source(
             f"dataset_name {dataset_name}: load_dataset takes *, ? and [ in a folder's name for a pattern. Rename the "
             f"folder, or write dataset_name: KIND and data_dir: {place}, with one of {', '.join(SOURCES)} for KIND."
         )
+    near = difflib.get_close_matches(dataset_name, [*SOURCES, *FORMATS], n=1, cutoff=0.8)
+    if place is None and near and near[0] != dataset_name and "/" not in dataset_name and (data_files or data_dir):
+        raise UserError(f"dataset_name {dataset_name!r} is no local folder; did you mean {near[0]!r}?")
     found = resolve_dataset(
         dataset_name if place is None else os.path.abspath(place),
         kinds=tuple(SOURCES),

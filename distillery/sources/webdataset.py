@@ -178,7 +178,7 @@ class WebDatasetSource(Source):
             return None
         text = self._read_piece(number, offset, num_bytes).decode(errors="replace").strip()
         if not self._label_in_json:
-            return int(text) if text.lstrip("-").isdecimal() else text
+            return int(text) if text.removeprefix("-").isdecimal() else text
         try:
             return json.loads(text)[self._label_key]
         except (ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -18,6 +19,7 @@ EXIT_INTERRUPTED = 75
 _DISK_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ESTALE,
 }  # fmt: skip
+_TEMPORARY = re.compile(r"(^|.*/)\.([^/]+)\.tmp-[0-9a-f]{12}$")
 _USUAL = {
     "data_config": "data_config.yaml",
     "train_config": "train_config_kd.yaml",
@@ -71,7 +73,9 @@ def report_error(error: BaseException, prefix: str = "") -> int:
     if isinstance(error, UserError | RunError):
         message = f"error: {error}"
     elif isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
-        where = f"{error.filename}: " if error.filename else ""
+        # of a file on its way to its name (files.temporary_name), that name
+        name = error.filename and _TEMPORARY.sub(r"\1\2", os.fsdecode(error.filename))
+        where = f"{name}: " if name else ""
         reason = os.strerror(error.errno)
         message = f"error: {where}{reason}. What was saved before stays; mend it, then run the same command again."
     elif isinstance(error, Interrupted | KeyboardInterrupt):

@@ -1,12 +1,14 @@
 """The folder of a run: its configuration, its training shards, and what may change between two starts."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -41,13 +43,14 @@ SHARDS_NAME = "shards.json"
 PREEMPTED_NAME = "PREEMPTED"
 _LOCK_NAME = ".lock"
 _LOCK_PATIENCE_S = 60.0
-# keys that change neither what is learnt nor its order: a resumed run may have other values
+# keys that change neither what is learnt nor its order: a resumed run may have other values. knn_k is not one of them,
+# as the figures of a run, which are compared with each other, are of one k
 FREE_KEYS = {
     # which images there are stands in shards.json, with the fingerprint that they must have
     "data": {"num_workers", "prefetch_batches", "pin_memory", "read_mode", "eval_datasets", "cache_dir", "use_cached",
              "data_files", "data_dir", "max_failed_fraction", "max_samples", "max_shards", "stage_dir", "stage_gb"},
     "train": {"num_epochs", "log_every", "save_every", "save_every_minutes", "keep_checkpoints", "eval_every_epochs",
-              "knn_k", "tensorboard", "tensorboard_histograms", "wandb_project", "compile", "compile_student",
+              "tensorboard", "tensorboard_histograms", "wandb_project", "compile", "compile_student",
               "compile_teacher", "use_fused_adamw", "max_bad_steps", "gradient_checkpointing", "refresh_shards",
               "checkpoint_dir"},
     # a path may change; the teacher's weights may not, a checkpoint has their hash
@@ -68,7 +71,7 @@ def identity_of(config: dict[str, dict]) -> str:
             key: value
             for key, value in config.get(section, {}).items()
             # a run of before there was such a key has the same hash
-            if key not in free | {*BATCH_KEYS} and VALUES_BEFORE.get(section, {}).get(key) != value
+            if key not in free | {*BATCH_KEYS, "knn_k"} and VALUES_BEFORE.get(section, {}).get(key) != value
         }
         for section, free in FREE_KEYS.items()
     }
@@ -239,7 +242,16 @@ class RunLock:
         """
         if self._fd is not None or not (create or self._path.exists()):
             return
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise UserError(
+                    f"checkpoint_dir {self._path.parent}: {os.strerror(error.errno)}. A run writes into its folder: "
+                    "give another checkpoint_dir."
+                ) from error
+            raise
+        is_told = False
         deadline = time.monotonic() + (0.0 if create else _LOCK_PATIENCE_S)
         while True:
             try:
@@ -253,6 +265,15 @@ class RunLock:
                         f"{self._path.parent}: another process is training in this folder ({holder}). Wait for it, or "
                         f"give another checkpoint_dir. If it is certain that it is gone, delete {self._path}."
                     ) from None
+                if not is_told:
+                    is_told = True
+                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                    print(
+                        f"{self._path.parent}: another process is training in this folder ({holder}); waiting up to "
+                        f"{_LOCK_PATIENCE_S:.0f} s for it",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(0.5)
             except OSError:
                 break  # no locks on this file system

@@ -250,3 +250,20 @@ def test_a_predecessors_cache_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(UserError, match="stage 1 did not write it. Stage 1 does not write over it"):
         survey(tmp_path / "v1", range(2))
     assert folder_bytes(tmp_path) == before
+
+
+def test_a_cache_of_other_files_says_how_many_there_were_and_are(tmp_path):
+    source = SmallSource()
+    kind = {"kind": "imagefolder", "split": "train"}
+
+    def identity(rows, num_bytes, digest):
+        return kind | {"num_rows": rows, "files": {"count": rows, "bytes": num_bytes, "hash": digest}}
+
+    run_stage1(small_plan(tmp_path, source, source_identity=identity(22, 1000, "a")), source)
+    with pytest.raises(UserError) as caught:
+        survey_cache(small_plan(tmp_path, source, source_identity=identity(23, 1100, "b")), range(3))
+    then, now = "22 images in 22 files, 1,000 bytes then", "23 images in 23 files, 1,100 bytes now"
+    assert f"was made of other files: {then}, {now}. Nothing was written" in str(caught.value)
+    assert "Put the files back as they were, or give another cache_dir." in str(caught.value)
+    with pytest.raises(UserError, match="1,000 bytes now, with other names or content"):
+        survey_cache(small_plan(tmp_path, source, source_identity=identity(22, 1000, "b")), range(3))

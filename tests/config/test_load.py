@@ -206,6 +206,8 @@ def test_exponent_numbers_inside_free_options_are_numbers_too(tmp_path):
         ("data", "mean", [0.5, 0.5], r"mean: expected three numbers \[r, g, b\], found \[0.5, 0.5\]"),
         ("data", "mean", 0.5, "expected three numbers"),
         ("data", "mean", [123.7, 116.3, 103.5], "expected numbers of pixels in 0..1; of pixels in 0..255, divide"),
+        ("model", "teacher_std", [58.4, 57.1, 57.4], "expected numbers of pixels in 0..1; of pixels in 0..255, divide"),
+        ("data", "stored_size", "orig", "stored_size: expected a whole number of px, or original, found .orig."),
         ("data", "mean", [0.5, 0.5, "a"], "mean.2: expected a valid number"),
         ("data", "std", [0.2, 0.0, 0.2], "std.1: expected greater than 0"),
         ("data", "resize_mode", "pad", "resize_mode: expected 'squash' or 'crop', found \"pad\""),
@@ -604,6 +606,8 @@ def test_combinations_at_the_limit_pass():
     evaluated = {"eval_datasets": {"x": {"dataset_name": "a", "max_train": 5}}}
     load_configs({**DATA, **evaluated}, {**TRAIN, "knn_k": 5})
     load_configs({**DATA, **evaluated}, {**TRAIN, "knn_k": 6, "eval_every_epochs": 0})
+    masks = {"eval_datasets": {"x": {"dataset_name": "a", "max_train": 5, "task": "segmentation"}}}
+    load_configs({**DATA, **masks}, {**TRAIN, "knn_k": 6})  # of masks every patch is a neighbour
 
 
 def test_dumped_configuration_loads_back_equal(tmp_path):

@@ -38,3 +38,12 @@ def test_a_set_that_is_not_cached_says_what_to_run(tmp_path):
     make_test_cache(tmp_path / "eval" / "pets" / "train", 8, labels=True)
     with pytest.raises(UserError, match=r"eval_datasets.pets: .*test is not there. Run: python precompute_cache.py"):
         eval_sets(data_of(tmp_path, pets={}))
+
+
+def test_more_neighbours_than_there_are_images_are_said(tmp_path, capsys):
+    for part in ("train", "test"):
+        make_test_cache(tmp_path / "eval" / "pets" / part, 8, labels=True)
+    eval_sets(data_of(tmp_path, pets={}), 8)
+    assert "knn_k" not in capsys.readouterr().out
+    eval_sets(data_of(tmp_path, pets={}), 9)
+    assert "eval_datasets.pets: knn_k is 9, and there are 8 training images: all vote" in capsys.readouterr().out

@@ -450,3 +450,19 @@ def test_the_command_exports_averaged_weights_by_choice(tmp_path, monkeypatch, f
     averaged = load_student(tmp_path / "run", weights="ema").weights
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(written[key], averaged[key]) for key in averaged)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_files_that_no_export_has_made_are_never_overwritten(tmp_path, name):
+    make_run(tmp_path / "run", STUDENTS["cnn"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"out holds {name}, which no export has made"):
+        export_student(tmp_path / "run", out)
+    assert [path.read_text() for path in out.iterdir()] == ['{"mine": 1}']
+    (out / name).unlink()
+    export_student(tmp_path / "run", out)
+    (out / "README.md").unlink()  # as if killed before its end
+    export_student(tmp_path / "run", out)
+    assert json.loads((out / "config.json").read_text())["distillation"] and (out / "README.md").exists()

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from distillery.config.keys_model import ModelConfig
+from distillery.models import configured
 from distillery.models.backbone import ModelSpec, build_backbone
 from distillery.models.builders import patch_size_of, round_to_patch
 from distillery.models.configured import download_weights
@@ -393,3 +394,19 @@ def test_download_weights_builds_what_needs_the_network_and_says_what_is_here(hu
     ]
     with pytest.raises(UserError, match="unknown torch_hub model 'tiny'"):
         download_weights(ModelConfig(**teacher | {"teacher_name": "tiny"}))
+
+
+def test_a_file_of_more_than_tensors_is_answered_in_one_plain_line(vit, tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(UserError) as caught:
+        load_weights(vit, tmp_path / "whole.pt")
+    text = str(caught.value)
+    assert "it holds more than tensors, which may be code. It must be .safetensors, or a state dict" in text
+    assert "weights_only" not in text and "\x1b" not in text and "\n" not in text
+
+
+def test_an_untrained_model_of_a_hub_repository_is_fetched_too(monkeypatch):
+    built = []
+    monkeypatch.setattr(configured, "build_model", lambda spec, image_size: built.append(spec.name))
+    download_weights(ModelConfig(teacher_name="resnet18", student_name="hf-hub:me/small", student_pretrained=False))
+    assert built == ["resnet18", "hf-hub:me/small"]

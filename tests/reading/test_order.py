@@ -333,3 +333,10 @@ def test_run_and_window_sizes_follow_the_bytes():
 def test_a_draw_has_as_many_rows_whichever_shards_it_takes():
     assert rows_of_draw([300, 300, 300, 100], 2) == 600  # a draw with the short shard takes a part of another
     assert rows_of_draw([300, 300, 300, 100], None) == 1000
+
+
+def test_an_epoch_without_an_image_says_why():
+    with pytest.raises(UserError, match=r"No image could be decoded: failures\.jsonl"):
+        Sampling(np.zeros(2, int), 8)
+    with pytest.raises(UserError, match=r"\(2 of 2 shards\)\. Lower batch_size, or let more images be used"):
+        Sampling(np.ones(2, int), 8)

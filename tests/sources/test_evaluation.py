@@ -214,3 +214,13 @@ def test_a_cache_of_the_first_rows_and_one_numbered_apart_are_kept_or_refused_by
         path.unlink()
     make(tmp_path, train | {"eval_datasets": {"v": whole}})
     assert (labels_of(folder / "train"), labels_of(folder / "test")) == ([0] * 5, [1])
+
+
+@pytest.mark.parametrize("given", [[0, 1, 2], ["a", "b", "c"]])
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+def test_a_split_without_a_label_is_no_split_of_another_kind(tmp_path, given, kind):
+    write = write_numbers if given == [0, 1, 2] else write_texts
+    some = labelled(write(tmp_path / "some", given))
+    none = labelled(write_numbers(tmp_path / "none", pa.array([None] * 3, kind)))
+    assert number_as(some, none, "e").labels(0, 3).tolist() == [-1, -1, -1]
+    assert number_as(none, some, "e").labels(0, 3).tolist() == [0, 1, 2]

@@ -788,3 +788,32 @@ def test_compressed_and_truncated_tars_are_named(tmp_path):
     os.truncate(path, 700)
     with pytest.raises(UserError, match="b.tar: not an uncompressed tar archive, or truncated"):
         open_source(dataset_name="webdataset", data_files=str(path))
+
+
+def test_a_misspelt_kind_is_answered_at_once(tmp_path):
+    with pytest.raises(UserError, match="'parqet' is no local folder; did you mean 'parquet'"):
+        open_source(dataset_name="parqet", data_files=str(tmp_path / "a.parquet"))
+
+
+def test_an_image_folder_without_metadata_has_no_label_column_of_another_name(tmp_path):
+    write_folder(tmp_path, ["cat/1.jpg"], IMAGES[:1])
+    arguments = {"dataset_name": "imagefolder", "data_dir": str(tmp_path)}
+    assert open_source(**arguments, label_column="label").class_names == ["cat"]
+    with pytest.raises(UserError, match="label_column is 'species'; an image folder without a metadata file has only"):
+        open_source(**arguments, label_column="species")
+
+
+@pytest.mark.parametrize(
+    "cells, labels, names",
+    [
+        (["0.0", "1.0", ""], [0, 1, -1], None),
+        (["2020-01-01", "2019-01-01", ""], [1, 0, -1], ["2019-01-01", "2020-01-01"]),
+        (["12:30", "12:30", "8:15"], [0, 0, 1], ["12:30", "8:15"]),
+    ],
+)
+def test_labels_of_a_metadata_csv_as_pandas_writes_them(tmp_path, cells, labels, names):
+    write_folder(tmp_path, ["0.jpg", "1.jpg", "2.jpg"], IMAGES[:3])
+    rows = "".join(f"{number}.jpg,{cell}\n" for number, cell in enumerate(cells))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    source = open_source(dataset_name="imagefolder", data_dir=str(tmp_path), labels_required=True)
+    assert source.labels(0, 3).tolist() == labels and source.class_names == names

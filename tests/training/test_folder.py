@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -260,3 +261,21 @@ def test_a_run_folder_that_is_or_lies_in_a_file_is_refused(tmp_path, below):
         check_place(tmp_path / "file" / below)
     check_place(tmp_path / "not" / "there")
     check_place(tmp_path)
+
+
+def test_a_run_keeps_its_knn_k_as_its_figures_are_compared_with_each_other(tmp_path):
+    with pytest.raises(UserError, match=r"knn_k: 20 -> 5\nNothing was written.*--set knn_k=20"):
+        compare_configs(tmp_path, CONFIG, changed("train", knn_k=5))
+    assert identity_of(changed("train", knn_k=5)) == identity_of(CONFIG)  # as of earlier versions
+
+
+def test_a_folder_that_cannot_be_written_and_one_in_use_are_named_at_once(tmp_path, monkeypatch, capsys):
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.take(create=True)
+    monkeypatch.setattr(folder, "_LOCK_PATIENCE_S", 0.1)
+    with pytest.raises(UserError, match="another process is training in this folder"):
+        second.take(create=False)
+    assert f"{tmp_path}: another process is training in this folder (" in capsys.readouterr().err
+    monkeypatch.setattr(folder.os, "open", lambda *_args: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with pytest.raises(UserError, match=f"checkpoint_dir {tmp_path}: Read-only file system. .* another checkpoint_dir"):
+        RunLock(tmp_path).take(create=True)
