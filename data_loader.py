@@ -10,6 +10,7 @@ threads read rows directly into reused batches (distillery/reading/shard_files.p
 function of (seed, epoch, shards), whatever the number of processes and threads (distillery/reading/order.py).
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -154,8 +155,9 @@ def _check_same_configuration(index: CacheIndex, data: DataConfig, keys_given: s
         wanted |= {"stored_size": data.row_size, "jpeg_quality": data.jpeg_quality}
     if not index.verified:  # a predecessor's index says neither how it resized nor how it cut its shards
         stored = {key: stored[key] for key in ("image_size", "cache_dtype")}
-    stored |= _keys_of_source(index.source, is_kind=data.dataset_name in SOURCES)
-    wanted |= {key: value for key in _SOURCE_KEYS if (value := getattr(data, key)) is not None}
+    if data.dataset_name is not None:  # a configuration may leave the source out, the default of split too then
+        stored |= _keys_of_source(index.source, is_kind=data.dataset_name in SOURCES)
+        wanted |= {key: value for key in _SOURCE_KEYS if (value := getattr(data, key)) is not None}
     differing = [
         f"  {key}: {_plain(stored[key])} in the cache, {_plain(wanted[key])} in data_config"
         for key in sorted(wanted.keys() & stored.keys() & keys_given)
@@ -314,7 +316,7 @@ def _describe_cache(dataset: CachedTensorDataset, data: DataConfig, num_threads:
         f"reading the cache {index.directory}: {len(dataset)} images of {height} x {width} px, {index.dtype}, in "
         f"{len(index.shard_names)} shards, {format_bytes(int(index.shard_bytes.sum()))}"
     ]
-    if "files" in index.source:
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # other programs' records may say less
         lines.append(f"  made from {describe_source(index.source)}")
     if index.is_encoded:
         lines.append(f"  its rows are decoded when they are read, {num_threads} at a time (num_workers)")

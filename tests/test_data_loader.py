@@ -25,6 +25,7 @@ from data_loader import (
     build_pretraining_dataloader,
     load_labelled,
 )
+from distillery.config.keys_data import DataConfig
 from distillery.reading import raw as raw_module
 from distillery.reading.datasets import LabelledBatches
 from distillery.sources.pixels import PreprocessSpec, preprocess_image
@@ -486,6 +487,12 @@ def test_a_cache_of_another_data_set_is_refused_and_the_lines_say_what_it_was_ma
         expected = f"another configuration:\n  {key}: {content['source'].get(key, 'parquet')} in the cache, {other} in"
         with pytest.raises(UserError, match=expected):
             build(tmp_path, data=source | {key: other})
+    bare = DataConfig(cache_dir=str(tmp_path), image_size=8, cache_shard_size=8)
+    # a configuration without a source, as for a cache on a node that has no images, says nothing of it
+    assert len(build_pretraining_dataloader(bare, {"batch_size": 8})) == 2
+    content["source"]["files"] = None
+    index.write_text(json.dumps(content))
+    assert len(build(tmp_path)) == 2
     content["source"]["dataset_name"] = "me/photos"
     index.write_text(json.dumps(content))
     assert len(build(tmp_path, data={"dataset_name": "me/photos"})) == 2
@@ -506,13 +513,19 @@ def test_a_cache_of_another_data_set_is_refused_and_the_lines_say_what_it_was_ma
         ),
         (lambda data: data[1.5], "row numbers must be whole numbers, found .1.5"),
         (lambda data: data["a"], "row numbers must be whole numbers, found .'a'"),
-        (lambda data: build(data.index.directory).load_state_dict({"epoch": 0}), "this one has no samples"),
+        (lambda data: build(data.index.directory).load_state_dict({"epoch": 0}), "found .'epoch': 0"),
+        (lambda data: build(data.index.directory).load_state_dict(None), "a position is a dict of epoch and samples"),
+        (lambda data: build(data.index.directory).load_state_dict({"epoch": 0, "samples": -8}), "samples is -8; it"),
+        (lambda data: build(data.index.directory).set_epoch(-1), "epoch is -1; it must be 0 or more"),
     ],
 )
 def test_what_is_no_whole_number_is_refused_where_it_is_given(tmp_path, call, message):
     make_test_cache(tmp_path, 40)
+    data = CachedTensorDataset(tmp_path)
     with pytest.raises((UserError, TypeError), match=message):
-        call(CachedTensorDataset(tmp_path))
+        call(data)
+    numbers = [1, np.uint64(1), np.int8(1), torch.tensor(1)]
+    assert all(torch.equal(row, data[1]) for row in data.__getitems__(numbers))
 
 
 def test_a_cache_made_by_another_jpeg_decode_is_refused_where_the_configuration_sets_the_key(tmp_path):

@@ -109,11 +109,6 @@ def check_configs(configs: Configs) -> None:
         problems.append(
             f"batch_size ({train.batch_size}) is above max_samples ({data.max_samples}): no epoch has a full batch"
         )
-    for name, dataset in data.eval_datasets.items() if train and train.eval_every_epochs else ():
-        # of a segmentation set every patch is a neighbour
-        is_few = dataset.max_train is not None and train.knn_k > dataset.max_train
-        if is_few and dataset.task == "classification":
-            problems.append(f"knn_k ({train.knn_k}) is above eval_datasets.{name}.max_train ({dataset.max_train})")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -49,8 +49,8 @@ def export_student(
 
     Args:
         run_dir: the run folder.
-        out_dir: made if need be; files of the same names are replaced. With other files of an earlier export beside
-            them the folder would be neither, and is refused.
+        out_dir: made if need be; files of an earlier export are replaced. Where others of it would stay beside them, or
+            files of these names are of no export, the folder is refused.
         format: of FORMATS; None: "timm", in the teacher's space "safetensors".
         checkpoint: a checkpoint file; the run's newest complete one by default.
         weights: "auto": the averaged ones where the run has them (ema_decay), else the last; "student", "ema".
@@ -92,11 +92,12 @@ def _check_folder(out_dir: Path, format: str, space: str) -> None:
     export would get other weights."""
     if (place := next(path for path in (out_dir, *out_dir.parents) if path.exists())) and not place.is_dir():
         raise UserError(f"--out {out_dir}: {place} is a file. Name a folder, which is made if need be")
-    present = [name for name in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, ONNX_NAME) if (out_dir / name).exists()]
+    names = (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, ONNX_NAME, CODE_NAME)
+    present = [name for name in names if (out_dir / name).exists()]
     if present and not _is_export(out_dir):
         raise UserError(
-            f"--out {out_dir} holds {' and '.join(present)}, which no export has made. They would be overwritten: "
-            "name another folder, or move them away"
+            f"--out {out_dir} holds {', '.join(present)}, and no {CONFIG_NAME} of an export: they would be "
+            "overwritten. Name another folder, or move them away"
         )
     if format != "onnx" and space == "backbone" and (out_dir / CODE_NAME).exists():
         raise UserError(
@@ -156,10 +157,9 @@ def _build_in_teacher_space(
 
 
 def _with_texts(model: bytes, config: dict, run_dir: Path, format: str) -> dict[str, bytes]:
-    # config.json first: by it the folder of an export that was killed is known as one
     return {
-        CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n",
         ONNX_NAME if format == "onnx" else WEIGHTS_NAME: model,
+        CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n",
         CARD_NAME: build_card(run_dir, config, format).encode(),
     }
 
@@ -167,9 +167,10 @@ def _with_texts(model: bytes, config: dict, run_dir: Path, format: str) -> dict[
 def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     """Write each file atomically; names may have folders in them."""
     paths = {folder / name: content for name, content in files.items()}
-    for path, content in paths.items():
+    # config.json first: by it the folder of an export that was killed is known as one
+    for path in sorted(paths, key=lambda path: path.name != CONFIG_NAME):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
+        write_atomic(path, paths[path])
     return list(paths)
 
 

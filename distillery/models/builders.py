@@ -173,7 +173,8 @@ def _create_timm(spec: ModelSpec, optional: dict[str, Any], kwargs: dict[str, An
                 raise _refused_arguments(spec.label, error, kwargs) from error
             optional = {key: value for key, value in optional.items() if key not in rejected}
         except Exception as error:
-            raise _load_error(spec.label, spec.takes_published_weights or spec.is_on_hub, error) from error
+            is_network = spec.is_on_hub and isinstance(error, OSError)
+            raise _load_error(spec.label, spec.takes_published_weights or is_network, error) from error
 
 
 def build_torchvision(spec: ModelSpec, image_size: int) -> BuiltModel:

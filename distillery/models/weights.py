@@ -99,9 +99,12 @@ def _read_state(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run what the file holds
+    text = str(error)
+    if "Unsupported global" in text or "TorchScript" in text:  # torch's own text advises to run what the file holds
         return "it holds more than tensors, which may be code"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "torch.save has not written it, or not to its end (a git-lfs pointer, a web page, another format?)"
+    return f"{type(error).__name__}: {text}"
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -47,9 +47,10 @@ class CachedTensorDataset(Dataset):
         max_shards: int | None = None,
         max_samples: int | None = None,
     ) -> None:
-        for name, limit in (("max_shards", max_shards), ("max_samples", max_samples)):
-            if limit is not None and whole(limit, name) < 1:
-                raise UserError(f"{name} is {limit}; it must be 1 or more, or None for all.")
+        max_shards, max_samples = (
+            None if limit is None else whole(limit, name, least=1, otherwise=", or None for all")
+            for name, limit in (("max_shards", max_shards), ("max_samples", max_samples))
+        )
         index = cache_dir if isinstance(cache_dir, CacheIndex) else load_index(cache_dir)
         self.index = index.only(slice(0, max_shards))
         self.transform = transform
@@ -131,9 +132,7 @@ class RandomShardSubsetCachedDataset(Dataset):
         Raises:
             UserError: epoch is below 0, or no whole number.
         """
-        if whole(epoch, "epoch") < 0:
-            raise UserError(f"epoch is {epoch}; it must be 0 or more.")
-        self._epoch[0] = epoch
+        self._epoch[0] = whole(epoch, "epoch", least=0)
 
     @property
     def shards(self) -> np.ndarray:
@@ -162,12 +161,18 @@ class RandomShardSubsetCachedDataset(Dataset):
         return self.base_dataset.fetch(shards[place], rows - (ends - self.base_dataset.shard_rows[shards])[place])
 
 
-def whole(value: Any, name: str) -> int:
-    """A whole number that a caller gave: of Python, numpy or torch; UserError for anything else."""
+def whole(value: Any, name: str, *, least: int | None = None, otherwise: str = "") -> int:
+    """A whole number that a caller gave: of Python, numpy or torch; UserError for anything else, and below `least`.
+
+    otherwise: what else it may be, for the message.
+    """
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise UserError(f"{name} is {value!r}; it must be a whole number.") from None
+        raise UserError(f"{name} is {value!r}; it must be a whole number{otherwise}.") from None
+    if least is not None and not least <= number < 2**63:
+        raise UserError(f"{name} is {number}; it must be {least} or more{otherwise}.")
+    return number
 
 
 def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
@@ -178,8 +183,11 @@ def checked_rows(indices: Sequence[int], count: int) -> np.ndarray:
         TypeError: one is no whole number.
     """
     rows = np.asarray(indices)
-    if rows.dtype.kind not in "iu" and rows.size:
-        raise TypeError(f"row numbers must be whole numbers, found {list(indices)[:3]!r}")
+    if rows.dtype.kind not in "iu":
+        try:
+            rows = np.array([operator.index(i) for i in indices])
+        except TypeError:
+            raise TypeError(f"row numbers must be whole numbers, found {list(indices)[:3]!r}") from None
     rows = rows.astype(np.int64)
     outside = (rows < -count) | (rows >= count)
     if outside.any():

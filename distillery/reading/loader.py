@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from distillery.cache.index import CacheIndex
+from distillery.reading.datasets import whole
 from distillery.reading.order import EpochOrder, Sampling, rank_slice
 from distillery.reading.raw import RawRows
 from distillery.reading.rows import CachedRows
@@ -95,6 +96,7 @@ class PretrainingLoader:
         self._tell_position()
 
     def _choose_epoch(self, epoch: int) -> None:
+        epoch = whole(epoch, "epoch", least=0)
         if epoch != self.epoch:
             self.epoch, self._samples, self._resume_at = epoch, 0, 0
         if hasattr(self.dataset, "set_epoch"):
@@ -116,9 +118,9 @@ class PretrainingLoader:
             UserError: that position is not at the border of a global batch of this batch_size and number of processes,
                 or `state` is no position.
         """
-        if missing := {"epoch", "samples"} - state.keys():
-            raise UserError(f"a position has epoch and samples, this one has no {' and no '.join(sorted(missing))}.")
-        samples, global_batch = state["samples"], self.sampling.global_batch
+        if not isinstance(state, Mapping) or not {"epoch", "samples"} <= state.keys():
+            raise UserError(f"a position is a dict of epoch and samples, found {state!r}.")
+        samples, global_batch = whole(state["samples"], "samples", least=0), self.sampling.global_batch
         if samples % global_batch:
             raise UserError(
                 f"a position of {samples} samples is not a multiple of {global_batch} (batch_size {self.batch_size} x "

@@ -74,7 +74,7 @@ def report_error(error: BaseException, prefix: str = "") -> int:
         message = f"error: {error}"
     elif isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
         # of a file on its way to its name (files.temporary_name), that name
-        name = error.filename and _TEMPORARY.sub(r"\1\2", os.fsdecode(error.filename))
+        name = _TEMPORARY.sub(r"\1\2", str(error.filename or ""))
         where = f"{name}: " if name else ""
         reason = os.strerror(error.errno)
         message = f"error: {where}{reason}. What was saved before stays; mend it, then run the same command again."

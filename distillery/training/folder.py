@@ -56,8 +56,9 @@ FREE_KEYS = {
     # a path may change; the teacher's weights may not, a checkpoint has their hash
     "model": {"teacher_repo", "teacher_checkpoint", "student_repo", "student_checkpoint"},
 }  # fmt: skip
-# what a run did that began before there was such a key, where the key's default is another
-VALUES_BEFORE = {"train": {"optimizer": "adamw"}}
+# what a run did that began before there was such a key, where the key's default is another; for knn_k, before runs were
+# bound to it
+VALUES_BEFORE = {"train": {"optimizer": "adamw", "knn_k": 20}}
 # these may change together, as long as their product with the number of processes stays the same
 BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
 # by which flag the run in a folder began; absent when by none
@@ -71,7 +72,7 @@ def identity_of(config: dict[str, dict]) -> str:
             key: value
             for key, value in config.get(section, {}).items()
             # a run of before there was such a key has the same hash
-            if key not in free | {*BATCH_KEYS, "knn_k"} and VALUES_BEFORE.get(section, {}).get(key) != value
+            if key not in free | {*BATCH_KEYS} and VALUES_BEFORE.get(section, {}).get(key) != value
         }
         for section, free in FREE_KEYS.items()
     }

@@ -588,11 +588,6 @@ def test_train_and_model_may_be_absent():
     [
         ({"shards_per_epoch": 3, "max_shards": 2}, {}, r"shards_per_epoch \(3\) is above max_shards \(2\)"),
         ({"max_samples": 10}, {"batch_size": 11}, "no epoch has a full batch"),
-        (
-            {"eval_datasets": {"x": {"dataset_name": "a", "max_train": 5}}},
-            {"knn_k": 6},
-            r"knn_k \(6\) is above eval_datasets.x.max_train \(5\)",
-        ),
     ],
 )
 def test_combination_that_must_fail_is_refused(data, train, message):
@@ -603,11 +598,6 @@ def test_combination_that_must_fail_is_refused(data, train, message):
 def test_combinations_at_the_limit_pass():
     check_configs(Configs(load_data_config({**DATA, "use_cached": False})))
     load_configs({**DATA, "shards_per_epoch": 3, "max_shards": 3, "max_samples": 10}, {**TRAIN, "batch_size": 10})
-    evaluated = {"eval_datasets": {"x": {"dataset_name": "a", "max_train": 5}}}
-    load_configs({**DATA, **evaluated}, {**TRAIN, "knn_k": 5})
-    load_configs({**DATA, **evaluated}, {**TRAIN, "knn_k": 6, "eval_every_epochs": 0})
-    masks = {"eval_datasets": {"x": {"dataset_name": "a", "max_train": 5, "task": "segmentation"}}}
-    load_configs({**DATA, **masks}, {**TRAIN, "knn_k": 6})  # of masks every patch is a neighbour
 
 
 def test_dumped_configuration_loads_back_equal(tmp_path):

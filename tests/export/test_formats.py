@@ -452,13 +452,13 @@ def test_the_command_exports_averaged_weights_by_choice(tmp_path, monkeypatch, f
     assert all(torch.equal(written[key], averaged[key]) for key in averaged)
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "student.py"])
 def test_files_that_no_export_has_made_are_never_overwritten(tmp_path, name):
     make_run(tmp_path / "run", STUDENTS["cnn"])
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text('{"mine": 1}')
-    with pytest.raises(UserError, match=f"out holds {name}, which no export has made"):
+    with pytest.raises(UserError, match=f"out holds {name}, and no config.json of an export"):
         export_student(tmp_path / "run", out)
     assert [path.read_text() for path in out.iterdir()] == ['{"mine": 1}']
     (out / name).unlink()

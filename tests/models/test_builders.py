@@ -400,6 +400,13 @@ def test_a_file_of_more_than_tensors_is_answered_in_one_plain_line(vit, tmp_path
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
     with pytest.raises(UserError) as caught:
         load_weights(vit, tmp_path / "whole.pt")
+    for number, content in enumerate((b"version https://git-lfs.github.com/spec/v1\n", b"", b"<html>")):
+        (tmp_path / f"{number}.pt").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as weights: torch.save has not written it, or not to its"):
+            load_weights(vit, tmp_path / f"{number}.pt")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(UserError, match="it holds more than tensors"):
+        load_weights(vit, tmp_path / "script.pt")
     text = str(caught.value)
     assert "it holds more than tensors, which may be code. It must be .safetensors, or a state dict" in text
     assert "weights_only" not in text and "\x1b" not in text and "\n" not in text

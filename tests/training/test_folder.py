@@ -266,7 +266,8 @@ def test_a_run_folder_that_is_or_lies_in_a_file_is_refused(tmp_path, below):
 def test_a_run_keeps_its_knn_k_as_its_figures_are_compared_with_each_other(tmp_path):
     with pytest.raises(UserError, match=r"knn_k: 20 -> 5\nNothing was written.*--set knn_k=20"):
         compare_configs(tmp_path, CONFIG, changed("train", knn_k=5))
-    assert identity_of(changed("train", knn_k=5)) == identity_of(CONFIG)  # as of earlier versions
+    assert identity_of(changed("train", knn_k=20)) == identity_of(CONFIG)  # as of earlier versions
+    assert identity_of(changed("train", knn_k=5)) != identity_of(CONFIG)  # so that --no_resume starts afresh
 
 
 def test_a_folder_that_cannot_be_written_and_one_in_use_are_named_at_once(tmp_path, monkeypatch, capsys):
