@@ -43,8 +43,7 @@ SHARDS_NAME = "shards.json"
 PREEMPTED_NAME = "PREEMPTED"
 _LOCK_NAME = ".lock"
 _LOCK_PATIENCE_S = 60.0
-# keys that change neither what is learnt nor its order: a resumed run may have other values. knn_k is not one of them,
-# as the figures of a run, which are compared with each other, are of one k
+# keys that change neither what is learnt, nor its order, nor figures (knn_k does): a resumed run may have other values
 FREE_KEYS = {
     # which images there are stands in shards.json, with the fingerprint that they must have
     "data": {"num_workers", "prefetch_batches", "pin_memory", "read_mode", "eval_datasets", "cache_dir", "use_cached",
@@ -56,8 +55,7 @@ FREE_KEYS = {
     # a path may change; the teacher's weights may not, a checkpoint has their hash
     "model": {"teacher_repo", "teacher_checkpoint", "student_repo", "student_checkpoint"},
 }  # fmt: skip
-# what a run did that began before there was such a key, where the key's default is another; for knn_k, before runs were
-# bound to it
+# what a run did that began before there was such a key, and the default is another, or was not bound to it (knn_k)
 VALUES_BEFORE = {"train": {"optimizer": "adamw", "knn_k": 20}}
 # these may change together, as long as their product with the number of processes stays the same
 BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
@@ -246,36 +244,27 @@ class RunLock:
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise UserError(
-                    f"checkpoint_dir {self._path.parent}: {os.strerror(error.errno)}. A run writes into its folder: "
-                    "give another checkpoint_dir."
-                ) from error
-            raise
-        is_told = False
-        deadline = time.monotonic() + (0.0 if create else _LOCK_PATIENCE_S)
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            raise UserError(f"checkpoint_dir {self._path.parent}: {os.strerror(error.errno)}: give another.") from error
+        began = last = time.monotonic()
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                in_use = f"{self._path.parent}: another process is training in this folder ({holder})"
+                if last - began > (0.0 if create else _LOCK_PATIENCE_S):
                     os.close(fd)
                     raise UserError(
-                        f"{self._path.parent}: another process is training in this folder ({holder}). Wait for it, or "
-                        f"give another checkpoint_dir. If it is certain that it is gone, delete {self._path}."
+                        f"{in_use}. Wait for it, or give another checkpoint_dir. If it is certain that it is gone, "
+                        f"delete {self._path}."
                     ) from None
-                if not is_told:
-                    is_told = True
-                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
-                    print(
-                        f"{self._path.parent}: another process is training in this folder ({holder}); waiting up to "
-                        f"{_LOCK_PATIENCE_S:.0f} s for it",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                if last == began and not create:
+                    print(f"{in_use}; waiting up to {_LOCK_PATIENCE_S:.0f} s for it", file=sys.stderr, flush=True)
                 time.sleep(0.5)
+                last = time.monotonic()
             except OSError:
                 break  # no locks on this file system
         self._fd = fd

@@ -278,5 +278,5 @@ def test_a_folder_that_cannot_be_written_and_one_in_use_are_named_at_once(tmp_pa
         second.take(create=False)
     assert f"{tmp_path}: another process is training in this folder (" in capsys.readouterr().err
     monkeypatch.setattr(folder.os, "open", lambda *_args: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
-    with pytest.raises(UserError, match=f"checkpoint_dir {tmp_path}: Read-only file system. .* another checkpoint_dir"):
+    with pytest.raises(UserError, match=f"checkpoint_dir {tmp_path}: Read-only file system: give another"):
         RunLock(tmp_path).take(create=True)
