@@ -305,17 +305,18 @@ def _check_same_identity(plan: CachePlan, found: dict | None, path: Path) -> Non
     remedy = "give another cache_dir"
     if is_evaluation:
         remedy = f"remove that folder (rm -r {shlex.quote(str(plan.directory))}): the same command makes it anew"
+    then, now = found.get("source", {}), plan.source_identity
+    if "files" in then and all(key.startswith(("source.files.", "source.num_rows")) for key, _, _ in changed):
+        counts = [_count_files(then), _count_files(now)]
+        difference = ", with other names or content" if counts[0] == counts[1] else ""
+        raise UserError(
+            f"{path} was made of other files: {counts[0]} then, {counts[1]} now{difference}. Nothing was written. Put "
+            f"the files back as they were, or {remedy}."
+        )
     remedy = f"Put the values back, or {remedy}"
     if {key for key, _, _ in changed} == {"preprocess.encoder"}:
         encoder = str(changed[0][1]).replace(" ", "==")
         remedy = f"Install the version of the cache (pip install {encoder}), or give another cache_dir"
-    then, now = found["source"], plan.source_identity
-    if "files" in then and all(key.startswith(("source.files.", "source.num_rows")) for key, _, _ in changed):
-        raise UserError(
-            f"{path} was made of other files: {_count_files(then)} then, {_count_files(now)} now"
-            f"{'' if _count_files(then) != _count_files(now) else ', with other names or content'}. Nothing was "
-            f"written. Put the files back as they were, or {remedy.removeprefix('Put the values back, or ')}."
-        )
     lines = [f"  {key}: the cache has {a!r}, now it would be {b!r}" for key, a, b in changed]
     raise UserError(
         f"{path} was made with another configuration:\n" + "\n".join(lines) + f"\nNothing was written. {remedy}."
