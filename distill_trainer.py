@@ -117,13 +117,14 @@ def distill(
     from distillery.teacher_cache.opening import open_teacher_cache
     from distillery.training import bindings, build, describe, estimate, folder
     from distillery.training.checkpoints import CheckpointWriter, restore
+    from distillery.training.lock import RunLock
     from distillery.training.run import Run, open_log
     from distillery.training.task import Position
 
     data, train, run_dir = configs.data, configs.train, configs.train.checkpoint_path
 
     # 1. Look at the run folder: rank 0 alone decides where to begin, as two nodes may not see the same files yet.
-    lock = folder.RunLock(run_dir)
+    lock = RunLock(run_dir)
     flags = {"resume_from": arguments.resume_from, "no_resume": arguments.no_resume, "is_plan": arguments.dry_run}
     start, state, frozen = on_main(lambda: folder.look_at_folder(lock, configs, **flags))
     notes = [*start.notes]

@@ -59,7 +59,7 @@ def main() -> int:
     from distillery.evaluate.text import load_text_embeddings
     from distillery.models.configured import choose_device
     from distillery.training.checkpoints import checkpoint_dir, load_checkpoint
-    from distillery.training.folder import check_same_models
+    from distillery.training.identity import check_same_models
 
     texts = arguments.text_embeddings and load_text_embeddings(expand_path(arguments.text_embeddings))
     checkpoints = find_checkpoints(run_dir, arguments.checkpoint)

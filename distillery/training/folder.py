@@ -1,15 +1,7 @@
-"""The folder of a run: its configuration, its training shards, and what may change between two starts."""
+"""The folder of a run: what it trains on, how it begins, what is set aside."""
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import shlex
 import shutil
-import socket
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +10,8 @@ from typing import Any
 import yaml
 
 from distillery.config.load import Configs, dump_configs
-from distillery.config.sections import MODELS, SUB_MODELS
-from distillery.config.yaml_text import as_yaml
 from distillery.system.errors import MissingFileError, UserError
-from distillery.system.files import expand_path, make_directory, sha256_of, write_atomic
+from distillery.system.files import expand_path, make_directory, write_atomic
 from distillery.system.launcher import is_restarted
 from distillery.system.machine import environment_number, environment_text
 from distillery.training.build import global_batch_size
@@ -34,6 +24,8 @@ from distillery.training.checkpoints import (
     newer_checkpoints,
 )
 from distillery.training.describe import describe_batch
+from distillery.training.identity import check_global_batch, compare_configs, identity_of
+from distillery.training.lock import LOCK_NAME, RunLock
 from distillery.training.log import METRICS_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -41,111 +33,8 @@ SHARDS_NAME = "shards.json"
 # written when a run stops early with everything saved; slurm/train.sbatch reads it under torchrun, whose own exit
 # status is 1 whatever its workers say
 PREEMPTED_NAME = "PREEMPTED"
-_LOCK_NAME = ".lock"
-_LOCK_PATIENCE_S = 60.0
-# keys that change neither what is learnt, nor its order, nor figures (knn_k does): a resumed run may have other values
-FREE_KEYS = {
-    # which images there are stands in shards.json, with the fingerprint that they must have
-    "data": {"num_workers", "prefetch_batches", "pin_memory", "read_mode", "eval_datasets", "cache_dir", "use_cached",
-             "data_files", "data_dir", "max_failed_fraction", "max_samples", "max_shards", "stage_dir", "stage_gb"},
-    "train": {"num_epochs", "log_every", "save_every", "save_every_minutes", "keep_checkpoints", "eval_every_epochs",
-              "tensorboard", "tensorboard_histograms", "wandb_project", "compile", "compile_student",
-              "compile_teacher", "use_fused_adamw", "max_bad_steps", "gradient_checkpointing", "refresh_shards",
-              "checkpoint_dir"},
-    # a path may change; the teacher's weights may not, a checkpoint has their hash
-    "model": {"teacher_repo", "teacher_checkpoint", "student_repo", "student_checkpoint"},
-}  # fmt: skip
-# what a run did that began before there was such a key, and the default is another, or was not bound to it (knn_k)
-VALUES_BEFORE = {"train": {"optimizer": "adamw", "knn_k": 20}}
-# these may change together, as long as their product with the number of processes stays the same
-BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
 # by which flag the run in a folder began; absent when by none
 START_NAME = "start.json"
-
-
-def identity_of(config: dict[str, dict]) -> str:
-    """A hash of all in a configuration {"data": {...}, "train": {...}, "model": {...}} that a run is bound to."""
-    bound = {
-        section: {
-            key: value
-            for key, value in config.get(section, {}).items()
-            # a run of before there was such a key has the same hash
-            if key not in free | {*BATCH_KEYS} and VALUES_BEFORE.get(section, {}).get(key) != value
-        }
-        for section, free in FREE_KEYS.items()
-    }
-    return sha256_of(bound)
-
-
-def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """The harmless differences between a run's configuration and the present one, a line each.
-
-    A key that the run does not know came with a later version: the run did what the key's default does, or the value in
-    VALUES_BEFORE.
-
-    Args:
-        where: run folder or checkpoint, for the message.
-        before: {"data": {...}, "train": {...}, "model": {...}} of the run.
-        now: the same of this start.
-
-    Raises:
-        UserError: other differences, listed field by field.
-    """
-    harmless, refused, values = [], [], []
-    for section, free in FREE_KEYS.items():
-        old, new = values_of_run(section, before.get(section, {})), now.get(section, {})
-        for key in sorted(old.keys() & new.keys()):
-            lines = _differences(key, old[key], new[key])
-            if key in free or key in BATCH_KEYS:
-                harmless += lines
-            elif lines:
-                refused += lines
-                values.append(f"--set {shlex.quote(f'{key}={as_yaml(old[key])}')}")
-    if refused:
-        raise UserError(
-            f"{where} holds a run of another configuration:\n  " + "\n  ".join(refused) + "\n"
-            f"Nothing was written. Put the values back to go on with it ({' '.join(values)}), give another "
-            "checkpoint_dir for a new run, or --no_resume to start afresh in this one."
-        )
-    return harmless
-
-
-def values_of_run(section: str, known: dict[str, Any]) -> dict[str, Any]:
-    """What a run did by the keys of a section: those that it knew, and what later ones stand for."""
-    defaults = MODELS[section].model_construct().model_dump(mode="json") | VALUES_BEFORE.get(section, {})
-    nested = {key: defaults[key] | known[key] for key in SUB_MODELS if key in defaults and key in known}
-    return defaults | known | nested
-
-
-def check_same_models(where: Path, before: dict[str, dict], now: dict[str, dict]) -> None:
-    """Raise UserError unless a checkpoint's configuration, `before`, has the models and losses of a run's, `now`."""
-    for section, key in [*(("model", key) for key in now["model"]), ("train", "distill_loss_weights")]:
-        old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
-        if key not in FREE_KEYS[section] and old != new:
-            raise UserError(
-                f"{where}: is of another run: its {key} is {old!r}, that of --run is {new!r}. Name the run it belongs "
-                "to, or one of this run's checkpoints."
-            )
-
-
-def _differences(key: str, old: Any, new: Any) -> list[str]:
-    """'key: old -> new' where they differ; of two mappings, a line for each key that does."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        return [line for name in names for line in _differences(f"{key}.{name}", old.get(name), new.get(name))]
-    return [f"{key}: {old!r} -> {new!r}"]
-
-
-def check_global_batch(before: dict, now_global: int, now_text: str) -> None:
-    """Raise UserError when the global batch of a checkpoint is not the present one, with the arithmetic."""
-    if before["global_batch_size"] != now_global:
-        raise UserError(
-            f"the run was trained with a global batch of {before['global_batch_text']}; now it would be {now_text}. "
-            "A position in the data can only be taken up with the same product: change batch_size or "
-            "grad_accumulation_steps."
-        )
 
 
 def freeze_shards(run_dir: Path, content: dict[str, Any]) -> None:
@@ -206,7 +95,7 @@ def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None
     paths: of files under run_dir, in the order in which they are to go; None: everything.
     """
     if paths is None:
-        paths = [path for path in run_dir.glob("*") if not path.name.startswith(("previous_", _LOCK_NAME))]
+        paths = [path for path in run_dir.glob("*") if not path.name.startswith(("previous_", LOCK_NAME))]
         # by the configuration the next start sees whose the rest is, should this one be killed here
         paths.sort(key=lambda path: path.name == CONFIG_NAME)
     if not (paths := list(paths)):
@@ -224,53 +113,6 @@ def check_place(run_dir: Path) -> None:
     found = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not found.is_dir():
         raise UserError(f"checkpoint_dir {run_dir}: {found} is a file. Give the path of a folder, there or to be made.")
-
-
-class RunLock:
-    """Keeps a second process out of a run folder, where the file system has locks; it ends with the process."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / _LOCK_NAME
-        self._fd: int | None = None
-
-    def take(self, *, create: bool) -> None:
-        """Take the lock, unless it is held already; without `create` only where the file is there.
-
-        Raises:
-            UserError: another process has it and keeps it for a minute; with `create`, when it has been faster.
-        """
-        if self._fd is not None or not (create or self._path.exists()):
-            return
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            raise UserError(f"checkpoint_dir {self._path.parent}: {os.strerror(error.errno)}: give another.") from error
-        began = last = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
-                in_use = f"{self._path.parent}: another process is training in this folder ({holder})"
-                if last - began > (0.0 if create else _LOCK_PATIENCE_S):
-                    os.close(fd)
-                    raise UserError(
-                        f"{in_use}. Wait for it, or give another checkpoint_dir. If it is certain that it is gone, "
-                        f"delete {self._path}."
-                    ) from None
-                if last == began and not create:
-                    print(f"{in_use}; waiting up to {_LOCK_PATIENCE_S:.0f} s for it", file=sys.stderr, flush=True)
-                time.sleep(0.5)
-                last = time.monotonic()
-            except OSError:
-                break  # no locks on this file system
-        self._fd = fd
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import pytest
 from training import STUDENTS, assert_same_run, of_folder, start, straight_run
 from workplace import at_call, send
 
-from distillery.training import engine
-from distillery.training import folder as folder_module
+from distillery.training import engine, lock
 from distillery.training.checkpoints import checkpoint_dir
 
 SETTINGS = STUDENTS["vit"]
@@ -255,8 +254,8 @@ def test_a_run_on_raw_images_stays_on_them_when_a_cache_appears(place, folder):
 
 def test_a_second_process_in_the_same_run_folder_is_refused(place, folder, monkeypatch):
     run_dir = folder / "run"
-    monkeypatch.setattr(folder_module, "_LOCK_PATIENCE_S", 0.2)
-    held = folder_module.RunLock(run_dir)
+    monkeypatch.setattr(lock, "_PATIENCE_S", 0.2)
+    held = lock.RunLock(run_dir)
     run_dir.mkdir()
     held.take(create=True)
     refused = start(place, run_dir, SETTINGS)
