@@ -83,13 +83,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--num_jobs auto takes no --job_id: each process takes the next shards that are free")
     if arguments.num_jobs != AUTO and (arguments.num_jobs is None) != (arguments.job_id is None):
         parser.error("--num_jobs and --job_id go together: --num_jobs 8 --job_id 0 ... --job_id 7; or --num_jobs auto")
+    if arguments.job_id is not None and arguments.num_jobs < 1:
+        parser.error(f"--num_jobs {arguments.num_jobs}: expected 1 or more")
     if arguments.job_id is not None and not 0 <= arguments.job_id < arguments.num_jobs:
         parser.error(
             f"--job_id {arguments.job_id}: expected 0 to {arguments.num_jobs - 1} with --num_jobs {arguments.num_jobs}"
         )
     if arguments.teacher and None in (arguments.train_config, arguments.model_config):
         parser.error("--teacher needs --train_config and --model_config: the views, and whose outputs they are")
-    if arguments.verify not in (None, True) and (arguments.verify < 1 or not arguments.teacher):
+    is_number = arguments.verify is not None and arguments.verify is not True
+    if is_number and (arguments.verify < 1 or not arguments.teacher):
         parser.error(f"--verify {arguments.verify}: a number of views, 1 or more, goes with --teacher")
     if arguments.teacher and arguments.rebuild_index:
         parser.error("--rebuild_index is of the images; the teacher's index is made again by --teacher alone")
@@ -131,11 +134,11 @@ def make(configs: Configs, num_jobs: int, job_id: int, arguments: argparse.Names
         jobs = open_jobs(configs.data, num_jobs, job_id)
         # every folder is surveyed before anything is written anywhere
         surveys = survey_jobs(jobs)
-        print_plan(jobs, surveys, configs.data)
+        image_bytes = print_plan(jobs, surveys, configs.data)
         if arguments.teacher:
             from distillery.precompute import teacher_job
 
-            outputs = teacher_job.plan_outputs(configs, jobs[0].plan, jobs[0].shards)
+            outputs = teacher_job.plan_outputs(configs, jobs[0].plan, jobs[0].shards, image_bytes)
         shards_left = 0
         for job, survey in zip(jobs, surveys, strict=True):
             shards_left += make_job(job, survey, configs.data, arguments.batch_size, stop, elastic=elastic)
@@ -179,12 +182,12 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
     surveys, speed = [survey_cache(job.plan, job.shards) for job in jobs], None
     if jobs:
         speed = measure_decoding(jobs[0].source, jobs[0].plan.spec, jobs[0].plan.dtype, jpeg_encoding(data))
-    print_plan(jobs, surveys, data, speed)
+    image_bytes = print_plan(jobs, surveys, data, speed)
     at_work = [line for job in jobs for line in workers_lines(job.title, job.plan.directory)]
     if with_teacher and jobs and jobs[0].plan.directory == data.cache_path:
         from distillery.precompute.teacher_job import plan_outputs
 
-        outputs = plan_outputs(configs, jobs[0].plan, jobs[0].shards)
+        outputs = plan_outputs(configs, jobs[0].plan, jobs[0].shards, image_bytes)
         at_work += workers_lines("the teacher's outputs", outputs.plan.directory)
     elif with_teacher:
         print("the teacher's outputs: what they cost is known once the training images are here (--download_only)")
@@ -195,8 +198,8 @@ def dry_run(configs: Configs, num_jobs: int, job_id: int, *, with_teacher: bool)
     if jobs:
         if jobs[0].part.dataset is None:
             print(dtype_line(jobs[0].plan, jpeg_encoding(data), speed))
-        to_make = [(job.plan, [*survey.missing, *survey.to_check]) for job, survey in zip(jobs, surveys, strict=True)]
-        print("\n".join(plan_lines(to_make, data.cache_path, data.workers, speed)))
+        missing = [(job.plan, survey.missing) for job, survey in zip(jobs, surveys, strict=True)]
+        print("\n".join(plan_lines(missing, data.cache_path, data.workers, speed)))
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from forks import run_forked
+from stage1 import wait_for_the_clock
 from workplace import ROOT, Workplace, assert_same_tensors, comparable, run
 
 
@@ -54,6 +55,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cached, tmp_path):
     assert "96 of 96 images" in done.stdout
     assert "free space" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_of_a_copied_cache_has_shards_to_check_and_no_image_to_decode(cached, tmp_path):
+    shutil.copytree(cached.folder / "cache", tmp_path / "cache")
+    wait_for_the_clock(tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("*.pt"):  # a copy may be younger than its record
+        path.touch()
+    done = cached.precompute("--dry_run", "--set", f"cache_dir={tmp_path / 'cache'}")
+    assert "4 to go, 4 of them to check; 0 bytes to write" in done.stdout
+    assert "images of this job" not in done.stdout
 
 
 def test_array_jobs_together_make_the_same_cache_as_one(cached, tmp_path):

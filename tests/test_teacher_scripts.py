@@ -75,7 +75,7 @@ def test_a_disk_too_small_for_the_outputs_is_told_before_the_pass(run_teacher, m
     monkeypatch.setattr(teacher_job, "free_bytes", lambda _folder: 1000)
     status, output, _ = run_teacher("--dry_run", cache=tmp_path / "cache")
     assert status == 0
-    assert re.search(r"WARNING: \S+ kB are to be written, 1.0 kB are free", output), output
+    assert re.search(r"WARNING: \S+ MB are to be written with the images, 1.0 kB are free", output), output
 
 
 def test_one_command_makes_the_images_and_the_teachers_outputs(place):
@@ -289,6 +289,7 @@ def test_a_stop_signal_ends_with_status_75_and_the_same_command_goes_on(place, r
     [
         (["--teacher"], "--teacher needs --train_config and --model_config"),
         (["--verify", "5"], "goes with --teacher"),
+        (["--verify", "1"], "goes with --teacher"),
         (["--verify", "0"], "--verify 0"),
     ],
 )

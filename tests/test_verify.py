@@ -14,6 +14,7 @@ from stage1 import SmallSource, folder_bytes, run_stage1, small_plan, wait_for_t
 from distillery.cache.store import FutureFormatError
 from distillery.cache.verify import find_problems, verify_cache
 from distillery.system.errors import MissingFileError, UserError
+from distillery.system.files import create_temporary
 from distillery.verify import repair_command, report_verification, verify_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,14 @@ DAMAGES = {
     "leftover": lambda c: (c / ".images_shard_00000.pt.tmp-0123456789ab").write_bytes(b"x"),
 }  # fmt: skip
 NOT_FOR_STAGE_1 = {"link", "pipe"}
+
+
+def test_a_file_that_is_being_written_is_not_taken_for_a_leftover(cache):
+    temporary = cache / ".images_shard_00000.pt.tmp-0123456789ab"
+    fd = create_temporary(temporary)
+    assert verify_cache(cache) == [f"{temporary}: a process is writing it; verify again when that has ended"]
+    os.close(fd)
+    assert verify_cache(cache) == [f"{temporary}: left by a killed run; stage 1 removes it"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

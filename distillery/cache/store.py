@@ -226,7 +226,12 @@ class RecordScan:
                 continue
             stamp = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             if self._seen.get(name, (None,))[0] != stamp:
-                self._seen[name] = (stamp, self._read(Path(entry.path)))
+                try:
+                    self._seen[name] = (stamp, self._read(Path(entry.path)))
+                except PermissionError:
+                    raise
+                except OSError:  # a disk that fails now may not the next time: nothing is known of the record
+                    continue
             if record := self._seen[name][1]:
                 found.append(record)
         return sorted(found, key=lambda record: record["global_start"])
@@ -234,9 +239,9 @@ class RecordScan:
     def _read(self, path: Path) -> dict | None:
         try:
             record = self.kind.read_record(path)
-        except (FutureFormatError, PermissionError):
+        except FutureFormatError:
             raise
-        except (UserError, OSError):
+        except UserError:
             return None
         return {key: value for key, value in record.items() if key not in self.kind.bulk}
 

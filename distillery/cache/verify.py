@@ -1,5 +1,6 @@
 """Find what is wrong in a folder of images: compare every byte with its hash and every view with the records."""
 
+import contextlib
 import os
 import threading
 from collections import Counter
@@ -22,7 +23,7 @@ from distillery.cache.index import CacheIndex
 from distillery.cache.lease_names import LEASES_NAME, lease_problems
 from distillery.cache.store import FutureFormatError, ShardKind, parse_json, record_path
 from distillery.system.errors import MissingFileError, UserError
-from distillery.system.files import read_regular
+from distillery.system.files import is_locked, read_regular
 from distillery.system.machine import usable_cpus
 
 _OTHER_NAMES = {INDEX_NAME, FAILURES_NAME, "eval", "teacher"}
@@ -102,9 +103,12 @@ def foreign_files(directory: Path, is_known: Callable[[str], bool]) -> Iterator[
         if entry.name == LEASES_NAME and entry.is_dir(follow_symlinks=False):
             yield from (Problem(f"{path}: {reason}") for path, reason in lease_problems(directory))
         elif not is_known(entry.name) and not entry.name.startswith(".nfs"):
-            reason = "left by a killed run; stage 1 removes it"
-            if ".tmp-" not in entry.name:
-                reason = "not part of a cache; move it elsewhere"
+            reason = "not part of a cache; move it elsewhere"
+            if ".tmp-" in entry.name:
+                reason = "left by a killed run; stage 1 removes it"
+                with contextlib.suppress(FileNotFoundError):
+                    if is_locked(Path(entry.path)):
+                        reason = "a process is writing it; verify again when that has ended"
             yield Problem(f"{entry.path}: {reason}")
 
 

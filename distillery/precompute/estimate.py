@@ -10,6 +10,7 @@ from distillery.cache.archive import DTYPES, row_bytes_of
 from distillery.cache.encoded import RowEncoding, is_encoded
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.keys_data import DataConfig
+from distillery.precompute.pipeline import PUBLISH_AHEAD
 from distillery.precompute.pool import keep_freed_memory, memory_bytes, needs_resampler
 from distillery.precompute.worker import Unit, UnitResult, encode_unit, make_rows
 from distillery.sources.base import Source
@@ -93,9 +94,7 @@ def job_lines(
         _size_text(plan, count)
         for count in (plan.num_rows * _row_bytes(plan, survey, speed), bytes_to_write(plan, survey, speed))
     )
-    state = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
-    if survey.to_check:
-        state += f", {len(survey.to_check)} of them to check"
+    state = progress_text(survey)
     if len(shards) < plan.num_shards:
         state = f"this job's share: shards {shards.start}..{shards.stop - 1}; {state}"
     return [
@@ -106,6 +105,12 @@ def job_lines(
         f"  {state}; {to_write} to write",
         *(f"  WARNING: {note}" for note in survey.notes),
     ]
+
+
+def progress_text(survey: Survey) -> str:
+    """How many shards are done, and how many are not; those to check are kept where their bytes agree."""
+    text = f"{len(survey.done)} done, {len(survey.missing) + len(survey.to_check)} to go"
+    return f"{text}, {len(survey.to_check)} of them to check" if survey.to_check else text
 
 
 def _size_text(plan: CachePlan, num_bytes: float) -> str:
@@ -144,7 +149,7 @@ def room_lines(data: DataConfig, num_bytes: int) -> list[str]:
     lines = [f"free space: {format_bytes(free)} (a quota may be less); up to {workers} decode workers; {versions}"]
     if num_bytes > free:
         lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
-    if is_network_file_system(data.cache_path.parent):
+    if is_network_file_system(data.cache_path):
         lines.append(
             "note: the cache is on a network file system; for training, stage_dir copies it to the node's own disk."
         )
@@ -258,7 +263,7 @@ def plan_lines(
     """Files, memory and hours of a job.
 
     Args:
-        to_make: for each cache its plan and the shards that this job has to make.
+        to_make: for each cache its plan and the shards that are missing of this job's.
         folder: cache_dir, which may not be there yet.
         num_workers: decode workers.
         speed: what measure_decoding found; None: nothing, and the files alone are counted.
@@ -278,7 +283,8 @@ def plan_lines(
         return lines
     each = _WORKER_BYTES[speed.needs_torch] + _COPIES_OF_PIXELS * 3 * speed.pixels
     units = max((memory_bytes(num_workers, plan.image_bytes) for plan, _ in to_make), default=0)
-    shared = units + _SERVER_BYTES[speed.needs_torch]
+    masks = max((_mask_bytes(plan) for plan, _ in to_make), default=0)
+    shared = units + masks + _SERVER_BYTES[speed.needs_torch]
     if num_workers == 1:
         lines.append(f"memory: about {format_bytes(each + shared)}: one worker decodes in this process")
     else:
@@ -303,6 +309,13 @@ def plan_lines(
             f"{format_bytes(num_bytes / seconds)}/s; a slower one of the two decides"
         )
     return lines
+
+
+def _mask_bytes(plan: CachePlan) -> int:
+    """What the masks of the shards in the making take."""
+    if plan.mask_dtype is None:
+        return 0
+    return (plan.row_bytes - plan.image_bytes) * min(plan.num_rows, (PUBLISH_AHEAD + 1) * plan.shard_size)
 
 
 def _other_decode_lines(speed: DecodeSpeed) -> list[str]:

@@ -148,8 +148,12 @@ def _rows_wanted(part: CachePart, source: Source) -> Source:
     return PartOfSource(source, rows=spread_rows(len(source), part.limit))
 
 
-def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, speed: DecodeSpeed | None = None) -> None:
-    """Print what will be made, how much room it takes and how much there is; speed as job_lines has it."""
+def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, speed: DecodeSpeed | None = None) -> int:
+    """Print what will be made, how much room it takes and how much there is; speed as job_lines has it.
+
+    Returns:
+        Bytes to write.
+    """
     total = 0
     for job, survey in zip(jobs, surveys, strict=True):
         print("\n".join(job_lines(job.title, job.source, job.plan, job.shards, survey, speed)))
@@ -157,6 +161,7 @@ def print_plan(jobs: list[CacheJob], surveys: list[Survey], data: DataConfig, sp
             print(f"  WARNING: {warning}")
         total += bytes_to_write(job.plan, survey, speed)
     print("\n".join(room_lines(data, total)))
+    return total
 
 
 def workers_lines(title: str, directory: Path) -> list[str]:

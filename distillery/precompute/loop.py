@@ -169,8 +169,10 @@ class ShardLoop(ABC):
         later, deferred = deque(shards), set()
         while later and not self.stop.requested:
             shard_idx = later.popleft()
-            if self.is_published(shard_idx):
+            if self.is_published(shard_idx):  # by another process
                 self.left.discard(shard_idx)
+                start, stop = self.plan.rows_of(shard_idx)
+                self.on_rows(stop - start, shards=self.num_made)
             elif shard_idx not in deferred and is_being_made(self.plan.shard_path(shard_idx)):
                 deferred.add(shard_idx)
                 later.append(shard_idx)
@@ -266,7 +268,7 @@ class ShardLoop(ABC):
 
     def _make_with_retries(self) -> None:
         """After an I/O error the shards it hit are made once more, from the data, in new files."""
-        failures: dict[int, int] = {}
+        failures, num_made = {}, 0
         while self.left and not self.stop.requested:
             try:
                 self.make(sorted(self.left))
@@ -276,6 +278,8 @@ class ShardLoop(ABC):
             except UserError:
                 raise
             except OSError as error:
+                if self.num_made > num_made:  # it works on: this is another failure, maybe days after the last
+                    failures, num_made = {}, self.num_made
                 if not may_try_again(error, failures):
                     raise
 

@@ -5,7 +5,8 @@
 
 A worker decodes a pixel into shared memory, and the disk thread writes it from there; no copy lies between. Rows of a
 compressed cache are copied once more: what a page of the file begins with is known only then. The units in flight
-therefore bound the memory, whatever the shard size.
+therefore bound the memory that images take, whatever the shard size. The masks of a shard follow its images in the
+file, so they are held until the shard is complete.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from distillery.system.signals import StopFlag
 # how many encoded images are read before the first are decoded, and how many bytes at a time from then on
 _FIRST_ROWS, _READ_BYTES = 32, 16 << 20
 # shards that may wait to be durable while the next are being made
-_PUBLISH_AHEAD = 2
+PUBLISH_AHEAD = 2
 
 
 def make_cache(
@@ -218,7 +219,7 @@ class _Pipeline:
         self.loop.on_rows(len(result.checksums), shards=self.loop.num_made, limit=self.limit())
         while len(self.writing) > WRITE_AHEAD:
             self._collect_written()
-        while len(self.publishing) > _PUBLISH_AHEAD or (self.publishing and self.publishing[0][0].done()):
+        while len(self.publishing) > PUBLISH_AHEAD or (self.publishing and self.publishing[0][0].done()):
             self._collect_published()
 
     def _write(self, shard: OpenImageShard, memory: memoryview, result: UnitResult) -> None:

@@ -11,6 +11,7 @@ from distillery.cache.images import INDEX_NAME
 from distillery.cache.plan import CachePlan, Survey
 from distillery.config.load import Configs
 from distillery.models.configured import choose_device
+from distillery.precompute.estimate import progress_text
 from distillery.precompute.teacher_shards import make_teacher_cache
 from distillery.reading.rows import ImageRows
 from distillery.system.console import ProgressLine, format_bytes
@@ -29,7 +30,7 @@ from distillery.teacher_cache.opening import (
     use_exact_convolutions,
 )
 from distillery.teacher_cache.outputs import LiveTeacher
-from distillery.teacher_cache.records import TEACHER_SHARDS
+from distillery.teacher_cache.records import TEACHER_SHARDS, teacher_index_of
 from distillery.teacher_cache.replay import replay_views
 from distillery.teacher_cache.survey import TeacherPlan, images_for_training, survey_teacher
 from distillery.teacher_cache.targets import check_storable
@@ -79,24 +80,29 @@ def build_teacher_job(configs: Configs, images: CachePlan, shards: range) -> Tea
     )
 
 
-def plan_outputs(configs: Configs, images: CachePlan, shards: range) -> TeacherJob:
-    """Load the teacher and print what its outputs over an image cache will be; arguments as of build_teacher_job."""
+def plan_outputs(configs: Configs, images: CachePlan, shards: range, image_bytes: int) -> TeacherJob:
+    """Load the teacher and print what its outputs over an image cache will be.
+
+    configs, images, shards: as of build_teacher_job; image_bytes: that are to be written before the outputs.
+    """
     job = build_teacher_job(configs, images, shards)
-    print("\n".join(teacher_plan_lines(job, survey_teacher(job.plan, job.shards))))
+    print("\n".join(teacher_plan_lines(job, survey_teacher(job.plan, job.shards), image_bytes)))
     return job
 
 
-def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
-    """What will be made, how much room it takes, what it costs once and saves in every epoch."""
+def teacher_plan_lines(job: TeacherJob, survey: Survey, image_bytes: int = 0) -> list[str]:
+    """What will be made, how much room it takes, what it costs once and saves in every epoch.
+
+    image_bytes: that are to be written before it.
+    """
     plan, spec = job.plan, job.plan.spec
     rows, views, epochs = plan.images.num_rows, spec.num_views, job.teacher.passes(spec.num_views)
-    to_make = [*survey.missing, *survey.to_check]
-    rows_to_make = sum(stop - start for start, stop in map(plan.rows_of, to_make))
+    rows_to_make = sum(stop - start for start, stop in map(plan.rows_of, survey.missing))
     fields = ", ".join(
         f"{name} {list(shape)} {dtype} ({format_bytes(np.prod(shape) * np.dtype(FIELD_DTYPES[dtype]).itemsize)})"
         for name, (dtype, shape) in spec.view_fields.items()
     )
-    state = f"{len(survey.done)} done, {len(to_make)} to go"
+    state = progress_text(survey)
     if len(job.shards) < plan.num_shards:
         state = f"this job's share: shards {job.shards.start}..{job.shards.stop - 1}; {state}"
     passes, num_bytes, free = rows_to_make * epochs, rows_to_make * plan.row_bytes, free_bytes(plan.images.directory)
@@ -115,8 +121,11 @@ def teacher_plan_lines(job: TeacherJob, survey: Survey) -> list[str]:
     is_free = job.teacher.views_only_mirror and views % 2 == 0
     if is_free and not survey.done and not job.teacher.backbone.mirror:
         lines.append("advice: teacher_mirror: true gives better targets for as much arithmetic (docs/recipe.md).")
-    if num_bytes > free:
-        lines.append(f"WARNING: {format_bytes(num_bytes)} are to be written, {format_bytes(free)} are free.")
+    if num_bytes and num_bytes + image_bytes > free:
+        both = " with the images" if image_bytes else ""
+        lines.append(
+            f"WARNING: {format_bytes(num_bytes + image_bytes)} are to be written{both}, {format_bytes(free)} are free."
+        )
     return lines
 
 
@@ -133,6 +142,8 @@ def make_outputs(job: TeacherJob, stop: StopFlag, *, elastic: bool = False) -> i
 
     elastic: shared with other processes, and complete on return.
     """
+    if not job.shards:  # more jobs than shards
+        return 0
     survey = survey_teacher(job.plan, job.shards)
     to_make = [*survey.missing, *survey.to_check]
     rows = sum(stop_row - start for start, stop_row in map(job.plan.rows_of, to_make))
@@ -158,8 +169,8 @@ def report_outputs(job: TeacherJob) -> None:
     """Print what the folder holds now."""
     records = TEACHER_SHARDS.scan(job.plan.directory).records() if job.plan.directory.is_dir() else []
     rows = sum(record["num_samples"] for record in records)
-    wanted = job.plan.images.num_rows
-    state = "complete" if rows >= wanted else "not complete yet: other jobs have their share to do"
+    is_complete = bool(records) and teacher_index_of(records, job.plan.num_rows)["complete"]
+    state = "complete" if is_complete else "not complete yet: other jobs have their share to do"
     print(
         f"{job.plan.directory}: {rows} images in {job.plan.spec.num_views} views, {len(records)} shards; {state}. "
         "Training reads it with teacher_cache.enabled: true"

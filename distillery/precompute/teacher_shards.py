@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distillery.cache.archive import crc32
 from distillery.cache.fields import frame_of, place_fields
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.plan import Survey
 from distillery.cache.store import encode_checksums
 from distillery.losses.targets import Moments
@@ -97,7 +98,7 @@ class _TeacherLoop(ShardLoop):
         # the basis first: shards in another one count as missing
         if self.plan.uses_basis:
             self.basis_hash = self._within_memory(
-                lambda: ensure_basis(self.plan, self.teacher, self.images, self.batch_size)
+                lambda: ensure_basis(self.plan, self.teacher, self.images, self.batch_size, self.stop)
             )
             basis = load_basis(self.plan.directory / BASIS_NAME, self.basis_hash)
             self.basis = to_device(basis, self.teacher.device)
@@ -138,7 +139,7 @@ class _TeacherLoop(ShardLoop):
 
     def _make(self, shard_idx: int) -> bool:
         """Compute, write and publish a shard; False when the grace after a stop request ran out on the way."""
-        s = self.images.position(self.plan.images.shard_path(shard_idx).name)
+        s = self._position(self.plan.images.shard_path(shard_idx).name)
         valid = self.images.files.layout(s).valid
         shard = OpenTeacherShard(self, shard_idx, self.image_hashes[shard_idx], self.basis_hash)
         size, device = self.batch_size, self.teacher.device
@@ -162,6 +163,14 @@ class _TeacherLoop(ShardLoop):
         finally:
             shard.close()
         return True
+
+    def _position(self, shard_name: str) -> int:
+        """The number of an image shard among those listed."""
+        if shard_name not in self.images.index.shard_names:
+            # its record is there (check_images): a process that had not seen it yet wrote the index
+            IMAGE_SHARDS.scan(self.plan.images.directory).write_views(self.plan.images.num_rows)
+            self.images = ImageRows(self.plan.images.directory, self.plan.images.fingerprint)
+        return self.images.position(shard_name)
 
     def _outputs(self, images: Tensor, valid: np.ndarray, start: int, sums: dict[str, Moments]) -> HostCopy:
         """All views of a batch as they are stored: field -> [n, K, ...], on the way to the host; adds them to the sums.

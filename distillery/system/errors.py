@@ -1,6 +1,7 @@
 """Errors that users see, the exit status of each, and the commands that their messages recommend."""
 
 import errno
+import io
 import os
 import re
 import shlex
@@ -51,6 +52,8 @@ def run_command(main: Callable[[], Any]) -> Any:
     Returns:
         What main returned, where that is no exit status (an int); an int ends the process with it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file too has each line at once, whatever ends the process
     try:
         result = main()
     except (Exception, KeyboardInterrupt) as error:

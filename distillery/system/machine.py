@@ -1,5 +1,6 @@
 """What this machine has: CPUs, memory, inodes, free bytes, and the type of a file system."""
 
+import itertools
 import math
 import os
 import re
@@ -96,14 +97,33 @@ def free_inodes(path: Path) -> int | None:
 
 
 def memory_left() -> int | None:
-    """Bytes of memory this process may still take: what is free, or what its cgroup leaves; None: not known."""
+    """Bytes of memory this process may still take: what is free, or what its cgroups leave; None: not known."""
     try:
         words = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
-        left = int(words[0]) * 1024
+        return min(int(words[0]) * 1024, *_left_by_cgroups(Path("/sys/fs/cgroup")))
     except (OSError, IndexError, ValueError):
         return None
+
+
+def _left_by_cgroups(root: Path) -> list[float]:
+    """What the memory limits of this process's cgroup (v2, mounted at root) and of those above it leave, bytes.
+
+    Page cache counts as free: the kernel drops it first.
+    """
+    left = [math.inf]
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        return left if limit.strip() == "max" else min(left, int(limit) - int(used))
-    except (OSError, ValueError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
         return left
+    name = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), "")
+    # in a container the name may be that on the host: then the root alone is there
+    for group in (root, *(root / part for part in itertools.accumulate(Path(name).parts, os.path.join))):
+        try:
+            limit, used = ((group / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+            if limit != "max":
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                page_cache = int(counts["inactive_file"]) + int(counts["active_file"])
+                left.append(int(limit) - int(used) + page_cache)
+        except (OSError, ValueError, KeyError):
+            continue
+    return left

@@ -6,6 +6,7 @@ content; an unchanged size, time and inode make it unnecessary to hash the file 
 shard. If it is missing, the teacher is built and compared again.
 """
 
+import contextlib
 import os
 import re
 import stat
@@ -163,10 +164,17 @@ def _walk(root: Path, skipped: set[Path]) -> Iterator[tuple[str, Path]]:
         for entry in entries:
             if entry.name == "__pycache__" or entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 waiting.append((Path(entry.path), f"{prefix}{entry.name}/"))
             elif not _README.fullmatch(entry.name):
                 yield f"{prefix}{entry.name}", Path(entry.path)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _state_of(path: Path) -> tuple[int, ...] | None:
@@ -231,8 +239,9 @@ def remember_files(directory: Path, fingerprint: str, entries: Mapping[str, list
     try:
         write_atomic(directory / FILES_NAME, record_text(content))
         for path in directory.glob(f".{FILES_NAME}.tmp-*"):
-            if is_locked(path) is False:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                if is_locked(path) is False:
+                    path.unlink()
     except OSError as error:
         return error
     return None

@@ -83,7 +83,9 @@ def open_teacher_cache(
     directory, of_other_weights = distributed.on_main(find, raise_everywhere=is_plan)
     cache = TeacherCache(directory, of_other_weights=of_other_weights)
     images = getattr(loader.dataset, "base_dataset", loader.dataset)
-    cache.check_covers(images.index.shard_starts, _rows_trained_on(images))
+    index = images.index
+    cache.check_covers(index.shard_starts, _rows_trained_on(images))
+    cache.check_decoded(index.shard_starts, index.shard_rows, index.shard_failed)
     return cache
 
 

@@ -16,8 +16,9 @@ from distillery.models.pair import resample_tokens
 from distillery.models.precision import autocast_for
 from distillery.models.views import Augmentation
 from distillery.reading.rows import TEACHER_BATCH, ImageRows
-from distillery.system.errors import MissingFileError, UserError
+from distillery.system.errors import Interrupted, MissingFileError, UserError
 from distillery.system.files import create_temporary, fsync_dir, publish_no_clobber, temporary_name, write_all
+from distillery.system.signals import StopFlag
 from distillery.teacher_cache.identity import TeacherCacheSpec
 from distillery.teacher_cache.reader import encode_tokens, load_basis
 from distillery.teacher_cache.records import BASIS_NAME, file_hash
@@ -186,20 +187,28 @@ def rows_of_valid(valid: np.ndarray, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def ensure_basis(plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows, batch_size: int) -> str:
+def ensure_basis(
+    plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows, batch_size: int, stop: StopFlag | None = None
+) -> str:
     """The hash of the token basis, which is fixed before the first shard is made; of several jobs the first decides.
 
-    batch_size: images of one forward pass.
+    batch_size: images of one forward pass; stop: looked at between them.
 
     Raises:
-        UserError: it has to be made, and images are missing.
+        UserError: it has to be made, and images are missing. Interrupted: a stop was requested before it was.
     """
+
+    def tokens_of(rows: np.ndarray) -> Tensor:
+        if stop is not None and stop.requested:
+            raise Interrupted(f"{stop.reason}: the token basis is not made yet. Run the same command again.")
+        return _tokens_of(rows, teacher, images)
+
     path = plan.directory / BASIS_NAME
     if not _is_basis(path, plan.spec):
         count = min(BASIS_IMAGES, plan.images.num_rows)
         rows = np.array([i * plan.images.num_rows // count for i in range(count)])
         batches = (rows[first : first + batch_size] for first in range(0, count, batch_size))
-        tokens = (tokens for part in batches if len(tokens := _tokens_of(part, teacher, images)))
+        tokens = (tokens for part in batches if len(tokens := tokens_of(part)))
         _publish_basis(path, basis_bytes(fit_basis(tokens, plan.spec.view_fields["tokens"][1][1])), plan.spec)
     return file_hash(path)
 

@@ -6,6 +6,7 @@ a separate view with separate outputs. distillery.precompute.teacher_shards writ
 """
 
 import contextlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -238,10 +239,12 @@ class TeacherCache:
             MissingFileError: a shard is gone with its record. UserError: they are not of this teacher.
         """
         paths = [self.directory / row["shard_path"] for row in self.index["shards"]]
-        records = [_record_of(path) for path in paths]
-        for path, record in zip(paths, records, strict=True):
+        records = []
+        for path in paths:
+            record = _record_of(path)
             if record["fingerprint"] != self.fingerprint:
                 raise UserError(f"{path}: is not the shard that index.json lists. Run: {teacher_command()}")
+            records.append({"sums": record["sums"]})  # most of a record are checksums
         found = statistics_of(records)
         facts = self.identity["resolved"]
         widths = {"pooled": facts["pooled_width"]}
@@ -261,6 +264,21 @@ class TeacherCache:
                     f"{self.directory}: no teacher outputs for the images from {start + found} on (the shard of "
                     f"{start}..{start + count - 1}): the image cache has grown, or the pass is not done. "
                     f"Run: {teacher_command()}"
+                )
+
+    def check_decoded(self, starts: np.ndarray, rows: np.ndarray, failed: np.ndarray) -> None:
+        """Raise UserError where the teacher has not seen an image that can be decoded now: its outputs are zeros.
+
+        starts, rows: as of check_covers; failed: int64 [S], how many images of each range could not be decoded.
+        """
+        now = {(start, count): bad for start, count, bad in zip(starts, rows, failed, strict=True)}
+        for row in self.index["shards"]:
+            before = row["num_failed"]
+            if before > now.get((row["global_start"], row["num_samples"]), before):
+                raise UserError(
+                    f"{self.directory / row['shard_path']}: {before} images could not be decoded when the teacher "
+                    "ran, and some of them can be now: the image shard was made again. "
+                    f"Make the outputs again too: {teacher_command()}"
                 )
 
     def _rows_from(self, start: int, count: int) -> int:
@@ -334,7 +352,7 @@ def load_basis(path: Path, expected_hash: str) -> dict[str, Tensor]:
         raise MissingFileError(f"{path}: not there. Run: {teacher_command()}") from error
     if f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}" != expected_hash:
         raise UserError(f"{path}: is not the basis that the shards were made with. Run: {teacher_command()}")
-    return torch.load(path, weights_only=True)
+    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 def to_device(basis: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

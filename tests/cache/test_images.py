@@ -218,6 +218,21 @@ def test_a_second_scan_sees_what_changed(cache):
     assert scan.records() == first
 
 
+def test_a_record_that_the_disk_did_not_give_once_is_listed_as_soon_as_it_does(cache, monkeypatch):
+    read, failures = store.read_regular, [OSError(errno.EIO, "lost")]
+
+    def failing_once(path, *size):
+        if Path(path).name == "images_shard_00001.json" and failures:
+            raise failures.pop()
+        return read(path, *size)
+
+    monkeypatch.setattr(store, "read_regular", failing_once)
+    assert [row["shard_path"] for row in IMAGE_SHARDS.scan(cache).write_views()["shards"]] == [
+        shard_name(shard_idx) for shard_idx in range(3)
+    ]
+    assert not failures
+
+
 @pytest.mark.parametrize(
     "damage",
     [None, b"", b"{", b"{}", b"[]", b'{"num_samples": NaN}', b'{"format_version": 1}', b"\xff\xfe", "cut", "flip"],

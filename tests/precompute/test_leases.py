@@ -621,6 +621,7 @@ def test_the_command_makes_the_folder_of_a_plain_run_and_says_who_is_at_work(com
         (["--num_jobs", "some"], "'some': expected a number of jobs, or auto"),
         (["--num_jobs", "4"], "--num_jobs and --job_id go together"),
         (["--job_id", "4"], "--num_jobs and --job_id go together"),
+        (["--num_jobs", "0", "--job_id", "0"], "--num_jobs 0: expected 1 or more"),
     ],
 )
 def test_wrong_flags_are_refused(monkeypatch, capsys, flags, message):

@@ -436,6 +436,33 @@ def test_a_source_that_gives_too_few_images_or_no_labels_is_an_error(tmp_path):
         run_stage1(small_plan(tmp_path, source), source)
 
 
+def test_a_disk_error_that_comes_back_after_shards_were_made_is_another_one(tmp_path, monkeypatch, reference):
+    publish, failures = pipeline.OpenImageShard.publish, [0, 2]
+
+    def failing(shard):
+        if shard.shard_idx in failures:
+            failures.remove(shard.shard_idx)
+            raise OSError(errno.EIO, "lost")
+        publish(shard)
+
+    monkeypatch.setattr(pipeline.OpenImageShard, "publish", failing)
+    run_stage1(small_plan(tmp_path, SOURCE), SOURCE)
+    assert folder_bytes(tmp_path) == reference
+    assert not failures
+
+
+def test_the_rows_of_a_shard_that_another_process_published_meanwhile_are_done_too(tmp_path):
+    plan, counted = small_plan(tmp_path, SOURCE), []
+    survey = survey_cache(plan, range(3))
+    run_stage1(plan, SOURCE, range(1, 2))
+    with StopFlag() as stop:
+        make_cache(
+            plan, SOURCE, survey=survey, batch_size=4, num_workers=1, stop=stop,
+            on_rows=lambda rows, **_state: counted.append(rows),
+        )  # fmt: skip
+    assert sum(counted) == len(SOURCE)
+
+
 # -- stopping
 
 

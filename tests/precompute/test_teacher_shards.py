@@ -14,12 +14,16 @@ from stage1 import folder_bytes, wait_for_the_clock
 from teachers import images_plan, live_teacher, make_images, make_teacher_test_cache, run_pass, teacher_plan
 
 from distillery.cache.encoded import RowEncoding
+from distillery.cache.images import IMAGE_SHARDS
 from distillery.cache.store import record_path
 from distillery.models.backbone import Features
 from distillery.models.views import Augmentation
 from distillery.precompute import teacher_shards
+from distillery.precompute.teacher_job import TeacherJob, make_outputs, report_outputs
 from distillery.reading.rows import ImageRows
-from distillery.system.errors import RunError, UserError
+from distillery.system.errors import Interrupted, RunError, UserError
+from distillery.system.signals import StopFlag
+from distillery.teacher_cache.local_files import TeacherFiles
 from distillery.teacher_cache.outputs import (
     HostCopy,
     LiveTeacher,
@@ -501,6 +505,58 @@ def test_replayed_views_agree_with_what_is_stored(tmp_path, changes):
     assert {replay.field for replay in replays} == set(plan.spec.view_fields)
     assert {replay.shard for replay in replays} == {f"teacher_shard_{i:05d}.pt" for i in range(5)}
     assert min(replay.cosine for replay in replays) > 0.9999
+
+
+def test_an_index_that_another_process_wrote_without_the_newest_images_is_written_again(reference, work):
+    plan, teacher = work
+    path = plan.images.directory / "index.json"
+    whole = path.read_bytes()
+    records = [record for record in IMAGE_SHARDS.scan(plan.images.directory).records() if record["shard_idx"] < 3]
+    path.write_bytes(IMAGE_SHARDS.views_of(records, 40)[1]["index.json"])
+    assert run_pass(plan, teacher).shards_left == 0
+    assert path.read_bytes() == whole
+    assert folder_bytes(plan.directory) == folder_bytes(reference.directory)
+
+
+def test_a_job_without_a_shard_makes_nothing_and_needs_no_images(tmp_path):
+    teacher = live_teacher()
+    plan = teacher_plan(images_plan(tmp_path / "none"), teacher)
+    job = TeacherJob(plan, teacher, range(0), "tiny", 0, TeacherFiles({}, {}, True))
+    with StopFlag() as stop:
+        assert make_outputs(job, stop) == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_outputs_with_a_gap_inside_are_not_complete_however_many_rows_there_are(work, capsys):
+    plan, teacher = work
+    run_pass(plan, teacher, range(2))
+    run_pass(plan, teacher, range(3, 5))
+    wanted = replace(plan, images=replace(plan.images, num_rows=24))
+    job = TeacherJob(wanted, teacher, range(3), "tiny", 0, TeacherFiles({}, {}, True))
+    report_outputs(job)
+    assert "32 images in 2 views, 4 shards; not complete yet" in capsys.readouterr().out
+    run_pass(plan, teacher)
+    report_outputs(job)
+    assert "40 images in 2 views, 5 shards; complete" in capsys.readouterr().out
+
+
+def test_a_stop_before_the_basis_is_there_ends_with_status_75(tmp_path):
+    make_test_cache(tmp_path, 40)
+    teacher = live_teacher()
+    plan = teacher_plan(images_plan(tmp_path), teacher, tokens="pca")
+    with pytest.raises(Interrupted, match="a test: the token basis is not made yet"):
+        run_pass(plan, teacher, stop=Stop(0))
+    assert not (plan.directory / "token_basis.pt").exists()
+
+
+def test_outputs_of_images_that_could_not_be_decoded_then_and_can_be_now_are_refused(reference):
+    cache = TeacherCache(reference.directory)
+    starts, rows = np.arange(0, 40, 8), np.full(5, 8)
+    cache.check_decoded(starts, rows, np.array([1, 0, 0, 0, 0]))
+    cache.check_decoded(starts, rows, np.array([2, 1, 0, 0, 0]))  # training leaves more of them out
+    cache.check_decoded(starts, np.array([7, 8, 8, 8, 8]), np.zeros(5, int))  # a shard that is not read to its end
+    with pytest.raises(UserError, match="00000.pt: 1 images could not be decoded when the teacher ran.*--teacher"):
+        cache.check_decoded(starts, rows, np.zeros(5, int))
 
 
 def test_a_replay_catches_the_one_shard_of_another_teacher(work):

@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distillery.system import signals
+from distillery.system import machine, signals
 from distillery.system.errors import EXIT_INTERRUPTED, Interrupted, MissingFileError, RunError, UserError, run_command
 from distillery.system.machine import environment_number, free_inodes, memory_left, usable_cpus
 from distillery.system.signals import STOP_SIGNALS, StopFlag
@@ -155,6 +156,35 @@ def test_what_main_returns_is_the_exit_status_or_the_result():
         run_command(lambda: 3)
     assert ended.value.code == 3
     assert run_command(lambda: "configs") == "configs"
+
+
+def test_the_least_limit_of_the_cgroups_above_counts_and_page_cache_is_free(tmp_path, monkeypatch):
+    def group(path, limit, used, page_cache):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "memory.max").write_text(f"{limit}\n")
+        (path / "memory.current").write_text(f"{used}\n")
+        (path / "memory.stat").write_text(f"anon 7\ninactive_file {page_cache}\nactive_file 5\n")
+
+    read = Path.read_text
+    cgroup = "1:cpu:/other\n0::/slurm/job_1/step_0\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: cgroup if str(path) == "/proc/self/cgroup" else read(path))
+    assert machine._left_by_cgroups(tmp_path) == [math.inf]
+    group(tmp_path / "slurm", "max", 900, 0)
+    group(tmp_path / "slurm" / "job_1", 1000, 700, 95)
+    group(tmp_path / "slurm" / "job_1" / "step_0", 800, 100, 0)
+    assert machine._left_by_cgroups(tmp_path) == [math.inf, 400, 705]
+
+
+def test_lines_for_a_log_file_are_there_even_when_the_process_is_killed(tmp_path):
+    code = (
+        "import os; from distillery.system.errors import run_command\n"
+        "run_command(lambda: (print('WARNING: no room'), os.kill(os.getpid(), 9)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "log", "wb") as log:
+        killed = subprocess.run([sys.executable, "-c", code], stdout=log, env=environment | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9
+    assert (tmp_path / "log").read_text() == "WARNING: no room\n"
 
 
 def test_room_is_read_from_the_system(tmp_path):

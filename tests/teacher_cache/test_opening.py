@@ -398,12 +398,14 @@ def test_links_are_followed_and_what_no_teacher_is_made_of_is_left_out(tmp_path)
     (hub / "far").symlink_to(tmp_path / "far")
     (hub / "far" / "loop").symlink_to(hub)
     (hub / "gone").symlink_to(tmp_path / "nowhere")
+    (hub / "circle").symlink_to(hub / "circle")
     os.mkfifo(hub / "pipe")
     (hub / "readme.pt").write_bytes(b"weights")
     for name in (".git/objects/a", "__pycache__/net.pyc", "runs/a/step.pt", ".hidden", "README_dev.rst"):
         (hub / name).parent.mkdir(parents=True, exist_ok=True)
         (hub / name).write_bytes(b"3")
-    names = {"hubconf.py", "net.py", "weights/tiny.pt", "linked.bin", "far/deep.bin", "gone", "pipe", "readme.pt"}
+    names = {"hubconf.py", "net.py", "weights/tiny.pt", "linked.bin", "far/deep.bin", "pipe", "readme.pt"}
+    names |= {"gone", "circle"}
     assert names_of(hub, hub / "runs") == {f"repo/{name}" for name in names}
     before = scan_teacher_files({"repo": hub}, [hub / "runs"]).entries({})
     assert before["repo/gone"] == before["repo/pipe"] == [None]
