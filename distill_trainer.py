@@ -218,15 +218,15 @@ def run_epochs(run: Any, evaluation: Any) -> int:
     loader, position, num_epochs = run.loader, run.position, run.configs.train.num_epochs
     # set_epoch keeps this position where it lies in the epoch that is set
     loader.load_state_dict({"epoch": position.epoch, "samples": position.samples})
+    if position.step == 0:  # before the baselines, which may take long
+        batch = first_images(loader, run.task, epoch=0)
+        check_first_step(run.task, batch)
+        show_models(run, batch)
     is_evaluated, first_epoch = evaluate_if_due(run, evaluation), position.epoch
     for epoch in range(first_epoch, num_epochs):
         if not is_evaluated or any_rank(run.stop.requested)[0]:
             break
         loader.set_epoch(epoch)
-        if position.step == 0:
-            batch = first_images(loader, run.task, epoch)
-            check_first_step(run.task, batch)
-            show_models(run, batch)
         if epoch == first_epoch:
             compile_step(run)
         train_epoch(run)
@@ -295,7 +295,7 @@ def show_models(run: Any, batch: Any) -> None:
 
 def finish(run: Any, evaluation: Any, *, is_done: bool) -> int:
     """Close the log, then write plots and report, or raise Interrupted: the same command goes on."""
-    from distillery.report.page import summary_table, write_plots, write_report
+    from distillery.report.page import summary_table, write_report
     from distillery.report.pictures import draw_features
     from distillery.system.distributed import is_main, wait_for_all
     from distillery.training.folder import mark_preempted
@@ -305,7 +305,6 @@ def finish(run: Any, evaluation: Any, *, is_done: bool) -> int:
     run.log.write_end(step, "done" if is_done else reason or "a request to stop")
     run.log.close()
     if is_done and is_main():
-        write_plots(run_dir)
         print(summary_table(run_dir) or "no eval_datasets: nothing was evaluated")
         why_no_pictures = draw_features(run_dir, evaluation, run.configs.data, step=step)
         print(f"report: {write_report(run_dir, no_pictures=why_no_pictures)}")

@@ -39,7 +39,7 @@ def start(
     """The trainer in a fork, without plots and report, which take longer than the run."""
 
     def prepare() -> None:
-        page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+        page.write_report = page.summary_table = lambda *_, **__: ""
         pictures.draw_features = lambda *_, **__: None
         if before is not None:
             before()

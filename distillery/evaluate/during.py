@@ -17,7 +17,7 @@ from distillery.models.backbone import Backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.models.weights import weights_hash
 from distillery.system.console import ProgressLine
-from distillery.system.distributed import copy_from_main, is_main
+from distillery.system.distributed import copy_from_main, is_main, on_main
 from distillery.system.errors import Interrupted
 from distillery.system.files import sha256_of
 from distillery.training.log import RunLog
@@ -86,10 +86,13 @@ class RunEvaluation:
         Returns:
             False where a request to stop came before everything was measured.
         """
+        # of a set that was cached anew, the teacher's row is of other images
+        kept = on_main(lambda: {of.name for of in self.sets if of.is_segmentation or self.store.has(of)})
         done = {
             (row.get("dataset"), row.get("model"))
             for row in rows
-            if row.get("model") == TEACHER or (row.get("step") == step and (has_probe(row) or not linear))
+            if (row.get("model") == TEACHER and row.get("dataset") in kept)
+            or (row.get("step") == step and (has_probe(row) or not linear))
         }
         names = [UNTRAINED, TEACHER] if step == 0 else [TEACHER, STUDENT]
         # closed: the student gets its own weights back whatever happens

@@ -55,7 +55,9 @@ def knn_predictions(
         k -> int64 [M], on the CPU.
     Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
     """
-    bank = F.normalize(train_x.to(device).float(), dim=1)
+    # in place: the bank is as large as memory allows, and is there once
+    bank = train_x.to(device, torch.float32, copy=True)
+    bank /= bank.norm(dim=1, keepdim=True).clamp_min(1e-12)
     classes, bank_y = train_y.to(device).unique(return_inverse=True)
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
     most = min(max(found), len(bank))

@@ -28,7 +28,9 @@ from distillery.evaluate.text import TextEmbeddings, zero_shot_top1
 from distillery.losses.targets import Targets
 from distillery.losses.teacher_space import TeacherSpace, fold_heads
 from distillery.reading.datasets import CachedTensorDataset, LabelledBatches, cached_labels
+from distillery.system.allocation import is_out_of_gpu_memory
 from distillery.system.distributed import gather_on_main, is_main, on_main, rank, world_size
+from distillery.system.errors import RunError
 
 Space = Literal["backbone", "teacher"]
 
@@ -95,10 +97,20 @@ class Measuring:
         Raises:
             Interrupted: a request to stop came.
             UserError: the images have no labels, or the model gives no patches for a set with masks.
+            RunError: the GPU's memory does not suffice.
         """
-        if of.is_segmentation:
-            return self._segmentation(of, subject, linear=linear), None
-        return self._classification(of, subject, linear=linear, by_class=by_class)
+        try:
+            if of.is_segmentation:
+                return self._segmentation(of, subject, linear=linear), None
+            return self._classification(of, subject, linear=linear, by_class=by_class)
+        except Exception as error:
+            if not is_out_of_gpu_memory(error):
+                raise
+            raise RunError(
+                f"out of GPU memory while the {subject.name} was measured on {of.name}. The checkpoints are intact. "
+                f"Give the set fewer images: --set eval_datasets.{of.name}.max_train=..., with {of.train} removed and "
+                "stage 1 run again; or train on without evaluation: --set eval_every_epochs=0."
+            ) from error
 
     def _classification(self, of: EvalSet, subject: Subject, *, linear: bool, by_class: bool) -> tuple[dict, Any]:
         self._have_teacher(of)

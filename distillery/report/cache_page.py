@@ -56,7 +56,7 @@ def write_cache_report(cache_dir: Path, out: Path) -> Path:
     if cache_dir.resolve() in out.parents:
         raise UserError(
             f"{out} lies in the cache folder, where every file is declared by the index. Give another place: "
-            f"python -m distillery.report {cache_dir} --out {CACHE_REPORT_NAME}"
+            f"python -m distillery.report {cache_dir} --out {cache_dir.resolve().parent / CACHE_REPORT_NAME}"
         )
     index = load_index(cache_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def draw_neighbours(
             for place, neighbour in enumerate(found[number]):
                 x = (place + 1) * step + 2 * GAP_PX
                 canvas.paste(Image.fromarray(pixels[neighbour]), (x, y + LINE_PX))
-                if labels is not None and labels[neighbour] == labels[query]:
+                if labels is not None and labels[neighbour] == labels[query] >= 0:  # negative: it has none
                     under = y + LINE_PX + TILE_PX
                     draw.rectangle((x, under + 1, x + TILE_PX - 1, under + BAR_PX - 1), fill=GREEN)
     return canvas

@@ -242,18 +242,8 @@ def draw_explained(rows: Rows) -> Figure | None:
     return figure
 
 
-def draw_learning_rate(rows: Rows) -> Figure | None:
-    """The learning rate over the steps."""
-    return draw_single(rows, "lr", "Learning rate")
-
-
-def draw_grad_norm(rows: Rows) -> Figure | None:
-    """The gradient's norm before clipping, logarithmic where it spans more than a decade."""
-    return draw_single(rows, "grad_norm", "Gradient norm, before clipping", may_be_log=True)
-
-
 def draw_single(rows: Rows, name: str, title: str, *, may_be_log: bool = False) -> Figure | None:
-    """One field of the train rows."""
+    """One field of the train rows; may_be_log: logarithmic where it spans more than a decade."""
     from matplotlib.ticker import FuncFormatter
 
     x, y = series(of_kind(rows, "train"), name)
@@ -338,8 +328,8 @@ def draw_all(rows: Rows, num_shards: int | None = None, shard_rows: Sequence[int
         drawn |= {
             "loss": draw_loss(rows),
             "explained": draw_explained(rows),
-            "learning_rate": draw_learning_rate(rows),
-            "grad_norm": draw_grad_norm(rows),
+            "learning_rate": draw_single(rows, "lr", "Learning rate"),
+            "grad_norm": draw_single(rows, "grad_norm", "Gradient norm, before clipping", may_be_log=True),
             "throughput": draw_throughput(rows),
             "time_shares": draw_time_shares(rows),
             "shards": draw_coverage(rows, num_shards, shard_rows),

@@ -92,9 +92,9 @@ class RunRecord:
 
     @property
     def seconds(self) -> float:
-        """Time spent training: from the first row to the last one, without the pauses before resumes."""
+        """Time spent training: from the first row to the last one, without the pauses between two starts."""
         rows = [row for row in self.rows if is_number(row.get("time"))]
-        steps = itertools.pairwise(rows)
+        steps = [(then, now) for then, now in itertools.pairwise(rows) if then["kind"] != "end"]
         return sum(max(0.0, now["time"] - then["time"]) for then, now in steps if now["kind"] != "resume")
 
     def get(self, section: str, key: str) -> Any:

@@ -154,24 +154,10 @@ def _yaml_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | bool) or value is None else str(value)
 
 
-def write_plots(run_dir: Path) -> list[Path]:
-    """Write plots/*.png (loss.png, learning_rate.png, knn_<dataset>.png, ...); pictures without data are left out."""
-    run = facts.load_run(Path(run_dir))
-    return _write_plots(run, draw_all(run.rows, run.num_shards, run.shard_rows))
-
-
-def _write_plots(run: facts.RunRecord, figures: dict[str, Any]) -> list[Path]:
-    folder = run.run_dir / facts.PLOTS_NAME
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for stem, drawn in figures.items():
-        paths.append(folder / f"{stem}.png")
-        write_atomic(paths[-1], to_png(drawn))
-    return paths
-
-
 def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None = None) -> Path:
-    """Write plots/*.png and report.html: one file, light and dark, printable, without scripts or network.
+    """Write plots/*.png (loss.png, knn_<dataset>.png, ...) and report.html.
+
+    The page is one file, light and dark, printable, without scripts or network.
 
     Works at any time of a run: what has not happened yet is left out.
 
@@ -182,10 +168,13 @@ def write_report(run_dir: Path, out: Path | None = None, no_pictures: str | None
     """
     run = facts.load_run(Path(run_dir))
     figures = draw_all(run.rows, run.num_shards, run.shard_rows)
+    plots = run.run_dir / facts.PLOTS_NAME
     try:
-        _write_plots(run, figures)
+        plots.mkdir(exist_ok=True)
+        for stem, drawn in figures.items():
+            write_atomic(plots / f"{stem}.png", to_png(drawn))
     except OSError as error:
-        print(f"{run.run_dir / facts.PLOTS_NAME}: not written ({error.strerror})", file=sys.stderr)
+        print(f"{plots}: not written ({error.strerror})", file=sys.stderr)
     path = out or run.run_dir / REPORT_NAME
     svgs = {stem: to_svg(figure) for stem, figure in figures.items()}
     write_atomic(path, build_page(run, svgs, no_pictures).encode())

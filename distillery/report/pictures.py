@@ -28,7 +28,7 @@ from distillery.models.pair import resample_tokens
 from distillery.reading.datasets import CachedTensorDataset, cached_labels
 from distillery.report.canvas import draw_neighbours, draw_pca, draw_rows, save_png, text_of, thumbnails
 from distillery.report.facts import NEIGHBOURS_NAME, PCA_NAME, PLOTS_NAME, confusions_name
-from distillery.system.errors import MissingFileError, RunError, UserError
+from distillery.system.errors import MissingFileError, UserError
 from distillery.system.files import sha256_of
 from distillery.training.batches import StepBatch
 from distillery.training.log import RunLog
@@ -327,6 +327,6 @@ def why_not(draw: Callable[[], Any]) -> str | None:
     """Draw; the reason where that has not worked, else None: no run and no report fails for want of a picture."""
     try:
         draw()
-    except (UserError, RunError, RuntimeError, OSError) as error:
-        return str(error).strip().split("\n")[0]
+    except Exception as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
     return None

@@ -12,7 +12,6 @@ import functools
 import itertools
 import queue
 import threading
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,8 +74,6 @@ def _depth(task: Task, global_idx: Tensor, epoch: int) -> Tensor | None:
 class StepLoader:
     """A loader's batches with all that their steps need, made by a thread one batch ahead.
 
-    state_dict(): the loader's position as of the batch handed out last, not of the one already fetched.
-
     Args:
         task: whose steps.
         loader: yields (images, global_idx) in host memory.
@@ -87,14 +84,6 @@ class StepLoader:
 
     def __init__(self, task: Task, loader: Any, *, epoch: int, step: int, stall_s: float = 60.0) -> None:
         self.task, self.loader, self.epoch, self.step, self.stall_s = task, loader, epoch, step, stall_s
-        self._state = self._loader_state()
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def state_dict(self) -> dict:
-        """The position after the batch that was handed out last."""
-        return dict(self._state)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self._batches(iter(self.loader), pin=False)
@@ -107,21 +96,20 @@ class StepLoader:
     def _batches(self, batches: Iterator[tuple[Tensor, Tensor]], *, pin: bool) -> Iterator[StepBatch]:
         wanted, made = queue.SimpleQueue(), queue.SimpleQueue()
         _start_thread(self._make_all, wanted, made, pin)
-        ahead: deque[dict] = deque()
+        is_ahead = False
         try:
             for batch in batches:
                 wanted.put(batch)
                 del batch
-                ahead.append(self._loader_state())
-                if len(ahead) > 1:
-                    yield self._next(ahead.popleft(), made)
-            while ahead:
-                yield self._next(ahead.popleft(), made)
+                if is_ahead:
+                    yield self._next(made)
+                is_ahead = True
+            if is_ahead:
+                yield self._next(made)
         finally:
             wanted.put(None)
 
-    def _next(self, state: dict, made: queue.SimpleQueue) -> StepBatch:
-        self._state = state
+    def _next(self, made: queue.SimpleQueue) -> StepBatch:
         try:
             batch = made.get(timeout=None if self.task.stored is None else self.stall_s)
         except queue.Empty:
@@ -149,9 +137,6 @@ class StepLoader:
         stored = self.task.stored
         make = live_batch if stored is None or stored.is_live(step) else stored_batch
         return make(self.task, *batch, self.epoch)
-
-    def _loader_state(self) -> dict:
-        return self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
 
 
 def _pinned(batch: StepBatch, device: torch.device) -> StepBatch:

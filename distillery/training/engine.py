@@ -252,6 +252,7 @@ def train_one_epoch(
         vote = distributed.Vote(lambda: stop.requested, is_save_due)
         losses = train_step(task, group, position.step, position.epoch)
         num_images = sum(len(batch.images) for batch in group)
+        del group  # before the next one is fetched: a step's batches are there once
         clock.count(num_images)
         is_logged = (position.step + 1) % log_every == 0
         # on the CPU reading a number is free, so a bad step is caught at once; on CUDA the host would wait for it

@@ -265,10 +265,9 @@ def plan_run(configs: Configs, task: Task, loader: Any, steps_in_epoch: int, ste
     ]
     if task.compiled:
         advice.append("the run compiles its steps (compile), and is faster than these, which were not compiled")
-    # one more than are kept: the new one is complete before the oldest goes
-    lines = training_lines(
-        speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), train.keep_checkpoints + 1
-    )
+    # the best one is kept beside the newest, and the new one is complete before the oldest goes
+    num_files = train.keep_checkpoints + 1 + bool(data.eval_datasets and train.eval_every_epochs)
+    lines = training_lines(speed, steps_left, steps_in_epoch, checkpoint_bytes(task.student, train), num_files)
     lines += [fit_line(task, train, data.image_size), *staging_plan(data, loader)]
     return [*lines, *(f"advice: {text}." for text in advice)]
 

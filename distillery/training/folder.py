@@ -1,5 +1,6 @@
 """The folder of a run: what it trains on, how it begins, what is set aside."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -89,10 +90,11 @@ def mark_preempted(run_dir: Path, reason: str, step: int) -> None:
     write_atomic(run_dir / PREEMPTED_NAME, f"{reason} at step {step}\njob {job} restart {restarts}\n".encode())
 
 
-def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None:
+def set_aside(run_dir: Path, paths: Iterable[Path] | None = None, *, copied: Iterable[Path] = ()) -> Path | None:
     """Move what an earlier run left to previous_1, previous_2, ...; nothing is deleted.
 
-    paths: of files under run_dir, in the order in which they are to go; None: everything.
+    paths: of files under run_dir, in the order in which they are to go; None: everything. copied: files that stay, and
+    are copied before the first one goes.
     """
     if paths is None:
         paths = [path for path in run_dir.glob("*") if not path.name.startswith(("previous_", LOCK_NAME))]
@@ -100,7 +102,12 @@ def set_aside(run_dir: Path, paths: Iterable[Path] | None = None) -> Path | None
         paths.sort(key=lambda path: path.name == CONFIG_NAME)
     if not (paths := list(paths)):
         return None
-    target = run_dir / f"previous_{1 + sum(1 for _ in run_dir.glob('previous_*'))}"
+    # one may have been deleted to make room: what the others hold is never overwritten
+    free = (run_dir / f"previous_{number}" for number in itertools.count(1))
+    target = next(path for path in free if not path.exists())
+    target.mkdir()
+    for path in copied:
+        shutil.copy2(path, target)
     for path in paths:
         destination = target / path.relative_to(run_dir)
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -270,9 +277,8 @@ def prepare_folder(run_dir: Path, start: Start, step: int) -> list[str]:
     if start.sets_all_aside:
         moved = set_aside(run_dir)
     elif start.sets_newer_aside:
-        moved = set_aside(run_dir, newer_checkpoints(run_dir, step))
-        if moved and (run_dir / METRICS_NAME).exists():
-            shutil.copy2(run_dir / METRICS_NAME, moved)
+        log = run_dir / METRICS_NAME  # it will be cut back
+        moved = set_aside(run_dir, newer_checkpoints(run_dir, step), copied=[log] if log.exists() else [])
     if start.record:
         write_atomic(run_dir / START_NAME, json.dumps(start.record, indent=1).encode() + b"\n")
     return [f"what is given up by this is kept in {moved}"] if moved else []

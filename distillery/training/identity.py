@@ -28,17 +28,28 @@ BATCH_KEYS = ("batch_size", "grad_accumulation_steps")
 
 
 def identity_of(config: dict[str, dict]) -> str:
-    """A hash of all in a configuration {"data": {...}, "train": {...}, "model": {...}} that a run is bound to."""
-    bound = {
-        section: {
-            key: value
-            for key, value in config.get(section, {}).items()
-            # a run of before there was such a key has the same hash
-            if key not in free | {*BATCH_KEYS} and VALUES_BEFORE.get(section, {}).get(key) != value
+    """A hash of all in a configuration {"data": {...}, "train": {...}, "model": {...}} that a run is bound to.
+
+    A value that stands for the key in a run of before there was such a key does not count: that run has the same hash.
+    """
+    bound = {}
+    for section, free in FREE_KEYS.items():
+        given, usual = _flat(config.get(section, {})), _flat(values_of_run(section, {}))
+        bound[section] = {
+            name: value
+            for name, value in given.items()
+            if name.split(".")[0] not in free | {*BATCH_KEYS} and (name not in usual or usual[name] != value)
         }
-        for section, free in FREE_KEYS.items()
-    }
     return sha256_of(bound)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section, those of its blocks as "block.key"."""
+    found = {}
+    for key, value in values.items():
+        is_block = key in SUB_MODELS and isinstance(value, dict)
+        found |= {f"{key}.{name}": part for name, part in value.items()} if is_block else {key: value}
+    return found
 
 
 def compare_configs(where: Path, before: dict[str, dict], now: dict[str, dict]) -> list[str]:

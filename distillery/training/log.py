@@ -178,19 +178,20 @@ class RunLog:
     def best_step(self, model: str = "student") -> int | None:
         """The step whose eval rows of `model` have the highest mean quality_of over data sets; None without such rows.
 
-        Only the steps with the most data sets count: without one of them, the mean is of something else.
+        The mean is over the data sets of the newest step, and only the steps that have all of them count.
         """
         if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
+        rows = [row for row in self._evaluations if row.get("model") == model]
+        newest = max((row["step"] for row in rows), default=None)
         values: dict[int, dict[str, float]] = {}
-        for row in self._evaluations:
-            found = quality_of(row)
-            if row.get("model") == model and found is not None:
+        for row in rows:
+            if (found := quality_of(row)) is not None:
                 values.setdefault(row["step"], {})[row.get("dataset")] = found[1]
-        most = max(map(len, values.values()), default=0)
-        means = {step: sum(of_step.values()) / most for step, of_step in values.items() if len(of_step) == most}
-        return max(means, key=means.get, default=None)
+        sets = {row.get("dataset") for row in rows if row["step"] == newest} & set().union(*values.values())
+        sums = {step: sum(map(found.get, sets)) for step, found in values.items() if sets <= found.keys()}
+        return max(sums, key=sums.get, default=None)
 
     def close(self) -> None:
         """Flush and close everything; a later write opens it again."""

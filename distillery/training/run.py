@@ -18,7 +18,7 @@ from distillery.training.compilation import compile_now, num_graphs
 from distillery.training.describe import describe_batch
 from distillery.training.engine import check_numbers, rehearse_step, train_one_epoch
 from distillery.training.learning import Course, first_lines, is_first_look
-from distillery.training.log import RunLog, epoch_line, read_rows, training_fields
+from distillery.training.log import CURVE_KINDS, RunLog, epoch_line, read_rows, training_fields
 from distillery.training.optimizer import default_learning_rate
 from distillery.training.task import Position, Task
 from distillery.training.watch import finite_weights
@@ -154,12 +154,14 @@ def open_log(configs: Configs, task: Task, position: Position, num_images: int, 
         train.checkpoint_path, tensorboard=train.tensorboard, wandb_project=train.wandb_project, is_main=is_main
     )
     plan = bindings.plan_of(task, num_images) | {"global_batch_size": global_batch_size(train)}
-    starts = [row for row in read_rows(log.path) if row.get("kind") == "start"] if is_main else []
+    rows = read_rows(log.path) if is_main else []
+    starts = [row for row in rows if row.get("kind") == "start"]
+    is_ahead = any(row.get("kind") in CURVE_KINDS and row.get("step", 0) > position.step for row in rows)
     is_other = False
     if is_main and position.step == 0:
         plan["baselines"] = baselines()
         is_other = bool(starts) and starts[-1].get("baselines") != plan["baselines"]
-    if position.epoch < train.num_epochs:
+    if position.epoch < train.num_epochs or is_ahead:
         log.truncate_after(-1 if is_other else position.step)
     if not starts or any(starts[-1].get(key) != value for key, value in plan.items()):
         log.write("start", step=position.step, **plan)

@@ -10,7 +10,7 @@ import torch
 from caches import make_test_cache
 from torch import nn
 
-from distillery.evaluate import classification
+from distillery.evaluate import classification, measures
 from distillery.evaluate.by_class import read_by_class
 from distillery.evaluate.during import RunEvaluation
 from distillery.evaluate.linear import fit_probe
@@ -20,7 +20,7 @@ from distillery.losses.targets import Targets
 from distillery.models.backbone import Features
 from distillery.reading import datasets
 from distillery.reading.datasets import LabelledBatches
-from distillery.system.errors import Interrupted
+from distillery.system.errors import Interrupted, RunError
 from distillery.training.log import RunLog, read_rows
 from distillery.training.task import Ema
 
@@ -248,6 +248,28 @@ def test_the_teacher_of_a_set_that_came_later_is_measured_with_the_student(tmp_p
     rows = read_rows(log.path)
     assert [(row["step"], row["model"]) for row in rows] == [(5, "teacher"), (5, "student"), (9, "student")]
     assert rows[0]["linear_top1"] is not None and rows[1]["linear_top1"] is None
+
+
+def test_a_set_that_was_cached_anew_gets_another_row_of_its_teacher(tmp_path, sets):
+    own = evaluation(tmp_path, sets, Student(1), Projection(0))
+    (tmp_path / "run").mkdir()
+    log = RunLog(tmp_path / "run", tensorboard=False, wandb_project=None, is_main=True)
+    own.record(log, Console(), read_rows(log.path), step=5, epoch=5, linear=False)
+    make_test_cache(tmp_path / "other", 16, labels=True)
+    own = evaluation(tmp_path, [replace(sets[0], test=tmp_path / "other")], Student(1), Projection(0))
+    for step in (9, 12):
+        own.record(log, Console(), read_rows(log.path), step=step, epoch=step, linear=False)
+    rows = [(row["step"], row["model"]) for row in read_rows(log.path)]
+    assert rows == [(5, "teacher"), (5, "student"), (9, "teacher"), (9, "student"), (12, "student")]
+
+
+def test_memory_of_the_gpu_that_does_not_suffice_is_said_with_the_set_and_what_to_do(tmp_path, sets, monkeypatch):
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measures, "knn_predictions", fail)
+    with pytest.raises(RunError, match=r"teacher was measured on digits.*eval_datasets\.digits\.max_train"):
+        rows_of(evaluation(tmp_path, sets, Student(1), Projection(0)), "teacher")
 
 
 def test_an_evaluation_that_turns_out_to_be_the_last_fits_the_probe_after_all(tmp_path, sets):

@@ -156,9 +156,9 @@ def test_another_configuration_is_refused_field_by_field_and_harmless_changes_ar
 
 
 def test_more_epochs_are_a_new_schedule_and_the_jump_of_the_learning_rate_is_printed(place, folder):
-    run_dir = folder / "run"
-    assert start(place, run_dir, SETTINGS).wait() == 0
-    more = start(place, run_dir, SETTINGS | {"num_epochs": 3})
+    run_dir, settings = folder / "run", SETTINGS | {"keep_checkpoints": 9}
+    assert start(place, run_dir, settings).wait() == 0
+    more = start(place, run_dir, settings | {"num_epochs": 3})
     assert more.wait() == 0, more.text
     rows = of_folder(run_dir).rows("train")
     assert [row["step"] for row in rows] == list(range(1, 16))
@@ -166,6 +166,10 @@ def test_more_epochs_are_a_new_schedule_and_the_jump_of_the_learning_rate_is_pri
     assert rows[10]["lr"] > 50e-6
     jump = f"the learning rate goes from 1e-06 to {rows[10]['lr']:.3g}"
     assert f"num_epochs changed: a new schedule; {jump}" in more.text
+    # and fewer: what came after the checkpoint is given up, though nothing is left to train
+    flag = ("--resume_from", str(checkpoint_dir(run_dir) / "step_00000005.pt"))
+    assert start(place, run_dir, settings | {"num_epochs": 1}, *flag).wait() == 0
+    assert [row["step"] for row in of_folder(run_dir).rows("train")] == list(range(1, 6))
 
 
 def test_other_weights_of_the_teacher_are_refused(place, folder):

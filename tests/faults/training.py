@@ -33,7 +33,7 @@ def flags_of(place: Workplace, run_dir: Path, settings: dict) -> list[str]:
 
 def without_report() -> None:
     """Leave out plots and report, which take longer than these runs."""
-    page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+    page.write_report = page.summary_table = lambda *_, **__: ""
     pictures.draw_features = lambda *_, **__: None
 
 

@@ -12,9 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from distillery.config.load import dataset_label
 from distillery.evaluate.by_class import write_by_class
-from distillery.report import page as page_module
 from distillery.report.facts import load_run, summary_sentences
-from distillery.report.page import summary_table, write_plots, write_report
+from distillery.report.page import summary_table, write_report
 from distillery.system.errors import MissingFileError
 from distillery.system.files import sha256_of
 from distillery.training.log import RunLog
@@ -130,11 +129,11 @@ def test_a_run_that_was_set_back_is_not_finished_any_more(tmp_path):
 
 
 def test_a_page_is_made_elsewhere_of_a_folder_that_may_only_be_read(tmp_path, monkeypatch, capsys):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
     make_run(tmp_path / "run", steps=3)
-    monkeypatch.setattr(page_module, "_write_plots", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     assert write_report(tmp_path / "run", tmp_path / "page.html").exists()
     assert "plots: not written (Permission denied)" in capsys.readouterr().err
 
@@ -221,6 +220,12 @@ def test_resumes_are_listed_and_their_pauses_are_not_training_time(tmp_path):
     run = load_run(tmp_path)
     assert [row["step"] for row in run.resumes] == [2, 4]
     assert run.seconds == pytest.approx(5 - 2 * 0.5)
+    log = RunLog(tmp_path, tensorboard=False, wandb_project=None, is_main=True)
+    last = run.rows[-1]["time"]
+    log.write("end", step=6, reason="SIGTERM", time=last + 1)
+    log.write("eval", step=6, dataset="digits", model="student", time=last + 9001)  # requeued for the evaluation alone
+    log.write("end", step=6, reason="done", time=last + 9002)
+    assert load_run(tmp_path).seconds == pytest.approx(5 - 2 * 0.5 + 2)
     text = page_of(tmp_path)
     assert "resumed 2 times" in text and "step 4</td>" in text
 
@@ -251,11 +256,12 @@ def test_the_columns_of_the_table_stand_apart_however_long_their_titles(tmp_path
 
 
 def test_plots_are_written_and_named_after_what_they_show(tmp_path):
-    paths = write_plots(make_run(tmp_path, steps=4, evaluated=True))
+    write_report(make_run(tmp_path, steps=4, evaluated=True))
+    paths = list((tmp_path / "plots").iterdir())
     assert {path.name for path in paths} == {
         "knn_digits.png", "loss.png", "learning_rate.png", "grad_norm.png", "throughput.png"
     }  # fmt: skip
-    assert all(path.parent == tmp_path / "plots" and path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 def test_shards_seen_are_shown_against_those_of_the_run(tmp_path):
@@ -408,7 +414,7 @@ def test_rows_of_segmentation_are_shown_with_their_protocol_and_by_class(tmp_pat
     assert {"mIoU", "pixel accuracy", "k-NN mIoU", "45.0%", "60.0%", "Masks <32> px."} <= set(words)
     assert "streets: IoU by class" in words and "90.0%" in words
     assert "its patch features segment the test images with k-NN mIoU 40.0%, against 5.0% untrained and 55.0%" in text
-    assert {path.name for path in write_plots(tmp_path)} >= {"miou_streets.png", "knn_miou_streets.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"miou_streets.png", "knn_miou_streets.png"}
     table = summary_table(tmp_path)
     assert "Masks <32> px." in table and table.count("mIoU") == 2
 

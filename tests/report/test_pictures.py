@@ -13,7 +13,7 @@ from distillery.evaluate.by_class import identity_of, write_by_class
 from distillery.evaluate.sets import EvalSet
 from distillery.models.backbone import Backbone
 from distillery.models.builders import BuiltModel
-from distillery.report.canvas import GAP_PX, LINE_PX, TILE_PX, enlarged, thumbnails
+from distillery.report.canvas import GAP_PX, LINE_PX, TILE_PX, draw_neighbours, enlarged, thumbnails
 from distillery.report.pictures import (
     Pool,
     colour_tokens,
@@ -161,6 +161,13 @@ def test_labels_mark_the_neighbours_of_the_same_class(pool, tmp_path):
     assert path.read_bytes() != plain
     with Image.open(path) as image:
         assert "has the label of the image" in image.info["Description"]
+
+
+def test_two_neighbours_without_a_label_have_none_in_common():
+    pixels, found = np.zeros((2, TILE_PX, TILE_PX, 3), np.uint8), [[1]]
+    drawn = [draw_neighbours(pixels, [0], found, found, labels) for labels in (None, torch.tensor([-1, -1]))]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert draw_neighbours(pixels, [0], found, found, torch.tensor([3, 3])).tobytes() != drawn[0].tobytes()
 
 
 def test_the_inputs_of_both_models_are_shown_as_they_get_them():

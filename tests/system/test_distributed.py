@@ -60,7 +60,7 @@ class Runs:
         for rank in range(processes) if ranks is None else ranks:
 
             def prepare(rank: int = rank) -> None:
-                page.write_plots = page.write_report = page.summary_table = lambda *_, **__: ""
+                page.write_report = page.summary_table = lambda *_, **__: ""
                 pictures.draw_features = lambda *_, **__: None
                 if before is not None:
                     before(rank)

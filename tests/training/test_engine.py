@@ -1,5 +1,6 @@
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -117,6 +118,21 @@ def test_accumulated_halves_equal_the_whole_batch():
     train_step(halves, batches(2, size=4), 0, 0)
     for a, b in zip(whole.student.parameters(), halves.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_batches_of_a_step_are_gone_before_those_of_the_next_are_fetched():
+    fetched, alive = [], []
+
+    def fetch():
+        for _ in range(9):
+            alive.append(sum(images() is not None for images in fetched))
+            batch = batches(1, size=2).pop()
+            fetched.append(weakref.ref(batch.images))
+            yield batch
+            del batch
+
+    run_epoch(build_task(accumulation_steps=3), Position(), fetch(), steps=3)
+    assert max(alive) == 2
 
 
 def test_the_teacher_does_not_change():

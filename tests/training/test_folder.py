@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,25 @@ def test_a_damaged_shard_list_is_an_error_that_says_what_to_do(tmp_path):
     (tmp_path / "shards.json").write_text('{"fingerprint": "a", "sha')
     with pytest.raises(UserError, match="shards.json: damaged .* Delete it"):
         folder.frozen_shards(tmp_path)
+
+
+def test_what_was_set_aside_is_never_overwritten_after_one_of_them_was_deleted(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(str(number))
+        assert set_aside(tmp_path).name == f"previous_{number}"
+    shutil.rmtree(tmp_path / "previous_1")
+    (tmp_path / "metrics.jsonl").write_text("3")
+    assert set_aside(tmp_path).name == "previous_1"
+    assert (tmp_path / "previous_2" / "metrics.jsonl").read_text() == "2"
+
+
+def test_a_kill_while_later_checkpoints_are_set_aside_loses_no_row(tmp_path, monkeypatch):
+    checkpoints(tmp_path, 2, 4)
+    (tmp_path / "metrics.jsonl").write_text("rows")
+    monkeypatch.setattr(Path, "rename", lambda *_args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path, 2, resume_from=checkpoint_dir(tmp_path) / "step_00000002.pt")
+    assert (tmp_path / "previous_1" / "metrics.jsonl").read_text() == "rows"
 
 
 def test_setting_aside_moves_everything_and_keeps_what_was_set_aside_before(tmp_path):

@@ -56,6 +56,18 @@ def test_the_identity_is_what_a_run_is_bound_to(now, same):
     assert (identity_of(now) == identity_of(CONFIG)) == same
 
 
+def test_a_key_that_came_with_a_later_version_changes_no_identity_at_its_default():
+    older = changed("train", augment={"hflip": False})
+    newer = changed("train", augment=AUGMENT | {"hflip": False}) | {
+        "model": CONFIG["model"] | {"teacher_mirror": False}
+    }
+    assert identity_of(older) == identity_of(newer)
+    assert identity_of(newer) != identity_of(changed("train", augment=AUGMENT | {"hflip": False, "blur": 0.5}))
+    assert identity_of(changed("train", distill_loss_weights={"cls": 2.0})) != identity_of(
+        changed("train", distill_loss_weights={"patch": 2.0})
+    )
+
+
 def test_another_global_batch_is_refused_with_both_products():
     with pytest.raises(UserError, match=r"batch of 64 images \(8 x 8\); now it would be 32 images \(8 x 4\)"):
         check_global_batch({"global_batch_size": 64, "global_batch_text": "64 images (8 x 8)"}, 32, "32 images (8 x 4)")

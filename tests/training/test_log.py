@@ -198,6 +198,11 @@ def test_the_best_step_is_the_one_with_the_highest_mean_over_data_sets(tmp_path)
         log.write("eval", step=step, dataset="b", model="student", knn_top1=b)
     log.write("eval", step=0, dataset="a", model="teacher", knn_top1=0.99)
     assert log.best_step() == 20
+    # one of the sets is not evaluated any more
+    log.write("eval", step=40, dataset="a", model="student", knn_top1=0.7)
+    assert log.best_step() == 10
+    log.write("eval", step=50, dataset="a", model="student", knn_top1=0.95)
+    assert log.best_step() == 50
 
 
 # TensorBoard
