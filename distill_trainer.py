@@ -305,9 +305,10 @@ def finish(run: Any, evaluation: Any, *, is_done: bool) -> int:
     run.log.write_end(step, "done" if is_done else reason or "a request to stop")
     run.log.close()
     if is_done and is_main():
-        print(summary_table(run_dir) or "no eval_datasets: nothing was evaluated")
         why_no_pictures = draw_features(run_dir, evaluation, run.configs.data, step=step)
-        print(f"report: {write_report(run_dir, no_pictures=why_no_pictures)}")
+        report = write_report(run_dir, no_pictures=why_no_pictures)
+        print(summary_table(run_dir) or "no eval_datasets: nothing was evaluated")
+        print(f"report: {report}")
     elif is_main():
         mark_preempted(run_dir, reason or "asked to stop", step)
     # torchrun and srun end the others as soon as the first has left

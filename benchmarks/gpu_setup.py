@@ -305,7 +305,7 @@ class Trainer:
 
     def save(self, checkpoints: CheckpointWriter) -> None:
         """Write a checkpoint of this moment, or begin to."""
-        log = SimpleNamespace(best_step=lambda: None)
+        log = SimpleNamespace(best_step=lambda _steps: None)
         save(SimpleNamespace(task=self.task, position=self.position, configs=self.configs, checkpoints=checkpoints,
                              shards=self.loader.shard_names, teacher_hash="", log=log))  # fmt: skip
 

@@ -17,7 +17,7 @@ from distillery.models.backbone import Backbone
 from distillery.models.pair import StudentWithHeads
 from distillery.models.weights import weights_hash
 from distillery.system.console import ProgressLine
-from distillery.system.distributed import copy_from_main, is_main, on_main
+from distillery.system.distributed import copy_from_main, is_main
 from distillery.system.errors import Interrupted
 from distillery.system.files import sha256_of
 from distillery.training.log import RunLog
@@ -65,7 +65,7 @@ class RunEvaluation:
 
     def baselines(self) -> str:
         """A hash of what decides the figures before the first step: both models' weights, the sets' images, k."""
-        images = {of.name: [identity_of(of.train), identity_of(of.test)] for of in self.sets}
+        images = {of.name: images_of(of) for of in self.sets}
         return sha256_of([self.teacher_hash, weights_hash(self.student.student.model), images, self._how["k"]])
 
     def record(
@@ -86,15 +86,19 @@ class RunEvaluation:
         Returns:
             False where a request to stop came before everything was measured.
         """
-        # of a set that was cached anew, the teacher's row is of other images
-        kept = on_main(lambda: {of.name for of in self.sets if of.is_segmentation or self.store.has(of)})
         done = {
             (row.get("dataset"), row.get("model"))
             for row in rows
-            if (row.get("model") == TEACHER and row.get("dataset") in kept)
-            or (row.get("step") == step and (has_probe(row) or not linear))
+            if row.get("step") == step and (has_probe(row) or not linear)
         }
         names = [UNTRAINED, TEACHER] if step == 0 else [TEACHER, STUDENT]
+        images = {of.name: images_of(of) for of in self.sets}
+        for row in rows:
+            # of a set that was cached anew the row is of other images: it is measured with the next row of the student
+            name = row.get("dataset")
+            is_of_these = row.get("images", images.get(name)) == images.get(name)
+            if row.get("model") == TEACHER and (is_of_these or any((name, other) in done for other in names)):
+                done.add((name, TEACHER))
         # closed: the student gets its own weights back whatever happens
         with contextlib.closing(self.measure(names, done, linear=linear)) as measured:
             try:
@@ -139,7 +143,8 @@ class RunEvaluation:
                     row, by_class = measuring.row(
                         of, subject, linear=linear or name == TEACHER, by_class=linear and name == STUDENT
                     )
-                    yield of, name, row | ({"weights": which} if name == STUDENT else {}), by_class
+                    facts = {TEACHER: {"images": images_of(of)}, STUDENT: {"weights": which}}.get(name, {})
+                    yield of, name, row | facts, by_class
 
     @contextlib.contextmanager
     def measured_weights(self) -> Iterator[str]:
@@ -158,6 +163,11 @@ class RunEvaluation:
             yield "averaged"
         finally:
             _overwrite(own)
+
+
+def images_of(of: EvalSet) -> list[str]:
+    """Which images the caches of a set's two splits hold."""
+    return [identity_of(of.train), identity_of(of.test)]
 
 
 def has_probe(row: dict) -> bool:

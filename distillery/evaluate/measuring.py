@@ -107,9 +107,8 @@ class Measuring:
             if not is_out_of_gpu_memory(error):
                 raise
             raise RunError(
-                f"out of GPU memory while the {subject.name} was measured on {of.name}. The checkpoints are intact. "
-                f"Give the set fewer images: --set eval_datasets.{of.name}.max_train=..., with {of.train} removed and "
-                "stage 1 run again; or train on without evaluation: --set eval_every_epochs=0."
+                f"out of GPU memory while the {subject.name} was measured on {of.name}. Give the set fewer images: set "
+                f"eval_datasets.{of.name}.max_train, remove {of.train} and run stage 1 again."
             ) from error
 
     def _classification(self, of: EvalSet, subject: Subject, *, linear: bool, by_class: bool) -> tuple[dict, Any]:

@@ -169,7 +169,7 @@ class ShardLoop(ABC):
         later, deferred = deque(shards), set()
         while later and not self.stop.requested:
             shard_idx = later.popleft()
-            if self.is_published(shard_idx):  # by another process
+            if self.is_published(shard_idx):  # by another process, or by this one just before a disk error
                 self.left.discard(shard_idx)
                 start, stop = self.plan.rows_of(shard_idx)
                 self.on_rows(stop - start, shards=self.num_made)

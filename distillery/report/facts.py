@@ -92,7 +92,7 @@ class RunRecord:
 
     @property
     def seconds(self) -> float:
-        """Time spent training: from the first row to the last one, without the pauses between two starts."""
+        """Time spent training: from the first row to the last, without the pauses after an end and before resumes."""
         rows = [row for row in self.rows if is_number(row.get("time"))]
         steps = [(then, now) for then, now in itertools.pairwise(rows) if then["kind"] != "end"]
         return sum(max(0.0, now["time"] - then["time"]) for then, now in steps if now["kind"] != "resume")

@@ -261,6 +261,11 @@ class CheckpointWriter:
         """Minutes since the last call of save; before the first, since this process began."""
         return (time.monotonic() - self._began) / 60
 
+    def steps(self) -> set[int]:
+        """The steps of the checkpoints that are on the disk; waits for the one that is being written."""
+        self.wait()
+        return {step for step, _ in _numbered(checkpoint_dir(self.run_dir))}
+
     def save(
         self,
         state: dict[str, Any],

@@ -314,6 +314,7 @@ def measure_steps(task: Task, loader: Any, epoch: int) -> StepSpeed:
             task.clock.restart()
         train_step(task, group, step, epoch)
         task.clock.count(sum(len(batch.images) for batch in group))
+        del group  # as the run does
         steps = max(1, step)
         # all together: one process that goes on would wait for the others' gradients
         if distributed.any_rank(time.monotonic() - began > _BUDGET_S)[0]:

@@ -201,9 +201,10 @@ def find_start(
     """
     record, identity = _read_record(run_dir), identity_of(config)
     if no_resume:
-        new = {"flag": "--no_resume", "identity": identity}
+        new = {"flag": "--no_resume"}
         is_requeued = job is not None and record.get("job") == job and restarts > record.get("restarts", restarts)
-        if not (_agrees(record, new) and (is_requeued or is_preempted(run_dir) or again)):
+        is_same = _agrees(record, new) and not _is_of_another(run_dir, identity)
+        if not (is_same and (is_requeued or is_preempted(run_dir) or again)):
             record = new | {"job": job, "restarts": restarts}
             return Start(None, ["starting afresh (--no_resume)"], sets_all_aside=True, record=record)
     elif resume_from is not None:
@@ -251,7 +252,7 @@ def _start_from(run_dir: Path, path: Path, record: dict) -> Start:
 
 
 def _is_of_another(run_dir: Path, identity: str) -> bool:
-    """Whether a start that left no checkpoint had another configuration."""
+    """Whether the folder's configuration is another one; False where it has none."""
     try:
         return identity_of(yaml.safe_load((run_dir / CONFIG_NAME).read_text())) != identity
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +175,19 @@ class RunLog:
                 writer.add_histogram(name, values, step)
             writer.flush()
 
-    def best_step(self, model: str = "student") -> int | None:
-        """The step whose eval rows of `model` have the highest mean quality_of over data sets; None without such rows.
+    def best_step(self, steps: Collection[int]) -> int | None:
+        """Which of these steps has the student's eval rows with the highest mean quality_of over data sets, or None.
 
         The mean is over the data sets of the newest step, and only the steps that have all of them count.
         """
         if self._evaluations is None:  # read once: every checkpoint needs it
             rows = read_rows(self.path) if self._is_main else []
             self._evaluations = [row for row in rows if row.get("kind") == "eval"]
-        rows = [row for row in self._evaluations if row.get("model") == model]
+        rows = [row for row in self._evaluations if row.get("model") == "student"]
         newest = max((row["step"] for row in rows), default=None)
         values: dict[int, dict[str, float]] = {}
         for row in rows:
-            if (found := quality_of(row)) is not None:
+            if (found := quality_of(row)) is not None and row["step"] in steps:
                 values.setdefault(row["step"], {})[row.get("dataset")] = found[1]
         sets = {row.get("dataset") for row in rows if row["step"] == newest} & set().union(*values.values())
         sums = {step: sum(map(found.get, sets)) for step, found in values.items() if sets <= found.keys()}

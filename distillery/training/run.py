@@ -137,7 +137,7 @@ def save(run: Run) -> None:
         "global_batch_size": global_batch_size(train),
         "global_batch_text": describe_batch(train),
     }
-    best = run.log.best_step()
+    best = run.log.best_step(run.checkpoints.steps())
     protect = () if best is None else (best,)
     proof = Proof(*finite_weights(run.task.student), is_lost)
     run.checkpoints.save(state, run.position.step, keep=train.keep_checkpoints, protect=protect, proof=proof)

@@ -236,7 +236,7 @@ def test_sets_of_both_tasks_are_measured_in_one_run(tmp_path, sets, monkeypatch)
     student = read_rows(log.path)[-1]
     assert "knn_top1" not in student and student["weights"] == "last" and student["knn_miou"] == 0.25
     assert any("student on streets: k-NN mIoU 25.0%" in line for line in console.lines)
-    assert log.best_step() in (5, 9)
+    assert log.best_step({5, 9}) in (5, 9)
 
 
 def test_the_teacher_of_a_set_that_came_later_is_measured_with_the_student(tmp_path, sets):
@@ -261,6 +261,11 @@ def test_a_set_that_was_cached_anew_gets_another_row_of_its_teacher(tmp_path, se
         own.record(log, Console(), read_rows(log.path), step=step, epoch=step, linear=False)
     rows = [(row["step"], row["model"]) for row in read_rows(log.path)]
     assert rows == [(5, "teacher"), (5, "student"), (9, "teacher"), (9, "student"), (12, "student")]
+    # a run that is at its end measures nothing anew: its teacher's row would be of other images than its student's
+    make_test_cache(tmp_path / "third", 20, labels=True)
+    again = evaluation(tmp_path, [replace(sets[0], test=tmp_path / "third")], Student(1), None)
+    again.record(log, Console(), read_rows(log.path), step=12, epoch=12, linear=False)
+    assert len(read_rows(log.path)) == len(rows)
 
 
 def test_memory_of_the_gpu_that_does_not_suffice_is_said_with_the_set_and_what_to_do(tmp_path, sets, monkeypatch):

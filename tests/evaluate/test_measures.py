@@ -80,7 +80,9 @@ def test_knn_ignores_the_length_of_the_features():
     train_x, train_y = clusters(100)
     test_x, test_y = clusters(50, spread=1.5, seed=1)
     scales = torch.rand(100, 1, generator=generator()) * 100 + 0.01
-    assert knn_top1(train_x * scales, train_y, test_x, test_y) == knn_top1(train_x, train_y, test_x, test_y)
+    scaled = train_x * scales
+    assert knn_top1(scaled, train_y, test_x, test_y) == knn_top1(train_x, train_y, test_x, test_y)
+    assert torch.equal(scaled, train_x * scales)  # the caller's own stay as they are
 
 
 def test_knn_takes_a_bank_smaller_than_k_and_a_class_the_bank_has_not():

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distillery.system.errors import MissingFileError, UserError
 from distillery.training import folder
@@ -120,6 +121,16 @@ def test_no_resume_acts_once_a_job(tmp_path, again, goes_on):
     start = begin(run_dir, no_resume=True, **again)
     assert (start.checkpoint is not None) == goes_on
     assert (run_dir / "previous_2").exists() == (not goes_on)
+
+
+def test_no_resume_goes_on_after_an_update_whose_configuration_has_a_key_more(tmp_path):
+    begin(tmp_path, no_resume=True, job="7", restarts=0)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    checkpoints(tmp_path, 3)
+    newer = CONFIG | {"model": CONFIG["model"] | {"teacher_mirror": False}}
+    assert find_start(tmp_path, newer, no_resume=True, job="7", restarts=1).checkpoint is not None
+    other = CONFIG | {"model": CONFIG["model"] | {"teacher_mirror": True}}
+    assert find_start(tmp_path, other, no_resume=True, job="7", restarts=1).checkpoint is None
 
 
 def test_resume_from_acts_once_a_file_even_when_the_file_is_gone(tmp_path):

@@ -185,24 +185,26 @@ def test_other_ranks_write_nothing(tmp_path):
     log.write_end(6, "done")
     log.write_image("view", np.zeros((2, 2, 3), np.uint8), 6)
     log.write_histograms({"weight": torch.ones(3)}, 6)
-    assert log.best_step() is None
+    assert log.best_step({6}) is None
     log.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_best_step_is_the_one_with_the_highest_mean_over_data_sets(tmp_path):
     log = open_log(tmp_path)
-    assert log.best_step() is None
+    steps = {10, 20, 30, 40, 50}
+    assert log.best_step(steps) is None
     for step, a, b in ((10, 0.9, 0.1), (20, 0.6, 0.6), (30, 0.5, None)):
         log.write("eval", step=step, dataset="a", model="student", knn_top1=a)
         log.write("eval", step=step, dataset="b", model="student", knn_top1=b)
     log.write("eval", step=0, dataset="a", model="teacher", knn_top1=0.99)
-    assert log.best_step() == 20
+    assert log.best_step(steps) == 20
     # one of the sets is not evaluated any more
     log.write("eval", step=40, dataset="a", model="student", knn_top1=0.7)
-    assert log.best_step() == 10
+    assert log.best_step(steps) == 10
+    assert log.best_step({20, 40}) == 40  # the checkpoint of the other is gone
     log.write("eval", step=50, dataset="a", model="student", knn_top1=0.95)
-    assert log.best_step() == 50
+    assert log.best_step(steps) == 50
 
 
 # TensorBoard
