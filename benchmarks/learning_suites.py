@@ -130,7 +130,10 @@ SCREENING = {
     "weight decay 0": Variant(train={"weight_decay": 0.0}),
 }
 # with the first seed these differed by more than a point
-CLEAR = ("AdamW", "batch 256", "patch weight 0.5", "similarity beside")
+CLEAR = (
+    "AdamW", "batch 256", "patch weight 0.5", "similarity beside", "live teacher, fixed view",
+    "live teacher, random crops", "live teacher, random crops, fixed view",
+)  # fmt: skip
 # stored outputs have two crops of an image at most, and never a fixed view
 SCREENING_LIVE = {
     "live teacher": Variant(),
