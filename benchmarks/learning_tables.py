@@ -60,7 +60,7 @@ def percent(values: Sequence[float | None], *, sign: bool = False) -> str:
     """The median in percent, with least and most where they differ; empty where a value is missing."""
     if not values or any(value is None for value in values):
         return ""
-    form = "{:+.1f}" if sign else "{:.1f}"
+    form = "{:+z.1f}" if sign else "{:.1f}"
     shown = [form.format(100 * value) for value in (statistics.median(values), min(values), max(values))]
     return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
