@@ -2,9 +2,9 @@
 
 budget4: what is learnt from 4 x 50,000 images, beside timm and LightlyTrain, at equal images and at equal wall time?
 timm's token distillation is not among them: it needs a student with a distillation token, and a ResNet-20 has none.
-budget20: the same after 20 x 50,000 images; the peer that learnt most after 4 runs with one seed, as it takes hours.
-screening: what does each part of the recipe bring, and does a change learn more? One change at a time, two seeds that
-no other suite uses; one where the first differed by more than a point.
+budget20: the same after 20 x 50,000 images. The best peer of budget4 is beside it, with one seed, as it takes hours.
+screening: what does each part of the recipe bring, and does a change learn more? One change at a time, with two seeds
+that no other suite uses. A change that differed by more than a point with the first seed has no second.
 data: is it better to see more images, or the same ones more often? Each run is a whole schedule of its own.
 vit: does a small vision transformer learn from the same teacher?
 transfer: what are the features worth on images that the teacher's task has nothing to do with? scikit-learn's digits,
@@ -129,7 +129,7 @@ SCREENING = {
     "averaged weights, 0.99": Variant(train={"ema_decay": 0.99}),
     "weight decay 0": Variant(train={"weight_decay": 0.0}),
 }
-# with the first seed these differed by more than a point
+# these differed from the recipe as shipped by more than a point with the first seed
 CLEAR = (
     "AdamW", "batch 256", "patch weight 0.5", "similarity beside", "live teacher, fixed view",
     "live teacher, random crops", "live teacher, random crops, fixed view",

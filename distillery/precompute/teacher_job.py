@@ -90,7 +90,7 @@ def plan_outputs(configs: Configs, images: CachePlan, shards: range, image_bytes
     return job
 
 
-def teacher_plan_lines(job: TeacherJob, survey: Survey, image_bytes: int = 0) -> list[str]:
+def teacher_plan_lines(job: TeacherJob, survey: Survey, image_bytes: int) -> list[str]:
     """What will be made, how much room it takes, what it costs once and saves in every epoch.
 
     image_bytes: that are to be written before it.

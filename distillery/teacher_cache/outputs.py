@@ -187,9 +187,7 @@ def rows_of_valid(valid: np.ndarray, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
-def ensure_basis(
-    plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows, batch_size: int, stop: StopFlag | None = None
-) -> str:
+def ensure_basis(plan: TeacherPlan, teacher: LiveTeacher, images: ImageRows, batch_size: int, stop: StopFlag) -> str:
     """The hash of the token basis, which is fixed before the first shard is made; of several jobs the first decides.
 
     batch_size: images of one forward pass; stop: looked at between them.
@@ -199,7 +197,7 @@ def ensure_basis(
     """
 
     def tokens_of(rows: np.ndarray) -> Tensor:
-        if stop is not None and stop.requested:
+        if stop.requested:
             raise Interrupted(f"{stop.reason}: the token basis is not made yet. Run the same command again.")
         return _tokens_of(rows, teacher, images)
 
